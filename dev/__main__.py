@@ -1,0 +1,62 @@
+"""Commands for developers: `python3 dev demo | test | serve | bench | toy`.
+
+This file and environment.py need the standard library only: they make the environment that the
+rest runs in. Options for every command: --host VERSION (0.30.0, 0.24.1 or 0.16.3).
+COMFYUI_PATH names a ComfyUI of your own to use instead; LCM_LORA_CACHE moves the cache folder.
+"""
+
+import os
+import subprocess
+import sys
+import types
+
+if sys.version_info < (3, 10):
+    sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ".")
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+VERBS = ("demo", "test", "serve", "bench", "toy")
+INSIDE = "LCM_LORA_DEV_HOST"  # set when this runs inside the environment: the host's folder
+
+
+def as_package():
+    """Makes the checkout importable as `lcm_lora` without its __init__, which wants ComfyUI.
+
+    The folder dev/ leaves the import path: its modules must not hide ComfyUI's of the same name.
+    """
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
+    package = types.ModuleType("lcm_lora")
+    package.__path__ = [os.path.dirname(HERE)]
+    sys.modules["lcm_lora"] = package
+
+
+def main(arguments):
+    if not arguments or arguments[0] not in VERBS:
+        print(__doc__)
+        return 0 if arguments[:1] in ([], ["-h"], ["--help"]) else 2
+    as_package()
+    if INSIDE in os.environ:
+        from lcm_lora.dev import commands
+
+        return commands.run(arguments[0], arguments[1:], os.environ[INSIDE])
+    from lcm_lora.dev import environment
+
+    try:
+        version, arguments = environment.chosen_host(arguments)
+        python, host = environment.prepare(version)
+    except environment.SetupError as error:
+        print("\n%s" % error, file=sys.stderr)
+        return 1
+    inside = dict(os.environ, **{INSIDE: str(host), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
+    child = subprocess.Popen([str(python), HERE, *arguments], env=inside)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue  # the child got it too and cleans up
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

