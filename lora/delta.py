@@ -1,0 +1,121 @@
+"""The canonical form of a LoRA: one low-rank delta per module, and the vector of them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The change `up @ down * alpha / rank` of one weight (LoRA, arXiv 2106.09685, section 4.1).
+
+    Attributes:
+        up: `[out, rank]`, or `[out, rank, 1, 1]` for a convolution.
+        down: `[rank, in]`, or `[rank, in, kh, kw]` for a convolution.
+        mid: Tucker core `[rank, rank, kh, kw]` of LyCORIS convolutions; up and down are then 1x1.
+        alpha: None where the file holds none; the scale is then 1.
+
+    Raises:
+        ValueError: the factors are no delta: rank 0, shapes that do not multiply, alpha not finite.
+    """
+
+    up: Tensor
+    down: Tensor
+    mid: Tensor | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        factors = {"up": self.up, "down": self.down}
+        if self.mid is not None:
+            factors["mid"] = self.mid
+        for name, factor in factors.items():
+            if factor.dim() < 2 or not factor.is_floating_point():
+                raise ValueError(
+                    f"its {name} factor is {_shape(factor)} of {factor.dtype}; expected floating "
+                    "point with at least 2 dimensions"
+                )
+        if 0 in (self.up.shape[1], self.down.shape[0]):
+            raise ValueError("its rank is 0; expected 1 or more")
+        if self.up.shape[1] != self.down.shape[0] or self.up[0, 0].numel() != 1:
+            raise ValueError(
+                f"its factors do not multiply: up {_shape(self.up)}, down {_shape(self.down)}; "
+                "expected [out, rank] and [rank, in, ...] with the same rank"
+            )
+        if self.mid is not None and (
+            self.mid.dim() != 4
+            or self.mid.shape[:2] != (self.rank, self.rank)
+            or self.down[0, 0].numel() != 1
+        ):
+            raise ValueError(
+                f"its factors do not multiply: up {_shape(self.up)}, mid {_shape(self.mid)}, "
+                f"down {_shape(self.down)}; expected [out, r, 1, 1], [r, r, kh, kw], [r, in, 1, 1]"
+            )
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ValueError(f"its alpha is {self.alpha}; expected a finite number")
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`, the factor between the product and the delta; 1 where alpha is absent."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the delta: `(out, in)` or `(out, in, kh, kw)`."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    def plain(self) -> Delta:
+        """The same delta without a Tucker core: mid is folded into down, exactly, in float32."""
+        if self.mid is None:
+            return self
+        down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
+        return Delta(self.up, down, None, self.alpha)
+
+    def matrix(self) -> Tensor:
+        """The dense delta in float32, scale included, in the shape of `self.shape`."""
+        plain = self.plain()
+        product = plain.up.float().flatten(1) @ plain.down.float().flatten(1)
+        return (product * self.scale).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A whole LoRA, a vector in weight space: `theta' = theta + vector` (2311.05556, equation 3).
+
+    Attributes:
+        deltas: canonical module name (kohya spelling, see names.py) to its delta.
+        diffs: full-rank changes that the host's own trainer writes for norms and biases:
+            `<module>.diff` for the weight, `<module>.diff_b` for the bias.
+        metadata: strings of the file's header.
+        source: what to call this vector in messages: a file name, or how it was made.
+        ignored: keys of the file that are no part of a LoRA we know.
+    """
+
+    deltas: Mapping[str, Delta]
+    diffs: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    source: str = "LoRA"
+    ignored: tuple[str, ...] = ()
+
+    def modules(self) -> set[str]:
+        """Names of the modules that this vector changes."""
+        return {*self.deltas, *(key.rpartition(".")[0] for key in self.diffs)}
+
+    def ranks(self) -> str:
+        """The ranks in words: "64", or "4 to 64"."""
+        ranks = sorted({delta.rank for delta in self.deltas.values()})
+        return " to ".join(str(r) for r in (ranks[:1] + ranks[1:][-1:])) or "none"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,201 @@
+"""LoRA vectors on ComfyUI's models. The only file of this folder that knows the host."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+from comfy_execution.utils import get_executing_context
+
+from .delta import Vector
+from .family import SDXL_TYPE, Family, family, family_of
+from .files import inside, offered
+from .wire import to_wire
+
+logger = logging.getLogger("lcm_lora")
+
+NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a vector a model took.
+
+    Attributes:
+        source: what the vector is called.
+        taken: number of modules that were patched.
+        total: number of modules in the vector.
+        skipped: number of modules left out on purpose: of text encoders where no CLIP is
+            connected, or of a part whose strength is 0.
+        left_over: modules that have no place in the model, each with the reason.
+        doubt: a sentence where the families differ in depth only, else empty.
+    """
+
+    source: str
+    taken: int
+    total: int
+    skipped: int
+    left_over: tuple[str, ...]
+    doubt: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {self.taken} of {self.total} modules applied"
+        if self.skipped:
+            text += f", {self.skipped} not used here (no CLIP connected, or strength 0)"
+        if self.left_over:
+            text += f"; {len(self.left_over)} left over: {_some(self.left_over)}"
+        return f"{text}. {self.doubt}".rstrip()
+
+
+def apply(
+    model: ModelPatcher,
+    clip: CLIP | None,
+    vector: Vector,
+    strength_model: float,
+    strength_clip: float,
+) -> tuple[ModelPatcher, CLIP | None, Coverage]:
+    """Clones of model and clip with the vector's weights added, and how much of it they took.
+
+    Left-over modules are logged as a warning. Where a strength is 0 that part stays unpatched.
+
+    Raises:
+        ValueError: the vector was made for another family, or none of its modules fits.
+    """
+    model, clip = model.clone(), clip.clone() if clip is not None else None
+    made_for, found = family_of(vector.deltas), detect(model)
+    parts = []
+    if strength_model != 0:
+        _require_family(vector.source, made_for, found)
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        parts.append((model, model.model.state_dict(), keys, strength_model))
+    if clip is not None and strength_clip != 0:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        parts.append((clip, clip.cond_stage_model.state_dict(), keys, strength_clip))
+
+    modules = vector.modules()
+    skipped = {m for m in modules if _is_text(m) and (clip is None or strength_clip == 0)}
+    skipped |= {m for m in modules if not _is_text(m) and strength_model == 0}
+    # Apart, for the host's reader keeps one patch a module and a sum may hold both kinds.
+    wires = [to_wire(replace(vector, diffs={})), to_wire(replace(vector, deltas={}))]
+    taken: set[str] = set()
+    reasons = dict.fromkeys(vector.ignored, "unknown key")
+    for target, weights, keys, strength in parts:
+        for module in modules - skipped:
+            if module not in keys or keys[module] not in weights:
+                continue
+            if wrong := _misfit(vector, module, keys[module], weights):
+                reasons[module] = wrong
+            else:
+                taken.add(module)
+        chosen = {m: keys[m] for m in taken if m in keys}
+        for tensors in wires:
+            target.add_patches(comfy.lora.load_lora(tensors, chosen, log_missing=False), strength)
+
+    for module in modules - skipped - taken:
+        reasons.setdefault(module, "not in the model")
+    left_over = tuple(f"{name} ({reason})" for name, reason in sorted(reasons.items()))
+    if not taken and (modules - skipped or (strength_model != 0 and clip is None)):
+        raise ValueError(_nothing_taken(vector, made_for, found, left_over))
+    doubt = _doubt(made_for, found) if strength_model != 0 else ""
+    coverage = Coverage(vector.source, len(taken), len(modules), len(skipped), left_over, doubt)
+    if left_over or doubt:
+        logger.warning("%s", coverage)
+    return model, clip, coverage
+
+
+def detect(model: ModelPatcher) -> Family | None:
+    """The family of a model, or None where it has no cross-attention as the SD types have."""
+    config: dict[str, Any] = model.model.model_config.unet_config
+    if "num_res_blocks" not in config:
+        return None
+    return family(config.get("context_dim"), config["transformer_depth"][-1])
+
+
+def lora_names() -> list[str]:
+    """LoRA files of the host's folders, as its combos spell them."""
+    return offered(folder_paths.get_filename_list("loras"))
+
+
+def lora_path(name: str) -> Path:
+    """Where a file of `lora_names` lies. Raises FileNotFoundError where it is gone."""
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def new_lora_path(name: str) -> Path:
+    """Where a new LoRA of this name goes: into the first of the host's LoRA folders."""
+    return inside(Path(folder_paths.get_folder_paths("loras")[0]), name)
+
+
+def show(text: str) -> None:
+    """Shows a line on the node that is being executed; nothing outside a prompt."""
+    if (context := get_executing_context()) is None:
+        return
+    # Not at module scope: it pulls in the whole web application, which only a server has.
+    from server import PromptServer
+
+    PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def _is_text(module: str) -> bool:
+    return module.startswith(("lora_te_", "lora_te1_", "lora_te2_", "text_encoder"))
+
+
+def _misfit(vector: Vector, module: str, key: str, weights: dict[str, Any]) -> str:
+    """Why a module cannot be added to the weight `key`; empty where it can.
+
+    Asked before patching, for the host notices at sampling only and then merely logs it.
+    """
+    changes = [
+        (vector.deltas.get(module), key),
+        (vector.diffs.get(f"{module}.diff"), key),
+        (vector.diffs.get(f"{module}.diff_b"), key.removesuffix(".weight") + ".bias"),
+    ]
+    for shape, name in [(tuple(change.shape), n) for change, n in changes if change is not None]:
+        if name not in weights:
+            return f"the model has no {name}"
+        there = tuple(weights[name].shape)
+        # The host reshapes, so [out, in] is as good as [out, in, 1, 1].
+        if shape[0] != there[0] or math.prod(shape[1:]) != math.prod(there[1:]):
+            return f"shape {list(shape)}, the model has {list(there)}"
+    return ""
+
+
+def _require_family(source: str, made_for: Family | None, found: Family | None) -> None:
+    if made_for and found and made_for.width != found.width:
+        raise ValueError(
+            f"{source} was made for {made_for}, but the model is {found}. Choose a LoRA made for "
+            f"{found.name}, or a checkpoint of type {made_for.name}."
+        )
+
+
+def _doubt(made_for: Family | None, found: Family | None) -> str:
+    if made_for and found and made_for.name not in (found.name, SDXL_TYPE):
+        return f"It seems made for {made_for.name}, the model is {found.name}: expect less of it."
+    return ""
+
+
+def _nothing_taken(
+    vector: Vector, made_for: Family | None, found: Family | None, left_over: tuple[str, ...]
+) -> str:
+    if not left_over:
+        return (
+            f"{vector.source} holds text encoder modules only, so it does nothing to the model "
+            "alone; use it where a CLIP is connected."
+        )
+    return (
+        f"The model takes none of the {len(vector.modules())} modules of {vector.source}. It was "
+        f"made for {made_for or 'an unknown family'}, the model is {found or 'of another kind'}. "
+        f"Left over: {_some(left_over)}."
+    )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,158 @@
+"""Between a dict of tensors, as files and the LORA_MODEL wire hold it, and a Vector."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .delta import Delta, Vector
+from .family import family_of, has_two_text_encoders
+from .names import canonical_names, other_adapter, split_key, text_encoder_prefix
+
+logger = logging.getLogger("lcm_lora")
+
+# diffusers keeps the adapter's configuration under this key of the file's header.
+PEFT_METADATA = "lora_adapter_metadata"
+
+
+class LoraModel(dict[str, Tensor]):
+    """The host's LORA_MODEL, a dict of tensors in kohya names, that knows where it came from."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str):
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+        self.source = source
+
+
+def to_wire(vector: Vector) -> LoraModel:
+    """A vector as tensors in kohya names; every delta gets its alpha written out."""
+    tensors: dict[str, Tensor] = {}
+    for module, delta in vector.deltas.items():
+        tensors[f"{module}.lora_up.weight"] = delta.up
+        tensors[f"{module}.lora_down.weight"] = delta.down
+        if delta.mid is not None:
+            tensors[f"{module}.lora_mid.weight"] = delta.mid
+        alpha = delta.rank if delta.alpha is None else delta.alpha
+        tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return LoraModel(tensors | dict(vector.diffs), vector.metadata, vector.source)
+
+
+def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
+    """A LORA_MODEL of any node, the host's own trainer included, as a vector."""
+    metadata = getattr(tensors, "metadata", {})
+    return parse(tensors, metadata, getattr(tensors, "source", "LORA_MODEL"))
+
+
+def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Vector:
+    """Tensors in any known key dialect as a vector with canonical names.
+
+    Raises:
+        ValueError: no LoRA in them, an adapter that is no plain LoRA, or a module that is broken;
+            the message names source and module.
+    """
+    if adapter := other_adapter(tensors):
+        raise ValueError(
+            f"{source} holds {adapter} weights; these nodes take plain LoRA only (up and down "
+            "factors). The host's own Load LoRA node can apply this file."
+        )
+    modules: dict[str, dict[str, Tensor]] = {}
+    ignored = []
+    for key, tensor in tensors.items():
+        if split := split_key(key):
+            modules.setdefault(split[0], {})[split[1]] = tensor.detach()
+        else:
+            ignored.append(key)
+    if not any(parts.keys() - {"alpha"} for parts in modules.values()):
+        raise ValueError(f"{source} holds no LoRA: {_what_it_looks_like(list(tensors))}.")
+    deltas: dict[str, Delta] = {}
+    diffs: dict[str, Tensor] = {}
+    for module, name in canonical_names(modules).items():
+        parts = modules[module]
+        if parts.keys() == {"alpha"}:
+            ignored.append(f"{module}.alpha")
+            continue
+        if name in deltas or f"{name}.diff" in diffs or f"{name}.diff_b" in diffs:
+            raise ValueError(f"{source} holds two LoRAs for the module {name}; expected one.")
+        diffs |= {f"{name}.{part}": parts[part] for part in ("diff", "diff_b") if part in parts}
+        if parts.keys() & {"up", "down", "mid"}:
+            try:
+                deltas[name] = _delta(parts, _peft_alpha(metadata, module, parts))
+            except ValueError as error:
+                raise ValueError(f"{source}, module {name}: {error}.") from None
+
+    if ignored:
+        logger.warning("%s: %d keys are no part of a LoRA: %s", source, len(ignored), ignored[:10])
+    two_encoders = has_two_text_encoders(deltas)
+    return Vector(
+        {text_encoder_prefix(name, two_encoders): delta for name, delta in deltas.items()},
+        {text_encoder_prefix(name, two_encoders): diff for name, diff in diffs.items()},
+        {key: value for key, value in metadata.items() if key != PEFT_METADATA},
+        source,
+        tuple(ignored),
+    )
+
+
+def describe(vector: Vector) -> str:
+    """What a vector holds, for people."""
+    text = sum(name.startswith("lora_te") for name in vector.modules())
+    scales = sorted({round(delta.scale, 4) for delta in vector.deltas.values()})
+    lines = [
+        f"{vector.source}: made for {family_of(vector.deltas) or 'an unknown base model'}",
+        f"{len(vector.modules())} modules, {text} of them in text encoders",
+        f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
+    ]
+    return "\n".join(lines + [f"{key}: {value[:120]}" for key, value in vector.metadata.items()])
+
+
+def _delta(parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
+    for part, other in (("up", "down"), ("down", "up")):
+        if part not in parts:
+            raise ValueError(f"it has no {part} factor beside its {other} or mid factor")
+    alpha = peft_alpha
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ValueError(f"its alpha has {parts['alpha'].numel()} values; expected one")
+        alpha = parts["alpha"].item()
+    return Delta(parts["up"], parts["down"], parts.get("mid"), alpha)
+
+
+def _peft_alpha(
+    metadata: Mapping[str, str], module: str, parts: Mapping[str, Tensor]
+) -> float | None:
+    """Alpha from the configuration that diffusers writes into a file's header, if it is there."""
+    try:
+        config = json.loads(metadata.get(PEFT_METADATA, "{}"))
+    except json.JSONDecodeError:
+        return None
+    prefix = module.partition(".")[0] + "."
+    if f"{prefix}lora_alpha" not in config:
+        prefix = ""
+    alpha = config.get(f"{prefix}lora_alpha")
+    for pattern, value in (config.get(f"{prefix}alpha_pattern") or {}).items():
+        # PEFT reads a pattern as a regular expression for the end of the module's path.
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+            break
+    if alpha is None or "down" not in parts:
+        return None
+    # rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank) where LoRA has alpha / rank.
+    rank_stabilized = config.get(f"{prefix}use_rslora", False)
+    return alpha * parts["down"].shape[0] ** 0.5 if rank_stabilized else float(alpha)
+
+
+def _what_it_looks_like(keys: list[str]) -> str:
+    roots = {key.split(".")[0] for key in keys}
+    if roots & {"model", "first_stage_model", "cond_stage_model", "conditioner"}:
+        return "it looks like a whole checkpoint; load it with a checkpoint loader"
+    if roots & {"down_blocks", "up_blocks", "input_blocks", "diffusion_model"}:
+        return "it looks like a whole UNet; load it with a diffusion model loader"
+    if roots & {"encoder", "decoder", "taesd_decoder", "taesd_encoder"}:
+        return "it looks like a VAE; load it with a VAE loader"
+    if not keys:
+        return "it has no tensors at all"
+    return f"its {len(keys)} keys are unknown, such as {', '.join(keys[:3])}"

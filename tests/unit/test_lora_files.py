@@ -1,0 +1,175 @@
+"""LoRA files on disk: bad ones are explained, good ones are written whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+
+import lcm_lora.lora.files as files
+import pytest
+import torch
+from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.family import family_of
+from lcm_lora.lora.files import fingerprint, inside, offered, read, write
+from safetensors.torch import load_file, save_file
+
+NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def vector(columns: int = 768, **changes) -> Vector:
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(*s, generator=generator) for s in ((20, 4), (4, columns)))
+    return Vector({NAME: Delta(up, down, alpha=2.0)}, **{"metadata": {"note": "kept"}} | changes)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp32", 0), ("fp16", 1e-3), ("bf16", 1e-2)])
+def test_what_is_written_is_read_back(tmp_path, dtype, error):
+    path = tmp_path / "sub" / "a.safetensors"
+    write(path, vector(), dtype, overwrite=False)
+    again, made = read(path), vector().deltas[NAME]
+    assert again.metadata == {"note": "kept"} and again.source == "a.safetensors"
+    assert set(load_file(path)) == {
+        f"{NAME}.{p}" for p in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    assert again.deltas[NAME].up.dtype == files.DTYPES[dtype] and again.deltas[NAME].alpha == 2.0
+    difference = again.deltas[NAME].matrix() - made.matrix()
+    assert difference.norm() <= error * made.matrix().norm()
+
+
+def test_a_file_in_use_can_be_overwritten(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write(path, vector(), "fp32", overwrite=False)
+    loaded, before = read(path), fingerprint(path)
+    expected = loaded.deltas[NAME].matrix()
+    write(path, vector(columns=1024), "fp32", overwrite=True)
+    torch.testing.assert_close(loaded.deltas[NAME].matrix(), expected)
+    assert fingerprint(path) != before and read(path).deltas[NAME].shape == (20, 1024)
+
+
+def test_an_existing_file_is_kept_unless_told(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write(path, vector(), "fp16", overwrite=False)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"a.safetensors exists already"):
+        write(path, vector(columns=1024), "fp16", overwrite=False)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failing_write_leaves_everything_as_it_was(tmp_path, monkeypatch, old):
+    path = tmp_path / "a.safetensors"
+    if old:
+        path.write_bytes(old)
+
+    def full_disk(tensors, temporary, metadata):
+        temporary.write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write(path, vector(), "fp16", overwrite=True)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == (
+        [("a.safetensors", old)] if old else []
+    )
+
+
+def test_values_too_large_for_fp16_are_refused(tmp_path):
+    big = Vector({NAME: Delta(torch.full((20, 4), 1e6), torch.ones(4, 768))})
+    with pytest.raises(ValueError, match="too large for fp16; save as bf16 or fp32"):
+        write(tmp_path / "a.safetensors", big, "fp16", overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
+def whole_file() -> bytes:
+    from safetensors.torch import save
+
+    delta = vector().deltas[NAME]
+    return save({f"{NAME}.lora_up.weight": delta.up, f"{NAME}.lora_down.weight": delta.down})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (whole_file()[:-100], "no whole safetensors file"),
+        (whole_file()[:5], "no whole safetensors file"),
+        (b"<html>404 not found</html>", "no whole safetensors file"),
+        (pickle.dumps({"a": 1}), "is a pickle"),
+        (b"PK\x03\x04 a torch zip", "is a pickle"),
+    ],
+)
+def test_files_that_are_no_safetensors_are_explained(tmp_path, content, words):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad.safetensors {words}|bad.safetensors is {words}"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint"),
+        ("down_blocks.0.resnets.0.conv1.weight", "a whole UNet"),
+        ("decoder.conv_in.weight", "a VAE"),
+        ("emb_params", "unknown, such as emb_params"),
+    ],
+)
+def test_files_without_a_lora_are_recognised(tmp_path, key, words):
+    save_file({key: torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors holds no LoRA: .*{words}"):
+        read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"alpha": torch.tensor(float("nan"))}, "its alpha is nan"),
+        ({"alpha": torch.ones(3)}, "its alpha has 3 values"),
+        ({"lora_up.weight": torch.ones(20, 0), "lora_down.weight": torch.ones(0, 6)}, "rank is 0"),
+        ({"lora_down.weight": torch.ones(5, 6)}, "do not multiply"),
+    ],
+)
+def test_broken_modules_are_named(tmp_path, change, words):
+    parts = {"lora_up.weight": torch.ones(20, 4), "lora_down.weight": torch.ones(4, 6)} | change
+    save_file({f"{NAME}.{part}": t for part, t in parts.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors, module {NAME}: .*{words}"):
+        read(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("style", "style.safetensors"),
+        ("lcm v1.5", "lcm v1.5.safetensors"),
+        ("a/b.safetensors", "a/b.safetensors"),
+        ("a\\b", "a/b.safetensors"),
+        ("console", "console.safetensors"),
+        ("잉크", "잉크.safetensors"),
+    ],
+)
+def test_names_go_into_the_folder(tmp_path, name, expected):
+    assert inside(tmp_path, name) == tmp_path / expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "../a", "a/../../b", "a\\..\\b", "/etc/a", "\\a", "C:\\a", "c:a", "a\0b", "a\nb", "."]
+    + ["con", "NUL.safetensors", "a/com1", "a/", "a//b", "a.", "a /b", "what?", "x" * 300],
+)
+def test_names_that_leave_the_folder_or_fail_elsewhere_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="file name"):
+        inside(tmp_path, name)
+
+
+def test_only_safetensors_are_offered():
+    assert offered(["a.safetensors", "b.ckpt", "c.SFT", "d.pt"]) == ["a.safetensors", "c.SFT"]
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "name"),
+    [(768, 1, "SD1.5"), (1024, 1, "SD2"), (2048, 10, "SDXL"), (2048, 4, "SSD-1B"), (640, 1, None)],
+)
+def test_the_family_is_told_by_width_and_depth(width, depth, name):
+    block = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_{}_attn2_to_k"
+    delta = vector(columns=width).deltas[NAME]
+    found = family_of({block.format(i): delta for i in range(depth)})
+    assert (found and found.name) == name

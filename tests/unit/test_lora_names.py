@@ -1,0 +1,191 @@
+"""Every dialect's spelling of a module becomes the one of the official LCM-LoRA files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lcm_lora.lora.names import canonical_names, split_key
+from lcm_lora.lora.wire import from_wire, parse, to_wire
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+OUT = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "part"),
+    [
+        (f"{Q}.lora_up.weight", Q, "up"),
+        (f"{Q}.alpha", Q, "alpha"),
+        (f"lycoris_{Q[10:]}.lora_mid.weight", Q, "mid"),
+        (f"unet.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
+        (f"unet.{BLOCK}.attn1.to_out.0.lora_B.weight", OUT, "up"),
+        (f"unet.{BLOCK}.attn1.to_q.lora_A.default.weight", Q, "down"),
+        (f"base_model.model.{BLOCK}.attn1.to_q.lora_B.lcm.weight", Q, "up"),
+        (f"unet.base_model.model.{BLOCK}.attn1.to_q.lora_B.weight", Q, "up"),
+        (f"unet.{BLOCK}.attn1.to_q.lora.down.weight", Q, "down"),
+        (f"unet.{BLOCK}.attn1.processor.to_q_lora.up.weight", Q, "up"),
+        (f"{BLOCK}.attn1.processor.to_out_lora.down.weight", OUT, "down"),
+        (
+            "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_up.weight",
+            Q,
+            "up",
+        ),
+        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.alpha", OUT, "alpha"),
+        (
+            "text_encoder.text_model.encoder.layers.3.self_attn.q_proj.lora_linear_layer.up.weight",
+            TEXT,
+            "up",
+        ),
+        ("text_encoder.encoder.layers.3.self_attn.q_proj.lora_A.weight", TEXT, "down"),
+        ("text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.up.weight", TEXT, "up"),
+        (
+            "text_encoder_2.text_model.encoder.layers.3.self_attn.q_proj.lora_B.weight",
+            TEXT.replace("te_", "te2_", 1),
+            "up",
+        ),
+        ("diffusion_model.out.0.diff_b", "lora_unet_conv_norm_out", "diff_b"),
+        (
+            "diffusion_model.middle_block.2.in_layers.0.diff",
+            "lora_unet_mid_block_resnets_1_norm1",
+            "diff",
+        ),
+    ],
+)
+def test_each_spelling_has_one_canonical_name(key, name, part):
+    module, found = split_key(key)
+    assert (canonical_names([module])[module], found) == (name, part)
+
+
+@pytest.mark.parametrize("key", ["unet.conv_in.lora_B.bias", "unet.conv_in.weight", "vae.alpha_x"])
+def test_other_keys_are_no_part_of_a_lora(key):
+    assert split_key(key) is None
+
+
+SD15_NATIVE = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_2": "time_embedding_linear_2",
+    "out_2": "conv_out",
+    "input_blocks_2_1_proj_in": "down_blocks_0_attentions_1_proj_in",
+    "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
+    "input_blocks_4_0_skip_connection": "down_blocks_1_resnets_0_conv_shortcut",
+    "input_blocks_11_0_in_layers_2": "down_blocks_3_resnets_1_conv1",
+    "middle_block_0_out_layers_3": "mid_block_resnets_0_conv2",
+    "middle_block_1_proj_out": "mid_block_attentions_0_proj_out",
+    "middle_block_2_emb_layers_1": "mid_block_resnets_1_time_emb_proj",
+    "output_blocks_2_1_conv": "up_blocks_0_upsamplers_0_conv",
+    "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
+    "output_blocks_11_1_norm": "up_blocks_3_attentions_2_norm",
+}
+# One residual block a level, as in KOALA: conv_in, R, Down, R, Down, R.
+KOALA_NATIVE = {
+    "input_blocks_1_0_in_layers_2": "down_blocks_0_resnets_0_conv1",
+    "input_blocks_2_0_op": "down_blocks_0_downsamplers_0_conv",
+    "input_blocks_3_1_proj_in": "down_blocks_1_attentions_0_proj_in",
+    "input_blocks_5_1_proj_in": "down_blocks_2_attentions_0_proj_in",
+    "output_blocks_1_2_conv": "up_blocks_0_upsamplers_0_conv",
+    "output_blocks_4_0_in_layers_2": "up_blocks_2_resnets_0_conv1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+
+
+@pytest.mark.parametrize("layout", [SD15_NATIVE, KOALA_NATIVE])
+def test_native_blocks_are_numbered_as_diffusers_does(layout):
+    names = canonical_names(f"lora_unet_{native}" for native in layout)
+    assert names == {f"lora_unet_{a}": f"lora_unet_{b}" for a, b in layout.items()}
+
+
+def test_names_of_other_models_are_kept():
+    names = ["transformer.double_blocks.0.attn", "lora_unet_double_blocks_0_img_attn_qkv"]
+    assert canonical_names(names) == {name: name for name in names}
+
+
+def factors(module: str, up: str, down: str, out: int = 8, columns: int = 6) -> dict:
+    generator = torch.Generator().manual_seed(out)
+    return {
+        f"{module}{up}": torch.randn(out, 2, generator=generator),
+        f"{module}{down}": torch.randn(2, columns, generator=generator),
+    }
+
+
+def test_a_vector_comes_back_from_the_wire_as_it_was():
+    tensors = factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.weight", ".lora_A.weight")
+    vector = parse(tensors, {"note": "kept"}, "a.safetensors")
+    wire = to_wire(vector)
+    assert set(wire) == {f"{Q}.lora_up.weight", f"{Q}.lora_down.weight", f"{Q}.alpha"}
+    assert wire[f"{Q}.alpha"].item() == 2.0, "no alpha is scale 1, which is alpha = rank"
+    again = from_wire(wire)
+    assert again.source == "a.safetensors" and again.metadata == {"note": "kept"}
+    torch.testing.assert_close(again.deltas[Q].matrix(), vector.deltas[Q].matrix())
+
+
+def test_the_hosts_trainer_is_understood():
+    module = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    tensors = factors(module, ".lora_up.weight", ".lora_down.weight")
+    tensors[f"{module}.alpha"] = torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)
+    tensors["diffusion_model.input_blocks.1.1.norm.diff"] = torch.ones(8)
+    tensors["diffusion_model.input_blocks.1.1.norm.diff_b"] = torch.ones(8)
+    vector = from_wire(tensors)
+    assert vector.deltas[Q].scale == 0.5
+    norm = "lora_unet_down_blocks_0_attentions_0_norm"
+    assert set(vector.diffs) == {f"{norm}.diff", f"{norm}.diff_b"}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ('{"unet.lora_alpha": 8, "unet.r": 2}', 4.0),
+        ('{"unet.lora_alpha": 8, "unet.use_rslora": true}', 8 / 2**0.5),
+        ('{"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 1}}', 0.5),
+        ('{"lora_alpha": 6}', 3.0),
+        ("{}", 1.0),
+    ],
+)
+def test_alpha_is_read_from_a_diffusers_header(config, scale):
+    tensors = factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.weight", ".lora_A.weight")
+    vector = parse(tensors, {"lora_adapter_metadata": config}, "a")
+    assert vector.deltas[Q].scale == pytest.approx(scale)
+    assert not vector.metadata, "alphas are written out, the header would say it twice"
+
+
+def test_text_encoders_are_spelled_as_the_family_does():
+    tensors = {}
+    for module in ("text_encoder.text_model.encoder.layers.0.mlp.fc1", f"unet.{BLOCK}.attn2.to_k"):
+        tensors |= factors(module, ".lora_B.weight", ".lora_A.weight", columns=2048)
+    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in parse(tensors, {}, "a").deltas
+
+
+@pytest.mark.parametrize(
+    ("piece", "name"),
+    [
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("oft_blocks", "OFT"),
+    ],
+)
+def test_other_adapters_are_named_and_refused(piece, name):
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.{piece}": torch.ones(2)}
+    with pytest.raises(ValueError, match=rf"a holds {name} weights.*host's own"):
+        parse(tensors, {}, "a")
+
+
+def test_two_spellings_of_one_module_in_one_file_are_refused():
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight")
+    tensors |= factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.weight", ".lora_A.weight")
+    with pytest.raises(ValueError, match=f"two LoRAs for the module {Q}"):
+        parse(tensors, {}, "a")
+
+
+def test_a_factor_without_its_partner_is_refused_by_name():
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight")
+    del tensors[f"{Q}.lora_down.weight"]
+    with pytest.raises(ValueError, match=f"a, module {Q}: it has no down factor"):
+        parse(tensors, {}, "a")
+
+
+def test_keys_that_are_no_lora_are_remembered():
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {"bundle_emb.x": torch.ones(2)}
+    assert parse(tensors, {}, "a").ignored == ("bundle_emb.x",)
