@@ -1,0 +1,1 @@
+"""Few-step sampling with latent consistency models: timesteps, consistency function, samplers."""

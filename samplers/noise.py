@@ -1,0 +1,57 @@
+"""Noise that belongs to a picture: it depends on seed, batch index and step, on nothing else.
+
+The same picture comes out alone or in a batch, and, drawn on the CPU, on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def _splitmix64(x: int) -> int:
+    """One step of the SplitMix64 generator (Steele, Lea, Flood 2014): scrambles 64 bits."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def picture_seed(seed: int, index: int, step: int) -> int:
+    """A 64-bit seed for one picture's noise at one step.
+
+    Chained, not added: seed 1, picture 0 must not give the noise of seed 0, picture 1.
+    """
+    return _splitmix64(_splitmix64(_splitmix64(seed & _MASK) ^ index) ^ step)
+
+
+def picture_noise(
+    like: torch.Tensor,
+    seed: int,
+    batch_index: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> Callable[[int], torch.Tensor]:
+    """A function of the step number: standard normal noise of like's shape, dtype and device.
+
+    like: [B, ...]. batch_index: the B numbers of the pictures, 0..B-1 when None. device: "cpu"
+    gives the same noise everywhere; "gpu" draws on like's device, so other devices differ.
+    """
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"The noise device must be cpu or gpu, found {device!r}.")
+    where = torch.device("cpu") if device == "cpu" else like.device
+    indices = range(len(like)) if batch_index is None else batch_index
+    generator = torch.Generator(device=where)
+
+    def draw(step: int) -> torch.Tensor:
+        noise = torch.empty(like.shape, dtype=torch.float32, device=where)
+        for picture, index in zip(noise, indices, strict=True):
+            picture.normal_(generator=generator.manual_seed(picture_seed(seed, index, step)))
+        if where.type == "cpu" and like.device.type == "cuda":
+            # Out of pinned memory the copy does not wait for the network call before it.
+            return noise.pin_memory().to(like.device, like.dtype, non_blocking=True)
+        return noise.to(like.device, like.dtype)
+
+    return draw

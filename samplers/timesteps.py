@@ -1,0 +1,83 @@
+"""Which timesteps a few-step run visits (LCM, arXiv 2310.04378, algorithm 3 and section 4.3)."""
+
+from __future__ import annotations
+
+import math
+import re
+
+
+def grid(origin_steps: int = 50, strength: float = 1.0, T: int = 1000) -> list[int]:  # noqa: N803
+    """The timesteps the model was distilled on, ascending: 19, 39, ..., 999 for 50 of 1000.
+
+    strength in (0, 1]: the part kept for image to image, int(origin_steps * strength) points from
+    the clean end. May be empty at a low strength. Raises ValueError outside these ranges.
+    """
+    if not 1 <= origin_steps <= T:
+        raise ValueError(
+            f"origin_steps is the number of grid points the model was distilled on: expected 1 to "
+            f"{T}, found {origin_steps}. LCM-LoRAs use 50."
+        )
+    if not 0 < strength <= 1:
+        raise ValueError(
+            f"strength (denoise) must be above 0 and at most 1, found {strength:g}. "
+            "1 starts from pure noise, 0.5 keeps about half of the picture."
+        )
+    skip = T // origin_steps
+    return [i * skip - 1 for i in range(1, int(origin_steps * strength) + 1)]
+
+
+def timesteps(
+    steps: int,
+    strength: float = 1.0,
+    origin_steps: int = 50,
+    T: int = 1000,  # noqa: N803
+) -> list[int]:
+    """`steps` timesteps, descending, spread evenly over the kept grid: 999, 759, 499, 259 for 4.
+
+    The same numbers as diffusers' LCMScheduler. Raises ValueError when the kept grid has fewer
+    points than `steps`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, found {steps}.")
+    kept = grid(origin_steps, strength, T)[::-1]
+    if steps > len(kept):
+        raise ValueError(
+            f"{steps} steps do not fit: at strength {strength:g} only {len(kept)} of the "
+            f"{origin_steps} grid points are left. {_remedy(steps, origin_steps, len(kept))}"
+        )
+    # Multiplied and floored in this order, as numpy's linspace does, to land on the same points.
+    stride = len(kept) / steps
+    return [kept[math.floor(i * stride)] for i in range(steps)]
+
+
+def _remedy(steps: int, origin_steps: int, room: int) -> str:
+    """What to change so that the steps fit the grid."""
+    if steps > origin_steps:
+        return f"Use at most {origin_steps} steps, at strength 1."
+    percent = math.ceil(100 * steps / origin_steps)
+    while int(origin_steps * (percent / 100)) < steps:  # 0.58 * 50 is 28.999... in binary
+        percent += 1
+    fewer = f"at most {room} steps or " if room else ""
+    return f"Use {fewer}a strength (denoise) of at least {percent / 100:g}."
+
+
+def parse(text: str, T: int = 1000) -> list[int]:  # noqa: N803
+    """A user's own list, "999, 759, 499, 259": whole numbers from T - 1 to 0, strictly descending.
+
+    Commas, semicolons and white space separate. Raises ValueError naming the first wrong entry.
+    """
+    example = 'Expected a descending list such as "999, 759, 499, 259".'
+    words = [word for word in re.split(r"[\s,;]+", text) if word]
+    if not words:
+        raise ValueError(f"The list of timesteps is empty. {example}")
+    found: list[int] = []
+    for word in words:
+        if not re.fullmatch(r"\d+", word):
+            raise ValueError(f"Timesteps must be whole numbers, found {word!r}. {example}")
+        t = int(word)
+        if t >= T:
+            raise ValueError(f"Timesteps go from {T - 1} down to 0, found {t}. {example}")
+        if found and t >= found[-1]:
+            raise ValueError(f"Timesteps must descend, found {t} after {found[-1]}. {example}")
+        found.append(t)
+    return found

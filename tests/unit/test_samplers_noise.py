@@ -1,0 +1,69 @@
+"""Noise of a picture depends on its seed, batch index and step alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lcm_lora.samplers.noise import picture_noise, picture_seed
+
+
+@pytest.mark.parametrize("size", [(4, 8, 8), (4, 7, 9)])  # 252 values: no multiple of 16
+def test_a_picture_is_the_same_alone_and_in_a_batch(size):
+    batch = picture_noise(torch.empty(7, *size), seed=5)
+    for index in (0, 3, 6):
+        alone = picture_noise(torch.empty(1, *size), seed=5, batch_index=[index])
+        for step in (2, 0, 1):  # in whatever order
+            assert torch.equal(batch(step)[index], alone(step)[0])
+
+
+def test_everything_else_gives_other_noise():
+    like = torch.empty(3, 4, 8, 8)
+    pictures = [
+        picture
+        for seed in (0, 1, 2)
+        for step in (0, 1, 2)
+        for picture in picture_noise(like, seed)(step).unbind()
+    ]
+    correlation = torch.corrcoef(torch.stack(pictures).flatten(1)) - torch.eye(27)
+    assert correlation.abs().max() < 0.3  # 256 values: one standard deviation is 0.06
+
+
+def test_seeds_do_not_run_into_each_other():
+    near = {picture_seed(s, i, n) for s in range(20) for i in range(20) for n in range(20)}
+    assert len(near) == 8000
+    assert len({seed & 0xFFFFFFFF for seed in near}) > 7990  # the CPU generator uses 32 bits
+    assert 0 <= picture_seed(0xFFFFFFFFFFFFFFFF, 3, 1) < 2**64
+
+
+def test_standard_normal_in_the_latents_type():
+    noise = picture_noise(torch.empty(4, 4, 64, 64, dtype=torch.float64), 1)(0)
+    assert noise.dtype == torch.float64
+    assert noise.mean().abs() < 0.02 and (noise.std() - 1).abs() < 0.02
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    first = picture_noise(torch.empty(1, 4, 8, 8), 9)(0)
+    assert torch.equal(torch.randn(4), expected)
+    assert torch.equal(first, picture_noise(torch.empty(1, 4, 8, 8), 9)(0))
+
+
+def test_numbers_and_batch_must_agree():
+    with pytest.raises(ValueError):
+        picture_noise(torch.empty(3, 4, 8, 8), 0, batch_index=[0, 1])(0)
+
+
+def test_unknown_device():
+    with pytest.raises(ValueError, match="'tpu'"):
+        picture_noise(torch.empty(1, 4, 8, 8), 0, device="tpu")
+
+
+@pytest.mark.gpu
+def test_the_same_on_the_gpu():
+    like = torch.empty(2, 4, 8, 8)
+    assert torch.equal(picture_noise(like.cuda(), 5)(1).cpu(), picture_noise(like, 5)(1))
+    assert not torch.equal(
+        picture_noise(like.cuda(), 5, device="gpu")(1).cpu(), picture_noise(like, 5)(1)
+    )
