@@ -1,0 +1,1 @@
+"""Node classes: schema, unpack, one call, return."""

@@ -1,0 +1,179 @@
+"""Sampling nodes: the noise schedule of a MODEL, SIGMAS, a SAMPLER, and all of it in one node."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..samplers import host
+
+CATEGORY = "LCM-LoRA"
+
+
+class LCMModelSampling(io.ComfyNode):
+    """Sets the noise schedule of an LCM on any MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMModelSampling",
+            display_name="LCM Model Sampling",
+            category=CATEGORY,
+            description=(
+                "Makes a MODEL sample as a latent consistency model: the distillation grid and the "
+                "consistency function, with the model's own prediction type (eps or v) and noise "
+                "levels kept. Load LCM-LoRA does this already; use it after other LoRA loaders. "
+                "In the KSampler of ComfyUI, take sampler lcm and scheduler simple."
+            ),
+            search_aliases=["lcm", "ModelSamplingDiscrete", "consistency", "model sampling"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA applied."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="MODEL", tooltip="The model with the noise schedule of an LCM."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        return io.NodeOutput(host.patch_sampling(model))
+
+
+class LCMSchedule(io.ComfyNode):
+    """The exact timesteps of a few-step run, as SIGMAS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMSchedule",
+            display_name="LCM Schedule",
+            category=CATEGORY,
+            description=(
+                "The noise levels of a few-step run at exactly the timesteps the LCM-LoRA was "
+                "distilled on, for SamplerCustom and SamplerCustomAdvanced. 4 steps are the "
+                "timesteps 999, 759, 499, 259."
+            ),
+            search_aliases=["lcm", "sigmas", "scheduler", "timesteps", "few steps"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample; its noise levels are used."),
+                io.Int.Input(
+                    "steps", default=4, min=1, max=50,
+                    tooltip="Network calls per picture. 4 is usual, 1 to 8 make sense.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.01, max=1.0, step=0.01,
+                    tooltip="1 starts from pure noise. Lower values keep more of the input "
+                    "picture: 0.5 starts at timestep 499. The steps are never fewer than asked.",
+                ),
+                io.Int.Input(
+                    "origin_steps", default=50, min=1, max=1000, advanced=True,
+                    tooltip="Points of the grid the LoRA was distilled on. LCM-LoRAs use 50.",
+                ),
+                io.String.Input(
+                    "timesteps", default="", optional=True, advanced=True,
+                    tooltip='Your own descending list, such as "999, 749, 499, 249". Replaces '
+                    "steps, strength and origin_steps. Empty for none.",
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(
+                    display_name="SIGMAS", tooltip="Noise levels from the first step down to 0."
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, steps, strength, origin_steps, timesteps="") -> io.NodeOutput:
+        return io.NodeOutput(host.schedule(model, steps, strength, origin_steps, timesteps))
+
+
+class LCMSampler(io.ComfyNode):
+    """The LCM sampler, as a SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMSampler",
+            display_name="LCM Sampler",
+            category=CATEGORY,
+            description=(
+                "The few-step sampler of latent consistency models, for SamplerCustom and "
+                "SamplerCustomAdvanced. Its noise belongs to each picture: the same picture comes "
+                "out alone or in a batch."
+            ),
+            search_aliases=["lcm", "tcd", "sampler", "eta", "gamma", "consistency"],
+            inputs=[
+                io.Float.Input(
+                    "eta", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Share of fresh noise between steps (TCD's gamma). 1 is LCM, 0 is "
+                    "deterministic; TCD LoRAs like 0.3.",
+                ),
+                io.Combo.Input(
+                    "noise_device", options=["cpu", "gpu"], default="cpu", advanced=True,
+                    tooltip="Where noise between steps is drawn. cpu gives the same picture on "
+                    "every machine; gpu draws on the device that samples.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output(display_name="SAMPLER", tooltip="The sampler with its settings."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, eta, noise_device) -> io.NodeOutput:
+        return io.NodeOutput(host.sampler(eta, noise_device))
+
+
+class LCMKSampler(io.ComfyNode):
+    """Schedule, noise and sampler in one node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMKSampler",
+            display_name="LCM KSampler",
+            category=CATEGORY,
+            description=(
+                "Samples a picture in 1 to 8 steps with everything set right for an LCM-LoRA: "
+                "noise schedule, timesteps and sampler. Give it the MODEL of Load LCM-LoRA, or "
+                "one that has an LCM-LoRA from another loader."
+            ),
+            search_aliases=["lcm", "ksampler", "sampler", "few steps", "fast", "txt2img"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model with an LCM-LoRA applied."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="The same seed gives the same picture, alone or in a batch.",
+                ),
+                io.Int.Input(
+                    "steps", default=4, min=1, max=50,
+                    tooltip="Network calls per picture. 4 is usual, 1 to 8 make sense.",
+                ),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01,
+                    tooltip="1 to 2. Guidance is distilled into the LCM-LoRA: at 1 the negative "
+                    "prompt is not used and a step is one network call; above 2 colours burn.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What it should not show. Only used when cfg is not 1."
+                ),
+                io.Latent.Input(
+                    "latent", tooltip="An empty latent, or a picture's for image to image."
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01,
+                    tooltip="1 makes a new picture. Lower values keep more of the input latent: "
+                    "0.5 starts at timestep 499. The steps are never fewer than asked.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, seed, steps, cfg, positive, negative, latent, denoise) -> io.NodeOutput:
+        result = host.sample(model, seed, steps, cfg, positive, negative, latent, denoise)
+        return io.NodeOutput(result)

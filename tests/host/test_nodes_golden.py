@@ -1,0 +1,64 @@
+"""Saved workflows hold widgets by position: what has landed keeps its ids, order and defaults.
+
+`python3 dev test --update-golden` records nodes and inputs that are new, at the end only.
+"""
+
+import json
+from pathlib import Path
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "nodes.json"
+
+
+def described(item) -> dict:
+    about = {"id": item.id, "type": item.get_io_type()}
+    for name in ("default", "options", "min", "max"):
+        value = getattr(item, name, None)
+        # Combos of files change with the files.
+        if value is not None and not (name == "options" and item.id == "lora_name"):
+            about[name] = value
+    if item.get_io_type() == "COMFY_DYNAMICCOMBO_V3":
+        about["options"] = {
+            option.key: [described(inner) for inner in option.inputs] for option in item.options
+        }
+    return about
+
+
+def schemas() -> dict:
+    from lcm_lora.nodes.catalogue import NODES
+
+    found = {}
+    for node in NODES:
+        schema = node.define_schema()
+        found[schema.node_id] = {
+            "inputs": [described(item) for item in schema.inputs],
+            "outputs": [output.get_io_type() for output in schema.outputs],
+        }
+    return found
+
+
+def test_nodes_are_as_they_landed(comfy, request):
+    found = schemas()
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    for name, node in golden.items():
+        assert name in found, f"{name} is gone"
+        for side in ("inputs", "outputs"):
+            kept = found[name][side][: len(node[side])]
+            assert kept == node[side], f"{name}: {side} may only be added at the end"
+    if request.config.getoption("--update-golden"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    else:
+        assert found == golden, "new inputs or nodes: record them with --update-golden"
+
+
+def test_every_node_explains_itself(comfy):
+    from lcm_lora.nodes.catalogue import NODES
+
+    docs = Path(__file__).resolve().parents[2] / "web" / "docs"
+    for node in NODES:
+        schema = node.define_schema()
+        assert schema.description and schema.display_name and schema.search_aliases
+        assert schema.category == "LCM-LoRA"
+        for item in [*schema.inputs, *schema.outputs]:
+            assert item.tooltip, f"{schema.node_id}: no tooltip on {item}"
+        assert (docs / f"{schema.node_id}.md").is_file()

@@ -1,0 +1,86 @@
+"""Imports go one way, and nothing of the pack does what a pack must not."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = ("nodes", "lora", "samplers", "training")
+FILES = [ROOT / "__init__.py", *(p for part in PACK for p in sorted((ROOT / part).rglob("*.py")))]
+
+# What a part of the pack may import of the others.
+MAY = {
+    "nodes": {"nodes", "lora", "samplers", "training"},
+    "training": {"training", "lora", "samplers"},
+    "lora": {"lora"},
+    "samplers": {"samplers"},
+}
+HOST = {
+    "comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview",
+    "nodes", "server", "execution", "app", "utils",
+}  # fmt: skip
+STANDARD = {
+    "__future__", "asyncio", "collections", "contextlib", "dataclasses", "json", "logging", "math",
+    "os", "pathlib", "re", "time", "typing", "uuid",
+}  # fmt: skip
+LIBRARIES = {"torch", "safetensors", "numpy", "tqdm"}
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(dotted name, level) of every import in a file, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.level))
+    return found
+
+
+def may_touch_the_host(path: Path) -> bool:
+    folder = path.relative_to(ROOT).parts[0]
+    return folder == "nodes" or path.name in ("host.py", "teacher.py", "routes.py")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_imports_go_one_way(path):
+    parts = path.relative_to(ROOT).parts
+    for name, level in imports(path):
+        if level == 0:
+            root = name.partition(".")[0]
+            known = STANDARD | LIBRARIES | (HOST if may_touch_the_host(path) else set())
+            assert root in known, f"{named(path)} imports {name}"
+            assert root != "comfy_extras", f"{named(path)} imports {name}, which moves"
+        elif len(parts) > 1:
+            depth = len(parts) - 1
+            assert level <= depth + 1, f"{named(path)} imports from outside the pack"
+            target = parts[0] if level <= depth else name.partition(".")[0]
+            assert target in MAY[parts[0]], f"{named(path)} imports {target}"
+
+
+def test_the_entry_point_imports_nothing_until_it_is_called():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    assert not [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_no_pickle_no_eval_no_shell(path):
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r"torch\.load\(|\bpickle\b\.|\beval\(|\bexec\(|shell=True|os\.system", text)
+    assert not found
+
+
+def test_only_the_host_files_of_lora_and_samplers_know_comfyui():
+    touching = {
+        named(path) for path in FILES
+        for name, level in imports(path)
+        if level == 0 and name.partition(".")[0] in HOST
+        and path.relative_to(ROOT).parts[0] in ("lora", "samplers")
+    }  # fmt: skip
+    assert touching == {str(Path("lora/host.py")), str(Path("samplers/host.py"))}
