@@ -1,0 +1,109 @@
+"""The LoRA being trained: low-rank layers beside a frozen network, switched on and off.
+
+One frozen network serves as teacher (adapter off), target and student (adapter on). The layers hang
+on the network as forward hooks, so its code and its weights stay untouched.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The 14 kinds of layer in the official LCM-LoRA files, under the names of the original
+# (LDM) UNet: 278 modules in SD1.5, 423 in SSD-1B, 788 in SDXL.
+TARGETS = re.compile(
+    r"(attn[12]\.to_(q|k|v|out\.0)|proj_in|proj_out|ff\.net\.(0\.proj|2)"  # transformers
+    r"|in_layers\.2|out_layers\.3|skip_connection|emb_layers\.1"  # residual blocks
+    r"|^input_blocks\.\d+\.0\.op|^output_blocks\.\d+\.\d+\.conv)$"  # down- and upsamplers
+)
+
+
+class LowRank(nn.Module):
+    """x -> scale * up(down(x)) beside one Linear or Conv2d; zero at the start.
+
+    `down` is [rank, in] or [rank, in, k, k] with the layer's stride and padding, `up` [out, rank]
+    or [out, rank, 1, 1]. Both stay float32 and are cast to the input's dtype where they are used.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        shape = tuple(layer.weight.shape)
+        self.scale = alpha / rank
+        self.stride, self.padding = getattr(layer, "stride", None), getattr(layer, "padding", None)
+        ones = (1,) * (len(shape) - 2)
+        down = torch.empty(rank, *shape[1:])
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        device = layer.weight.device
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(shape[0], rank, *ones, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if down.dim() == 2:
+            return F.linear(F.linear(x, down), up) * self.scale
+        return F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up) * self.scale
+
+
+class Adapter(nn.Module):
+    """LoRA layers on every target of `network`, which is frozen. On after construction.
+
+    rank, alpha: of every layer; the delta is up @ down * alpha / rank.
+    Raises ValueError when the network has no target layer or the rank is below 1.
+    """
+
+    def __init__(self, network: nn.Module, rank: int = 64, alpha: float = 64.0, seed: int = 0):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"A LoRA's rank is at least 1, found {rank}.")
+        network.requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        self.on = True
+        self.alpha = float(alpha)
+        # A module's name may hold no dot, so the layers are a list beside their names.
+        self.names: list[str] = []
+        self.layers = nn.ModuleList()
+        self._hooks = []
+        for name, layer in network.named_modules():
+            if not (isinstance(layer, nn.Linear | nn.Conv2d) and TARGETS.search(name)):
+                continue
+            low = LowRank(layer, rank, self.alpha, generator)
+            self.names.append(name)
+            self.layers.append(low)
+            self._hooks.append(layer.register_forward_hook(self._hook(low)))
+        if not self.names:
+            raise ValueError(
+                f"{type(network).__name__} has none of the layers an LCM-LoRA trains: expected a "
+                "UNet of the Stable Diffusion 1, 2 or XL kind."
+            )
+
+    def _hook(self, low: LowRank):
+        def add(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor):
+            return output + low(inputs[0]) if self.on else None
+
+        return add
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The plain network inside; the adapter is as it was again afterwards."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def detach(self) -> None:
+        """Takes the layers off the network, which is then as it was before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(layer name in the network, up, down) of every layer."""
+        for name, layer in zip(self.names, self.layers, strict=True):
+            yield name, layer.up.detach(), layer.down.detach()

@@ -1,0 +1,52 @@
+"""The distillation loss of LCM-LoRA, one call a step (2310.04378, algorithm 1; 2311.05556)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..samplers.consistency import consistency
+from ..samplers.timesteps import grid
+from .adapter import Adapter
+from .solver import Schedule, teacher
+
+ORIGIN_STEPS = 50
+SKIP = 1000 // ORIGIN_STEPS  # the k of the paper: how far one solver step goes
+
+
+def pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, c: float = 0.001) -> torch.Tensor:
+    """mean(sqrt((prediction - target)^2 + c^2) - c), in float32."""
+    difference = prediction.float() - target.float()
+    return ((difference.square() + c * c).sqrt() - c).mean()
+
+
+def lcm_loss(
+    network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
+    z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
+    context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The scalar loss for one batch of clean latents; the adapter is on when it returns.
+
+    network(z, t, **context) -> raw output, t being int64 [B]; z0, eps: [B, C, H, W];
+    index: int64 [B] in 0..49, the place on the grid 19, 39, ..., 999; cfg: the usual scale.
+    The adapter must still be on at backward: checkpointing runs the forward again there.
+    """
+    # 1. Noise the latents at t, one solver step above s.
+    t = torch.as_tensor(grid(ORIGIN_STEPS), device=z0.device)[index]
+    s = (t - SKIP).clamp(min=0)
+    z_t = schedule.noised(z0, eps, t)
+    with torch.no_grad():
+        # 2, 3. The teacher, which is the network without the adapter, takes a DDIM step to s.
+        with adapter.off():
+            x0, eps_t = teacher(network, schedule, z_t, t, context, uncond, cfg)
+        z_s = schedule.noised(x0, eps_t, s)
+        # 4. The target is the student itself at s: a LoRA needs no moving average.
+        target = _f(network, schedule, z_s, s, context)
+    # 5. The student at t.
+    return pseudo_huber(_f(network, schedule, z_t, t, context), target)
+
+
+def _f(network, schedule: Schedule, z, t, context) -> torch.Tensor:
+    x0, _ = schedule.split(network(z, t, **context), z, t)
+    return consistency(z, x0, t)
