@@ -5,6 +5,11 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """What ComfyUI calls to get the nodes."""
-    from .nodes.catalogue import LCMLoRAExtension
+    import logging
 
+    try:
+        from .nodes.catalogue import LCMLoRAExtension
+    except Exception:  # ComfyUI itself shows one line of it, without the place
+        logging.getLogger("lcm_lora").exception("The nodes of LCM-LoRA could not be loaded.")
+        raise
     return LCMLoRAExtension()

@@ -6,6 +6,7 @@ COMFYUI_PATH names a ComfyUI of your own to use instead; LCM_LORA_CACHE moves th
 """
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -29,11 +30,24 @@ def as_package():
     sys.modules["lcm_lora"] = package
 
 
+def end_cleanly():
+    """Makes an end from outside what Ctrl-C is, so that no pip and no server is left running."""
+
+    def interrupt(number, _frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
+
+
 def main(arguments):
     if not arguments or arguments[0] not in VERBS:
         print(__doc__)
         return 0 if arguments[:1] in ([], ["-h"], ["--help"]) else 2
     as_package()
+    end_cleanly()
     if INSIDE in os.environ:
         from lcm_lora.dev import commands
 
@@ -43,16 +57,20 @@ def main(arguments):
     try:
         version, arguments = environment.chosen_host(arguments)
         python, host = environment.prepare(version)
-    except environment.SetupError as error:
-        print("\n%s" % error, file=sys.stderr)
+    except (environment.SetupError, OSError) as error:
+        print("\nThe set-up failed. %s" % error, file=sys.stderr)
         return 1
     inside = dict(os.environ, **{INSIDE: str(host), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
+    # A proxy for the outside must not be asked for the server on this machine.
+    inside["no_proxy"] = ",".join(filter(None, ["127.0.0.1", os.environ.get("no_proxy")]))
     child = subprocess.Popen([str(python), HERE, *arguments], env=inside)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     while True:
         try:
-            return child.wait()
+            status = child.wait()
+            return status if status >= 0 else 128 - status  # as a shell counts ends by a signal
         except KeyboardInterrupt:
-            continue  # the child got it too and cleans up
+            continue  # a terminal tells the child too, and it cleans up
 
 
 if __name__ == "__main__":

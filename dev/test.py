@@ -26,7 +26,8 @@ def main(arguments: list[str], host: Path) -> int:
     fixed = [
         "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tests), "--confcutdir", str(tests),
     ]  # fmt: skip
-    named = any((Path(word.partition("::")[0])).exists() for word in arguments)
+    paths = [Path(word.partition("::")[0]).resolve() for word in arguments]
+    named = any(path.exists() and path.is_relative_to(tests) for path in paths)
     status = pytest.main([*fixed, *arguments, *([] if named else [str(tests)])])
     log.info("%.0f s in all", time.monotonic() - begun)
     return int(status)

@@ -1,0 +1,89 @@
+"""Picture quality at 1, 2, 4 and 8 steps: each column of the sheet against the 50-step teacher.
+
+Frechet distance and class accuracy are measured on decoded pictures with the shipped classifier;
+the endpoint error is the mean squared difference of latents (diffusion scale) to the teacher's
+50-step endpoint from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from ..toy import data
+from ..toy.judge import Judge
+from . import subjects
+from .report import Report
+
+log = logging.getLogger("lcm_lora")
+STEPS = (1, 2, 4, 8)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="1,000 pictures and 3 seeds")
+    parser.add_argument("--pictures", type=int, help="pictures a seed, a multiple of 10")
+    parser.add_argument("--seeds", type=int)
+
+
+def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
+    pictures = chosen.pictures or (1000 if chosen.full else 100)
+    seeds = chosen.seeds or (3 if chosen.full else 2)
+    each = max(1, pictures // len(data.NAMES))
+    toy, judge = subjects.Toy.load(checkpoint), Judge()
+    prompts = [toy.encode(data.TEMPLATES[0].format(name)) for name in data.NAMES]
+    empty = toy.encode("")
+    labels = torch.arange(len(data.NAMES)).repeat_interleave(each)
+
+    def draw(sample: subjects.Sample, steps: int, seed: int) -> torch.Tensor:
+        parts = [
+            sample(steps, seed * 1000 + i, prompt, empty, each) for i, prompt in enumerate(prompts)
+        ]
+        return torch.cat(parts)
+
+    figures: dict[tuple[str, str, str], list[float]] = {}
+    for seed in range(seeds):
+        endpoint = draw(subjects.teacher(toy), 0, seed)
+        cells = [("50 steps", "base, DDIM (teacher)", endpoint)]
+        for steps in STEPS:
+            for name, sample in subjects.subjects(toy).items():
+                cells.append((f"{steps} steps", name, draw(sample, steps, seed)))
+                log.info("seed %d: %s, %s", seed, *cells[-1][:2])
+        for case, name, latents in cells:
+            features = judge.features(toy.decode(latents))
+            scale = toy.base.model.latent_format.scale_factor
+            error = float(((latents - endpoint) * scale).square().mean())
+            for metric, value in (
+                ("frechet", judge.distance(features)),
+                ("accuracy", judge.accuracy(features, labels)),
+                ("endpoint_error", error),
+            ):
+                figures.setdefault((case, name, metric), []).append(value)
+
+    report = Report("quality")
+    median = {
+        key: report.add(*key, "" if key[2] != "accuracy" else "share", values)
+        for key, values in figures.items()
+    }
+    four = median["4 steps", "LCM-LoRA", "frechet"]
+    fifty, right = (
+        median["50 steps", "base, DDIM (teacher)", metric] for metric in ("frechet", "accuracy")
+    )
+    report.bar(
+        "frechet at 4 steps, LCM-LoRA / base with the same sampler",
+        four / median["4 steps", "base, LCM sampler", "frechet"], 0.6,
+    )  # fmt: skip
+    report.bar("frechet, LCM-LoRA at 4 steps / teacher at 50", four / fifty, 1.5)
+    report.bar(
+        "endpoint error at 1 step, LCM-LoRA / base DDIM",
+        median["1 steps", "LCM-LoRA", "endpoint_error"]
+        / median["1 steps", "base, DDIM", "endpoint_error"], 0.35,
+    )  # fmt: skip
+    report.bar(
+        "frechet, teacher at 50 steps / base DDIM at 4 (the toy needs the LoRA)",
+        fifty / median["4 steps", "base, DDIM", "frechet"], 1 / 1.5,
+    )  # fmt: skip
+    report.bar("error rate of the teacher at 50 steps", 1 - right, 0.15)
+    return report

@@ -1,0 +1,63 @@
+"""What every benchmark prints and writes: rows of figures, and bars they are held against."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Report:
+    """rows: case, subject, metric, unit, median, min, max, mean, deviation, n; bars: limits."""
+
+    bench: str
+    rows: list[dict] = field(default_factory=list)
+    bars: list[dict] = field(default_factory=list)
+    machine: dict = field(default_factory=lambda: machine())
+
+    def add(self, case: str, subject: str, metric: str, unit: str, values: list[float]) -> float:
+        """Adds a row and returns its median."""
+        median = statistics.median(values)
+        self.rows.append({
+            "case": case, "subject": subject, "metric": metric, "unit": unit,
+            "median": median, "min": min(values), "max": max(values),
+            "mean": statistics.fmean(values),
+            "deviation": statistics.stdev(values) if len(values) > 1 else None, "n": len(values),
+        })  # fmt: skip
+        return median
+
+    def bar(self, name: str, value: float, limit: float) -> None:
+        """Holds when value <= limit."""
+        self.bars.append({"name": name, "value": value, "limit": limit, "holds": value <= limit})
+
+    def table(self) -> str:
+        lines = [
+            f"{'case':<12}{'subject':<28}{'metric':<20}{'median':>10}{'min':>10}{'max':>10}  n"
+        ]
+        for row in self.rows:
+            lines.append(
+                f"{row['case']:<12}{row['subject']:<28}{row['metric'] + ' ' + row['unit']:<20}"
+                f"{row['median']:>10.4g}{row['min']:>10.4g}{row['max']:>10.4g}  {row['n']}"
+            )
+        for bar in self.bars:
+            verdict = "holds" if bar["holds"] else "DOES NOT HOLD"
+            lines.append(f"{bar['name']}: {bar['value']:.3f}, at most {bar['limit']}: {verdict}")
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> dict:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "gpu": gpu,
+        "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip

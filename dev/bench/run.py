@@ -1,0 +1,34 @@
+"""`python3 dev bench AREA`: sets the host up in this process, runs one area, prints its table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import time
+from pathlib import Path
+
+AREAS = ("quality", "sampling")
+log = logging.getLogger("lcm_lora")
+
+
+def main(arguments: list[str], local: Path) -> int:
+    """Exit status 0 when every bar holds, else 1. Needs the host on the import path."""
+    area = next((word for word in arguments if word in AREAS), None)
+    parser = argparse.ArgumentParser(prog="python3 dev bench")
+    parser.add_argument("area", choices=AREAS)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    if area is None:
+        parser.parse_args(arguments)
+    from ..toy import assemble
+
+    module = importlib.import_module(f".{area}", __package__)
+    module.options(parser)
+    chosen = parser.parse_args(arguments)
+    begun = time.monotonic()
+    report = module.run(chosen, assemble.checkpoint(local / "models"))
+    log.info("%s: %.0f s", area, time.monotonic() - begun)
+    print(report.table())  # noqa: T201 (the table is this command's result)
+    if chosen.json:
+        report.write(chosen.json)
+    return 0 if all(bar["holds"] for bar in report.bars) else 1

@@ -1,0 +1,91 @@
+"""The columns of the contact sheet as functions of the host: same noise in, latents out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.sd
+import comfy.utils
+import torch
+
+import nodes
+
+from ...lora import combine, files
+from ...lora.host import apply
+from ...nodes.sampling import LCMKSampler
+from ...samplers.host import patch_sampling
+from ..toy import assemble
+from ..toy.command import GUIDANCE
+
+TEACHER_STEPS = 50
+
+
+@dataclass
+class Toy:
+    """The toy as the host loads it, plain, accelerated, and accelerated with the style."""
+
+    base: object
+    clip: object
+    vae: object
+    unlearned: object
+    lcm: object
+    styled: object
+
+    @classmethod
+    def load(cls, checkpoint) -> Toy:
+        base, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+        lcm = files.read(assemble.LCM_LORA)
+        style = files.read(assemble.STYLE_LORA)
+        both, _ = combine.exact([lcm, style], [1.0, 0.8])
+        return cls(
+            base, clip, vae, patch_sampling(base),
+            *(patch_sampling(apply(base, None, vector, 1.0, 0.0)[0]) for vector in (lcm, both)),
+        )  # fmt: skip
+
+    def encode(self, text: str) -> list:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    @torch.no_grad()
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """[N, 4, 8, 8] -> [N, 3, 64, 64] in 0..1."""
+        return self.vae.decode(latent).movedim(-1, 1).float().clamp(0, 1)
+
+
+Sample = Callable[[int, int, list, list, int], torch.Tensor]
+"""(steps, seed, positive, negative, count) -> latents [count, 4, 8, 8]"""
+
+
+def subjects(toy: Toy) -> dict[str, Sample]:
+    """The five columns, left to right. Those without the LoRA get the guidance they need."""
+
+    def host(sampler: str) -> Sample:
+        def sample(steps, seed, positive, negative, count):
+            return nodes.common_ksampler(
+                toy.base, seed, steps, GUIDANCE, sampler, "sgm_uniform", positive, negative,
+                {"samples": torch.zeros(count, 4, 8, 8)},
+            )[0]["samples"]  # fmt: skip
+
+        return sample
+
+    def ours(model, cfg: float) -> Sample:
+        def sample(steps, seed, positive, negative, count):
+            latent = {"samples": torch.zeros(count, 4, 8, 8)}
+            result = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
+            return result.result[0]["samples"]
+
+        return sample
+
+    return {
+        "base, DDIM": host("ddim"),
+        "base, DPM++ 2M": host("dpmpp_2m"),
+        "base, LCM sampler": ours(toy.unlearned, GUIDANCE),
+        "LCM-LoRA": ours(toy.lcm, 1.0),
+        "LCM-LoRA + style": ours(toy.styled, 1.0),
+    }
+
+
+def teacher(toy: Toy) -> Sample:
+    """The base at 50 DDIM steps, whatever count of steps is asked."""
+    ddim = subjects(toy)["base, DDIM"]
+    return lambda steps, *rest: ddim(TEACHER_STEPS, *rest)

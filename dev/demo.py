@@ -1,0 +1,144 @@
+"""`python3 dev demo`: the shipped workflows and a contact sheet, drawn by a real ComfyUI server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from . import sheet
+from .client import Client
+from .server import Server, install
+from .workflow import to_api
+
+log = logging.getLogger("lcm_lora")
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+TEXT_TO_IMAGE = "LCM-LoRA text to image"
+WITH_STYLE = "LCM-LoRA with a style LoRA"
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere one line when it is done."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.begun, self.terminal = title, time.monotonic(), sys.stderr.isatty()
+
+    def show(self, done: float, total: int) -> None:
+        if self.terminal:
+            share = done / total
+            line = f"\r{self.title:<32} [{'#' * int(30 * share):<30}] {100 * share:3.0f} % "
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+    def close(self) -> float:
+        """Ends the line; -> seconds since the bar was made."""
+        seconds = time.monotonic() - self.begun
+        start = "\r\033[K" if self.terminal else ""
+        sys.stderr.write(f"{start}{self.title}: {seconds:.1f} s\n")
+        return seconds
+
+
+def fitted(workflow: dict, subject: sheet.Subject) -> dict:
+    """A shipped workflow as an API prompt, with the subject's files, caption and size put in."""
+    prompt = to_api(workflow)
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "CheckpointLoaderSimple":
+            inputs["ckpt_name"] = subject.checkpoint
+        elif "lora_name" in inputs:
+            # The official LCM-LoRA is named so in both workflows; the other one is the style.
+            official = inputs["lora_name"].startswith("lcm-lora")
+            inputs["lora_name"] = subject.lcm_lora if official else subject.style_lora
+        elif node["class_type"] == "CLIPTextEncode" and inputs["text"]:
+            inputs["text"] = subject.captions[0]
+        elif node["class_type"] == "EmptyLatentImage":
+            inputs["width"] = inputs["height"] = subject.size
+    return prompt
+
+
+def draw(client: Client, title: str, prompt: dict) -> tuple[dict, float]:
+    """Runs a prompt with a progress bar; -> (node -> picture files, seconds)."""
+    bar = Bar(title)
+    shown = client.run(prompt, on_progress=bar.show)
+    return client.pictures(shown), bar.close()
+
+
+def toy_subject(checkpoint: Path) -> sheet.Subject:
+    """The toy's files by name, four captions it knows, and its own guidance."""
+    from .toy import assemble, command
+
+    names = "an ankle boot", "a dress", "a bag", "a pullover"
+    captions = tuple(f"a photo of {name}" for name in names)
+    loras = assemble.LCM_LORA.name, assemble.STYLE_LORA.name
+    return sheet.Subject(checkpoint.name, *loras, captions, command.GUIDANCE, size=64)
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python3 dev demo", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="a real checkpoint instead of the toy")
+    parser.add_argument("--lcm-lora", type=Path, help="the LCM-LoRA of the checkpoint's family")
+    parser.add_argument("--style-lora", type=Path)
+    parser.add_argument("--prompt", default="a lighthouse on a cliff, oil painting, evening light")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side (1024 for SDXL)")
+    chosen = parser.parse_args(arguments)
+    if bool(chosen.checkpoint) != bool(chosen.lcm_lora):
+        parser.error("--checkpoint and --lcm-lora go together: the demo draws with both")
+    if chosen.style_lora and not chosen.checkpoint:
+        parser.error("--style-lora goes with --checkpoint and --lcm-lora")
+    for path in (chosen.checkpoint, chosen.lcm_lora, chosen.style_lora):
+        if path and not path.is_file():
+            parser.error(f"there is no file {path}")
+    return chosen
+
+
+def draw_workflow(client: Client, title: str, subject: sheet.Subject, out: Path) -> None:
+    """Runs a shipped workflow twice, the second time warm, and keeps that picture in `out`."""
+    workflow = json.loads((WORKFLOWS / f"{title}.json").read_text(encoding="utf-8"))
+    prompt = fitted(workflow, subject)
+    draw(client, f"{title} (models load)", prompt)
+    for node in prompt.values():
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] += 1
+    pictures, seconds = draw(client, title, prompt)
+    paths = [path for saved in pictures.values() for path in saved]
+    for number, path in enumerate(paths):
+        shutil.copyfile(path, out / f"{title} {number + 1}.png")
+    log.info("%s: %.2f s per picture", title, seconds / len(paths))
+
+
+def main(arguments: list[str], host: Path, local: Path) -> int:
+    chosen = options(arguments)
+    out = local / "demo"
+    out.mkdir(parents=True, exist_ok=True)
+    if chosen.checkpoint:
+        files = chosen.checkpoint, chosen.lcm_lora, chosen.style_lora
+        names = [path.name if path else None for path in files]
+        subject = sheet.Subject(*names, (chosen.prompt,), guidance=7.5, size=chosen.size)
+    else:
+        from .toy import assemble
+
+        files = assemble.checkpoint(local / "models"), assemble.LCM_LORA, assemble.STYLE_LORA
+        subject = toy_subject(files[0])
+    server = Server(host, local)
+    for path, folder in zip(files, ("checkpoints", "loras", "loras"), strict=True):
+        if path:
+            install(path, server.base / "models" / folder)
+    with server:
+        client = server.client()
+        draw_workflow(client, TEXT_TO_IMAGE, subject, out)
+        if subject.style_lora:
+            draw_workflow(client, WITH_STYLE, subject, out)
+        prompt, cells = sheet.prompt(subject)
+        pictures, _ = draw(client, f"Contact sheet of {len(cells)} pictures", prompt)
+        drawn = {cell: pictures[node][0] for node, cell in cells.items()}
+    path = out / "contact sheet.png"
+    scratch = out / f"{os.getpid()}.tmp.png"
+    sheet.compose(drawn, len(subject.captions)).save(scratch)
+    os.replace(scratch, path)
+    log.info("The pictures are in %s", out)
+    return 0

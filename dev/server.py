@@ -1,0 +1,140 @@
+"""A real ComfyUI server with this pack in it, started and ended by a `with` block."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from .client import Client
+from .environment import ROOT
+from .in_process import FOLDERS, device_flags
+
+FOLDER = "lcm-lora"  # the pack's name in custom_nodes
+STARTS_IN = 240  # seconds
+
+
+class Server:
+    """`base` is the server's own folder (models, outputs, log), kept from run to run.
+
+    Raises RuntimeError with the end of the log when the server does not come up.
+    """
+
+    def __init__(self, host: Path, local: Path, port: int = 0) -> None:
+        self.host = host
+        self.base = local / f"server-{host.parent.name}"
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = self.base / "server.log"
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Server:
+        for folder in FOLDERS:
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        _link(ROOT, self.base / "custom_nodes" / FOLDER)
+        command = [
+            sys.executable, str(self.host / "main.py"), "--listen", "127.0.0.1",
+            "--port", str(self.port), "--base-directory", str(self.base),
+            "--disable-auto-launch", *device_flags(), *self._known_flags(),
+        ]  # fmt: skip
+        with open(self.log, "wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.host, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=os.name != "nt",
+            )  # fmt: skip
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.stop()
+
+    def client(self) -> Client:
+        return Client(self.url, self.base / "output")
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends the server, gently first; nothing of it is left running."""
+        if not self.alive():
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # a second Ctrl-C comes by here too
+            if self.alive():
+                self._kill()
+
+    def _kill(self) -> None:
+        if os.name == "nt":
+            self._process.kill()
+        else:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _known_flags(self) -> list[str]:
+        """Flags that keep the server to itself, of those this version of the host knows."""
+        text = (self.host / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+        flags = ["--disable-api-nodes"] if "--disable-api-nodes" in text else []
+        if "--database-url" in text:
+            flags += ["--database-url", "sqlite:///:memory:"]
+        return flags
+
+    def _wait(self) -> None:
+        until = time.monotonic() + STARTS_IN
+        while time.monotonic() < until and self.alive():
+            try:
+                with urllib.request.urlopen(f"{self.url}/system_stats", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        why = "did not answer in time" if self.alive() else "ended at once"
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+        raise RuntimeError(f"The ComfyUI server {why}. The end of {self.log}:\n{tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _link(source: Path, target: Path) -> None:
+    """target -> source; on Windows a junction, which needs no rights."""
+    if target.is_symlink() and target.resolve() == source:
+        return
+    if target.is_symlink():
+        target.unlink()
+    if os.name == "nt":
+        if not target.exists():
+            import _winapi
+
+            _winapi.CreateJunction(str(source), str(target))
+        return
+    target.symlink_to(source, target_is_directory=True)
+
+
+def install(source: Path, folder: Path) -> str:
+    """Puts a model file where the host looks for it, as a link where links can be; -> its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / source.name
+    if not (target.exists() and target.stat().st_size == source.stat().st_size):
+        target.unlink(missing_ok=True)
+        try:
+            target.symlink_to(source.resolve())
+        except OSError:
+            shutil.copyfile(source, target)
+    return source.name

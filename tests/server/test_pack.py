@@ -1,0 +1,81 @@
+"""What the pack does to a ComfyUI that starts with it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "nodes.json").read_text(encoding="utf-8"))
+
+IMPORT = """
+import asyncio, importlib.util, json, sys
+sys.path.insert(0, sys.argv[1])
+base, root = sys.argv[2:4]
+sys.argv = ["comfyui", "--cpu", "--base-directory", base]
+import comfy.options
+comfy.options.enable_args_parsing()
+import nodes, comfy_api.v0_0_2, latent_preview, comfy.sample, comfy.sd
+asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+before, touched = set(sys.modules), []
+
+def watch(event, arguments):
+    if event.startswith(("socket.connect", "socket.getaddrinfo", "subprocess", "os.system")):
+        touched.append(event)
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        if not str(arguments[0]).endswith((".pyc",)) and "__pycache__" not in str(arguments[0]):
+            touched.append(f"open {arguments[0]}")
+
+sys.addaudithook(watch)
+spec = importlib.util.spec_from_file_location(
+    "pack", root + "/__init__.py", submodule_search_locations=[root])
+pack = importlib.util.module_from_spec(spec)
+sys.modules["pack"] = pack
+spec.loader.exec_module(pack)
+
+async def count():
+    extension = await pack.comfy_entrypoint()
+    return len(await extension.get_node_list())
+
+found = asyncio.run(count())
+new = sorted({name.split(".")[0] for name in set(sys.modules) - before} - {"pack"})
+print(json.dumps({"nodes": found, "new": new, "touched": touched}))
+"""
+
+
+def test_every_node_is_there_with_its_words(client):
+    known = client.get("/object_info")
+    for name, node in GOLDEN.items():
+        info = known[name]
+        assert info["description"] and info["display_name"] and info["category"] == "LCM-LoRA"
+        assert all(info["output_tooltips"])
+        assert len(info["output"]) == len(node["outputs"])
+        for side in ("required", "optional"):
+            for spec in info["input"].get(side, {}).values():
+                assert spec[1]["tooltip"]
+
+
+def test_the_help_pages_are_served(client):
+    import urllib.request
+
+    for name in GOLDEN:
+        address = f"{client.url}/extensions/lcm-lora/docs/{name}.md"
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert page.read().startswith(b"# ")
+
+
+def test_the_workflows_are_offered_as_templates(client):
+    offered = client.get("/workflow_templates")["lcm-lora"]
+    assert {"LCM-LoRA text to image", "LCM-LoRA with a style LoRA"} <= set(offered)
+
+
+def test_importing_it_connects_writes_and_brings_in_nothing(tmp_path):
+    """Beside ComfyUI's own modules the pack loads none, so it costs next to nothing at start."""
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT, os.environ["LCM_LORA_TEST_HOST"], str(tmp_path), str(ROOT)],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found == {"nodes": len(GOLDEN), "new": [], "touched": []}

@@ -1,0 +1,77 @@
+"""The shipped workflows, run by a real server on the toy: the pictures show what was asked for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+
+
+def images(paths) -> torch.Tensor:
+    """Picture files as [N, 3, H, W] in 0..1."""
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+
+
+def fitted(path, subject):
+    from lcm_lora.dev.demo import fitted
+
+    return fitted(json.loads(path.read_text(encoding="utf-8")), subject)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_it_draws_the_caption(path, client, subject):
+    from lcm_lora.dev.toy.judge import Judge
+
+    prompt = fitted(path, subject)
+    for node in prompt.values():
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"]["batch_size"] = 12
+    (paths,) = client.pictures(client.run(prompt)).values()
+    drawn = images(paths)
+    assert drawn.shape == (12, 3, 64, 64)
+    if "style" in path.stem:
+        # Blue paper: far more blue than red, which the unstyled toy's greys never have.
+        assert (drawn[:, 2] - drawn[:, 0]).mean() > 0.15
+    else:
+        assert (drawn[:, 2] - drawn[:, 0]).abs().mean() < 0.05
+        judge = Judge()
+        boots = judge.model.head(judge.features(drawn)).argmax(1) == 9
+        assert boots.float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_its_nodes_and_inputs_exist(path, client):
+    from lcm_lora.dev.workflow import to_api
+
+    known = client.get("/object_info")
+    prompt = to_api(json.loads(path.read_text(encoding="utf-8")))
+    for node in prompt.values():
+        spec = known[node["class_type"]]["input"]
+        named = set(spec["required"]) | set(spec.get("optional", {}))
+        assert {name.partition(".")[0] for name in node["inputs"]} <= named
+        assert set(spec["required"]) <= set(node["inputs"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_it_names_the_official_file_and_has_a_picture(path):
+    text = path.read_text(encoding="utf-8")
+    assert "lcm-lora-sdv1-5.safetensors" in text
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert min(picture.size) >= 256
+
+
+def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
+    prompt = fitted(WORKFLOWS[0], subject)
+    (size,) = (n for n in prompt.values() if n["class_type"] == "EmptyLatentImage")
+    size["inputs"]["batch_size"] = 3
+    (batch,) = client.pictures(client.run(prompt)).values()
+    size["inputs"]["batch_size"] = 1
+    (alone,) = client.pictures(client.run(prompt)).values()
+    difference = (images(batch[:1]) - images(alone)).abs().max()
+    # The noise is the same; products in a batch round differently, by one grey level at most.
+    assert difference <= 2 / 255
