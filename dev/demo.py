@@ -18,8 +18,9 @@ from .workflow import to_api
 
 log = logging.getLogger("lcm_lora")
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
-TEXT_TO_IMAGE = "LCM-LoRA text to image"
-WITH_STYLE = "LCM-LoRA with a style LoRA"
+# Without spaces, which the front end's address ?template=... does not take.
+TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
+WITH_STYLE = "LCM-LoRA_with_a_style_LoRA"
 
 
 class Bar:
@@ -96,9 +97,10 @@ def options(arguments: list[str]) -> argparse.Namespace:
     return chosen
 
 
-def draw_workflow(client: Client, title: str, subject: sheet.Subject, out: Path) -> None:
+def draw_workflow(client: Client, name: str, subject: sheet.Subject, out: Path) -> None:
     """Runs a shipped workflow twice, the second time warm, and keeps that picture in `out`."""
-    workflow = json.loads((WORKFLOWS / f"{title}.json").read_text(encoding="utf-8"))
+    workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    title = name.replace("_", " ")
     prompt = fitted(workflow, subject)
     draw(client, f"{title} (models load)", prompt)
     for node in prompt.values():

@@ -20,8 +20,11 @@ def main(arguments: list[str], local: Path) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     if area is None:
         parser.parse_args(arguments)
+    import comfy.utils
+
     from ..toy import assemble
 
+    comfy.utils.set_progress_bar_enabled(False)
     module = importlib.import_module(f".{area}", __package__)
     module.options(parser)
     chosen = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 import nodes
 
 from ...nodes.sampling import LCMKSampler
+from ...samplers.host import patch_sampling
 from ..toy import assemble
 from . import subjects
 from .report import Report
@@ -33,13 +34,15 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     lora = comfy.utils.load_torch_file(str(assemble.LCM_LORA), safe_load=True)
     loaded = comfy.sd.load_lora_for_models(toy.base, None, lora, 1.0, 0.0)[0]
     patched = ModelSamplingDiscrete().patch(loaded, "lcm", False)[0]
+    # The same patched weights under both, so that neither run waits for a model to be loaded.
+    sampled = patch_sampling(loaded)
     positive, negative = toy.encode("a photo of a bag"), toy.encode("")
 
     def latent() -> dict:
         return {"samples": torch.zeros(chosen.batch, 4, 8, 8)}
 
     def ours(steps: int) -> None:
-        LCMKSampler.execute(toy.lcm, 7, steps, 1.0, positive, negative, latent(), 1.0)
+        LCMKSampler.execute(sampled, 7, steps, 1.0, positive, negative, latent(), 1.0)
 
     def host(steps: int) -> None:
         nodes.common_ksampler(patched, 7, steps, 1.0, "lcm", "simple", positive, negative, latent())

@@ -67,7 +67,7 @@ def test_the_help_pages_are_served(client):
 
 def test_the_workflows_are_offered_as_templates(client):
     offered = client.get("/workflow_templates")["lcm-lora"]
-    assert {"LCM-LoRA text to image", "LCM-LoRA with a style LoRA"} <= set(offered)
+    assert {"LCM-LoRA_text_to_image", "LCM-LoRA_with_a_style_LoRA"} <= set(offered)
 
 
 def test_importing_it_connects_writes_and_brings_in_nothing(tmp_path):
