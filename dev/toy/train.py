@@ -215,7 +215,7 @@ def _conditions(
 
 def lcm_lora(
     model: nn.Module, latents: torch.Tensor, labels: torch.Tensor, context: torch.Tensor,
-    cfg: float, rank: int = 32, count: int = 800, batch: int = 32,
+    cfg: float, rank: int = 32, count: int = 700, batch: int = 32,
 ) -> Adapter:  # fmt: skip
     """Latent consistency distillation with the pack's own loss, at the toy's guidance."""
     generator = torch.Generator().manual_seed(4)
@@ -241,7 +241,7 @@ def lcm_lora(
 
 def style_lora(
     model: nn.Module, latents: torch.Tensor, labels: torch.Tensor, context: torch.Tensor,
-    rank: int = 8, count: int = 400, batch: int = 32,
+    rank: int = 8, count: int = 300, batch: int = 32,
 ) -> Adapter:  # fmt: skip
     """An ordinary LoRA: noise prediction on the latents of restyled pictures, same captions."""
     generator = torch.Generator().manual_seed(5)
