@@ -113,7 +113,7 @@ class LCMSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "noise_device", options=["cpu", "gpu"], default="cpu", advanced=True,
-                    tooltip="Where noise between steps is drawn. cpu gives the same picture on "
+                    tooltip="Where noise between steps is drawn. cpu gives the same noise on "
                     "every machine; gpu draws on the device that samples.",
                 ),
             ],
