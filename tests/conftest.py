@@ -1,5 +1,6 @@
 """The checkout as the package `lcm_lora`, as the developer's commands register it."""
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -28,3 +29,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--update-golden", action="store_true", help="record new nodes and inputs as landed"
     )
+
+
+@pytest.fixture(scope="session")
+def host_folder() -> Path:
+    """The ComfyUI that `python3 dev test` brings."""
+    host = os.environ.get("LCM_LORA_TEST_HOST")
+    if not host:
+        pytest.fail("no ComfyUI: run the tests with `python3 dev test`, which brings one")
+    return Path(host)

@@ -21,16 +21,14 @@ class Report:
     bars: list[dict] = field(default_factory=list)
     machine: dict = field(default_factory=lambda: machine())
 
-    def add(self, case: str, subject: str, metric: str, unit: str, values: list[float]) -> float:
-        """Adds a row and returns its median."""
-        median = statistics.median(values)
+    def add(self, case: str, subject: str, metric: str, unit: str, values: list[float]) -> None:
+        """Adds a row."""
         self.rows.append({
             "case": case, "subject": subject, "metric": metric, "unit": unit,
-            "median": median, "min": min(values), "max": max(values),
+            "median": statistics.median(values), "min": min(values), "max": max(values),
             "mean": statistics.fmean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else None, "n": len(values),
         })  # fmt: skip
-        return median
 
     def bar(self, name: str, value: float, limit: float) -> None:
         """Holds when value <= limit."""

@@ -1,6 +1,5 @@
 """The real ComfyUI in this process, and the toy's files where it looks for models."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,18 +7,15 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def comfy(tmp_path_factory):
+def comfy(tmp_path_factory, host_folder):
     """.host: ComfyUI's folder; .base: its base directory; .loras, .checkpoints: model folders."""
     from lcm_lora.dev import in_process
 
-    host = os.environ.get("LCM_LORA_TEST_HOST")
-    if not host:
-        pytest.fail("no ComfyUI: run the tests with `python3 dev test`, which brings one")
     base = tmp_path_factory.mktemp("comfyui")
-    in_process.enter(Path(host), base)
+    in_process.enter(host_folder, base)
     models = base / "models"
     return SimpleNamespace(
-        host=Path(host), base=base, loras=models / "loras", checkpoints=models / "checkpoints"
+        host=host_folder, base=base, loras=models / "loras", checkpoints=models / "checkpoints"
     )
 
 

@@ -1,24 +1,18 @@
 """One real server with the pack and the toy in it, for all tests of this folder."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(tmp_path_factory, host_folder):
     from lcm_lora.dev import in_process
     from lcm_lora.dev.commands import LOCAL
     from lcm_lora.dev.server import Server, install
     from lcm_lora.dev.toy import assemble
 
-    host = os.environ.get("LCM_LORA_TEST_HOST")
-    if not host:
-        pytest.fail("no ComfyUI: run the tests with `python3 dev test`, which brings one")
     local = tmp_path_factory.mktemp("server")
-    in_process.enter(Path(host), local / "in-process")
-    running = Server(Path(host), local)
+    in_process.enter(host_folder, local / "in-process")
+    running = Server(host_folder, local)
     models = running.base / "models"
     install(assemble.checkpoint(LOCAL / "models"), models / "checkpoints")
     for lora in (assemble.LCM_LORA, assemble.STYLE_LORA):
