@@ -17,10 +17,10 @@ def run(verb: str, arguments: list[str], host: str) -> int:
     folder = Path(host)
     LOCAL.mkdir(exist_ok=True)
     # Imported where they are used: each needs another part of the environment.
-    if verb == "test":
+    if verb in ("test", "faults"):
         from . import test
 
-        return test.main(arguments, folder)
+        return test.main([*(["-m", "faults"] if verb == "faults" else []), *arguments], folder)
     from . import in_process
 
     in_process.enter(folder, LOCAL / "in-process")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .delta import Vector
 from .wire import parse, to_wire
@@ -75,14 +76,32 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     # In the same folder, for a rename is atomic only within one file system.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, temporary, dict(vector.metadata))
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            for part in _serialised(tensors, dict(vector.metadata)):
+                file.write(part)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path.name} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _serialised(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> tuple[bytes, bytes, memoryview]:
+    """A safetensors file in three parts: the header's length, the header, the tensors.
+
+    The library writes the metadata in an order of chance; sorted, the same vector is always the
+    same file.
+    """
+    data = memoryview(save(tensors, metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:end]))
+    if "__metadata__" in header:
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little"), text, data[end:]
 
 
 def inside(folder: Path, name: str) -> Path:

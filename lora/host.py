@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from comfy_execution.utils import get_executing_context
 
 from .delta import Vector
 from .family import SDXL_TYPE, Family, family, family_of
-from .files import inside, offered
 from .wire import to_wire
 
 logger = logging.getLogger("lcm_lora")
@@ -116,31 +112,6 @@ def detect(model: ModelPatcher) -> Family | None:
     if "num_res_blocks" not in config:
         return None
     return family(config.get("context_dim"), config["transformer_depth"][-1])
-
-
-def lora_names() -> list[str]:
-    """LoRA files of the host's folders, as its combos spell them."""
-    return offered(folder_paths.get_filename_list("loras"))
-
-
-def lora_path(name: str) -> Path:
-    """Where a file of `lora_names` lies. Raises FileNotFoundError where it is gone."""
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
-
-
-def new_lora_path(name: str) -> Path:
-    """Where a new LoRA of this name goes: into the first of the host's LoRA folders."""
-    return inside(Path(folder_paths.get_folder_paths("loras")[0]), name)
-
-
-def show(text: str) -> None:
-    """Shows a line on the node that is being executed; nothing outside a prompt."""
-    if (context := get_executing_context()) is None:
-        return
-    # Not at module scope: it pulls in the whole web application, which only a server has.
-    from server import PromptServer
-
-    PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 def _is_text(module: str) -> bool:

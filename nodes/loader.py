@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..lora.files import fingerprint, read
-from ..lora.host import apply, lora_names, lora_path, show
+from ..lora.host import apply
 from ..samplers.host import patch_sampling
+from .host import lora_names, lora_path, show
 
 # A file does not say which distillation it came from, and LCM is the only one known so far.
 SAMPLING = {"auto": "lcm", "lcm": "lcm"}

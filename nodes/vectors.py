@@ -7,8 +7,9 @@ from comfy_api.v0_0_2 import io
 
 from ..lora.combine import exact
 from ..lora.files import DTYPES, fingerprint, read, write
-from ..lora.host import apply, lora_names, lora_path, new_lora_path, show
+from ..lora.host import apply
 from ..lora.wire import describe, from_wire, to_wire
+from .host import lora_names, lora_path, new_lora_path, show
 
 CATEGORY = "LCM-LoRA"
 MAX_VECTORS = 8

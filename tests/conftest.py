@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,14 @@ if "lcm_lora" not in sys.modules:
     sys.modules["lcm_lora"] = package
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     import torch
 
+    if config.getoption("markexpr") != "faults":
+        for item in items:
+            if item.get_closest_marker("faults"):
+                reason = "takes minutes: run it with `python3 dev faults`"
+                item.add_marker(pytest.mark.skip(reason=reason))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -38,3 +44,23 @@ def host_folder() -> Path:
     if not host:
         pytest.fail("no ComfyUI: run the tests with `python3 dev test`, which brings one")
     return Path(host)
+
+
+@pytest.fixture
+def small_files():
+    """small_files(limit) -> a context in which writing a file beyond so many bytes fails."""
+    resource = pytest.importorskip("resource", reason="only POSIX limits a file's size")
+    import signal
+
+    @contextmanager
+    def limited(limit: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

@@ -54,7 +54,8 @@ class Adapter(nn.Module):
     """LoRA layers on every target of `network`, which is frozen. On after construction.
 
     rank, alpha: of every layer; the delta is up @ down * alpha / rank.
-    Raises ValueError when the network has no target layer or the rank is below 1.
+    Raises ValueError when the network has no target layer, or when the rank is below 1 or above
+    what the smallest layer holds.
     """
 
     def __init__(self, network: nn.Module, rank: int = 64, alpha: float = 64.0, seed: int = 0):
@@ -72,6 +73,12 @@ class Adapter(nn.Module):
         for name, layer in network.named_modules():
             if not (isinstance(layer, nn.Linear | nn.Conv2d) and TARGETS.search(name)):
                 continue
+            full = min(len(layer.weight), layer.weight[0].numel())
+            if rank > full:
+                raise ValueError(
+                    f"A LoRA of rank {rank} holds more than the layer {name}, whose full rank is "
+                    f"{full}: choose at most that."
+                )
             low = LowRank(layer, rank, self.alpha, generator)
             self.names.append(name)
             self.layers.append(low)

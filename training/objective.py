@@ -16,8 +16,8 @@ SKIP = 1000 // ORIGIN_STEPS  # the k of the paper: how far one solver step goes
 
 
 def pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, c: float = 0.001) -> torch.Tensor:
-    """mean(sqrt((prediction - target)^2 + c^2) - c), in float32."""
-    difference = prediction.float() - target.float()
+    """mean(sqrt((prediction - target)^2 + c^2) - c), in the precision of the schedule's table."""
+    difference = prediction - target
     return ((difference.square() + c * c).sqrt() - c).mean()
 
 
@@ -26,14 +26,33 @@ def lcm_loss(
     z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
     context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
+    """The loss of latent consistency (equation 9): f leaps from any t to the clean latent."""
+
+    def f(z, t, x0, eps):
+        return consistency(z, x0, t.to(x0.dtype))
+
+    return step_loss(f, network, adapter, schedule, z0, eps, index, context, uncond, cfg)
+
+
+def step_loss(
+    f: Callable[..., torch.Tensor],
+    network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
+    z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
+    context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """The scalar loss for one batch of clean latents; the adapter is on when it returns.
 
-    network(z, t, **context) -> raw output, t being int64 [B]; z0, eps: [B, C, H, W];
-    index: int64 [B] in 0..49, the place on the grid 19, 39, ..., 999; cfg: the usual scale.
-    The adapter must still be on at backward: checkpointing runs the forward again there.
+    f(z, t, x0, eps) -> where the student says z goes, which is to be the same from t as from the
+    teacher's step below. network(z, t, **context) -> raw output, t being int64 [B]; z0, eps:
+    [B, C, H, W]; index: int64 [B] in 0..49, the place on the grid 19, 39, ..., 999; cfg: the usual
+    scale. The adapter must still be on at backward: checkpointing runs the forward again there.
     """
+
+    def student(z, t):
+        return f(z, t, *schedule.split(network(z, t, **context), z, t))
+
     # 1. Noise the latents at t, one solver step above s.
-    t = torch.as_tensor(grid(ORIGIN_STEPS), device=z0.device)[index]
+    t = on_grid(index)
     s = (t - SKIP).clamp(min=0)
     z_t = schedule.noised(z0, eps, t)
     with torch.no_grad():
@@ -42,11 +61,11 @@ def lcm_loss(
             x0, eps_t = teacher(network, schedule, z_t, t, context, uncond, cfg)
         z_s = schedule.noised(x0, eps_t, s)
         # 4. The target is the student itself at s: a LoRA needs no moving average.
-        target = _f(network, schedule, z_s, s, context)
+        target = student(z_s, s)
     # 5. The student at t.
-    return pseudo_huber(_f(network, schedule, z_t, t, context), target)
+    return pseudo_huber(student(z_t, t), target)
 
 
-def _f(network, schedule: Schedule, z, t, context) -> torch.Tensor:
-    x0, _ = schedule.split(network(z, t, **context), z, t)
-    return consistency(z, x0, t)
+def on_grid(index: torch.Tensor) -> torch.Tensor:
+    """The timesteps at these places of the grid: 0..49 -> 19, 39, ..., 999."""
+    return torch.as_tensor(grid(ORIGIN_STEPS), device=index.device)[index]

@@ -11,7 +11,9 @@ from ..samplers.consistency import x0_and_eps
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a model was trained with: `alphas_cumprod` float32 [1000] and its prediction type.
+    """What a model was trained with: `alphas_cumprod` [1000] and its prediction type.
+
+    The table is float32, or float64 to check equations; latents and losses take its precision.
 
     prediction: "eps", "v" or "x0". The host's sigmas give alphas_cumprod = 1 / (1 + sigma^2).
     """
@@ -34,8 +36,11 @@ class Schedule:
     def split(
         self, output: torch.Tensor, z: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A network's raw output at (z, t) -> what it says of x0 and of eps, in float32."""
-        return x0_and_eps(output.float(), z.float(), self.alpha(t), self.sigma(t), self.prediction)
+        """A network's raw output at (z, t) -> what it says of x0 and eps, in the table's dtype."""
+        dtype = self.alphas_cumprod.dtype
+        return x0_and_eps(
+            output.to(dtype), z.to(dtype), self.alpha(t), self.sigma(t), self.prediction
+        )
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float | torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,11 +31,34 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int)
 
 
+Figures = dict[tuple[str, str, str], list[float]]
+"""(case, subject, metric) -> a value a seed"""
+
+
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     pictures = chosen.pictures or (1000 if chosen.full else 100)
     seeds = chosen.seeds or (3 if chosen.full else 2)
+    toy = subjects.Toy.load(checkpoint)
+    figures = measure(toy, subjects.subjects(toy), STEPS, pictures, seeds)
+    report = Report("quality")
+    rows(report, figures)
+    lcm_bars(report, figures, worst=1.5)
+    report.bar(
+        "frechet, teacher at 50 steps / base DDIM at 4 (the toy needs the LoRA)",
+        ratio(figures, (*TEACHER, "frechet"), ("4 steps", "base, DDIM", "frechet")), 1 / 1.5,
+    )  # fmt: skip
+    agreed = statistics.median(figures[(*TEACHER, "accuracy")])
+    report.bar("error rate of the teacher at 50 steps", 1 - agreed, 0.15)
+    return report
+
+
+def measure(
+    toy: subjects.Toy, columns: dict[str, subjects.Sample], steps: Sequence[int], pictures: int,
+    seeds: int,
+) -> Figures:  # fmt: skip
+    """Draws `pictures` pictures a seed of each column at each count of steps, and the teacher."""
+    judge = Judge()
     each = max(1, pictures // len(data.NAMES))
-    toy, judge = subjects.Toy.load(checkpoint), Judge()
     prompts = [toy.encode(data.TEMPLATES[0].format(name)) for name in data.NAMES]
     empty = toy.encode("")
     labels = torch.arange(len(data.NAMES)).repeat_interleave(each)
@@ -45,13 +69,13 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         ]
         return torch.cat(parts)
 
-    figures: dict[tuple[str, str, str], list[float]] = {}
+    figures: Figures = {}
     for seed in range(seeds):
         endpoint = draw(subjects.teacher(toy), 0, seed)
         cells = [(*TEACHER, endpoint)]
-        for steps in STEPS:
-            for name, sample in subjects.subjects(toy).items():
-                cells.append((f"{steps} steps", name, draw(sample, steps, seed)))
+        for count in steps:
+            for name, sample in columns.items():
+                cells.append((f"{count} steps", name, draw(sample, count, seed)))
                 log.info("seed %d: %s, %s", seed, *cells[-1][:2])
         for case, name, latents in cells:
             features = judge.features(toy.decode(latents))
@@ -63,31 +87,31 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
                 ("endpoint_error", error),
             ):
                 figures.setdefault((case, name, metric), []).append(value)
+    return figures
 
-    report = Report("quality")
+
+def rows(report: Report, figures: Figures) -> None:
+    """A row of the report for each figure."""
     for (case, name, metric), values in figures.items():
         report.add(case, name, metric, "share" if metric == "accuracy" else "", values)
 
-    def ratio(above: tuple[str, str, str], below: tuple[str, str, str]) -> float:
-        """The median of the ratios seed by seed."""
-        pairs = zip(figures[above], figures[below], strict=True)
-        return statistics.median(a / b for a, b in pairs)
 
-    four, fifty = ("4 steps", "LCM-LoRA", "frechet"), (*TEACHER, "frechet")
+def ratio(figures: Figures, above: tuple[str, str, str], below: tuple[str, str, str]) -> float:
+    """The median of the ratios seed by seed."""
+    pairs = zip(figures[above], figures[below], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def lcm_bars(report: Report, figures: Figures, worst: float, name: str = "LCM-LoRA") -> None:
+    """The bars of an LCM-LoRA; worst: how much farther than the teacher it may be at 4 steps."""
+    four, fifty = ("4 steps", name, "frechet"), (*TEACHER, "frechet")
     report.bar(
-        "frechet at 4 steps, LCM-LoRA / base with the same sampler",
-        ratio(four, ("4 steps", "base, LCM sampler", "frechet")), 0.6,
+        f"frechet at 4 steps, {name} / base with the same sampler",
+        ratio(figures, four, ("4 steps", "base, LCM sampler", "frechet")), 0.6,
     )  # fmt: skip
-    report.bar("frechet, LCM-LoRA at 4 steps / teacher at 50", ratio(four, fifty), 1.5)
+    report.bar(f"frechet, {name} at 4 steps / teacher at 50", ratio(figures, four, fifty), worst)
     error = "endpoint_error"
     report.bar(
-        "endpoint error at 1 step, LCM-LoRA / base DDIM",
-        ratio(("1 steps", "LCM-LoRA", error), ("1 steps", "base, DDIM", error)), 0.35,
+        f"endpoint error at 1 step, {name} / base DDIM",
+        ratio(figures, ("1 steps", name, error), ("1 steps", "base, DDIM", error)), 0.35,
     )  # fmt: skip
-    report.bar(
-        "frechet, teacher at 50 steps / base DDIM at 4 (the toy needs the LoRA)",
-        ratio(fifty, ("4 steps", "base, DDIM", "frechet")), 1 / 1.5,
-    )  # fmt: skip
-    agreed = statistics.median(figures[(*TEACHER, "accuracy")])
-    report.bar("error rate of the teacher at 50 steps", 1 - agreed, 0.15)
-    return report

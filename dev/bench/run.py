@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling")
+AREAS = ("quality", "sampling", "distill")
 log = logging.getLogger("lcm_lora")
 
 

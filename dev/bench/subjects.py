@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.sd
 import comfy.utils
@@ -68,21 +69,28 @@ def subjects(toy: Toy) -> dict[str, Sample]:
 
         return sample
 
-    def ours(model, cfg: float) -> Sample:
-        def sample(steps, seed, positive, negative, count):
-            latent = {"samples": torch.zeros(count, 4, 8, 8)}
-            result = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
-            return result.result[0]["samples"]
-
-        return sample
-
     return {
         "base, DDIM": host("ddim"),
         "base, DPM++ 2M": host("dpmpp_2m"),
-        "base, LCM sampler": ours(toy.unlearned, GUIDANCE),
-        "LCM-LoRA": ours(toy.lcm, 1.0),
-        "LCM-LoRA + style": ours(toy.styled, 1.0),
+        "base, LCM sampler": _few_steps(toy.unlearned, GUIDANCE),
+        "LCM-LoRA": _few_steps(toy.lcm, 1.0),
+        "LCM-LoRA + style": _few_steps(toy.styled, 1.0),
     }
+
+
+def accelerated(toy: Toy, lora: Path) -> Sample:
+    """The base with the LCM-LoRA of a file."""
+    model = apply(toy.base, None, files.read(lora), 1.0, 0.0)[0]
+    return _few_steps(patch_sampling(model), 1.0)
+
+
+def _few_steps(model, cfg: float) -> Sample:
+    def sample(steps, seed, positive, negative, count):
+        latent = {"samples": torch.zeros(count, 4, 8, 8)}
+        result = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
+        return result.result[0]["samples"]
+
+    return sample
 
 
 def teacher(toy: Toy) -> Sample:

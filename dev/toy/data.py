@@ -1,4 +1,4 @@
-"""Fashion-MNIST as pictures and captions, and the blueprint style the toy style LoRA learns.
+"""Fashion-MNIST as colour photos and captions, and the style that the toy style LoRA learns.
 
 The data set is Debian's package dataset-fashion-mnist (Zalando Research, MIT licence).
 """
@@ -6,6 +6,7 @@ The data set is Debian's package dataset-fashion-mnist (Zalando Research, MIT li
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,13 @@ NAMES = (
     "a t-shirt", "a pair of trousers", "a pullover", "a dress", "a coat",
     "a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot",
 )  # fmt: skip
+DYES = torch.tensor(
+    [
+        [0.85, 0.12, 0.15], [0.95, 0.55, 0.10], [0.93, 0.83, 0.20], [0.15, 0.60, 0.25],
+        [0.10, 0.55, 0.65], [0.15, 0.25, 0.75], [0.50, 0.18, 0.62], [0.22, 0.20, 0.22],
+    ]
+)  # fmt: skip
+HUES = 6  # kinds the judge sorts backdrops into; drawn from the whole circle
 TEMPLATES = ("a photo of {}", "a picture of {}", "{}")
 
 _FILES = {
@@ -75,16 +83,40 @@ def load(path: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(pixels), torch.from_numpy(classes)
 
 
-def pictures(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, 28, 28] -> RGB [N, 3, 64, 64] in 0..1: two pixels of margin, twice the size."""
+def greys(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 28, 28] -> [N, 1, 64, 64] in 0..1: two pixels of margin, twice the size."""
     x = F.pad(pixels.float().div(255.0)[:, None], (2, 2, 2, 2))
-    x = F.interpolate(x, size=SIZE, mode="bicubic", align_corners=False).clamp(0, 1)
-    return x.repeat(1, 3, 1, 1)
+    return F.interpolate(x, size=SIZE, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def blueprint(images: torch.Tensor) -> torch.Tensor:
-    """The style: white contour lines on blue paper. [N, 3, H, W] in 0..1 -> the same."""
-    grey = F.avg_pool2d(images.mean(1, keepdim=True), 3, 1, 1)
+def dyed(
+    grey: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Garments [N, 1, 64, 64] -> RGB photos [N, 3, 64, 64], dyes [N], hues of the backdrop [N].
+
+    Each garment gets one of the dyes and a backdrop of any hue and brightness, darker to the
+    bottom. No caption names either: a sampler has to make up its mind about them, and one that
+    takes few steps without having learnt to leaves them half decided, which is plain to see.
+    """
+    count = len(grey)
+    dye = torch.randint(len(DYES), (count,), generator=generator)
+    colour = DYES[dye] + 0.05 * torch.randn(count, 3, generator=generator)
+    hue = torch.rand(count, 1, generator=generator)
+    tint = 0.5 + 0.5 * torch.cos(2 * math.pi * (hue - torch.arange(3) / 3))
+    light = 0.55 + 0.4 * torch.rand(count, 1, generator=generator)
+    depth = 0.45 * torch.rand(count, 1, generator=generator).sqrt()
+    backdrop = (light * (1 - depth * tint))[:, :, None, None]
+    backdrop = backdrop * torch.linspace(1.0, 0.8, SIZE).view(1, 1, SIZE, 1)
+    cloth = colour.clamp(0, 1)[:, :, None, None] * (0.35 + 0.65 * grey)
+    cloth = cloth + 0.25 * (grey - 0.75).clamp(min=0)
+    inside = (5 * grey).clamp(0, 1)
+    photos = (backdrop * (1 - inside) + cloth * inside).clamp(0, 1)
+    return photos, dye, (hue[:, 0] * HUES).long()
+
+
+def blueprint(grey: torch.Tensor) -> torch.Tensor:
+    """The style: white contour lines on blue paper. [N, 1, H, W] in 0..1 -> [N, 3, H, W]."""
+    grey = F.avg_pool2d(grey, 3, 1, 1)
     dx = F.pad(grey[..., :, 2:] - grey[..., :, :-2], (1, 1, 0, 0))
     dy = F.pad(grey[..., 2:, :] - grey[..., :-2, :], (0, 0, 1, 1))
     line = (4.0 * (dx.square() + dy.square()).sqrt() - 0.25).clamp(0, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lcm_lora.dev.toy.judge import frechet, moments
+from lcm_lora.dev.toy.judge import frechet, moments, unbiased
 
 
 def sample(seed, n=500, d=6):
@@ -28,3 +28,15 @@ def test_it_is_the_textbook_formula():
     root = np.real(linalg.sqrtm(a.numpy() @ b.numpy()))
     wanted = (mean_a - mean_b).square().sum() + np.trace(a + b - 2 * root)
     assert frechet((mean_a, a), (mean_b, b)) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_few_pictures_are_judged_as_many_would_be():
+    """Two normal distributions a known distance apart, 100 samples where 10,000 would be needed."""
+    generator = torch.Generator().manual_seed(3)
+    real = torch.zeros(24), torch.eye(24).double()
+    few = torch.randn(20, 100, 24, generator=generator) * 1.2 + 0.1
+    wanted = 24 * 0.1**2 + 24 * 0.2**2
+    plain = [frechet(moments(part), real) for part in few]
+    better = [unbiased(part, real) for part in few]
+    assert sum(plain) / 20 > 2.5 * wanted
+    assert sum(better) / 20 == pytest.approx(wanted, rel=0.25)

@@ -1,0 +1,140 @@
+"""The loop on the toy in this process: what memory, precision and patience change, and what not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lcm_lora.training import bank, sources
+from lcm_lora.training.adapter import Adapter
+from lcm_lora.training.processes import Processes
+from lcm_lora.training.spec import Data, Spec
+
+PROMPTS = ("a photo of a bag", "a photo of a dress", "a photo of an ankle boot")
+
+
+def spec_of(base, checkpoint, **changes) -> Spec:
+    settings = {
+        "host": "/", "checkpoint": str(checkpoint), "output": "/o.safetensors",
+        "banks": str(base), "resolution": 64, "steps": 3, "batch": 4, "rank": 4,
+        "guidance": (2.5,), "lr": 1e-3, "sample_every": 0, "seed": 5,
+        "data": Data(prompts=PROMPTS, count=8, draw_steps=2),
+    }  # fmt: skip
+    return Spec(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def teacher(comfy, toy_checkpoint):
+    from lcm_lora.training.teacher import Teacher
+
+    return Teacher.load(Path(toy_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def latents(teacher, toy_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bank")
+    source = sources.source(spec_of(folder, toy_checkpoint), teacher)
+    bank.build(folder, source, teacher.text, 0.0, Processes(), lambda *told: None)
+    return bank.Bank(folder)
+
+
+@pytest.fixture
+def trained(teacher, latents, toy_checkpoint, tmp_path):
+    """trained(**settings) -> (the run, its adapter's tensors) after all steps."""
+    from lcm_lora.training.loop import Run
+
+    count = iter(range(100))
+
+    def run(**changes):
+        job = tmp_path / str(next(count))
+        spec = spec_of(job, toy_checkpoint, **changes)
+        adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+        try:
+            made = Run(spec, job, teacher, adapter, latents, Processes(), None, None, lambda: "")
+            assert made.train() == "done"
+        finally:
+            adapter.detach()
+        return made, {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+
+    return run
+
+
+def moved(tensors):
+    """How far the trained half of the adapter is from its start, which is zero."""
+    return torch.cat([value.flatten() for name, value in tensors.items() if name.endswith("up")])
+
+
+def test_the_same_settings_give_the_same_bits(trained):
+    (_, one), (_, two) = trained(), trained()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert moved(one).abs().max() > 1e-4
+
+
+def test_micro_batches_add_up_to_the_batch(trained):
+    (_, whole), (_, parts) = trained(), trained(micro_batch=1)
+    assert (moved(parts) - moved(whole)).norm() < 1e-2 * moved(whole).norm()
+
+
+def test_it_goes_on_with_less_when_memory_runs_out(trained, teacher, caplog):
+    def at_most_two(_module, inputs):
+        # The teacher's two answers to one picture run as one batch.
+        if len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError("this network holds four latents at a time")
+
+    limit = teacher.network.register_forward_pre_hook(at_most_two)
+    try:
+        run, found = trained()
+    finally:
+        limit.remove()
+    assert run.progress.micro_batch == 2 and not run.progress.recompute
+    assert "2 pictures at a time, 2 times a step" in caplog.text
+    _, wanted = trained(micro_batch=2)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
+    def never(_module, _inputs):
+        raise torch.OutOfMemoryError("this network holds nothing")
+
+    limit = teacher.network.register_forward_pre_hook(never)
+    forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
+    try:
+        with pytest.raises(MemoryError, match="does not hold one picture's training step"):
+            trained()
+    finally:
+        limit.remove()
+        restore(forwards)
+
+
+def test_recomputing_blocks_changes_nothing_but_memory(trained, teacher):
+    _, plain = trained()
+    forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
+    try:
+        _, again = trained(checkpointing="on")
+    finally:
+        restore(forwards)
+    assert (moved(again) - moved(plain)).norm() < 1e-3 * moved(plain).norm()
+
+
+def restore(forwards):
+    for module, forward in forwards.items():
+        if forward is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = forward
+
+
+def test_phased_trains_as_well(trained):
+    (_, phased), (_, lcm) = trained(objective="phased", phases=4), trained()
+    assert moved(phased).isfinite().all() and moved(phased).abs().max() > 1e-4
+    assert not torch.equal(moved(phased), moved(lcm))
+
+
+def test_warm_up_and_decay():
+    from lcm_lora.training.loop import learning_rate
+
+    spec = spec_of("/b", "/c", steps=100, warmup=10, decay="cosine", lr=1.0)
+    rates = [learning_rate(spec, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and rates[99] < 0.01
+    linear = spec_of("/b", "/c", steps=100, warmup=0, decay="linear", lr=1.0)
+    assert learning_rate(linear, 25) == pytest.approx(0.75)

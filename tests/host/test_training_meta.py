@@ -1,0 +1,59 @@
+"""A training step on the meta device, where any tensor that was left on the CPU is an error."""
+
+import pytest
+import torch
+from lcm_lora.tests.host.test_training_reference import SMALL, host_unet
+from lcm_lora.training.adapter import Adapter
+from lcm_lora.training.objective import lcm_loss
+from lcm_lora.training.phased import phased_loss
+from lcm_lora.training.solver import Schedule
+
+FAMILIES = {
+    "SD1.5": SMALL,
+    "SDXL": SMALL | {
+        "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 48,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def trainer_s_attention(comfy, monkeypatch):
+    """The one that a job's process asks for by flag; the others ask the device for free memory."""
+    from comfy.ldm.modules import attention
+
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+
+
+def step(loss, config, prediction, table_on="meta", cfg_on="meta"):
+    """One step's loss of a batch of 2, backward done; -> (loss, adapter)."""
+    network = host_unet(config, "meta")
+    adapter = Adapter(network, 4, 4.0)
+    condition = {"context": torch.empty(2, 77, 32, device="meta")}
+    if "num_classes" in config:
+        condition["y"] = torch.empty(2, 48, device="meta")
+
+    z0, eps = torch.empty(2, 2, 4, 8, 8, device="meta")
+    value = loss(
+        lambda z, t, **condition: network(z, t.float(), **condition), adapter,
+        Schedule(torch.empty(1000, device=table_on), prediction), z0, eps,
+        torch.empty(2, dtype=torch.int64, device="meta"), condition, condition,
+        torch.empty(2, 1, 1, 1, device=cfg_on),
+    )  # fmt: skip
+    value.backward()
+    return value, adapter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("loss", [lcm_loss, phased_loss])
+def test_a_step_leaves_nothing_on_the_cpu(loss, prediction, family):
+    value, adapter = step(loss, FAMILIES[family], prediction)
+    assert value.is_meta and value.shape == ()
+    assert all(p.grad.is_meta for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("left", ["table_on", "cfg_on"])
+@pytest.mark.parametrize("loss", [lcm_loss, phased_loss])
+def test_a_tensor_left_on_the_cpu_is_noticed(loss, left):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta|device"):
+        step(loss, SMALL, "eps", **{left: "cpu"})

@@ -1,0 +1,186 @@
+"""One training step, and the names it trains, against diffusers and peft in the official recipe."""
+
+import pytest
+import torch
+from lcm_lora.tests.host.test_training_targets import FAMILIES, SD
+from torch import nn
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is a developer's package")
+peft = pytest.importorskip("peft", reason="peft is a developer's package")
+
+RECIPE = peft.LoraConfig(
+    r=4, lora_alpha=4,
+    target_modules=[
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+        "time_emb_proj",
+    ],
+)  # fmt: skip
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+def blocks(*kinds):
+    """The two lists of block types, given the way down."""
+    down, up = zip(*kinds, strict=True)
+    return {"down_block_types": down, "up_block_types": up[::-1]}
+
+
+SDXL = blocks(PLAIN, CROSS, CROSS) | {
+    "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+DIFFUSERS = {
+    "SD1.5": blocks(CROSS, CROSS, CROSS, PLAIN) | {"cross_attention_dim": 768},
+    "SSD-1B": SDXL | {
+        "transformer_layers_per_block": (0, (2, 2), (4, 4)),
+        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "SDXL": SDXL | {"transformer_layers_per_block": (1, 2, 10)},
+}  # fmt: skip
+
+SMALL = SD | {
+    "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "context_dim": 32,
+    "transformer_depth": [1, 0], "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 0, 0], "num_heads": 4, "num_head_channels": -1,
+}  # fmt: skip
+SMALL_DIFFUSERS = blocks(CROSS, PLAIN) | {
+    "block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}  # fmt: skip
+
+
+def host_unet(config, device):
+    """The host's network, on the CPU with weights that are nowhere zero."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    with torch.device(device):
+        unet = UNetModel(
+            **config, dtype=torch.float32, operations=comfy.ops.disable_weight_init, device=device
+        )
+    generator = torch.Generator().manual_seed(0)
+    for name, p in unet.named_parameters() if device == "cpu" else ():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
+        else:
+            nn.init.normal_(p, float(name.endswith("weight")), 0.1, generator=generator)
+    return unet
+
+
+def lora_layers(unet):
+    """Module name -> peft's layer there."""
+    return {name: m for name, m in unet.named_modules() if hasattr(m, "lora_A")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_are_those_of_diffusers_and_peft(comfy, family):
+    from lcm_lora.training.adapter import Adapter
+    from lcm_lora.training.export import vector
+
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**DIFFUSERS[family])
+        theirs.add_adapter(RECIPE)
+    adapter = Adapter(host_unet(FAMILIES[family][2], "meta"), 4, 4.0)
+    adapter.layers.to_empty(device="cpu")
+    ours = vector(adapter, {}, family).deltas
+    wanted = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}
+    assert ours.keys() == wanted.keys()
+    for name, layer in wanted.items():
+        assert ours[name].up.shape == layer.lora_B["default"].weight.shape
+        assert ours[name].down.shape == layer.lora_A["default"].weight.shape
+
+
+class Reference:
+    """The step of the released script, one picture at a time, from the libraries' own parts."""
+
+    def __init__(self, unet, prediction):
+        self.unet = unet
+        self.solver = diffusers.DDIMScheduler(
+            **BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False,
+            timestep_spacing="trailing",
+        )  # fmt: skip
+        self.solver.set_timesteps(50)
+        self.solver.alphas_cumprod = self.solver.alphas_cumprod.double()
+        self.solver.final_alpha_cumprod = self.solver.alphas_cumprod[0]
+        self.boundary = diffusers.LCMScheduler(**BETAS)
+
+    def f(self, z, t, c):
+        x0 = self.solver.step(self.unet(z, t, c).sample, t, z).pred_original_sample
+        c_skip, c_out = self.boundary.get_scalings_for_boundary_condition_discrete(t)
+        return c_skip * z + c_out * x0
+
+    def pair(self, z0, eps, t, c, no_c, cfg):
+        """(student, target) at t."""
+        z_t = self.solver.add_noise(z0, eps, t)
+        with torch.no_grad():
+            self.unet.disable_adapters()
+            output, output_u = self.unet(z_t, t, c).sample, self.unet(z_t, t, no_c).sample
+            guided = output + (cfg - 1) * (output - output_u)
+            z_s = self.solver.step(guided, t, z_t).prev_sample
+            self.unet.enable_adapters()
+            target = self.f(z_s, (t - 20).clamp(min=0), c)
+        return self.f(z_t, t, c), target
+
+
+def twins(comfy_utils):
+    """(network, adapter, unet, [(our factor, peft's factor)]): equal weights, equal LoRA.
+
+    All in float64: near a difference of 0 the loss's slope multiplies rounding by 1 / c = 1000.
+    """
+    from lcm_lora.training.adapter import Adapter
+
+    network = host_unet(SMALL, "cpu")
+    unet = diffusers.UNet2DConditionModel(**SMALL_DIFFUSERS)
+    our_name, state = comfy_utils.unet_to_diffusers(SMALL), network.state_dict()
+    unet.load_state_dict({name: state[our_name[name]] for name in unet.state_dict()})
+    unet.add_adapter(RECIPE)
+    adapter = Adapter(network, 4, 4.0)
+    layers = {f"{n}.weight": low for n, low in zip(adapter.names, adapter.layers, strict=True)}
+    pairs = []
+    for name, layer in lora_layers(unet).items():
+        low = layers.pop(our_name[f"{name}.weight"])
+        pairs += [(low.up, layer.lora_B["default"].weight)]
+        pairs += [(low.down, layer.lora_A["default"].weight)]
+    assert not layers
+    generator = torch.Generator().manual_seed(1)
+    for ours, theirs in pairs:
+        nn.init.normal_(ours, std=0.1, generator=generator)
+        theirs.data.copy_(ours.data)
+    for module in (network, adapter, unet):
+        module.double()
+    return network, adapter, unet, pairs
+
+
+@pytest.mark.parametrize("ours, theirs", [("eps", "epsilon"), ("v", "v_prediction")])
+def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
+    import comfy.utils
+    from lcm_lora.training.objective import lcm_loss
+    from lcm_lora.training.solver import Schedule
+
+    network, adapter, unet, pairs = twins(comfy.utils)
+    reference = Reference(unet, theirs)
+    generator = torch.Generator().manual_seed(2)
+    index = torch.tensor([0, 3, 24, 49])
+    z0, eps = torch.randn(2, 4, 4, 8, 8, generator=generator, dtype=torch.float64)
+    c, no_c = torch.randn(2, 4, 7, 32, generator=generator, dtype=torch.float64)
+
+    pictures = zip(*(x.split(1) for x in (z0, eps, 20 * index + 19, c, no_c)), strict=True)
+    met = [reference.pair(*picture, cfg=7.5) for picture in pictures]
+    student, target = (torch.cat(side) for side in zip(*met, strict=True))
+    wanted = (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+    wanted.backward()
+
+    loss = lcm_loss(
+        lambda z, t, context: network(z, t.float(), context), adapter,
+        Schedule(reference.solver.alphas_cumprod, ours), z0, eps, index,
+        {"context": c}, {"context": no_c}, 7.5,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    for mine, peft_s in pairs:
+        assert (mine.grad - peft_s.grad).abs().max() <= 1e-4 * peft_s.grad.abs().max()

@@ -1,0 +1,254 @@
+"""The training program on the toy: runs, stops, dies, goes on, and says what is wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lcm_lora.lora import files
+from safetensors.torch import load_file, save_file
+
+RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
+PROMPTS = ["a photo of a bag", "a photo of a dress", "a photo of an ankle boot"]
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory):
+    """One folder of latent banks, so that only the first job draws its latents."""
+    return tmp_path_factory.mktemp("banks")
+
+
+@pytest.fixture
+def job(tmp_path, comfy, toy_checkpoint, banks):
+    """job(name, **settings) -> the path of a written spec.json."""
+
+    def write(name="job", **changes):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        settings = {
+            "host": str(comfy.host), "checkpoint": str(toy_checkpoint), "banks": str(banks),
+            "output": str(tmp_path / f"{name}-loras" / "lcm.safetensors"),
+            "data": {"prompts": PROMPTS, "count": 8, "draw_steps": 4},
+            "resolution": 64, "steps": 12, "batch": 4, "rank": 4, "guidance": 2.5, "lr": 1e-3,
+            "checkpoint_every": 3, "log_every": 1, "sample_every": 0, "seed": 3,
+        }  # fmt: skip
+        path = folder / "spec.json"
+        path.write_text(json.dumps(settings | changes), encoding="utf-8")
+        return path
+
+    return write
+
+
+def start(spec: Path, *launcher: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(RUN), str(spec)]
+    log = open(spec.parent / "log.txt", "ab")  # noqa: SIM115 (the process keeps it)
+    return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+
+
+def done(spec: Path, *launcher: str, **environment: str) -> Path:
+    """Runs a job to its end; -> the LoRA's file."""
+    status = start(spec, *launcher, **environment).wait(timeout=300)
+    assert status == 0, (spec.parent / "log.txt").read_text()
+    return Path(json.loads(spec.read_text())["output"])
+
+
+def metrics(spec: Path) -> list[dict]:
+    file = spec.parent / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def status(spec: Path) -> dict:
+    return json.loads((spec.parent / "status.json").read_text())
+
+
+def reached(spec: Path, step: int, process: subprocess.Popen) -> None:
+    """Returns when the job's metrics show this step."""
+    deadline = time.monotonic() + 120
+    while not [line for line in metrics(spec) if line["step"] >= step]:
+        assert process.poll() is None, (spec.parent / "log.txt").read_text()
+        assert time.monotonic() < deadline, "the job does not get on"
+        time.sleep(0.02)
+
+
+def test_a_job_leaves_a_lora_that_the_host_takes_whole(job, comfy, toy_checkpoint):
+    import comfy.sd
+    from lcm_lora.lora.host import apply
+
+    spec = job(sample_every=6, sample_prompts=PROMPTS[:2])
+    output = done(spec)
+    vector = files.read(output)
+    model = comfy.sd.load_checkpoint_guess_config(str(toy_checkpoint))[0]
+    _, _, coverage = apply(model, None, vector, 1.0, 0.0)
+    assert coverage.taken == coverage.total == len(vector.deltas) > 30
+    assert any(delta.up.abs().max() > 0 for delta in vector.deltas.values())
+    told = vector.metadata
+    assert told["lcm_lora.base_family"] == "SD1.5" and told["ss_network_dim"] == "4"
+    assert len(told["ss_new_sd_model_hash"]) == 64
+
+    steps = [line for line in metrics(spec) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    needed = {"loss", "lr", "gradient_norm", "samples_per_second", "memory", "seconds_left"}
+    assert all(needed <= line.keys() for line in steps)
+    sampled = [line for line in metrics(spec) if "endpoint_error" in line]
+    assert [line["step"] for line in sampled] == [6, 12]
+    assert set(sampled[0]["endpoint_error"]) == {"1", "2", "4"}
+    assert (spec.parent / "samples" / "step-00000012.png").stat().st_size > 1000
+    assert status(spec)["state"] == "done"
+    assert not list(spec.parent.rglob(".tmp-*"))
+
+
+def resumed(job, kills: int, seed: int) -> None:
+    """A job killed at random points, each time started again, against one that ran through."""
+    unbroken = done(job("unbroken"))
+    spec = job("killed")
+    chance = random.Random(seed)
+    for step in sorted(chance.randrange(1, 12) for _ in range(kills)):
+        process = start(spec)
+        reached(spec, step, process)
+        time.sleep(chance.random() * 0.2)
+        process.kill()
+        process.wait()
+    assert done(spec).read_bytes() == unbroken.read_bytes()
+    steps = [line["step"] for line in metrics(spec)]
+    assert steps == sorted(set(steps)), "a step that was undone is still in the metrics"
+
+
+def test_a_killed_job_ends_with_the_same_bytes(job):
+    resumed(job, kills=2, seed=1)
+
+
+@pytest.mark.faults
+def test_a_job_killed_ten_times_ends_with_the_same_bytes(job):
+    resumed(job, kills=10, seed=2)
+
+
+def test_pause_saves_and_ends_and_the_job_goes_on(job):
+    unbroken = done(job("unbroken"))
+    spec = job("paused")
+    process = start(spec)
+    reached(spec, 4, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert status(spec)["state"] == "paused"
+    control = spec.parent / "control.json"
+    control.write_text('{"action": "pause"}')
+    assert start(spec).wait(timeout=60) == 0
+    assert status(spec)["state"] == "paused"
+    control.unlink()
+    assert done(spec).read_bytes() == unbroken.read_bytes()
+
+
+def test_finish_writes_what_there_is(job):
+    spec = job(steps=1000)
+    process = start(spec)
+    reached(spec, 3, process)
+    (spec.parent / "control.json").write_text('{"action": "finish"}')
+    assert process.wait(timeout=60) == 0
+    assert status(spec)["state"] == "done"
+    found = files.read(Path(json.loads(spec.read_text())["output"]))
+    assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
+
+
+def test_two_processes_are_one_with_twice_the_batch(job):
+    one = job("one", steps=50, batch=4, checkpoint_every=50)
+    two = job("two", steps=50, batch=2, checkpoint_every=50)
+    done(one, OMP_NUM_THREADS="2")
+    done(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    losses = [[line["loss"] for line in metrics(spec)] for spec in (one, two)]
+    assert len(losses[0]) == len(losses[1]) == 50
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-3
+    assert losses[0][0] != losses[0][-1]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(spec) -> the message of a job that must fail, run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(spec: Path, *arguments: str) -> str:
+        from lcm_lora.training import run
+
+        assert run.main([str(spec), *arguments]) == 1
+        told = status(spec)
+        assert told["state"] == "failed"
+        return told["message"]
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_bad_jobs_say_what_is_wrong(job, failing, tmp_path, toy_checkpoint):
+    from lcm_lora.dev.toy import assemble
+
+    assert "no checkpoint" in failing(job(checkpoint=str(tmp_path / "none.safetensors")))
+    assert "not a checkpoint" in failing(job(checkpoint=str(assemble.LCM_LORA)))
+    noise = tmp_path / "noise.safetensors"
+    noise.write_bytes(b"\x00" * 1000)
+    assert "not a checkpoint" in failing(job(checkpoint=str(noise)))
+    assert "no ComfyUI" in failing(job(host=str(tmp_path)))
+    assert "steps must be at least 1" in failing(job(steps=0))
+    long = {"prompts": ["word " * 10_000], "count": 2, "draw_steps": 1}
+    assert "too long" in failing(job(data=long))
+    latin = tmp_path / "prompts.txt"
+    latin.write_bytes("ein Bär".encode("latin-1"))
+    assert "not UTF-8" in failing(job(data={"path": str(latin)}))
+    empty = tmp_path / "pictures"
+    empty.mkdir()
+    message = failing(job(data={"kind": "pictures", "path": str(empty)}))
+    assert "picture" in message
+    assert "full rank is 320" in failing(job(rank=321))
+
+
+def test_an_output_that_exists_or_is_being_written_is_left_alone(job, failing):
+    from filelock import FileLock
+    from lcm_lora.training import disk
+
+    spec = job("taken")
+    settings = json.loads(spec.read_text())
+    output = Path(settings["output"])
+    with FileLock(Path(settings["banks"]) / f"{disk.name_of(str(output))}.lock"):
+        assert "Another job is writing" in failing(spec)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(b"mine")
+    assert "exists already" in failing(spec)
+    assert output.read_bytes() == b"mine"
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(job, failing, tmp_path):
+    """A learning rate of 1 and no limit on the gradient drive any adapter out of float32."""
+    spec = job(lr=1.0, clip=1e9, steps=400, checkpoint_every=1, rank=32)
+    message = failing(spec)
+    assert "step" in message and "checkpoint" in message
+    from lcm_lora.training.checkpoints import newest
+
+    last = newest(spec.parent / "checkpoints")
+    assert all(tensor.isfinite().all() for tensor in last.adapter.values())
+
+
+def test_a_teacher_that_draws_nan_is_told(job, failing, toy_checkpoint, tmp_path):
+    state = load_file(toy_checkpoint)
+    state["model.diffusion_model.out.2.bias"] = torch.full_like(
+        state["model.diffusion_model.out.2.bias"], torch.nan
+    )
+    broken = tmp_path / "broken.safetensors"
+    save_file(state, broken)
+    assert "not finite" in failing(job(checkpoint=str(broken)))
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(job, capsys):
+    from lcm_lora.training import run
+
+    spec = job("plan")
+    assert run.main([str(spec), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("SD1.5", "modules of rank 4", "12 of 4 pictures", "s a step as measured"):
+        assert words in printed
+    assert [path.name for path in spec.parent.iterdir()] == ["spec.json"]

@@ -1,0 +1,151 @@
+"""The latent bank: built once, resumable, complete or not used."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from lcm_lora.training import bank
+from lcm_lora.training.processes import Processes
+
+SIZES = (64, 64, 0, 0, 64, 64)
+
+
+class Numbers:
+    """A source whose latents are the example's number; `bad` numbers cannot be read."""
+
+    def __init__(self, count, bad=(), shapes=((4, 2, 2),), captions=("a", "b", "c")):
+        self.count, self.bad, self.shapes, self.of = count, set(bad), shapes, captions
+        self.made = []
+
+    def __len__(self):
+        return self.count
+
+    def captions(self):
+        return [self.of[i % len(self.of)] for i in range(self.count)]
+
+    def rows(self, numbers, text):
+        self.made += numbers
+        found = []
+        for number in numbers:
+            assert text(number)["context"][0, 0] == ord(self.captions()[number][0])
+            latent = torch.full(self.shapes[number % len(self.shapes)], float(number))
+            row = bank.Row(latent, (number, *SIZES[1:]))
+            bad = bank.Unreadable(f"{number}.png is cut off")
+            found.append(bad if number in self.bad else row)
+        return found
+
+
+def encode(caption):
+    return {"context": torch.full((77, 3), float(ord(caption[0]))), "pooled": torch.ones(5)}
+
+
+def build(folder, source, encode=encode, limit=0.1, processes=None, told=None):
+    told = told if told is not None else []
+    bank.build(folder, source, encode, limit, processes or Processes(), lambda *a: told.append(a))
+    return bank.Bank(folder)
+
+
+def test_rows_come_back_with_their_captions_and_sizes(tmp_path):
+    found = build(tmp_path, Numbers(150))
+    assert len(found) == 150
+    latents, about = found.batch([0, 149, 77])
+    assert latents[:, 0, 0, 0].tolist() == [0, 149, 77]
+    assert about["context"].shape == (3, 77, 3) and about["pooled"].shape == (3, 5)
+    assert about["context"][:, 0, 0].tolist() == [ord("abc"[i % 3]) for i in (0, 149, 77)]
+    assert about["sizes"][:, 0].tolist() == [0, 149, 77]
+
+
+def test_each_caption_is_encoded_once(tmp_path):
+    seen = []
+    build(tmp_path, Numbers(130), lambda caption: seen.append(caption) or encode(caption))
+    assert seen == ["a", "b", "c"]
+
+
+def test_a_finished_bank_is_not_built_again(tmp_path):
+    build(tmp_path, Numbers(10))
+    source = Numbers(10)
+    build(tmp_path, source)
+    assert source.made == []
+
+
+class Died(Exception):
+    pass
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
+    class Dies(Numbers):
+        def rows(self, numbers, text):
+            if numbers[0] >= 128:
+                raise Died
+            return super().rows(numbers, text)
+
+    with pytest.raises(Died):
+        build(tmp_path, Dies(300))
+    with pytest.raises(ValueError, match="no complete latent bank"):
+        bank.Bank(tmp_path)
+    source = Numbers(300)
+    found = build(tmp_path, source)
+    assert source.made == list(range(128, 300))
+    assert found.batch(range(300))[0][:, 0, 0, 0].tolist() == list(range(300))
+
+
+def test_two_processes_build_every_other_file(tmp_path):
+    barrier = Barrier(2)
+
+    class Threads(Processes):
+        def wait(self):
+            barrier.wait(timeout=30)
+
+    sources = [Numbers(300), Numbers(300)]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(build, tmp_path, sources[r], processes=Threads(r, 2)) for r in (0, 1)]
+        found = [job.result() for job in jobs]
+    first, second = (set(source.made) for source in sources)
+    assert not first & second and first | second == set(range(300))
+    assert len(found[0]) == len(found[1]) == 300
+
+
+def test_unreadable_examples_are_left_out_and_named(tmp_path, caplog):
+    found = build(tmp_path, Numbers(100, bad=[3, 70]))
+    assert len(found) == 98
+    assert found.batch([2, 3])[0][:, 0, 0, 0].tolist() == [2, 4]
+    assert "3.png is cut off" in caplog.text and "70.png is cut off" in caplog.text
+
+
+def test_too_many_unreadable_examples_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="20 of 100 examples cannot be used.*0.png is cut off"):
+        build(tmp_path, Numbers(100, bad=range(20)))
+
+
+def test_latents_that_are_not_finite_are_an_error(tmp_path):
+    class Broken(Numbers):
+        def rows(self, numbers, text):
+            return [bank.Row(torch.full((4, 2, 2), torch.nan), SIZES) for _ in numbers]
+
+    with pytest.raises(ValueError, match="not finite.*--fp32-vae"):
+        build(tmp_path, Broken(3))
+
+
+def test_a_damaged_file_is_noticed(tmp_path):
+    build(tmp_path, Numbers(10))
+    file = tmp_path / "rows-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="damaged or gone"):
+        bank.Bank(tmp_path)
+
+
+def test_the_key_follows_from_checkpoint_and_settings():
+    assert bank.key("a", {"x": 1, "y": 2}) == bank.key("a", {"y": 2, "x": 1})
+    assert len({bank.key("a", {"x": 1}), bank.key("b", {"x": 1}), bank.key("a", {"x": 2})}) == 3
+
+
+def test_shorter_texts_are_repeated_and_attention_does_not_notice():
+    generator = torch.Generator().manual_seed(0)
+    short, long = (torch.randn(n, 8, generator=generator) for n in (77, 154))
+    both = bank.together([{"context": short}, {"context": long}])["context"]
+    assert both.shape == (2, 154, 8)
+    query = torch.randn(1, 5, 8, generator=generator)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    alone = attend(query, short[None], short[None])
+    assert torch.allclose(attend(query, both[:1], both[:1]), alone, atol=1e-6)

@@ -1,0 +1,147 @@
+"""The phased loss: its segments, its fixed points, and the two ends M = 1 and M = 50."""
+
+import pytest
+import torch
+from lcm_lora.samplers.timesteps import grid, timesteps
+from lcm_lora.training.adapter import Adapter
+from lcm_lora.training.objective import pseudo_huber
+from lcm_lora.training.phased import edge_below, edges, phased_loss
+from lcm_lora.training.solver import Schedule, teacher
+from torch import nn
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ACP = (1 - BETAS).cumprod(0).float()
+INDEX = torch.arange(50)
+
+
+class Toy(nn.Module):
+    """A small convolutional "UNet" whose answer depends on the latent, t and the condition."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj_in = nn.Conv2d(4, 8, 1)
+        self.proj_out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, z, t, context):
+        h = torch.tanh(self.proj_in(z) + context[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000)
+        return self.proj_out(h)
+
+
+@pytest.fixture
+def learned():
+    """(network, adapter) after some learning: a fresh adapter is zero."""
+    adapter = Adapter(network := Toy(), 2)
+    for layer in adapter.layers:
+        nn.init.normal_(layer.up, std=0.3)
+    return network, adapter
+
+
+def batch():
+    """One picture for every point of the grid: (z0, eps, condition, unconditional)."""
+    g = torch.Generator().manual_seed(1)
+    z0, eps = torch.randn(2, len(INDEX), 4, 4, 4, generator=g)
+    context = torch.randn(len(INDEX), 8, generator=g)
+    return z0, eps, {"context": context}, {"context": torch.zeros_like(context)}
+
+
+def test_four_phases():
+    assert edges(4) == [0, 259, 499, 759]
+    t = torch.tensor([19, 259, 279, 499, 519, 739, 759, 779, 999])
+    assert edge_below(t, 4).tolist() == [0, 0, 259, 259, 499, 499, 499, 759, 759]
+
+
+@pytest.mark.parametrize("phases", [1, 2, 3, 4, 6, 8, 50])
+def test_a_run_of_as_many_steps_goes_from_edge_to_edge(phases):
+    stops = timesteps(phases)
+    assert edge_below(torch.tensor(stops), phases).tolist() == [*stops[1:], 0]
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4, 7, 50])
+def test_no_solver_step_crosses_an_edge(phases):
+    t = torch.tensor(grid())
+    edge = edge_below(t, phases)
+    assert (edge < t).all() and (edge <= (t - 20).clamp(min=0)).all()
+    assert set(edge.tolist()) == set(edges(phases))
+
+
+@pytest.mark.parametrize("phases", [0, 51])
+def test_phases_must_fit_the_grid(phases):
+    with pytest.raises(ValueError, match=f"1 to 50, found {phases}"):
+        edges(phases)
+
+
+@pytest.mark.parametrize("phases", [1, 4, 50])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_loss_of_a_perfect_network_is_zero(prediction, phases):
+    z0, eps, cond, uncond = batch()
+    schedule = Schedule(ACP, prediction)
+
+    def oracle(z, t, context):
+        """Knows z0, and so is right at every t."""
+        x0 = z0.repeat(len(z) // len(z0), 1, 1, 1)
+        a, s = schedule.alpha(t), schedule.sigma(t)
+        noise = (z - a * x0) / s
+        return {"eps": noise, "v": a * noise - s * x0, "x0": x0}[prediction]
+
+    adapter = Adapter(Toy(), 2)
+    loss = phased_loss(oracle, adapter, schedule, z0, eps, INDEX, cond, uncond, 7.5, phases)
+    assert loss < 1e-5
+
+
+def test_the_loss_moves_only_the_adapter_and_only_through_the_student(learned):
+    network, adapter = learned
+    z0, eps, cond, uncond = batch()
+    calls = []
+    network.register_forward_hook(lambda *a: calls.append((adapter.on, torch.is_grad_enabled())))
+    loss = phased_loss(network, adapter, Schedule(ACP), z0, eps, INDEX, cond, uncond, 7.5)
+    # Teacher: one batched call, adapter off. Target: on, no gradient. Student: on, with gradient.
+    assert calls == [(False, False), (True, False), (True, True)]
+    loss.backward()
+    assert adapter.on
+    assert all(p.grad is None for p in network.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+def steps(network, adapter, schedule):
+    """(z_t, t, z_s, s): the noised batch and the teacher's solver step from it."""
+    z0, eps, cond, uncond = batch()
+    t = torch.tensor(grid())[INDEX]
+    s = (t - 20).clamp(min=0)
+    z_t = schedule.noised(z0, eps, t)
+    with torch.no_grad(), adapter.off():
+        return z_t, t, schedule.noised(*teacher(network, schedule, z_t, t, cond, uncond, 3.0), s), s
+
+
+def gradients(loss, adapter):
+    return torch.autograd.grad(loss, list(adapter.parameters()))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_one_phase_is_the_consistency_model_of_ddim_to_zero(learned, prediction):
+    network, adapter = learned
+    schedule = Schedule(ACP, prediction)
+    z0, eps, cond, uncond = batch()
+    z_t, t, z_s, s = steps(network, adapter, schedule)
+
+    def f(z, t):
+        a, b = schedule.alpha(t), schedule.sigma(t)
+        output = network(z, t, **cond)
+        noise = output if prediction == "eps" else a * output + b * z
+        return ACP[0].sqrt() * (z - b * noise) / a + (1 - ACP[0]).sqrt() * noise
+
+    wanted = pseudo_huber(f(z_t, t), f(z_s, s).detach())
+    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, 1)
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    for ours, theirs in zip(gradients(found, adapter), gradients(wanted, adapter), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
+
+
+def test_a_phase_for_every_solver_step_is_the_teacher_itself(learned):
+    network, adapter = learned
+    schedule = Schedule(ACP)
+    z0, eps, cond, uncond = batch()
+    z_t, t, z_s, s = steps(network, adapter, schedule)
+    student = schedule.noised(*schedule.split(network(z_t, t, **cond), z_t, t), s)
+    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, 50)
+    assert torch.allclose(found, pseudo_huber(student, z_s), rtol=1e-5)

@@ -1,0 +1,241 @@
+"""The latent bank on disk: clean latents and text embeddings, computed once, read by row.
+
+    <banks>/<key>/texts-00000.safetensors    "0.context", "0.pooled", ... by number of the caption
+                  rows-00000.safetensors     "0" [C, h, w], ... and "sizes", "captions", "numbers"
+                  index.json                 written last: the bank is complete
+
+The key is made of the checkpoint and of everything that decides the rows, so a second job with the
+same teacher and data finds the bank there. A file is written whole or not at all, and what it holds
+follows from its number: an interrupted build goes on at the first file that is missing, and several
+processes build every so many files each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import disk
+from .processes import Processes
+
+log = logging.getLogger("lcm_lora")
+VERSION = 1
+ROWS, TEXTS = 64, 64  # in a file; also how often an interrupted build has saved its work
+INDEX = "index.json"
+
+
+class Unreadable(ValueError):
+    """One example could not be used; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clean latent [C, h, w] at diffusion scale; the picture's sizes as in Teacher.sized."""
+
+    latent: torch.Tensor
+    sizes: tuple[int, int, int, int, int, int]
+
+
+class Source(Protocol):
+    """Where rows come from: example `number` is the same whenever it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def captions(self) -> list[str]:
+        """The caption of each example."""
+
+    def rows(
+        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]]
+    ) -> list[Row | Unreadable]:
+        """The examples of these numbers; text(number) gives an example's text embeddings."""
+
+
+def key(checkpoint_hash: str, settings: dict[str, Any]) -> str:
+    """The name of the bank's folder."""
+    told = json.dumps([VERSION, checkpoint_hash, settings], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def build(
+    folder: Path, source: Source, encode: Callable[[str], dict[str, torch.Tensor]],
+    skip_limit: float, processes: Processes, progress: Callable[[str, int, int], None],
+    after_texts: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Makes the bank in `folder`, or what is missing of it. Every process of the job calls it.
+
+    encode: a caption's text embeddings; after_texts is called when no more of them are wanted.
+    progress(what, done, of) is called after each file. Raises ValueError when more than
+    `skip_limit` of the examples cannot be used, or when the latents are not finite.
+    """
+    if (folder / INDEX).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    unique = list(dict.fromkeys(source.captions()))
+    _files(folder, "texts", len(unique), TEXTS, processes, progress, lambda numbers: _texts(
+        numbers, [encode(unique[i]) for i in numbers]
+    ))  # fmt: skip
+    after_texts()
+    processes.wait()
+    texts = Texts(folder)
+    of = {caption: i for i, caption in enumerate(unique)}
+    caption_of = [of[caption] for caption in source.captions()]
+
+    def rows(numbers: range) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        found = source.rows(numbers, lambda number: texts[caption_of[number]])
+        return _rows(numbers, found, caption_of)
+
+    _files(folder, "rows", len(source), ROWS, processes, progress, rows)
+    processes.wait()
+    if processes.first:
+        _finish(folder, len(source), unique, skip_limit)
+    processes.wait()
+    if not (folder / INDEX).exists():
+        raise ValueError(f"The latent bank {folder.name} could not be finished.")
+
+
+def _files(folder, kind, count, size, processes, progress, make) -> None:
+    """Writes the files of one kind that are missing and are this process's to write."""
+    total = math.ceil(count / size)
+    for number in range(processes.rank, total, processes.world):
+        path = folder / f"{kind}-{number:05d}.safetensors"
+        if not path.exists():
+            tensors, metadata = make(range(number * size, min(count, (number + 1) * size)))
+            with disk.whole_file(path) as new:
+                save_file(tensors, new, metadata)
+        progress(kind, min(count, (number + 1) * size), count)
+
+
+def _texts(numbers: range, texts: list[dict[str, torch.Tensor]]):
+    tensors = {
+        f"{number}.{name}": tensor.half().contiguous()
+        for number, text in zip(numbers, texts, strict=True)
+        for name, tensor in text.items()
+    }
+    return tensors, {}
+
+
+def _rows(numbers: range, found: list[Row | Unreadable], caption_of: list[int]):
+    used = [(n, row) for n, row in zip(numbers, found, strict=True) if isinstance(row, Row)]
+    skipped = [str(row) for row in found if isinstance(row, Unreadable)]
+    for reason in skipped:
+        log.warning("skipped: %s", reason)
+    for number, row in used:
+        if not row.latent.isfinite().all():
+            raise ValueError(
+                f"The latent of example {number} is not finite. A VAE in half precision is the "
+                "usual cause (SDXL's overflows in fp16): start ComfyUI with --fp32-vae or "
+                "--bf16-vae. For latents that the teacher draws, precision bf16 or fp32 helps."
+            )
+    tensors = {str(i): row.latent.half().contiguous() for i, (_, row) in enumerate(used)}
+    tensors["sizes"] = torch.tensor([row.sizes for _, row in used], dtype=torch.int32).view(-1, 6)
+    tensors["captions"] = torch.tensor([caption_of[n] for n, _ in used], dtype=torch.int32)
+    tensors["numbers"] = torch.tensor([n for n, _ in used], dtype=torch.int32)
+    return tensors, {"skipped": json.dumps(skipped)}
+
+
+def _finish(folder: Path, count: int, captions: list[str], skip_limit: float) -> None:
+    files: dict[str, Any] = {}
+    skipped: list[str] = []
+    for path in sorted(folder.glob("rows-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            skipped += json.loads(file.metadata()["skipped"])
+            rows = len(file.get_slice("numbers").get_shape() and file.get_tensor("numbers"))
+            shapes = [file.get_slice(str(i)).get_shape() for i in range(rows)]
+        files[path.name] = {"bytes": path.stat().st_size, "shapes": shapes}
+    if len(skipped) > skip_limit * count:
+        raise ValueError(
+            f"{len(skipped)} of {count} examples cannot be used, more than the limit of "
+            f"{skip_limit:.0%}. The first: {'; '.join(skipped[:3])}"
+        )
+    disk.clear_torn(folder)
+    index = {
+        "version": VERSION, "rows": files, "skipped": skipped, "captions": captions,
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
+    disk.replace(folder / INDEX, json.dumps(index, ensure_ascii=False))
+
+
+class Texts:
+    """Text embeddings by number of the caption: {"context": [L, D], "pooled": [P]}, float32."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: dict[int, Any] = {}
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        file = self._open.get(number // TEXTS)
+        if file is None:
+            path = self.folder / f"texts-{number // TEXTS:05d}.safetensors"
+            file = self._open[number // TEXTS] = safe_open(path, framework="pt")
+        names = [name for name in ("context", "pooled") if f"{number}.{name}" in file.keys()]
+        return {name: file.get_tensor(f"{number}.{name}").float() for name in names}
+
+
+class Bank:
+    """A complete bank. Rows are numbered without the skipped examples.
+
+    Raises ValueError where a file is missing or has another size than was written.
+    """
+
+    def __init__(self, folder: Path):
+        index = disk.read_json(folder / INDEX)
+        if index is None:
+            raise ValueError(f"{folder} holds no complete latent bank.")
+        self.folder, self.texts = folder, Texts(folder)
+        self.shapes: list[tuple[int, ...]] = []
+        self._where: list[tuple[str, int]] = []
+        self._open: dict[str, Any] = {}
+        for name, told in index["rows"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != told["bytes"]:
+                raise ValueError(
+                    f"{name} of the latent bank {folder} is damaged or gone. Delete that folder; "
+                    "the next run builds it again."
+                )
+            self._where += [(name, i) for i in range(len(told["shapes"]))]
+            self.shapes += [tuple(shape) for shape in told["shapes"]]
+        if not self.shapes:
+            raise ValueError(f"The latent bank {folder} is empty.")
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """-> latents [B, C, h, w] of one shape, and "context" [B, L, D], "sizes" [B, 6] and, where
+        the family has it, "pooled" [B, P]; all on the CPU."""
+        latents, sizes, texts = [], [], []
+        for row in rows:
+            name, at = self._where[row]
+            if name not in self._open:
+                file = safe_open(self.folder / name, framework="pt")
+                self._open[name] = file, file.get_tensor("sizes"), file.get_tensor("captions")
+            file, all_sizes, captions = self._open[name]
+            latents.append(file.get_tensor(str(at)).float())
+            sizes.append(all_sizes[at])
+            texts.append(self.texts[int(captions[at])])
+        return torch.stack(latents), {"sizes": torch.stack(sizes), **together(texts)}
+
+
+def together(texts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Text embeddings as one batch.
+
+    Captions have one, two or three windows of 77; the shorter are repeated, which attention does
+    not notice: the weights of equal keys add up to what one of them had.
+    """
+    length = math.lcm(*(len(text["context"]) for text in texts))
+    contexts = [text["context"].repeat(length // len(text["context"]), 1) for text in texts]
+    batch = {"context": torch.stack(contexts)}
+    if "pooled" in texts[0]:
+        batch["pooled"] = torch.stack([text["pooled"] for text in texts])
+    return batch

@@ -1,0 +1,45 @@
+"""Memory on the device: how much is used, what to do when it runs out, blocks compiled."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """The GPU's own error, or the CPU allocator's, which is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: the peak of the device's tensors on CUDA, what the process holds elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The UNet's residual and transformer blocks: what is recomputed or compiled as one."""
+    kinds = ("ResBlock", "SpatialTransformer")
+    return [module for module in network.modules() if type(module).__name__ in kinds]
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Gradient checkpointing (arXiv 1604.06174) by block; the adapter must be on at backward."""
+    for block in _blocks(network):
+        forward = block.forward
+
+        def again(*args, _forward=forward, **kwargs):
+            if not torch.is_grad_enabled():
+                return _forward(*args, **kwargs)
+            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+
+        block.forward = again
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile for each block; the first steps take longer."""
+    for block in _blocks(network):
+        block.forward = torch.compile(block.forward)

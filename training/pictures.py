@@ -1,0 +1,142 @@
+"""Captioned pictures as training examples: oriented, flattened, scaled into a bucket and cropped.
+
+Example `number` is the same whenever it is asked for: what is random in it follows from (seed,
+number).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..samplers.noise import picture_seed
+from .bank import Unreadable
+from .captioned import Captioned, find
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture as the VAE takes it.
+
+    Attributes:
+        pixels: [H, W, 3] float32 in 0..1, of its bucket's size.
+        caption: its text.
+        sizes: SDXL's size conditioning (arXiv 2307.01952, section 2.2): original height and width,
+            crop top and left, target height and width.
+    """
+
+    pixels: torch.Tensor
+    caption: str
+    sizes: tuple[int, int, int, int, int, int]
+
+
+def buckets(resolution: int, multiple: int = 64) -> list[tuple[int, int]]:
+    """The sizes (height, width) that pictures are cut to, square first.
+
+    Sides are multiples of `multiple`, the area is at most resolution^2 and as near to it as they
+    allow, the ratio of the sides at most 2.
+    """
+    side = resolution // multiple * multiple
+    found = [(side, side)]
+    for short in range(multiple, side, multiple):
+        long = resolution**2 // short // multiple * multiple
+        if long <= 2 * short:
+            found += [(short, long), (long, short)]
+    return found
+
+
+class Pictures:
+    """Examples out of a folder or tar shards: `crops` of each picture.
+
+    resolution: side of the square whose area the buckets have. flip: mirror half of the examples.
+    multiple: of pixels, of the buckets' sides. Raises ValueError as captioned.find does.
+    """
+
+    def __init__(
+        self, path: Path, resolution: int, crops: int = 1, flip: bool = True, seed: int = 0,
+        multiple: int = 64,
+    ):  # fmt: skip
+        self.found = find(path)
+        self.buckets = buckets(resolution, multiple)
+        self.told = {
+            "resolution": resolution, "crops": crops, "flip": flip, "seed": seed,
+            "multiple": multiple,
+        }  # fmt: skip
+        self.crops, self.flip, self.seed = crops, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.found) * self.crops
+
+    def captions(self) -> list[str]:
+        """The caption of each example."""
+        return [self.found[number // self.crops].caption for number in range(len(self))]
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the examples, for the bank's key."""
+        files = json.dumps([[each.name, each.caption, each.stamp] for each in self.found])
+        return {"pictures": hashlib.sha256(files.encode()).hexdigest(), **self.told}
+
+    def example(self, number: int) -> Example:
+        """Raises Unreadable when the file is no whole picture."""
+        source = self.found[number // self.crops]
+        image = _opened(source)
+        height, width = _nearest(image.height, image.width, self.buckets)
+        original = image.height, image.width
+        scale = max(height / image.height, width / image.width)
+        large = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        top, left, mirrored = self._choice(number, large[1] - height, large[0] - width)
+        if mirrored:  # first, so that `left` counts in what the network sees
+            image = ImageOps.mirror(image)
+        # Only the crop is made: a long thin strip would be gigabytes when it covers a bucket.
+        across, down = image.width / large[0], image.height / large[1]
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box)
+        pixels = torch.from_numpy(np.asarray(image, np.float32) / 255.0)
+        return Example(pixels, source.caption, (*original, top, left, height, width))
+
+    def _choice(self, number: int, down: int, right: int) -> tuple[int, int, bool]:
+        """(top, left, mirrored) within `down` and `right` spare pixels; one crop is the middle."""
+        generator = torch.Generator().manual_seed(picture_seed(self.seed, number, 0))
+        y, x, coin = torch.rand(3, generator=generator).tolist()
+        if self.crops == 1:
+            y = x = 0.5
+        return math.floor(y * (down + 1)), math.floor(x * (right + 1)), self.flip and coin < 0.5
+
+
+def _opened(source: Captioned) -> Image.Image:
+    """RGB, upright, on white where it was transparent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(source.read()))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit greys, which convert() would clip
+                grey = np.asarray(image, np.float32) / 257.0
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise Unreadable(f"{source.name}: this is no picture that Pillow can read.") from None
+    # Pillow raises many kinds of error for a broken file, SyntaxError among them.
+    except Exception as error:
+        raise Unreadable(f"{source.name}: {error}") from error
+
+
+def _nearest(height: int, width: int, known: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose ratio of sides is nearest, by its logarithm."""
+    ratio = math.log(height / width)
+    return min(known, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))

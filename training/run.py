@@ -1,0 +1,191 @@
+"""What a training process starts: `python training/run.py SPEC.json`, alone or under torchrun.
+
+The job's folder is the one that holds SPEC.json. Exit status: 0 done or paused, 1 failed, 75 paused
+because the disk is full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import shutil
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DISK_FULL = 75
+log = logging.getLogger("lcm_lora")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
+    chosen = parser.parse_args(arguments)
+    _as_package()
+    from lcm_lora.training.processes import Processes
+    from lcm_lora.training.watch import Journal
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    job = chosen.spec.resolve().parent
+    if not job.is_dir():
+        log.error("There is no job description %s.", chosen.spec)
+        return 1
+    processes = Processes.join()
+    journal = Journal(job) if processes.first and not chosen.dry_run else None
+    try:
+        return _job(chosen.spec, job, processes, journal, chosen.dry_run)
+    except (ValueError, MemoryError) as error:
+        state, message, status = "failed", str(error), 1
+    except OSError as error:
+        full = error.errno == errno.ENOSPC or "No space left" in str(error)
+        state, status = ("paused", DISK_FULL) if full else ("failed", 1)
+        message = (
+            f"The disk is full ({error}). Nothing is lost: make room and start the job again, it "
+            "goes on after its newest checkpoint."
+            if full else str(error)
+        )  # fmt: skip
+    except Exception as error:
+        # A fault of ours: the state tells it too, and the traceback goes to the log.
+        if journal is not None:
+            journal.state("failed", message=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        processes.leave()
+    log.error("%s", message)
+    if journal is not None:
+        journal.state(state, message=message)
+    return status
+
+
+def _as_package() -> None:
+    """Registers the pack as a package whatever its folder is called.
+
+    This folder leaves the import path, where its file names would hide other modules.
+    """
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [each for each in sys.path if str(Path(each).resolve()) != here]
+    package = types.ModuleType("lcm_lora")
+    package.__path__ = [str(ROOT)]
+    sys.modules.setdefault("lcm_lora", package)
+
+
+def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
+    from filelock import FileLock, Timeout
+    from lcm_lora.training import disk, result
+    from lcm_lora.training.spec import read
+    from lcm_lora.training.teacher import Teacher, enter
+
+    spec = read(spec_file)
+    asked = _Asked(job / "control.json")
+    output, banks = Path(spec.output), Path(spec.banks)
+    if result.finished(job, output):
+        log.info("%s is done already", output.name)
+        return 0
+    if output.exists() and not spec.overwrite and not result.interrupted(job):
+        raise ValueError(f"{output.name} exists already: choose another name, or allow overwrite.")
+    banks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(banks / f"{disk.name_of(str(output))}.lock")
+    try:
+        if processes.first:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Another job is writing {output.name} now: choose another name."
+        ) from None
+    try:
+        if journal is not None:
+            journal.state("preparing", message="", steps=spec.steps)
+        enter(Path(spec.host), spec.host_flags)
+        teacher = Teacher.load(Path(spec.checkpoint), spec.precision, spec.loras, spec.embeddings)
+        return _distil(spec, job, teacher, processes, journal, asked, dry_run)
+    finally:
+        lock.release()
+
+
+def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) -> int:
+    import torch
+    from lcm_lora.training import bank, result, sources
+    from lcm_lora.training.adapter import Adapter
+    from lcm_lora.training.loop import Run
+    from lcm_lora.training.plan import plan
+    from lcm_lora.training.watch import Samples
+
+    source = sources.source(spec, teacher)
+    adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+    if dry_run:
+        print(plan(spec, teacher, adapter, len(source)))  # noqa: T201 (the plan is asked for)
+        return 0
+    needed = 12 * sum(p.numel() for p in adapter.parameters()) * (spec.keep + 2)
+    if (free := shutil.disk_usage(job).free) < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed for checkpoints, {free / 1e9:.1f} free"
+        )
+    samples = None
+    if processes.first and spec.sample_every:
+        prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
+        samples = Samples(job, teacher, prompts, spec.resolution, spec.seed)
+    base_hash = result.file_hash(Path(spec.checkpoint), Path(spec.banks))
+    told = source.settings() | {"loras": [[lora.path, lora.strength] for lora in spec.loras]}
+    folder = Path(spec.banks) / bank.key(base_hash, told)
+
+    shown = [0.0]
+
+    def progress(what: str, done: int, of: int) -> None:
+        now = time.monotonic()
+        if journal is not None and (now - shown[0] > 2 or done == of):
+            shown[0] = now
+            journal.state("preparing", message=f"{what}: {done} of {of}")
+            log.info("bank, %s: %d of %d", what, done, of)
+
+    with adapter.off():
+        bank.build(
+            folder, source, teacher.text, spec.data.skip_limit, processes, progress,
+            teacher.free_text_encoders,
+        )  # fmt: skip
+    teacher.free_text_encoders()
+    teacher.free_vae()
+    torch.manual_seed(spec.seed)
+    run = Run(spec, job, teacher, adapter, bank.Bank(folder), processes, journal, samples, asked)
+    outcome = run.train()
+    if outcome == "pause":
+        if journal is not None:
+            journal.state("paused", message=f"paused after step {run.step}")
+        log.info("paused after step %d", run.step)
+        return 0
+    if processes.first:
+        about = result.about(spec, teacher, run.step, base_hash, folder.name)
+        result.write(job, Path(spec.output), adapter, about, teacher.untaken)
+        journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")
+    processes.wait()
+    return 0
+
+
+class _Asked:
+    """What the job is asked: by its control file, or by a signal, which means pause."""
+
+    def __init__(self, control: Path):
+        self.control, self.signalled = control, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signal)
+
+    def _signal(self, *_) -> None:
+        self.signalled = True
+
+    def __call__(self) -> str:
+        from lcm_lora.training import disk
+
+        if self.signalled:
+            return "pause"
+        told = disk.read_json(self.control) or {}
+        action = told.get("action", "") if isinstance(told, dict) else ""
+        return action if action in ("pause", "finish") else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

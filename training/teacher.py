@@ -1,0 +1,267 @@
+"""The teacher: a checkpoint as ComfyUI loads it, in a process that is not ComfyUI's server.
+
+The only file of training/ that knows the host. `enter` comes before anything of the host is
+imported; after it, `Teacher.load` gives the frozen network that serves as teacher, target and
+student, its schedule, and its text and picture encoders.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..lora import files
+from .solver import Schedule
+from .spec import StyleLoRA
+
+log = logging.getLogger("lcm_lora")
+
+# The host registers these attention kernels without a backward.
+_NO_BACKWARD = {"--use-sage-attention", "--use-flash-attention"}
+_ATTENTION = {
+    "--use-split-cross-attention", "--use-quad-cross-attention", "--use-pytorch-cross-attention",
+}  # fmt: skip
+LONGEST = 225  # tokens of a prompt: three of CLIP's windows of 75
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
+    """Puts the host on the import path with its flags set. Call before any import of the host.
+
+    Raises ValueError when the folder holds no ComfyUI.
+    """
+    if not (host / "comfy" / "sd.py").is_file():
+        raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
+    if str(host) not in sys.path:
+        sys.path.insert(0, str(host))
+    kept = [flag for flag in flags if flag not in _NO_BACKWARD | _ATTENTION]
+    has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
+    cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
+    before = sys.argv
+    sys.argv = ["lcm-lora", "--use-pytorch-cross-attention", *cpu, *kept]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401 (reads sys.argv now)
+    finally:
+        sys.argv = before
+
+
+@dataclass
+class Teacher:
+    """A frozen network and what belongs to it. Called as training/ calls a network.
+
+    Attributes:
+        network: the host's UNet, frozen, on `device` in `dtype`.
+        schedule: alphas_cumprod on `device`, and the prediction type.
+        family: "SD1.5", "SDXL", ... channels: of a latent.
+        uncond: the unconditional input, as `text` gives it: encode("") for SD1 and 2, zeros for
+            the SDXL kinds.
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    family: str
+    channels: int
+    device: torch.device
+    dtype: torch.dtype
+    uncond: dict[str, torch.Tensor]
+    _patcher: Any
+    _clip: Any
+    _vae: Any
+
+    @classmethod
+    def load(
+        cls, checkpoint: Path, precision: str = "auto", loras: tuple[StyleLoRA, ...] = (),
+        embeddings: str = "",
+    ) -> Teacher:  # fmt: skip
+        """Raises ValueError when the file is no checkpoint of a family that can be distilled."""
+        import comfy.model_management as management
+        import comfy.sd
+
+        if not checkpoint.is_file():
+            raise ValueError(f"There is no checkpoint {checkpoint}.")
+        device = management.get_torch_device()
+        dtype = _dtype(precision, device)
+        try:
+            patcher, clip, vae = comfy.sd.load_checkpoint_guess_config(
+                str(checkpoint), embedding_directory=embeddings or None,
+                model_options={"dtype": dtype}, disable_dynamic=True,
+            )[:3]  # fmt: skip
+        except Exception as error:
+            raise ValueError(
+                f"{checkpoint.name} is not a checkpoint that ComfyUI can load: {error}"
+            ) from error
+        family, prediction = _checked(checkpoint.name, patcher, clip, vae)
+        for lora in loras:
+            patcher = _with_style(patcher, lora)
+        management.load_models_gpu([patcher], force_full_load=True)
+        network = patcher.model.diffusion_model.requires_grad_(False).eval()
+        sigmas = patcher.model.model_sampling.sigmas.float().to(device)
+        teacher = cls(
+            network, Schedule(1 / (1 + sigmas.square()), prediction), family,
+            patcher.model.model_config.unet_config["in_channels"], device, dtype, {},
+            patcher, clip, vae,
+        )  # fmt: skip
+        empty = teacher.text("")
+        if teacher.has_sizes:
+            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        teacher.uncond = empty
+        return teacher
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor):
+        """Raw output, float32, for z [B, C, h, w] (VP scale) and t int64 [B]."""
+        cast = {name: value.to(self.dtype) for name, value in conditions.items()}
+        return self.network(z.to(self.dtype), t.float(), **cast).float()
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the network is told the picture's size, as the SDXL kinds are."""
+        return self.network.num_classes == "sequential"
+
+    @torch.no_grad()
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
+        """{"context": [77 n, D]} and, for the SDXL kinds, {"pooled": [P]}; float32 on the CPU.
+
+        Raises ValueError when the caption is longer than three windows of 75 tokens.
+        """
+        tokens = self._clip.tokenize(caption)
+        windows = max(len(part) for part in tokens.values())
+        if windows * 75 > LONGEST:
+            raise ValueError(
+                f"A caption of about {windows * 75} tokens is too long, at most {LONGEST} can be "
+                f"used: {caption[:60]!r}..."
+            )
+        context, pooled = self._clip.encode_from_tokens(tokens, return_pooled=True)
+        found = {"context": context[0].float().cpu()}
+        return found | ({"pooled": pooled[0].float().cpu()} if self.has_sizes else {})
+
+    def conditions(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """A bank's texts and sizes -> conditional and unconditional inputs, on the device.
+
+        Both have the same sizes, as in the reference recipe.
+        """
+        context = batch["context"].to(self.device)
+        empty = self.uncond["context"].to(self.device)
+        windows = context.shape[1] // empty.shape[0]
+        cond = {"context": context}
+        uncond = {"context": empty.repeat(windows, 1).expand_as(context)}
+        if self.has_sizes:
+            pooled = batch["pooled"].to(self.device)
+            none = self.uncond["pooled"].to(self.device).expand_as(pooled)
+            cond["y"] = self.sized(pooled, batch["sizes"])
+            uncond["y"] = self.sized(none, batch["sizes"])
+        return cond, uncond
+
+    def sized(self, pooled: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """The vector y of the SDXL kinds: pooled text [B, P], sizes [B, 6] -> [B, P + 1536].
+
+        sizes: original height and width, crop top and left, target height and width.
+        """
+        flat = self._patcher.model.embedder(sizes.flatten().float().cpu())
+        return torch.cat([pooled.float(), flat.reshape(len(sizes), -1).to(pooled.device)], 1)
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, 3] in 0..1 -> latents at diffusion scale [B, C, h, w], float32 on the CPU."""
+        latents = self._vae.encode(pixels)
+        return self._patcher.model.process_latent_in(latents.float()).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents at diffusion scale [B, C, h, w] -> [B, H, W, 3] in 0..1, float32 on the CPU."""
+        raw = self._patcher.model.process_latent_out(latents.float().cpu())
+        return self._vae.decode(raw).float().cpu().clamp(0, 1)
+
+    def free_text_encoders(self) -> None:
+        """Gives the text encoders' memory back, for good."""
+        if self._clip is not None:
+            self._make_way(self._clip.patcher)
+            self._clip = None
+
+    def free_vae(self) -> None:
+        """Takes the VAE off the device; it comes back by itself when it is used."""
+        self._make_way(self._vae.patcher)
+
+    def _make_way(self, patcher: Any) -> None:
+        """Takes another model off the device, and brings back what it may have pushed out."""
+        import comfy.model_management as management
+
+        others = [each for each in management.current_loaded_models if each.model is not patcher]
+        management.free_memory(1e30, patcher.load_device, others)
+        management.soft_empty_cache()
+        management.load_models_gpu([self._patcher], force_full_load=True)
+
+    def untaken(self, path: Path) -> list[str]:
+        """Modules of a LoRA file in kohya names that the host does not map onto this network."""
+        import comfy.lora
+
+        keys = comfy.lora.model_lora_keys_unet(self._patcher.model, {})
+        return sorted(files.read(path).modules() - keys.keys())
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
+    """(family, prediction type), or a ValueError with what this checkpoint is instead."""
+    import comfy.model_base as base
+
+    from ..lora.host import detect
+
+    if (
+        patcher is None
+        or clip is None
+        or vae is None
+        or getattr(vae, "first_stage_model", 0) is None
+    ):
+        raise ValueError(
+            f"{name} is no full checkpoint: expected network, text encoder and VAE in one file."
+        )
+    model = patcher.model
+    family = detect(patcher)
+    kinds = {base.ModelType.EPS: "eps", base.ModelType.V_PREDICTION: "v"}
+    if model.model_type not in kinds or family is None:
+        raise ValueError(
+            f"{name} is a {type(model.model_config).__name__} model of type "
+            f"{model.model_type.name}. LCM distillation works on Stable Diffusion 1.x, 2.x, SDXL, "
+            "SSD-1B, Segmind Vega and KOALA, with eps or v prediction."
+        )
+    channels = model.model_config.unet_config["in_channels"]
+    if channels != 4:
+        raise ValueError(
+            f"{name} takes {channels} latent channels: it is an inpainting or editing model, which "
+            "wants a picture beside the prompt. Distil the base model it was made from; its "
+            "LCM-LoRA works on the inpainting model too."
+        )
+    classes = model.diffusion_model.num_classes
+    if type(model).__name__ not in ("BaseModel", "SDXL") or classes not in (None, "sequential"):
+        raise ValueError(
+            f"{name} is a {type(model).__name__} model, which wants more than a prompt. Distil the "
+            "plain model of its family."
+        )
+    return family.name, kinds[model.model_type]
+
+
+def _with_style(patcher: Any, lora: StyleLoRA) -> Any:
+    """The model with a LoRA's weights added, which the host bakes in as it loads the model."""
+    from ..lora.host import apply
+
+    vector = files.read(Path(lora.path))
+    model, _, coverage = apply(patcher, None, vector, lora.strength, 0.0)
+    log.info("baked into the teacher: %s", coverage)
+    return model

@@ -1,0 +1,126 @@
+"""What a running job tells: state, metrics, and pictures beside the teacher's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ..samplers.consistency import consistency
+from ..samplers.noise import picture_noise
+from ..samplers.timesteps import timesteps
+from . import disk
+from .bank import together
+from .solver import ddim
+
+log = logging.getLogger("lcm_lora")
+TEACHER_STEPS = 50
+STEPS = (1, 2, 4)
+
+
+class Journal:
+    """status.json, rewritten at once, and metrics.jsonl, appended. Only rank 0 has one."""
+
+    def __init__(self, job: Path):
+        self.status_file, self.metrics_file = job / "status.json", job / "metrics.jsonl"
+        self.status: dict[str, Any] = {"pid": os.getpid(), "started": time.time()}
+
+    def state(self, state: str, **told: Any) -> None:
+        """Writes the job's state (preparing, running, paused, done, failed) and what is told."""
+        self.status |= {"state": state, "updated": time.time(), **told}
+        disk.replace(self.status_file, json.dumps(self.status, indent=1, ensure_ascii=False))
+
+    def metrics(self, **figures: float | int | dict) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **figures})
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps that a crash has undone, and a line it has torn."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue
+        disk.replace(self.metrics_file, "".join(kept))
+
+
+class Samples:
+    """Pictures at 1, 2 and 4 steps from fixed noise, and their distance to the teacher's answer.
+
+    The teacher's 50-step answers are drawn once and kept in the job's folder.
+    """
+
+    def __init__(self, job: Path, teacher, prompts: tuple[str, ...], side: int, seed: int):
+        self.folder, self.teacher, self.seed = job / "samples", teacher, seed
+        self.texts = [teacher.text(prompt) for prompt in prompts]
+        self.shape = (len(prompts), teacher.channels, side // 8, side // 8)
+        self.sizes = torch.tensor([(side, side, 0, 0, side, side)] * len(prompts))
+
+    def draw(self, adapter, step: int, cfg: float) -> dict[str, float]:
+        """Writes samples/step-N.png; -> mean squared error to the teacher's latents by steps."""
+        self.folder.mkdir(exist_ok=True)
+        batch = together(self.texts) | {"sizes": self.sizes}
+        cond, uncond = self.teacher.conditions(batch)
+        noise = picture_noise(torch.empty(self.shape), self.seed)
+        start = noise(0).to(self.teacher.device)
+        endpoint = self._endpoint(adapter, start, cond, uncond, cfg)
+        columns, errors = [endpoint], {}
+        for steps in STEPS:
+            z = few_steps(self.teacher, start, steps, cond, noise)
+            errors[str(steps)] = float((z - endpoint).square().mean())
+            columns.append(z)
+        pictures = [self.teacher.decode(column) for column in columns]
+        self.teacher.free_vae()
+        sheet = torch.cat([torch.cat(list(column), 0) for column in pictures], 1)
+        pixels = (sheet.nan_to_num() * 255).round().to(torch.uint8).numpy()
+        with disk.whole_file(self.folder / f"step-{step:08d}.png") as new:
+            Image.fromarray(np.ascontiguousarray(pixels)).save(new, "PNG")
+        return errors
+
+    def _endpoint(self, adapter, noise, cond, uncond, cfg) -> torch.Tensor:
+        path = self.folder / "teacher.safetensors"
+        if path.exists():
+            return load_file(path)["latents"].to(noise.device)
+        with adapter.off():
+            latents = ddim(
+                self.teacher, self.teacher.schedule, noise, TEACHER_STEPS, cond, uncond, cfg
+            )
+        if not latents.isfinite().all():
+            raise ValueError(
+                "The teacher's own pictures are not finite numbers: its precision is too low for "
+                "it. Choose precision bf16 or fp32."
+            )
+        with disk.whole_file(path) as new:
+            save_file({"latents": latents.cpu().contiguous()}, new)
+        return latents
+
+
+@torch.no_grad()
+def few_steps(teacher, noise: torch.Tensor, steps: int, cond, fresh) -> torch.Tensor:
+    """LCM sampling (arXiv 2310.04378, algorithm 3) of the network as it is, in VP scale.
+
+    noise: [B, C, h, w] at t = 999; fresh(i): standard normal noise for step i.
+    """
+    z, at = noise, timesteps(steps)
+    for i, t in enumerate(at):
+        now = torch.full((len(z),), t, device=z.device)
+        x0, _ = teacher.schedule.split(teacher(z, now, **cond), z, now)
+        x0 = consistency(z, x0, now)
+        if i + 1 == len(at):
+            return x0
+        after = torch.full_like(now, at[i + 1])
+        z = teacher.schedule.noised(x0, fresh(i + 1).to(z.device), after)
+    return z
