@@ -259,14 +259,14 @@ def lcm_lora(
 
 def style_lora(
     model: nn.Module, latents: torch.Tensor, labels: torch.Tensor, context: torch.Tensor,
-    rank: int = 8, count: int = 300, batch: int = 32,
+    rank: int = 16, count: int = 600, batch: int = 32,
 ) -> Adapter:  # fmt: skip
     """An ordinary LoRA: noise prediction on the latents of restyled pictures, same captions."""
     generator = torch.Generator().manual_seed(5)
     adapter = Adapter(model, rank, rank, seed=5)
     optimiser = torch.optim.AdamW(adapter.parameters(), weight_decay=0)
     schedule = Schedule(alphas_cumprod())
-    for _ in steps("style-lora", count, optimiser, 2e-3):
+    for _ in steps("style-lora", count, optimiser, 1e-3):
         pick = torch.randint(len(latents), (batch,), generator=generator)
         t = torch.randint(1000, (batch,), generator=generator)
         eps = torch.randn(latents[pick].shape, generator=generator)
