@@ -14,8 +14,8 @@ from . import assemble, data, judge, networks, pack, train
 
 log = logging.getLogger("lcm_lora")
 
-# Chosen by measurement: at 20 steps the classifier agrees with 82 % of the captions at 2 and with
-# 91 % at 3, and the Frechet distance is no larger. The LCM-LoRA is distilled with the same scale.
+# The classifier agrees with 88 % of the captions at 50 steps (300 pictures). The LCM-LoRA is
+# distilled with the same scale.
 GUIDANCE = 2.5
 PICTURES, RESTYLED = 36_000, 8_000
 
