@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoints, draws
+from . import checkpoints, disk, draws
 from .adapter import Adapter
 from .bank import Bank
 from .memory import compile_blocks, is_out_of_memory, memory, recompute_blocks
@@ -104,13 +104,13 @@ class Run:
             if self.step % self.spec.log_every == 0 or self.step == self.spec.steps:
                 self.report(since)
                 since = _Since()
-            if self._due(self.spec.sample_every):
-                enough = self.sampled()
+            sampling = self._due(self.spec.sample_every)
+            enough = sampling and self.sampled()
+            # After sampling too, for the best adapter so far may be asked for again.
+            if sampling or self._due(self.spec.checkpoint_every):
                 self.save()
-                if enough:
-                    return self.settle()
-            if self._due(self.spec.checkpoint_every):
-                self.save()
+            if enough:
+                return self.settle()
         return "done"
 
     def one_step(self) -> tuple[float, float]:
@@ -248,6 +248,8 @@ class Run:
 
     def resume(self) -> None:
         """Goes on where the newest whole checkpoint was written, or starts at step 0."""
+        if self.processes.first:
+            disk.clear_torn(self.folder)
         found = checkpoints.newest(self.folder)
         if found is None:
             return

@@ -70,9 +70,10 @@ def finished(job: Path, output: Path) -> bool:
     return told is not None and output.is_file() and disk.sha256(output) == told["sha256"]
 
 
-def interrupted(job: Path) -> bool:
-    """Whether this job was stopped while it moved its result into place."""
-    return (job / MADE).exists()
+def interrupted(job: Path, output: Path) -> bool:
+    """Whether this job was stopped after it had moved its result into place."""
+    made = job / MADE
+    return made.exists() and output.is_file() and disk.sha256(made) == disk.sha256(output)
 
 
 def file_hash(path: Path, cache: Path) -> str:

@@ -87,7 +87,7 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     if result.finished(job, output):
         log.info("%s is done already", output.name)
         return 0
-    if output.exists() and not spec.overwrite and not result.interrupted(job):
+    if output.exists() and not spec.overwrite and not result.interrupted(job, output):
         raise ValueError(f"{output.name} exists already: choose another name, or allow overwrite.")
     banks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(banks / f"{disk.name_of(str(output))}.lock")
