@@ -34,8 +34,12 @@ class Toy:
     styled: object
 
     @classmethod
-    def load(cls, checkpoint) -> Toy:
-        base, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    def load(cls, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Toy:
+        """dtype: of the UNet's weights and products, as the host chooses it on a GPU."""
+        base, clip, vae = comfy.sd.load_checkpoint_guess_config(
+            str(checkpoint), model_options={"dtype": dtype}
+        )[:3]
+        base.model.manual_cast_dtype = dtype  # the host holds a CPU to float32 by itself
         lcm = files.read(assemble.LCM_LORA)
         style = files.read(assemble.STYLE_LORA)
         both, _ = combine.exact([lcm, style], [1.0, 0.8])
