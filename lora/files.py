@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .delta import Vector
+from .whole import whole_file
 from .wire import parse, to_wire
 
 SUFFIX = ".safetensors"
@@ -73,17 +72,9 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
         tensors[key] = cast.contiguous()
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, for a rename is atomic only within one file system.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in _serialised(tensors, dict(vector.metadata)):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as new, open(new, "wb") as file:
+        for part in _serialised(tensors, dict(vector.metadata)):
+            file.write(part)
 
 
 def _serialised(

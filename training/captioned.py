@@ -38,26 +38,34 @@ class Captioned:
             return file.read(-1 if self.size is None else self.size)
 
 
+def _is_shown(file: Path) -> bool:
+    """Not one of the `._name` files that macOS puts beside each file, nor in a hidden folder."""
+    return not any(part.startswith(".") for part in file.parts)
+
+
 def find(path: Path) -> list[Captioned]:
     """Every captioned picture of a folder or tar, by name.
 
     Folder: Hugging Face's imagefolder layout, with `<stem>.txt` beside each picture or a
-    metadata.jsonl of {"file_name", "text"}; or a folder of tar shards. Tar: a WebDataset shard,
+    metadata.jsonl of {"file_name", "text"}, tar shards, or both. Tar: a WebDataset shard,
     whose members belong together up to the first dot of their file name, with a .txt, or a .json
     with "caption" or "text". Raises ValueError when there is no picture, when a caption is missing,
     empty or not UTF-8, and for a broken metadata.jsonl or tar.
     """
-    one = path.is_file() and path.name.endswith((".tar", *ZIPPED))
+    one = path.is_file() and path.name.lower().endswith((".tar", *ZIPPED))
     if not one and not path.is_dir():
         raise ValueError(f"There is no folder and no tar file {path}.")
-    files = [path] if one else sorted(file for file in path.rglob("*") if file.is_file())
-    if zipped := [file.name for file in files if file.name.endswith(ZIPPED)]:
+    inside = path.rglob("*") if not one else ()
+    shown = (file for file in inside if _is_shown(file.relative_to(path)) and file.is_file())
+    files = [path] if one else sorted(shown)
+    if zipped := [file.name for file in files if file.name.lower().endswith(ZIPPED)]:
         raise ValueError(
             f"{zipped[0]} is a compressed tar, out of which single pictures cannot be read. Unpack "
             "it to a plain .tar with gunzip."
         )
-    shards = [file for file in files if file.suffix == ".tar"]
-    found = [each for shard in shards for each in _tar(shard)] or _folder(path, files)
+    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    found = [each for shard in shards for each in _tar(shard)]
+    found += _folder(path, files)
     if not found:
         raise ValueError(
             f"There is no picture in {path}: expected {', '.join(SUFFIXES)} files, or WebDataset "

@@ -168,16 +168,11 @@ class Run:
             )
             cond, uncond = self.teacher.conditions(about)
             z0, eps, index, cfg = (x.to(self.teacher.device) for x in (z0, eps, index, cfg))
-            loss = self._loss(z0, eps, index, cond, uncond, cfg) * (len(part) / spec.batch)
+            loss = loss_of(spec, self.teacher, self.adapter, z0, eps, index, cond, uncond, cfg)
+            loss = loss * (len(part) / spec.batch)
             (loss * self.progress.scale).backward()
             total += loss.detach()
         return total
-
-    def _loss(self, z0, eps, index, cond, uncond, cfg) -> torch.Tensor:
-        batch = self.teacher.schedule, z0, eps, index, cond, uncond, cfg
-        if self.spec.objective == "phased":
-            return phased_loss(self.teacher, self.adapter, *batch, phases=self.spec.phases)
-        return lcm_loss(self.teacher, self.adapter, *batch)
 
     def _use_less_memory(self) -> None:
         self.optimiser.zero_grad()
@@ -314,6 +309,13 @@ class _Since:
     @property
     def seconds_a_step(self) -> float:
         return self.seconds / self.count
+
+
+def loss_of(spec: Spec, teacher, adapter: Adapter, *batch) -> torch.Tensor:
+    """The loss of the job's objective; batch: z0, eps, index, cond, uncond, cfg."""
+    if spec.objective == "phased":
+        return phased_loss(teacher, adapter, teacher.schedule, *batch, phases=spec.phases)
+    return lcm_loss(teacher, adapter, teacher.schedule, *batch)
 
 
 def learning_rate(spec: Spec, step: int) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from . import draws
 from .adapter import Adapter
-from .objective import lcm_loss
+from .loop import loss_of
 from .spec import Spec
 
 CALLS = "3 network calls a step (teacher: 2 pictures in one, no gradient; target; student)"
@@ -47,7 +47,7 @@ def _seconds_a_step(spec: Spec, teacher, adapter: Adapter) -> float:
     eps, index, cfg = (x.to(teacher.device) for x in (eps, index, cfg))
     for _ in range(2):
         begun = time.monotonic()
-        loss = lcm_loss(teacher, adapter, teacher.schedule, eps, eps, index, cond, uncond, cfg)
+        loss = loss_of(spec, teacher, adapter, eps, eps, index, cond, uncond, cfg)
         loss.backward()
         float(loss.detach())  # waits for the device
         seconds = time.monotonic() - begun

@@ -122,18 +122,20 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         print(plan(spec, teacher, adapter, len(source)))  # noqa: T201 (the plan is asked for)
         return 0
     needed = 12 * sum(p.numel() for p in adapter.parameters()) * (spec.keep + 2)
-    if (free := shutil.disk_usage(job).free) < needed:
-        raise OSError(
-            errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed for checkpoints, {free / 1e9:.1f} free"
-        )
+    _room(job, needed, "checkpoints")
     samples = None
     if processes.first and spec.sample_every:
         prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
         samples = Samples(job, teacher, prompts, spec.resolution, spec.seed)
+    if processes.first:
+        result.file_hash(Path(spec.checkpoint), Path(spec.banks))
+    processes.wait()  # the others read what the first has remembered
     base_hash = result.file_hash(Path(spec.checkpoint), Path(spec.banks))
     told = source.settings() | {"loras": [[lora.path, lora.strength] for lora in spec.loras]}
     folder = Path(spec.banks) / bank.key(base_hash, told)
 
+    if not (folder / bank.INDEX).exists():
+        _room(Path(spec.banks), _bank_bytes(spec, teacher, source), "the latent bank")
     shown = [0.0]
 
     def progress(what: str, done: int, of: int) -> None:
@@ -164,6 +166,21 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")
     processes.wait()
     return 0
+
+
+def _room(folder: Path, needed: float, what: str) -> None:
+    """Raises OSError (ENOSPC) where the disk has not the bytes that will be needed."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed for {what}, {free / 1e9:.1f} are free"
+        )
+
+
+def _bank_bytes(spec, teacher, source) -> int:
+    """What the whole bank takes: half precision latents, and each text once."""
+    latents = len(source) * teacher.channels * (spec.resolution // 8) ** 2
+    a_text = sum(tensor.numel() for tensor in teacher.uncond.values())
+    return 2 * (latents + a_text * len(set(source.captions())))
 
 
 class _Asked:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lora.tests.host.test_training_reference import SMALL, host_unet
+from lcm_lora.dev.bench.networks import SMALL, host_unet
 from lcm_lora.training.adapter import Adapter
 from lcm_lora.training.objective import lcm_loss
 from lcm_lora.training.phased import phased_loss

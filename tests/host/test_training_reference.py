@@ -2,74 +2,24 @@
 
 import pytest
 import torch
-from lcm_lora.tests.host.test_training_targets import FAMILIES, SD
+from lcm_lora.dev.bench.networks import (
+    DIFFUSERS,
+    FAMILIES,
+    RECIPE,
+    SMALL,
+    SMALL_DIFFUSERS,
+    host_unet,
+)  # fmt: skip
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is a developer's package")
 peft = pytest.importorskip("peft", reason="peft is a developer's package")
 
-RECIPE = peft.LoraConfig(
-    r=4, lora_alpha=4,
-    target_modules=[
-        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
-        "time_emb_proj",
-    ],
-)  # fmt: skip
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
-CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
-
-def blocks(*kinds):
-    """The two lists of block types, given the way down."""
-    down, up = zip(*kinds, strict=True)
-    return {"down_block_types": down, "up_block_types": up[::-1]}
-
-
-SDXL = blocks(PLAIN, CROSS, CROSS) | {
-    "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-DIFFUSERS = {
-    "SD1.5": blocks(CROSS, CROSS, CROSS, PLAIN) | {"cross_attention_dim": 768},
-    "SSD-1B": SDXL | {
-        "transformer_layers_per_block": (0, (2, 2), (4, 4)),
-        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
-        "mid_block_type": "UNetMidBlock2D",
-    },
-    "SDXL": SDXL | {"transformer_layers_per_block": (1, 2, 10)},
-}  # fmt: skip
-
-SMALL = SD | {
-    "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "context_dim": 32,
-    "transformer_depth": [1, 0], "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 0, 0], "num_heads": 4, "num_head_channels": -1,
-}  # fmt: skip
-SMALL_DIFFUSERS = blocks(CROSS, PLAIN) | {
-    "block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-}  # fmt: skip
-
-
-def host_unet(config, device):
-    """The host's network, on the CPU with weights that are nowhere zero."""
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    with torch.device(device):
-        unet = UNetModel(
-            **config, dtype=torch.float32, operations=comfy.ops.disable_weight_init, device=device
-        )
-    generator = torch.Generator().manual_seed(0)
-    for name, p in unet.named_parameters() if device == "cpu" else ():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
-        else:
-            nn.init.normal_(p, float(name.endswith("weight")), 0.1, generator=generator)
-    return unet
+def recipe():
+    return peft.LoraConfig(r=4, lora_alpha=4, **RECIPE)
 
 
 def lora_layers(unet):
@@ -84,8 +34,8 @@ def test_names_are_those_of_diffusers_and_peft(comfy, family):
 
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**DIFFUSERS[family])
-        theirs.add_adapter(RECIPE)
-    adapter = Adapter(host_unet(FAMILIES[family][2], "meta"), 4, 4.0)
+        theirs.add_adapter(recipe())
+    adapter = Adapter(host_unet(FAMILIES[family], "meta"), 4, 4.0)
     adapter.layers.to_empty(device="cpu")
     ours = vector(adapter, {}, family).deltas
     wanted = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}
@@ -138,7 +88,7 @@ def twins(comfy_utils):
     unet = diffusers.UNet2DConditionModel(**SMALL_DIFFUSERS)
     our_name, state = comfy_utils.unet_to_diffusers(SMALL), network.state_dict()
     unet.load_state_dict({name: state[our_name[name]] for name in unet.state_dict()})
-    unet.add_adapter(RECIPE)
+    unet.add_adapter(recipe())
     adapter = Adapter(network, 4, 4.0)
     layers = {f"{n}.weight": low for n, low in zip(adapter.names, adapter.layers, strict=True)}
     pairs = []

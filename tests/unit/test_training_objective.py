@@ -2,27 +2,10 @@
 
 import pytest
 import torch
+from lcm_lora.tests.unit.toy_network import ACP, Toy
 from lcm_lora.training.adapter import Adapter
 from lcm_lora.training.objective import lcm_loss, pseudo_huber
 from lcm_lora.training.solver import Schedule, ddim, guided, teacher
-from torch import nn
-
-BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-ACP = (1 - BETAS).cumprod(0).float()
-
-
-class Toy(nn.Module):
-    """A small convolutional "UNet" whose answer depends on the latent, t and the condition."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.proj_in = nn.Conv2d(4, 8, 1)
-        self.proj_out = nn.Conv2d(8, 4, 1)
-
-    def forward(self, z, t, context):
-        h = torch.tanh(self.proj_in(z) + context[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000)
-        return self.proj_out(h)
 
 
 def batch(n=6, seed=1):

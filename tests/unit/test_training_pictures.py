@@ -212,7 +212,11 @@ def test_a_shard_gives_what_a_folder_gives(folder, tmp_path):
     assert one.captions() == two.captions()
     for number in range(len(one)):
         assert torch.equal(one.example(number).pixels, two.example(number).pixels)
-    assert len(find(tmp_path)) == 3, "a folder of shards is read as its shards"
+    tar.rename(tmp_path / "SHARD.TAR")
+    (folder / "._a.png").write_bytes(b"what macOS puts beside a file")
+    names = [each.name for each in find(tmp_path)]
+    assert names[:3] == ["SHARD.TAR/a.png", "SHARD.TAR/b.png", "SHARD.TAR/more/c.png"]
+    assert names[3:] == ["pictures/a.png", "pictures/b.png", "pictures/more/c.png"]
 
 
 def test_what_is_missing_is_said(folder, tmp_path):
