@@ -45,9 +45,10 @@ class LowRank(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        # Scaled between the two, where the tensor is smallest.
         if down.dim() == 2:
-            return F.linear(F.linear(x, down), up) * self.scale
-        return F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up) * self.scale
+            return F.linear(F.linear(x, down) * self.scale, up)
+        return F.conv2d(F.conv2d(x, down, None, self.stride, self.padding) * self.scale, up)
 
 
 class Adapter(nn.Module):
@@ -91,7 +92,8 @@ class Adapter(nn.Module):
 
     def _hook(self, low: LowRank):
         def add(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor):
-            return output + low(inputs[0]) if self.on else None
+            # In place: a frozen layer's backward does not need what it gave.
+            return output.add_(low(inputs[0])) if self.on else None
 
         return add
 

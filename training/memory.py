@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import psutil
 import torch
 from torch import nn
@@ -11,6 +14,18 @@ from torch.utils.checkpoint import checkpoint
 def is_out_of_memory(error: RuntimeError) -> bool:
     """The GPU's own error, or the CPU allocator's, which is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def keep_freed() -> None:
+    """Lets this process keep the memory it frees, for the next step wants as much again.
+
+    glibc gives big blocks back at once, and the kernel clears each page when it comes again:
+    measured with SD1.5 on two cores, a third of a step. Elsewhere nothing is changed.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def memory(device: torch.device) -> int:

@@ -78,6 +78,7 @@ def _as_package() -> None:
 def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     from filelock import FileLock, Timeout
     from lcm_lora.training import disk, result
+    from lcm_lora.training.memory import keep_freed
     from lcm_lora.training.spec import read
     from lcm_lora.training.teacher import Teacher, enter
 
@@ -101,6 +102,7 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     try:
         if journal is not None:
             journal.state("preparing", message="", steps=spec.steps)
+        keep_freed()
         enter(Path(spec.host), spec.host_flags)
         teacher = Teacher.load(Path(spec.checkpoint), spec.precision, spec.loras, spec.embeddings)
         return _distil(spec, job, teacher, processes, journal, asked, dry_run)

@@ -31,8 +31,8 @@ LATENTS, PICTURES = 600, 3000
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=15, help="of each distillation")
-    parser.add_argument("--pictures", type=int, default=200, help="judged, a seed")
+    parser.add_argument("--minutes", type=float, default=15, help="--quality: of each distillation")
+    parser.add_argument("--pictures", type=int, default=200, help="--quality: judged, a seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--objective", default="lcm")
 

@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill")
+AREAS = ("quality", "sampling", "distill", "fullsize")
 log = logging.getLogger("lcm_lora")
 
 

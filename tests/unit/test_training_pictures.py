@@ -215,7 +215,7 @@ def test_a_shard_gives_what_a_folder_gives(folder, tmp_path):
     tar.rename(tmp_path / "SHARD.TAR")
     (folder / "._a.png").write_bytes(b"what macOS puts beside a file")
     names = [each.name for each in find(tmp_path)]
-    assert names[:3] == ["SHARD.TAR/a.png", "SHARD.TAR/b.png", "SHARD.TAR/more/c.png"]
+    assert names[:3] == ["SHARD.TAR/a.png", "SHARD.TAR/b.png", "SHARD.TAR/more-c.png"]
     assert names[3:] == ["pictures/a.png", "pictures/b.png", "pictures/more/c.png"]
 
 

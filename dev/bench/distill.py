@@ -1,0 +1,139 @@
+"""What a distillation step costs: the engine against the released recipe, step by step in turn.
+
+Each subject is a process of its own (dev/bench/worker.py), so that its peak of memory is its own;
+while one takes a step the other waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from .. import commands
+from . import distill_quality, networks
+from .report import Report
+
+log = logging.getLogger("lcm_lora")
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quality", action="store_true", help="distil the toy and judge it")
+    parser.add_argument("--steps", type=int, default=6, help="counted steps of each subject")
+    parser.add_argument("--side", type=int, default=32, help="of the latents; 64 is 512 pixels")
+    distill_quality.options(parser)
+
+
+def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
+    if chosen.quality:
+        return distill_quality.run(chosen, checkpoint)
+    return compare(chosen.steps, chosen.side)
+
+
+def compare(steps: int, side: int) -> Report:
+    """Both subjects on the SD1.5 network at full width, one picture a step, float32."""
+    import comfy.utils
+    import torch
+    from safetensors.torch import save_file
+
+    folder = commands.LOCAL / "distill-cost"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = networks.FAMILIES["SD1.5"]
+    weights = networks.host_unet(config, "cpu").to(torch.float16).state_dict()
+    save_file(weights, folder / "weights.safetensors")
+    del weights
+    names = comfy.utils.unet_to_diffusers(config)
+    (folder / "names.json").write_text(json.dumps(names))
+    settings = worker_settings(folder, "SD1.5", side, "fp32") | {
+        "weights": str(folder / "weights.safetensors"), "names": str(folder / "names.json"),
+        "bank": str(folder / "bank.safetensors"),
+    }  # fmt: skip
+    Worker("bank", settings).close()
+    workers = {name: Worker(name, settings) for name in ("ours", "reference")}
+    told: dict[str, list[dict]] = {name: [] for name in workers}
+    try:
+        for number in range(steps + 1):
+            turn = list(workers) if number % 2 else list(workers)[::-1]
+            for name in turn:
+                told[name].append(workers[name].step())
+                log.info("step %d, %s: %s", number, name, told[name][-1])
+    finally:
+        for worker in workers.values():
+            worker.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    return report(told, {name: worker.start for name, worker in workers.items()}, side)
+
+
+def worker_settings(folder: Path, family: str, side: int, dtype: str) -> dict:
+    """What every subject is told."""
+    import comfy
+
+    return {
+        "host": str(Path(comfy.__path__[0]).parent), "folder": str(folder), "family": family,
+        "side": side, "dtype": dtype, "batch": 1, "threads": os.cpu_count(),
+        "width": networks.FAMILIES[family]["context_dim"], "weights": "", "bank": "",
+    }  # fmt: skip
+
+
+def report(told: dict[str, list[dict]], start: dict[str, int], side: int) -> Report:
+    """The first step of each warms up: of it only the loss counts."""
+    found = Report("distill")
+    case = f"SD1.5 {8 * side}px"
+    counted = {name: steps[1:] for name, steps in told.items()}
+    for name, steps in counted.items():
+        found.add(case, name, "step", "s", [each["seconds"] for each in steps])
+        found.add(case, name, "rate", "samples/s", [1 / each["seconds"] for each in steps])
+        found.add(case, name, "peak memory", "GB", [max(each["peak"] for each in steps) / 1e9])
+        found.add(case, name, "before steps", "GB", [start[name] / 1e9])
+        found.add(case, name, "network calls", "a step", [each["calls"] for each in steps])
+        share = [each["network_seconds"] / each["seconds"] for each in steps]
+        found.add(case, name, "network's share", "", share)
+    pairs = list(zip(counted["ours"], counted["reference"], strict=True))
+    ratios = [b["seconds"] / a["seconds"] for a, b in pairs]
+    found.add(case, "ours / reference", "rate", "", ratios)
+    losses = list(zip(told["ours"], told["reference"], strict=True))
+    apart = [abs(a["loss"] / b["loss"] - 1) for a, b in losses]
+    found.add(case, "ours - reference", "loss, relative", "", apart)
+    found.bar("step time, ours / reference", 1 / statistics.median(ratios), 1 / 1.5)
+    peaks = [max(each["peak"] for each in counted[name]) for name in ("ours", "reference")]
+    found.bar("peak memory, ours / reference", peaks[0] / peaks[1], 0.6)
+    found.bar("loss, greatest relative difference", max(apart), 0.01)
+    outside = [1 - each["network_seconds"] / each["seconds"] for each in counted["ours"]]
+    found.bar("share of a step outside the network", statistics.median(outside), 0.1)
+    return found
+
+
+class Worker:
+    """A subject's process."""
+
+    def __init__(self, subject: str, settings: dict):
+        told = json.dumps(settings | {"subject": subject})
+        self.process = subprocess.Popen(
+            [sys.executable, str(WORKER), told], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTORCH_ALLOC_CONF": ""},
+        )  # fmt: skip
+        self.name = subject
+        self.start = self._answer()["memory"]
+
+    def step(self) -> dict:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def _answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"The process of {self.name!r} ended with {self.process.wait()}.")
