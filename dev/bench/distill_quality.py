@@ -1,7 +1,8 @@
 """The distillation engine on the toy: the real program, then the quality of what it made.
 
 An LCM-LoRA is distilled twice, from prompts alone and from pictures with captions, each within the
-given minutes for bank and training together, and held against the bars of `bench quality`.
+given minutes for bank and training together, and held against the bars of `bench quality`; or, with
+--phased, once with each objective, and both are judged at four steps without fresh noise.
 """
 
 from __future__ import annotations
@@ -34,36 +35,64 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=15, help="--quality: of each distillation")
     parser.add_argument("--pictures", type=int, default=200, help="--quality: judged, a seed")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--objective", default="lcm")
+    parser.add_argument("--phased", action="store_true", help='--quality: "phased" beside "lcm"')
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     work = commands.LOCAL / "distill"
     shutil.rmtree(work, ignore_errors=True)
     report = Report("distill")
+    prompts = {"prompts": CAPTIONS, "count": LATENTS, "draw_steps": 20}
+    if chosen.phased:
+        jobs = {name: (prompts, name) for name in ("lcm", "phased")}
+    else:
+        write_pictures(work / "pictures")
+        pictures = {"kind": "pictures", "path": str(work / "pictures")}
+        jobs = {"from prompts": (prompts, "lcm"), "from pictures": (pictures, "lcm")}
     loras = {}
-    for name, source in (
-        ("from prompts", {"prompts": CAPTIONS, "count": LATENTS, "draw_steps": 20}),
-        ("from pictures", {"kind": "pictures", "path": str(work / "pictures")}),
-    ):
-        if "path" in source:
-            write_pictures(work / "pictures")
-        spec = write_spec(work / name.replace(" ", "-"), checkpoint, source, chosen.objective)
+    for name, (source, objective) in jobs.items():
+        spec = write_spec(work / name.replace(" ", "-"), checkpoint, source, objective)
         begun = time.monotonic()
         steps = distil(spec, begun + 60 * chosen.minutes)
-        minutes = (time.monotonic() - begun) / 60
-        report.add(name, "engine", "time", "min", [minutes])
+        report.add(name, "engine", "time", "min", [(time.monotonic() - begun) / 60])
         report.add(name, "engine", "steps", "", [steps])
         loras[name] = Path(json.loads(spec.read_text())["output"])
     toy = subjects.Toy.load(checkpoint)
+    judge = deterministic if chosen.phased else accelerated
+    judge(report, toy, loras, chosen.pictures, chosen.seeds)
+    return report
+
+
+def accelerated(
+    report: Report, toy: subjects.Toy, loras: dict[str, Path], pictures: int, seeds: int
+) -> None:
+    """Each LoRA against the base with the same sampler and the teacher."""
     known = subjects.subjects(toy)
     columns = {name: known[name] for name in ("base, DDIM", "base, LCM sampler")}
     columns |= {name: subjects.accelerated(toy, path) for name, path in loras.items()}
-    figures = quality.measure(toy, columns, (1, 2, 4), chosen.pictures, chosen.seeds)
+    figures = quality.measure(toy, columns, (1, 2, 4), pictures, seeds)
     quality.rows(report, figures)
     for name in loras:
         quality.lcm_bars(report, figures, worst=1.3, name=name)
-    return report
+
+
+def deterministic(
+    report: Report, toy: subjects.Toy, loras: dict[str, Path], pictures: int, seeds: int
+) -> None:
+    """Each LoRA at four steps, with and without fresh noise between them."""
+    columns = {
+        f"{name}, eta {eta}": subjects.accelerated(toy, path, eta)
+        for name, path in loras.items()
+        for eta in (0.0, 1.0)
+    }
+    figures = quality.measure(toy, columns, (4,), pictures, seeds)
+    quality.rows(report, figures)
+    for metric in ("frechet", "endpoint_error"):
+        phased, lcm = (("4 steps", f"{name}, eta 0.0", metric) for name in ("phased", "lcm"))
+        report.bar(
+            f"{metric} at 4 deterministic steps, phased / lcm",
+            quality.ratio(figures, phased, lcm), 1.0,
+        )  # fmt: skip
 
 
 def write_spec(folder: Path, checkpoint: Path, source: dict, objective: str) -> Path:

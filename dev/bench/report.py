@@ -35,14 +35,20 @@ class Report:
         self.bars.append({"name": name, "value": value, "limit": limit, "holds": value <= limit})
 
     def table(self) -> str:
-        lines = [
-            f"{'case':<12}{'subject':<28}{'metric':<20}{'median':>10}{'min':>10}{'max':>10}  n"
+        words = [("case", "subject", "metric")]
+        words += [
+            (row["case"], row["subject"], f"{row['metric']} {row['unit']}") for row in self.rows
         ]
-        for row in self.rows:
-            lines.append(
-                f"{row['case']:<12}{row['subject']:<28}{row['metric'] + ' ' + row['unit']:<20}"
-                f"{row['median']:>10.4g}{row['min']:>10.4g}{row['max']:>10.4g}  {row['n']}"
-            )
+        widths = [max(len(each[column]) for each in words) + 2 for column in range(3)]
+        figures = [f"{'median':>10}{'min':>10}{'max':>10}  n"]
+        figures += [
+            f"{row['median']:>10.4g}{row['min']:>10.4g}{row['max']:>10.4g}  {row['n']}"
+            for row in self.rows
+        ]
+        lines = [
+            "".join(map(str.ljust, each, widths)) + figure
+            for each, figure in zip(words, figures, strict=True)
+        ]
         for bar in self.bars:
             verdict = "holds" if bar["holds"] else "DOES NOT HOLD"
             lines.append(f"{bar['name']}: {bar['value']:.3f}, at most {bar['limit']}: {verdict}")

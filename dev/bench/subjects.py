@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.sample
 import comfy.sd
 import comfy.utils
 import torch
@@ -15,7 +16,7 @@ import nodes
 from ...lora import combine, files
 from ...lora.host import apply
 from ...nodes.sampling import LCMKSampler
-from ...samplers.host import patch_sampling
+from ...samplers.host import patch_sampling, sampler, schedule
 from ..toy import assemble
 from ..toy.command import GUIDANCE
 
@@ -82,10 +83,19 @@ def subjects(toy: Toy) -> dict[str, Sample]:
     }
 
 
-def accelerated(toy: Toy, lora: Path) -> Sample:
-    """The base with the LCM-LoRA of a file."""
-    model = apply(toy.base, None, files.read(lora), 1.0, 0.0)[0]
-    return _few_steps(patch_sampling(model), 1.0)
+def accelerated(toy: Toy, lora: Path, eta: float = 1.0) -> Sample:
+    """The base with the LCM-LoRA of a file; eta: share of fresh noise between the steps."""
+    model = patch_sampling(apply(toy.base, None, files.read(lora), 1.0, 0.0)[0])
+
+    def sample(steps, seed, positive, negative, count):
+        latent, numbers = torch.zeros(count, 4, 8, 8), list(range(count))
+        return comfy.sample.sample_custom(
+            model, comfy.sample.prepare_noise(latent, seed, numbers), 1.0,
+            sampler(eta, batch_index=numbers), schedule(model, steps), positive, negative, latent,
+            seed=seed,
+        )  # fmt: skip
+
+    return sample
 
 
 def _few_steps(model, cfg: float) -> Sample:
