@@ -59,7 +59,10 @@ def main(arguments: list[str]) -> int:
         processes.leave()
     log.error("%s", message)
     if journal is not None:
-        journal.state(state, message=message)
+        try:
+            journal.state(state, message=message)
+        except OSError as error:  # not even the state fits on the disk; the exit status tells it
+            log.error("the state could not be written: %s", error)
     return status
 
 

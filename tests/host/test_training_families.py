@@ -144,6 +144,66 @@ def test_an_sd15_teacher(comfy, toy_checkpoint, tmp_path):
     assert (teacher.family, teacher.schedule.prediction) == ("SD1.5", "eps")
 
 
+@pytest.mark.parametrize("precision, near, along", [("bf16", 0.25, 0.8), ("fp16", 0.05, 0.98)])
+def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precision, near, along):
+    """Student and target are close, so that bfloat16's rounding shows in their difference."""
+    from lcm_lora.training.adapter import Adapter
+    from lcm_lora.training.objective import lcm_loss
+    from lcm_lora.training.teacher import DTYPES, Teacher
+
+    found = {}
+    for each in ("fp32", precision):
+        teacher = Teacher.load(toy_checkpoint, each)
+        assert next(teacher.network.parameters()).dtype == DTYPES[each]
+        adapter = Adapter(teacher.network, 4, 4.0)
+        about = {name: value[None] for name, value in teacher.text("a photo of a bag").items()}
+        cond, uncond = teacher.conditions(about)
+        z0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        batch = z0, eps, torch.tensor([30]), cond, uncond, 2.5
+        loss = lcm_loss(teacher, adapter, teacher.schedule, *batch)
+        loss.backward()
+        grads = torch.cat([layer.up.grad.flatten() for layer in adapter.layers])
+        assert grads.dtype == torch.float32
+        found[each] = float(loss.detach()), grads
+    (loss, grads), (full_loss, full_grads) = found[precision], found["fp32"]
+    assert loss == pytest.approx(full_loss, rel=near)
+    assert torch.cosine_similarity(grads, full_grads, 0) > along
+
+
+def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint):
+    import comfy.sd
+    import comfy.utils
+    from lcm_lora.dev.toy import assemble
+    from lcm_lora.training.spec import StyleLoRA
+    from lcm_lora.training.teacher import Teacher
+
+    style = StyleLoRA(str(assemble.STYLE_LORA), 0.8)
+    teacher = Teacher.load(toy_checkpoint, "fp32", (style,))
+    found = dict(teacher.network.named_parameters())
+    model = comfy.sd.load_checkpoint_guess_config(
+        str(toy_checkpoint), model_options={"dtype": torch.float32}
+    )[0]
+    plain = {n: p.clone() for n, p in model.model.diffusion_model.named_parameters()}
+    lora = comfy.utils.load_torch_file(style.path, safe_load=True)
+    model = comfy.sd.load_lora_for_models(model, None, lora, style.strength, 0.0)[0]
+    model.patch_model()
+    changed = 0
+    for name, wanted in model.model.diffusion_model.named_parameters():
+        assert torch.allclose(found[name], wanted, rtol=1e-5, atol=1e-6), name
+        changed += not torch.equal(wanted, plain[name])
+    assert changed > 10
+
+
+def test_a_caption_may_name_an_embedding(comfy, toy_checkpoint, tmp_path):
+    from lcm_lora.training.teacher import Teacher
+
+    save_file({"emb_params": torch.randn(2, 768)}, tmp_path / "mine.safetensors")
+    with_it = Teacher.load(toy_checkpoint, embeddings=str(tmp_path))
+    told = with_it.text("a photo, embedding:mine")["context"]
+    assert told.isfinite().all()
+    assert not torch.equal(told, with_it.text("a photo,")["context"])
+
+
 @pytest.mark.parametrize("channels", [8, 9])
 def test_a_model_with_more_channels_is_refused_with_the_reason(
     comfy, toy_checkpoint, tmp_path, channels

@@ -145,6 +145,98 @@ def test_pause_saves_and_ends_and_the_job_goes_on(job):
     assert done(spec).read_bytes() == unbroken.read_bytes()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(bytes) -> a file system of that size; called again, it is resized."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    mounted = []
+
+    def size(count: int) -> Path:
+        options = f"{'remount,' if mounted else ''}size={count}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"a small disk needs the right to mount one: {made.stderr.strip()}")
+        mounted.append(count)
+        return folder
+
+    yield size
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+DISK_FULL, SMALL, ENOUGH = 75, 64 * 1024, 256 * 1024 * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs, which Linux has")
+@pytest.mark.parametrize(
+    "what",
+    ["job", *(pytest.param(each, marks=pytest.mark.faults) for each in ("banks", "output"))],
+)
+def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, small_disk, tmp_path, what):
+    """Full from the start for the bank and the result, after the first checkpoint for the job."""
+    disk = small_disk(SMALL if what != "job" else ENOUGH)
+    spec = job("full")
+    settings = json.loads(spec.read_text())
+    if what == "job":
+        (disk / "spec.json").write_text(spec.read_text())
+        spec = disk / "spec.json"
+    else:
+        settings[what] = str(disk / "lcm.safetensors" if what == "output" else disk)
+        spec.write_text(json.dumps(settings))
+    process = start(spec)
+    if what == "job":
+        reached(spec, 3, process)
+        used = sum(file.stat().st_size for file in disk.rglob("*") if file.is_file())
+        small_disk(used + SMALL)
+    assert process.wait(timeout=120) == DISK_FULL
+    assert not list(disk.rglob(".tmp-*"))
+    if what != "job":
+        assert status(spec)["state"] == "paused"
+        assert "disk is full" in status(spec)["message"]
+    small_disk(ENOUGH)
+    found = done(spec).read_bytes()
+    assert status(spec)["state"] == "done"
+    assert found == done(job("unbroken")).read_bytes()
+
+
+def test_pictures_with_captions_become_a_lora(job, tmp_path):
+    """Folder and tar, one of them unreadable within the limit."""
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, prompt in enumerate(PROMPTS * 2):
+        Image.new("RGB", (90 + 10 * i, 120), (40 * i, 90, 200)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(prompt, encoding="utf-8")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "broken.txt").write_text("a photo of nothing", encoding="utf-8")
+    data = {"kind": "pictures", "path": str(pictures), "crops": 2, "skip_limit": 0.2}
+    spec = job("pictures", data=data, banks=str(tmp_path / "banks"), batch=2)
+    assert files.read(done(spec)).deltas
+    assert "broken.png" in (spec.parent / "log.txt").read_text()
+    assert status(spec)["state"] == "done"
+
+
+def test_no_better_for_long_enough_ends_with_the_best(job):
+    """A learning rate that makes it worse with every step."""
+    spec = job("patience", lr=0.05, steps=60, sample_every=2, patience=2, checkpoint_every=2)
+    done(spec)
+    told = [line for line in metrics(spec) if "endpoint_error" in line]
+    errors = [line["endpoint_error"]["1"] for line in told]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    assert len(errors) == best + 3
+    assert told[-1]["step"] < 60
+    from lcm_lora.training import checkpoints
+
+    kept = checkpoints.read(spec.parent / "checkpoints", told[best]["step"])
+    lora = load_file(Path(json.loads(spec.read_text())["output"]))
+    ups = sorted(tensor.half().norm() for name, tensor in kept.adapter.items() if "up" in name)
+    found = sorted(tensor.norm() for name, tensor in lora.items() if "lora_up" in name)
+    assert torch.allclose(torch.stack(ups).float(), torch.stack(found).float(), rtol=1e-2)
+
+
 def test_finish_writes_what_there_is(job):
     spec = job(steps=1000)
     process = start(spec)
