@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,22 +68,27 @@ class Supervisor:
 
     def run(self) -> None:
         while True:
-            jobs = self.store.jobs()
-            for job in jobs:
-                if job.state in ACTIVE:
-                    self._escalate(job)
-                elif "pid" in self._known(job) and "ended" not in self._known(job):
-                    self._ended(job)
+            for job in self.store.jobs():
+                with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
+                    self._look(job)
             jobs = self.store.jobs()
             busy = set().union(*(_devices(job) for job in jobs if job.state in ACTIVE))
             waiting = [job for job in jobs if job.state == "queued"]
             for job in waiting:
-                if busy.isdisjoint(_devices(job)) and self._may_start(job):
-                    self._launch(job)
-                    busy |= _devices(job)
+                with suppress(KeyError, FileNotFoundError):
+                    if busy.isdisjoint(_devices(job)) and self._may_start(job):
+                        self._launch(job)
+                        busy |= _devices(job)
             if not busy and not waiting:
                 return
             time.sleep(TICK)
+
+    def _look(self, job: Job) -> None:
+        known = self._known(job)
+        if job.state in ACTIVE:
+            self._escalate(job)
+        elif "pid" in known and "ended" not in known:
+            self._ended(job)
 
     def _may_start(self, job: Job) -> bool:
         """Not while it waits after a crash, but never for long, should the clock be set back."""
@@ -91,6 +97,8 @@ class Supervisor:
 
     def _launch(self, job: Job) -> None:
         path = self.store.path(job.id)
+        # A supervisor that was killed here may have left a trainer that it did not write down.
+        processes.end(job.id, kill=True)
         control = disk.read_json(path / "control.json") or {}
         command = [sys.executable]
         if (count := int(control.get("processes", 1))) > 1:
