@@ -22,6 +22,7 @@ from .report import Report
 
 log = logging.getLogger("lcm_lora")
 WORKER = Path(__file__).with_name("worker.py")
+RANK = 64  # the released LCM-LoRAs'
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -34,59 +35,72 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     if chosen.quality:
         return distill_quality.run(chosen, checkpoint)
-    return compare(chosen.steps, chosen.side)
-
-
-def compare(steps: int, side: int) -> Report:
-    """Both subjects on the SD1.5 network at full width, one picture a step, float32."""
-    import comfy.utils
-    import torch
-    from safetensors.torch import save_file
-
     folder = commands.LOCAL / "distill-cost"
+    settings = worker_settings(folder, "SD1.5", chosen.side, "fp32")
+    told, start = compare(settings, chosen.steps)
+    return report(told, start, f"SD1.5 {8 * chosen.side}px")
+
+
+def worker_settings(folder: Path, family: str, side: int, dtype: str) -> dict:
+    """What every subject is told; `folder` is for its files, and emptied."""
+    import comfy
+
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = networks.FAMILIES["SD1.5"]
-    weights = networks.host_unet(config, "cpu").to(torch.float16).state_dict()
-    save_file(weights, folder / "weights.safetensors")
-    del weights
-    names = comfy.utils.unet_to_diffusers(config)
-    (folder / "names.json").write_text(json.dumps(names))
-    settings = worker_settings(folder, "SD1.5", side, "fp32") | {
-        "weights": str(folder / "weights.safetensors"), "names": str(folder / "names.json"),
-        "bank": str(folder / "bank.safetensors"),
+    return {
+        "host": str(Path(comfy.__path__[0]).parent), "folder": str(folder), "family": family,
+        "config": networks.FAMILIES[family], "side": side, "dtype": dtype, "batch": 1,
+        "rank": RANK, "threads": os.cpu_count(), "keep_freed": True, "recompute": False,
+        "weights": "", "bank": "",
     }  # fmt: skip
-    Worker("bank", settings).close()
-    workers = {name: Worker(name, settings) for name in ("ours", "reference")}
-    told: dict[str, list[dict]] = {name: [] for name in workers}
+
+
+def compare(
+    settings: dict, steps: int, theirs: dict | None = None
+) -> tuple[dict[str, list[dict]], dict[str, int]]:
+    """One warming and `steps` counted steps of each in turn, on one random network; -> what each
+    step of each subject told, and the bytes that each held before its steps.
+
+    theirs: settings of the reference's own.
+    """
+    folder = Path(settings["folder"])
+    settings = settings | common_files(folder, settings["config"])
+    reference = {
+        "diffusers": networks.DIFFUSERS.get(settings["family"]), "gradient_checkpointing": True
+    }  # fmt: skip
+    reference = settings | reference | (theirs or {})
+    workers: dict[str, Worker] = {}
+    told: dict[str, list[dict]] = {"ours": [], "reference": []}
     try:
+        workers["reference"] = Worker("reference", reference)  # first, for it writes the bank
+        workers["ours"] = Worker("engine", settings)
         for number in range(steps + 1):
-            turn = list(workers) if number % 2 else list(workers)[::-1]
-            for name in turn:
+            for name in list(workers) if number % 2 else list(workers)[::-1]:
                 told[name].append(workers[name].step())
                 log.info("step %d, %s: %s", number, name, told[name][-1])
     finally:
         for worker in workers.values():
             worker.close()
         shutil.rmtree(folder, ignore_errors=True)
-    return report(told, {name: worker.start for name, worker in workers.items()}, side)
+    return told, {name: worker.start for name, worker in workers.items()}
 
 
-def worker_settings(folder: Path, family: str, side: int, dtype: str) -> dict:
-    """What every subject is told."""
-    import comfy
+def common_files(folder: Path, config: dict) -> dict[str, str]:
+    """Writes the weights and their names in diffusers, and says where the bank is to be."""
+    import comfy.utils
+    import torch
+    from safetensors.torch import save_file
 
-    return {
-        "host": str(Path(comfy.__path__[0]).parent), "folder": str(folder), "family": family,
-        "side": side, "dtype": dtype, "batch": 1, "threads": os.cpu_count(),
-        "width": networks.FAMILIES[family]["context_dim"], "weights": "", "bank": "",
-    }  # fmt: skip
+    weights = networks.host_unet(config, "cpu").to(torch.float16).state_dict()
+    save_file(weights, folder / "weights.safetensors")
+    (folder / "names.json").write_text(json.dumps(comfy.utils.unet_to_diffusers(config)))
+    files = {"weights": "weights.safetensors", "names": "names.json", "bank": "bank.safetensors"}
+    return {kind: str(folder / name) for kind, name in files.items()}
 
 
-def report(told: dict[str, list[dict]], start: dict[str, int], side: int) -> Report:
+def report(told: dict[str, list[dict]], start: dict[str, int], case: str) -> Report:
     """The first step of each warms up: of it only the loss counts."""
     found = Report("distill")
-    case = f"SD1.5 {8 * side}px"
     counted = {name: steps[1:] for name, steps in told.items()}
     for name, steps in counted.items():
         found.add(case, name, "step", "s", [each["seconds"] for each in steps])

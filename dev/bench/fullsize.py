@@ -17,7 +17,6 @@ import psutil
 from .. import commands
 from . import distill, networks
 from .report import Report
-from .worker import RANK
 
 log = logging.getLogger("lcm_lora")
 SIDES = {"SD1.5": 64, "SSD-1B": 128, "SDXL": 128}
@@ -57,18 +56,16 @@ def weights_and_lora(family: str, precision: str) -> int:
 
     network = networks.host_unet(networks.FAMILIES[family], "meta")
     frozen = sum(p.numel() for p in network.parameters()) * BYTES[precision]
-    trained = sum(p.numel() for p in Adapter(network, RANK).parameters())
+    trained = sum(p.numel() for p in Adapter(network, distill.RANK).parameters())
     return frozen + LORA_BYTES * trained
 
 
 def steps(family: str, precision: str, count: int) -> list[dict]:
     """What the worker tells of each step. Blocks are recomputed where latents are large."""
     folder = commands.LOCAL / "fullsize"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     settings = distill.worker_settings(folder, family, SIDES[family], precision)
-    settings["checkpointing"] = "on" if SIDES[family] > 64 else "off"
-    worker = distill.Worker("ours", settings)
+    settings["recompute"] = SIDES[family] > 64
+    worker = distill.Worker("engine", settings)
     try:
         return [worker.step() for _ in range(count)]
     finally:

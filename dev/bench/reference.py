@@ -1,0 +1,152 @@
+"""The step of the released LCM-LoRA script, rebuilt from diffusers and peft.
+
+As train_lcm_distill_lora_sd_wds.py does it: a second network as teacher, VAE and text encoder in
+every step, conditional and unconditional teacher calls apart. Gradient checkpointing is on where
+its README's command has it on; of that command's other options, float16 (which leaves both networks
+in float32 and casts inside their calls), xformers and 8-bit Adam are for GPUs, and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ...training import draws
+from .given import CFG, PICTURES, SEED, Clock, acp, start_factor
+from .networks import RECIPE
+
+CAPTIONS = [f"a photo of picture number {i}" for i in range(PICTURES)]
+
+
+def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
+    """-> a function that takes a step and tells its loss, network calls, and seconds in them."""
+    names = json.loads(Path(settings["names"]).read_text())
+    teacher_unet, unet = (frozen(settings, names) for _ in range(2))
+    encoders = Encoders(settings)
+    rank = settings["rank"]
+    unet = peft.get_peft_model(unet, peft.LoraConfig(r=rank, lora_alpha=rank, **RECIPE))
+    for name, module in unet.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            layer = names[f"{name}.weight"].removesuffix(".weight")
+            start_factor(module.lora_A["default"].weight.data, layer)
+    unet.train()
+    if settings["gradient_checkpointing"]:
+        unet.enable_gradient_checkpointing()
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    empty = write_bank(Path(settings["bank"]), encoders)
+    side, batch = settings["side"], settings["batch"]
+    order = draws.Order([(4, side, side)] * PICTURES, batch, SEED)
+    clock, done = Clock(teacher_unet, unet), [0]
+
+    def step():
+        rows = order.rows(done[0])
+        eps, index, cfg = draws.draw(SEED, done[0], range(batch), (4, side, side), (CFG,))
+        with torch.no_grad():
+            z0 = torch.cat([encoders.latents(row) for row in rows])
+            text = torch.cat([encoders.context(CAPTIONS[row]) for row in rows])
+        loss = loss_of(unet, teacher_unet, z0, eps, 20 * index + 19, text, empty, cfg)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        done[0] += 1
+        return float(loss.detach()), *clock.taken()
+
+    return step
+
+
+def loss_of(unet, teacher_unet, z0, eps, t, text, empty, cfg) -> torch.Tensor:
+    """In the script's order: student, teacher with and without the caption, target."""
+    table, s = acp(), (t - 20).clamp(min=0)
+
+    def alpha_sigma(t):
+        return table[t].sqrt().view(-1, 1, 1, 1), (1 - table[t]).sqrt().view(-1, 1, 1, 1)
+
+    def x0_eps(network, z, t, text):
+        output, (alpha, sigma) = network(z, t, text).sample, alpha_sigma(t)
+        return (z - sigma * output) / alpha, output
+
+    def f(z, t, x0):
+        scaled = 10.0 * t.view(-1, 1, 1, 1)
+        return 0.25 / (scaled**2 + 0.25) * z + scaled / (scaled**2 + 0.25).sqrt() * x0
+
+    alpha, sigma = alpha_sigma(t)
+    z_t = alpha * z0 + sigma * eps
+    student = f(z_t, t, x0_eps(unet, z_t, t, text)[0])
+    with torch.no_grad():
+        x0_c, eps_c = x0_eps(teacher_unet, z_t, t, text)
+        x0_u, eps_u = x0_eps(teacher_unet, z_t, t, empty.expand_as(text))
+        w = cfg - 1
+        alpha, sigma = alpha_sigma(s)
+        z_s = alpha * (x0_c + w * (x0_c - x0_u)) + sigma * (eps_c + w * (eps_c - eps_u))
+        target = f(z_s, s, x0_eps(unet, z_s, s, text)[0])
+    return (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+
+
+def frozen(settings: dict, names: dict[str, str]) -> diffusers.UNet2DConditionModel:
+    """diffusers' network with the weights of the host's; names: diffusers' name -> the host's."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**settings["diffusers"])
+    unet.to_empty(device="cpu")
+    with safe_open(settings["weights"], framework="pt") as file:
+        unet.load_state_dict({name: file.get_tensor(names[name]) for name in unet.state_dict()})
+    return unet.requires_grad_(False)
+
+
+@torch.no_grad()
+def write_bank(file: Path, encoders: Encoders) -> torch.Tensor:
+    """What the encoders will make of the data in each step, for the engine; -> the empty caption's
+    embedding, which the script too computes once.
+    """
+    empty = encoders.context("")
+    save_file({
+        "latents": torch.cat([encoders.latents(row) for row in range(PICTURES)]),
+        "contexts": torch.cat([encoders.context(caption) for caption in CAPTIONS]),
+        "uncond": empty[0].clone(),
+    }, file)  # fmt: skip
+    return empty
+
+
+class Encoders:
+    """A VAE and a text encoder of SD1.5's shape, random weights, and the pictures they are fed."""
+
+    def __init__(self, settings: dict):
+        torch.manual_seed(SEED)
+        self.vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ).requires_grad_(False)  # fmt: skip
+        width = settings["config"]["context_dim"]
+        self.clip = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12,
+                num_attention_heads=max(1, width // 64),
+            )
+        ).requires_grad_(False)  # fmt: skip
+        tokens = Path(settings["host"]) / "comfy" / "sd1_tokenizer"
+        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(str(tokens))
+        pixels = 8 * settings["side"]
+        generator = torch.Generator().manual_seed(SEED)
+        self.pictures = torch.rand(PICTURES, 3, pixels, pixels, generator=generator) * 2 - 1
+
+    def latents(self, row: int) -> torch.Tensor:
+        """[1, 4, side, side] at diffusion scale."""
+        generator = torch.Generator().manual_seed(row)
+        told = self.vae.encode(self.pictures[row : row + 1]).latent_dist
+        return told.sample(generator) * self.vae.config.scaling_factor
+
+    def context(self, caption: str) -> torch.Tensor:
+        """[1, 77, width]"""
+        ids = self.tokenizer(
+            caption, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.clip(ids)[0]
