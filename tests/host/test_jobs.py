@@ -52,7 +52,7 @@ def supervisor_of(store) -> int | None:
     return None
 
 
-def until(check, what: str, seconds: float = 150):
+def until(check, what: str, seconds: float = 400):
     deadline = time.monotonic() + seconds
     while not (found := check()):
         assert time.monotonic() < deadline, f"waited too long until {what}"
@@ -85,7 +85,7 @@ def trainer(store, identifier) -> int:
 
 
 def gone(store):
-    until(lambda: supervisor_of(store) is None, "the supervisor has ended", 30)
+    until(lambda: supervisor_of(store) is None, "the supervisor has ended")
 
 
 def test_the_queue_runs_in_order_and_everything_ends(store, job):
