@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from .store import ACTIVE, DISK_FULL, Job, Store
 
 log = logging.getLogger("lcm_lora")
 RUN = Path(__file__).resolve().parents[1] / "run.py"
-LOCK = ".supervisor.lock"
+LOCK, NAME = ".supervisor.lock", ".supervisor.json"
 TICK = 0.3  # seconds between looks
 CRASHES = 3  # in a row without a new step, then the job has failed
 PAUSES = (1.0, 10.0, 60.0)  # seconds before a relaunch
@@ -34,14 +35,17 @@ TERMINATE, KILL = 20.0, 60.0  # seconds after a stop was asked
 
 def ensure(folder: Path) -> None:
     """Starts the supervisor of this store if none is running."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    for _ in range(100):
+        known = disk.read_json(folder / NAME) or {}
+        if processes.alive(known.get("pid"), known.get("identity")):
+            return
+        try:
+            FileLock(folder / LOCK).acquire(timeout=0.1).lock.release()
+        except Timeout:
+            continue  # one that is dying, or has not said its name yet
+        command = [sys.executable, str(RUN), "--supervise", str(folder)]
+        processes.start(command, folder / "supervisor.log", "supervisor")
         return
-    lock.release()
-    command = [sys.executable, str(RUN), "--supervise", str(folder)]
-    processes.start(command, folder / "supervisor.log", "supervisor")
 
 
 def main(folder: Path) -> int:
@@ -49,11 +53,14 @@ def main(folder: Path) -> int:
     store = Store(folder)
     while True:
         try:
-            with FileLock(folder / LOCK).acquire(timeout=0):
+            with FileLock(folder / LOCK).acquire(timeout=1):
+                me = {"pid": os.getpid(), "identity": processes.identity(os.getpid())}
+                disk.replace(folder / NAME, json.dumps(me))
                 Supervisor(store).run()
+                (folder / NAME).unlink()
         except Timeout:
             return 0
-        # A job may have been queued after the last look, by one who saw the lock still held.
+        # A job may have been queued after the last look, by one who saw the name still there.
         if not any(job.state in ("queued", "lost", *ACTIVE) for job in store.jobs()):
             return 0
 
