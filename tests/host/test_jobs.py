@@ -52,6 +52,13 @@ def supervisor_of(store) -> int | None:
     return None
 
 
+def kill_supervisor(store) -> None:
+    """Returns when it is dead: for some milliseconds a killed process is still there."""
+    pid = supervisor_of(store)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: processes.identity(pid) is None, "the supervisor is dead")
+
+
 def until(check, what: str, seconds: float = 400):
     deadline = time.monotonic() + seconds
     while not (found := check()):
@@ -110,7 +117,7 @@ def test_kills_of_trainer_and_supervisor_change_no_byte(store, job):
     at_step(store, killed, 4)
     os.kill(trainer(store, killed), signal.SIGKILL)
     at_step(store, killed, 7)
-    os.kill(supervisor_of(store), signal.SIGKILL)
+    kill_supervisor(store)
     os.kill(trainer(store, killed), signal.SIGKILL)
     until(lambda: store.job(killed).state == "lost", "it is seen that nobody runs it")
     supervisor.ensure(store.folder)
@@ -128,7 +135,7 @@ def test_a_supervisor_that_died_alone_is_replaced_and_the_training_never_stopped
     supervisor.ensure(store.folder)
     at_step(store, running, 2)
     before = trainer(store, running)
-    os.kill(supervisor_of(store), signal.SIGKILL)
+    kill_supervisor(store)
     supervisor.ensure(store.folder)
     ended(store, running, "done")
     assert trainer(store, running) == before
