@@ -23,19 +23,10 @@ log = logging.getLogger("lcm_lora")
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
-    parser.add_argument("spec", type=Path, nargs="?")
-    parser.add_argument("--supervise", type=Path, metavar="JOBS", help="run a queue of jobs")
+    parser.add_argument("spec", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     chosen = parser.parse_args(arguments)
     _as_package()
-    if chosen.supervise:
-        from lcm_lora.training.jobs import supervisor
-
-        logging.basicConfig(format="%(asctime)s %(message)s")
-        log.setLevel(logging.INFO)
-        return supervisor.main(chosen.supervise)
-    if chosen.spec is None:
-        parser.error("name the job's spec.json")
     from lcm_lora.training.processes import Processes
     from lcm_lora.training.watch import Journal
 
@@ -69,7 +60,7 @@ def main(arguments: list[str]) -> int:
     log.error("%s", message)
     if journal is not None:
         try:
-            journal.state(state, message=message, disk_full=status == DISK_FULL)
+            journal.state(state, message=message)
         except OSError as error:  # not even the state fits on the disk; the exit status tells it
             log.error("the state could not be written: %s", error)
     return status
