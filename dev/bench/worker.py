@@ -32,10 +32,11 @@ def main(settings: dict) -> None:
     forget_peak()
     tell(memory=memory("VmRSS"))
     for _ in sys.stdin:
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         loss, calls, inside = step()
         tell(
-            loss=loss, seconds=time.perf_counter() - begun, calls=calls, network_seconds=inside,
+            loss=loss, seconds=time.perf_counter() - begun,
+            processor_seconds=time.process_time() - used, calls=calls, network_seconds=inside,
             peak=memory("VmHWM"),
         )  # fmt: skip
 
