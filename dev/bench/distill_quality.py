@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ log = logging.getLogger("lcm_lora")
 RUN = environment.ROOT / "training" / "run.py"
 CAPTIONS = [data.TEMPLATES[0].format(name) for name in data.NAMES]
 LATENTS, PICTURES = 600, 3000
+Measure = Callable[[dict[str, subjects.Sample], tuple[int, ...]], quality.Figures]
+"""(columns, counts of steps) -> what quality.measure finds"""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -59,25 +62,30 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         loras[name] = Path(json.loads(spec.read_text())["output"])
     toy = subjects.Toy.load(checkpoint)
     judge = deterministic if chosen.phased else accelerated
-    judge(report, toy, loras, chosen.pictures, chosen.seeds)
+
+    def measure(columns: dict[str, subjects.Sample], steps: tuple[int, ...]) -> quality.Figures:
+        kept = quality.Kept(work / "judged", "")
+        return quality.measure(toy, columns, steps, chosen.pictures, chosen.seeds, kept)
+
+    judge(report, toy, loras, measure)
     return report
 
 
 def accelerated(
-    report: Report, toy: subjects.Toy, loras: dict[str, Path], pictures: int, seeds: int
+    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
 ) -> None:
     """Each LoRA against the base with the same sampler and the teacher."""
     known = subjects.subjects(toy)
     columns = {name: known[name] for name in ("base, DDIM", "base, LCM sampler")}
     columns |= {name: subjects.accelerated(toy, path) for name, path in loras.items()}
-    figures = quality.measure(toy, columns, (1, 2, 4), pictures, seeds)
+    figures = measure(columns, (1, 2, 4))
     quality.rows(report, figures)
     for name in loras:
         quality.lcm_bars(report, figures, worst=1.3, name=name)
 
 
 def deterministic(
-    report: Report, toy: subjects.Toy, loras: dict[str, Path], pictures: int, seeds: int
+    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
 ) -> None:
     """Each LoRA at four steps, with and without fresh noise between them."""
     columns = {
@@ -85,7 +93,7 @@ def deterministic(
         for name, path in loras.items()
         for eta in (0.0, 1.0)
     }
-    figures = quality.measure(toy, columns, (4,), pictures, seeds)
+    figures = measure(columns, (4,))
     quality.rows(report, figures)
     for metric in ("frechet", "endpoint_error"):
         phased, lcm = (("4 steps", f"{name}, eta 0.0", metric) for name in ("phased", "lcm"))

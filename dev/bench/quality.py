@@ -8,14 +8,19 @@ the endpoint error is the mean squared difference of latents (diffusion scale) t
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from ..toy import data
+from .. import commands
+from ..toy import assemble, data
 from ..toy.judge import Judge
 from . import subjects
 from .report import Report
@@ -45,8 +50,11 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     if pictures < LEAST:
         raise SystemExit(f"--pictures {pictures}: at least {LEAST} are needed to tell a distance")
     seeds = chosen.seeds or (3 if chosen.full else 2)
-    toy = subjects.Toy.load(checkpoint, torch.bfloat16 if chosen.bf16 else torch.float32)
-    figures = measure(toy, subjects.subjects(toy), STEPS, pictures, seeds)
+    dtype = torch.bfloat16 if chosen.bf16 else torch.float32
+    toy = subjects.Toy.load(checkpoint, dtype)
+    kept = Kept(commands.LOCAL / "quality", f"{dtype} {pictures} {checkpoint.name}")
+    figures = measure(toy, subjects.subjects(toy), STEPS, pictures, seeds, kept)
+    kept.forget()
     report = Report("quality")
     rows(report, figures)
     lcm_bars(report, figures, worst=1.5)
@@ -59,9 +67,46 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     return report
 
 
+class Kept:
+    """What a run has found so far, so that hours of drawing can be ended and taken up again.
+
+    settings: what the figures depend on besides the toy's LoRAs and the samplers' source, which are
+    looked at here. Other settings, or a change of these, begin anew.
+    """
+
+    def __init__(self, folder: Path, settings: str):
+        sources = [assemble.LCM_LORA, assemble.STYLE_LORA, Path(subjects.__file__)]
+        sources += sorted((Path(__file__).parents[2] / "samplers").glob("*.py"))
+        told = settings.encode() + b"".join(path.read_bytes() for path in sources)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.stem = folder, hashlib.sha256(told).hexdigest()[:12]
+        self.file = folder / f"{self.stem}.json"
+        self.cells = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def cell(self, name: str, found: Callable[[], dict[str, float]]) -> dict[str, float]:
+        if name not in self.cells:
+            self.cells[name] = found()
+            scratch = self.file.with_suffix(".tmp")
+            scratch.write_text(json.dumps(self.cells))
+            scratch.replace(self.file)
+        return self.cells[name]
+
+    def latents(self, name: str, drawn: Callable[[], torch.Tensor]) -> torch.Tensor:
+        file = self.folder / f"{self.stem} {name}.safetensors"
+        if not file.exists():
+            scratch = file.with_suffix(".tmp")
+            save_file({"latents": drawn()}, scratch)
+            scratch.replace(file)
+        return load_file(file)["latents"]
+
+    def forget(self) -> None:
+        for file in self.folder.glob(f"{self.stem}*"):
+            file.unlink()
+
+
 def measure(
     toy: subjects.Toy, columns: dict[str, subjects.Sample], steps: Sequence[int], pictures: int,
-    seeds: int,
+    seeds: int, kept: Kept,
 ) -> Figures:  # fmt: skip
     """Draws `pictures` pictures a seed of each column at each count of steps, and the teacher."""
     judge = Judge()
@@ -79,24 +124,32 @@ def measure(
         ]
         return torch.cat(drawn)
 
+    def judged(drawn: Callable[[], torch.Tensor], endpoint: torch.Tensor) -> dict[str, float]:
+        latents = drawn()
+        features = judge.features(toy.decode(latents))
+        scale = toy.base.model.latent_format.scale_factor
+        return {
+            "frechet": judge.distance(features), "accuracy": judge.accuracy(features, labels),
+            "endpoint_error": float(((latents - endpoint) * scale).square().mean()),
+        }  # fmt: skip
+
     figures: Figures = {}
-    for seed in range(seeds):
-        endpoint = draw(subjects.teacher(toy), 0, seed)
-        cells = [(*TEACHER, endpoint)]
+
+    def of_seed(seed: int) -> None:
+        endpoint = kept.latents(f"seed {seed}", lambda: draw(subjects.teacher(toy), 0, seed))
+        cells = {TEACHER: lambda: endpoint}
         for count in steps:
             for name, sample in columns.items():
-                cells.append((f"{count} steps", name, draw(sample, count, seed)))
-                log.info("seed %d: %s, %s", seed, *cells[-1][:2])
-        for case, name, latents in cells:
-            features = judge.features(toy.decode(latents))
-            scale = toy.base.model.latent_format.scale_factor
-            error = float(((latents - endpoint) * scale).square().mean())
-            for metric, value in (
-                ("frechet", judge.distance(features)),
-                ("accuracy", judge.accuracy(features, labels)),
-                ("endpoint_error", error),
-            ):
-                figures.setdefault((case, name, metric), []).append(value)
+                cells[f"{count} steps", name] = partial(draw, sample, count, seed)
+        for cell, drawn in cells.items():
+            title = ": ".join((f"seed {seed}", *cell))
+            found = kept.cell(title, partial(judged, drawn, endpoint))
+            log.info("%s: frechet %.3f", title, found["frechet"])
+            for metric, value in found.items():
+                figures.setdefault((*cell, metric), []).append(value)
+
+    for seed in range(seeds):
+        of_seed(seed)
     return figures
 
 
