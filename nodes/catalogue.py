@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .distill import LCMDistill, LCMDistillData, LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
 from .sampling import LCMKSampler, LCMModelSampling, LCMSampler, LCMSchedule
 from .vectors import LCMLoRAApply, LCMLoRACombine, LCMLoRASave, LCMLoRAVectorLoader
@@ -18,9 +21,20 @@ NODES: list[type[io.ComfyNode]] = [
     LCMModelSampling,
     LCMSchedule,
     LCMSampler,
+    LCMDistillData,
+    LCMDistill,
+    LCMJobStatus,
+    LCMJobResult,
 ]
 
 
 class LCMLoRAExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        # Here, for it needs the whole server, which a tool that only reads the nodes has not.
+        if "server" in sys.modules:
+            from ..training.jobs import routes
+
+            routes.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

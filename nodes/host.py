@@ -15,6 +15,11 @@ def lora_names() -> list[str]:
     return offered(folder_paths.get_filename_list("loras"))
 
 
+def checkpoint_names() -> list[str]:
+    """Checkpoint files of the host's folders, as its combos spell them."""
+    return folder_paths.get_filename_list("checkpoints")
+
+
 def lora_path(name: str) -> Path:
     """Where a file of `lora_names` lies. Raises FileNotFoundError where it is gone."""
     return Path(folder_paths.get_full_path_or_raise("loras", name))

@@ -116,3 +116,17 @@ class Adapter(nn.Module):
         """(layer name in the network, up, down) of every layer."""
         for name, layer in zip(self.names, self.layers, strict=True):
             yield name, layer.up.detach(), layer.down.detach()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every layer's factors as `<layer name>.up` and `<layer name>.down`, for a checkpoint."""
+        told = {}
+        for name, up, down in self.tensors():
+            told |= {f"{name}.up": up, f"{name}.down": down}
+        return told
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes the factors that `state` gave. Raises KeyError where a layer's are missing."""
+        with torch.no_grad():
+            for name, up, down in self.tensors():
+                up.copy_(state[f"{name}.up"])
+                down.copy_(state[f"{name}.down"])

@@ -1,4 +1,4 @@
-"""The trained adapter as a LoRA vector in the names of the official LCM-LoRA files."""
+"""Trained layers as a LoRA vector in the names of the official LCM-LoRA files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import torch
 
 from ..lora.delta import Vector
 from ..lora.wire import parse
-from .adapter import Adapter
 
 
-def vector(adapter: Adapter, metadata: Mapping[str, str], source: str) -> Vector:
-    """Every layer's factors and alpha under its canonical kohya name, as float32 copies."""
+def vector(
+    layers: Mapping[str, torch.Tensor], alpha: float, metadata: Mapping[str, str], source: str
+) -> Vector:
+    """Every layer's factors and alpha under its canonical kohya name, as float32 copies.
+
+    layers: as Adapter.state() gives them and a checkpoint keeps them.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    for name, up, down in adapter.tensors():
+    for key, factor in layers.items():
+        name, _, kind = key.rpartition(".")
         module = f"diffusion_model.{name}"
-        tensors[f"{module}.lora_up.weight"] = up.float().cpu().clone()
-        tensors[f"{module}.lora_down.weight"] = down.float().cpu().clone()
-        tensors[f"{module}.alpha"] = torch.tensor(adapter.alpha)
+        tensors[f"{module}.lora_{kind}.weight"] = factor.detach().float().cpu().clone()
+        tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
     return parse(tensors, metadata, source)

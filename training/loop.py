@@ -235,8 +235,9 @@ class Run:
         if self.processes.first:
             state = self.optimiser.state_dict()["state"]
             optimiser = {f"{i}.{k}": v for i, each in state.items() for k, v in each.items()}
-            adapter = dict(self.adapter.state_dict())
-            told = checkpoints.Checkpoint(self.step, adapter, optimiser, vars(self.progress).copy())
+            told = checkpoints.Checkpoint(
+                self.step, self.adapter.state(), optimiser, vars(self.progress).copy()
+            )
             checkpoints.save(self.folder, told)
             checkpoints.prune(self.folder, self.spec.keep, self.progress.best_step)
         self.processes.wait()
@@ -248,7 +249,7 @@ class Run:
         found = checkpoints.newest(self.folder)
         if found is None:
             return
-        self.adapter.load_state_dict(found.adapter)
+        self.adapter.restore(found.adapter)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in found.optimiser.items():
             number, _, field_name = name.partition(".")
@@ -264,7 +265,7 @@ class Run:
     def settle(self) -> str:
         """Ends early, with the adapter that was best."""
         best = checkpoints.read(self.folder, self.progress.best_step)
-        self.adapter.load_state_dict(best.adapter)
+        self.adapter.restore(best.adapter)
         log.info("no better since step %d: done early", best.step)
         return "done"
 

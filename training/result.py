@@ -48,7 +48,12 @@ def write(
     """Raises ValueError when the host does not map every module of the file; output is then as it
     was. untaken(file) names the modules that it does not map."""
     made = job / MADE
-    files.write(made, export.vector(adapter, metadata, output.stem), "fp16", overwrite=True)
+    files.write(
+        made,
+        export.vector(adapter.state(), adapter.alpha, metadata, output.stem),
+        "fp16",
+        overwrite=True,
+    )
     if left := untaken(made):
         raise ValueError(
             f"ComfyUI does not take {len(left)} of the {len(adapter.names)} modules of the result, "

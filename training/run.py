@@ -8,25 +8,42 @@ from __future__ import annotations
 
 import argparse
 import errno
+import getpass
 import logging
+import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DISK_FULL = 75
+PATIENCE = 60.0  # seconds to wait for memory
+NICE = 10  # a job on the processor leaves it to the prompts
+MARK = "LCM_LORA_JOB"  # in the environment of what the supervisor starts
+_held: list = []  # locks of the devices
 log = logging.getLogger("lcm_lora")
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
-    parser.add_argument("spec", type=Path)
+    parser.add_argument("spec", type=Path, nargs="?")
+    parser.add_argument("--supervise", type=Path, metavar="JOBS", help="run a queue of jobs")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     chosen = parser.parse_args(arguments)
     _as_package()
+    if chosen.supervise:
+        from lcm_lora.training.jobs import supervisor
+
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        log.setLevel(logging.INFO)
+        return supervisor.main(chosen.supervise)
+    if chosen.spec is None:
+        parser.error("name the job's spec.json")
     from lcm_lora.training.processes import Processes
     from lcm_lora.training.watch import Journal
 
@@ -60,7 +77,7 @@ def main(arguments: list[str]) -> int:
     log.error("%s", message)
     if journal is not None:
         try:
-            journal.state(state, message=message)
+            journal.state(state, message=message, disk_full=status == DISK_FULL)
         except OSError as error:  # not even the state fits on the disk; the exit status tells it
             log.error("the state could not be written: %s", error)
     return status
@@ -83,7 +100,7 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     from lcm_lora.training import disk, result
     from lcm_lora.training.memory import keep_freed
     from lcm_lora.training.spec import read
-    from lcm_lora.training.teacher import Teacher, enter
+    from lcm_lora.training.teacher import Teacher, enter, free_memory
 
     spec = read(spec_file)
     asked = _Asked(job / "control.json")
@@ -105,12 +122,50 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     try:
         if journal is not None:
             journal.state("preparing", message="", steps=spec.steps)
+            _wait_for_device(journal, asked)
+        processes.wait()
         keep_freed()
         enter(Path(spec.host), spec.host_flags)
+        _wait_for_memory(Path(spec.checkpoint), free_memory, journal, asked)
         teacher = Teacher.load(Path(spec.checkpoint), spec.precision, spec.loras, spec.embeddings)
+        if MARK in os.environ and teacher.device.type == "cpu" and hasattr(os, "nice"):
+            os.nice(NICE)
         return _distil(spec, job, teacher, processes, journal, asked, dry_run)
     finally:
         lock.release()
+
+
+def _wait_for_device(journal, asked) -> None:
+    """Jobs of one user train one at a time on a device, whichever ComfyUI they belong to; a program
+    that was started by hand does not wait. The locks end with the process."""
+    from filelock import FileLock, Timeout
+
+    if MARK not in os.environ:
+        return
+    for device in sorted(set((os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(","))):
+        name = f"lcm_lora-{getpass.getuser()}-{device}.lock"
+        _held.append(FileLock(Path(tempfile.gettempdir()) / name))
+        while not asked():
+            try:
+                _held[-1].acquire(timeout=1)
+                break
+            except Timeout:
+                message = "waits for another ComfyUI's job on this device"
+                journal.state("preparing", message=message)
+
+
+def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) -> None:
+    """Until the device has room for the checkpoint, which the server was asked to make; for a while
+    only, for the host may get along with less."""
+    needed = checkpoint.stat().st_size if checkpoint.is_file() else 0
+    until = time.monotonic() + PATIENCE
+    while (left := free()) < needed and time.monotonic() < until and not asked():
+        if journal is not None:
+            journal.state(
+                "preparing",
+                message=f"waits for {needed / 1e9:.1f} GB of memory, {left / 1e9:.1f} are free",
+            )
+        time.sleep(1)
 
 
 def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) -> int:

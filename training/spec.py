@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 OBJECTIVES = ("lcm", "phased")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -164,39 +164,41 @@ def read(path: Path) -> Spec:
         raise ValueError(f"{path.name} is no JSON text: {error}.") from None
     if isinstance(found, dict) and isinstance(found.get("guidance"), int | float):
         found["guidance"] = [found["guidance"]]
-    return _build(Spec, found, path.name)
+    return build(Spec, found, path.name)
 
 
-def _build(kind: type, found: Any, where: str) -> Any:
-    """A dataclass out of parsed JSON, every field checked against its annotation."""
+def build(kind: type, found: Any, where: str) -> Any:
+    """A dataclass out of parsed JSON, every field checked against its annotation.
+
+    Raises ValueError for what is missing, unknown, or of another type.
+    """
     if not isinstance(found, dict):
         raise ValueError(f"{where} must be a JSON object, found {type(found).__name__}.")
-    known = {each.name: str(each.type) for each in fields(kind)}
+    known = get_type_hints(kind)
     if unknown := sorted(found.keys() - known.keys()):
         raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}.")
-    required = {"host", "checkpoint", "output", "banks"} if kind is Spec else set()
-    required |= {"path"} if kind is StyleLoRA else set()
+    required = {
+        each.name for each in fields(kind)
+        if each.default is MISSING and each.default_factory is MISSING
+    }  # fmt: skip
     if missing := sorted(required - found.keys()):
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
     return kind(**{name: _cast(known[name], found[name], name) for name in found})
 
 
-def _cast(annotation: str, value: Any, name: str) -> Any:
-    nested = {"Data": Data, "StyleLoRA": StyleLoRA}
-    if annotation.startswith("tuple["):
-        inner = annotation.removeprefix("tuple[").removesuffix(", ...]")
+def _cast(kind: Any, value: Any, name: str) -> Any:
+    if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list, found {value!r}.")
-        return tuple(_cast(inner, each, name) for each in value)
-    if annotation in nested:
-        return _build(nested[annotation], value, name)
-    if annotation == "float" and type(value) is int:
+        return tuple(_cast(get_args(kind)[0], each, name) for each in value)
+    if is_dataclass(kind):
+        return build(kind, value, name)
+    if kind is float and type(value) is int:
         value = float(value)
-    expected = {"str": str, "int": int, "float": float, "bool": bool}[annotation]
     # `type(...) is`, for True is an int to isinstance.
-    if type(value) is not expected or (expected is float and not math.isfinite(value)):
-        words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true/false"}
-        raise ValueError(f"{name} must be {words[annotation]}, found {value!r}.")
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true/false"}
+        raise ValueError(f"{name} must be {words[kind]}, found {value!r}.")
     return value
 
 

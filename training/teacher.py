@@ -54,6 +54,13 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         sys.argv = before
 
 
+def free_memory() -> int:
+    """Bytes that a model may still take on the device the host computes on."""
+    import comfy.model_management as management
+
+    return int(management.get_free_memory(management.get_torch_device()))
+
+
 @dataclass
 class Teacher:
     """A frozen network and what belongs to it. Called as training/ calls a network.

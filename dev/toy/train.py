@@ -282,7 +282,12 @@ def style_lora(
 def exported(adapter: Adapter, path: Path, **about: str) -> dict[str, torch.Tensor]:
     """Writes the adapter to `path` as an ordinary kohya file; -> the file's tensors."""
     metadata = {"ss_base_model_version": "sd_v1", "ss_output_name": path.stem, **about}
-    files.write(path, export.vector(adapter, metadata, path.stem), "fp16", overwrite=True)
+    files.write(
+        path,
+        export.vector(adapter.state(), adapter.alpha, metadata, path.stem),
+        "fp16",
+        overwrite=True,
+    )
     adapter.detach()
     return load_file(path)
 

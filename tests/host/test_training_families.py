@@ -109,7 +109,12 @@ def a_step(checkpoint, tmp_path):
     assert loss.isfinite()
     assert all(p.grad is None for p in teacher.network.parameters())
     assert any(p.grad.abs().sum() > 0 for p in adapter.parameters())
-    files.write(tmp_path / "lcm.safetensors", vector(adapter, {}, "test"), "fp16", False)
+    files.write(
+        tmp_path / "lcm.safetensors",
+        vector(adapter.state(), adapter.alpha, {}, "test"),
+        "fp16",
+        False,
+    )
     assert teacher.untaken(tmp_path / "lcm.safetensors") == []
     return teacher
 

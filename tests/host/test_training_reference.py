@@ -37,7 +37,7 @@ def test_names_are_those_of_diffusers_and_peft(comfy, family):
         theirs.add_adapter(recipe())
     adapter = Adapter(host_unet(FAMILIES[family], "meta"), 4, 4.0)
     adapter.layers.to_empty(device="cpu")
-    ours = vector(adapter, {}, family).deltas
+    ours = vector(adapter.state(), adapter.alpha, {}, family).deltas
     wanted = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}
     assert ours.keys() == wanted.keys()
     for name, layer in wanted.items():

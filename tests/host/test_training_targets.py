@@ -18,7 +18,7 @@ def test_modules_and_parameters_are_those_of_the_official_files(comfy, family):
     count = 64 * sum(p.numel() for p in adapter.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.005)
     adapter.layers.to_empty(device="cpu")  # the network is a shape only; its names are wanted
-    named = vector(adapter, {}, family)
+    named = vector(adapter.state(), adapter.alpha, {}, family)
     assert len(named.deltas) == modules
     assert all(name.startswith("lora_unet_") for name in named.deltas)
     assert "lora_unet_down_blocks_1_attentions_0_proj_in" in named.deltas

@@ -24,7 +24,7 @@ HOST = {
 }  # fmt: skip
 STANDARD = sys.stdlib_module_names - {"pickle", "marshal", "shelve"}
 # What ComfyUI itself installs.
-LIBRARIES = {"torch", "safetensors", "numpy", "tqdm", "PIL", "psutil", "filelock"}
+LIBRARIES = {"torch", "safetensors", "numpy", "tqdm", "PIL", "psutil", "filelock", "aiohttp"}
 # A program of its own, which registers the pack under this name.
 PROGRAM = "training/run.py"
 

@@ -1,0 +1,406 @@
+"""Distillation in the background: order a job, look at it, take what it made."""
+
+from __future__ import annotations
+
+import time
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.v0_0_2 import io, ui
+from PIL import Image
+
+from ..lora.files import read
+from ..lora.wire import to_wire
+from ..training import checkpoints, disk
+from ..training.export import vector
+from ..training.jobs import host, metrics
+from ..training.jobs.store import POLICIES, Job
+from ..training.spec import PRECISIONS, build
+from .chart import chart
+from .host import checkpoint_names, lora_names, lora_path, show
+
+CATEGORY = "LCM-LoRA/distil"
+LCMData = io.Custom("LCM_DATA")
+LCMJob = io.Custom("LCM_JOB")
+NONE = "none"
+
+
+class LCMDistillData(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMDistillData",
+            display_name="Distillation Data",
+            category=CATEGORY,
+            description=(
+                "What an LCM-LoRA is distilled from. With prompts the checkpoint draws the "
+                "pictures itself, so that no data set is needed; or take your own pictures, with "
+                "captions beside them."
+            ),
+            search_aliases=["dataset", "training data", "captions", "prompts"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "source",
+                    options=[
+                        io.DynamicCombo.Option("prompts", [_prompts(), *_drawn()]),
+                        io.DynamicCombo.Option("prompt file", [_file(), *_drawn()]),
+                        io.DynamicCombo.Option("pictures", [_folder(), *_cropped()]),
+                    ],
+                    tooltip="prompts: the checkpoint draws. pictures: your own, with captions.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=64,
+                    tooltip=(
+                        "Side in pixels of the square whose area the pictures have: 512 for SD1.5, "
+                        "768 for SD2, 1024 for SDXL."
+                    ),
+                ),
+            ],
+            outputs=[
+                LCMData.Output(
+                    display_name="LCM_DATA", tooltip="For Distill LCM-LoRA. Holds no pictures."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, source: dict, resolution: int) -> io.NodeOutput:
+        known = dict(source)
+        kind = known.pop("source")
+        path = known.pop("file", known.pop("folder", ""))
+        told = host.Source(kind=kind, path=path, resolution=resolution, **known)
+        return io.NodeOutput(host.told(told))
+
+
+def _prompts() -> io.Input:
+    return io.String.Input(
+        "prompts",
+        multiline=True,
+        default="",
+        tooltip="One a line. Empty: the list that comes with the pack.",
+    )
+
+
+def _file() -> io.Input:
+    return io.String.Input(
+        "file",
+        default="prompts.txt",
+        tooltip="A text file (UTF-8, one prompt a line) in ComfyUI's input folder.",
+    )
+
+
+def _folder() -> io.Input:
+    return io.String.Input(
+        "folder",
+        default="my pictures",
+        tooltip=(
+            "A folder in ComfyUI's input folder: pictures with a .txt each or a metadata.jsonl, "
+            "or WebDataset tars."
+        ),
+    )
+
+
+def _drawn() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "count",
+            default=1000,
+            min=1,
+            max=1_000_000,
+            tooltip="Pictures the checkpoint draws, once; later jobs use the same ones.",
+        ),
+        io.Int.Input(
+            "draw_steps",
+            default=25,
+            min=1,
+            max=1000,
+            tooltip="Its DDIM steps for each of them.",
+        ),
+    ]
+
+
+def _cropped() -> list[io.Input]:
+    return [
+        io.Int.Input("crops", default=1, min=1, max=16, tooltip="Crops of each picture."),
+        io.Boolean.Input("flip", default=True, tooltip="Mirror half of them."),
+    ]
+
+
+class LCMDistill(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMDistill",
+            display_name="Distill LCM-LoRA (background)",
+            category=CATEGORY,
+            description=(
+                "Makes an LCM-LoRA of a checkpoint, in a process of its own: this node returns at "
+                "once and the graph stays free. The job goes on when the browser or ComfyUI is "
+                "closed; the tab LCM-LoRA jobs shows it. Queued again with the same settings, it "
+                "is the same job."
+            ),
+            search_aliases=["train lora", "training", "distill", "make lcm lora", "train"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=checkpoint_names(),
+                    tooltip="The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega or KOALA.",
+                ),
+                LCMData.Input("data", tooltip="From Distillation Data."),
+                io.String.Input(
+                    "name",
+                    default="my-lcm-lora",
+                    tooltip="Of the file in the loras folder; subfolders as folder/name.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps. The paper's LoRAs took some thousands.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=12,
+                    min=1,
+                    max=1024,
+                    tooltip="Pictures a step. Halved by itself, with more turns, if memory ends.",
+                ),
+                io.Int.Input(
+                    "rank", default=64, min=1, max=1024, tooltip="Of the LoRA; 64 is the paper's."
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=7.5,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="The cfg scale that is distilled in: what you draw this model with.",
+                ),
+                io.Float.Input(
+                    "lr",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
+                    tooltip="Learning rate of AdamW.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=False,  # a new seed each time would be a new job
+                    tooltip="Of everything that is drawn. Another seed is another job.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="Of the checkpoint's weights while training; the LoRA is float32.",
+                ),
+                io.Combo.Input(
+                    "policy",
+                    options=list(POLICIES),
+                    default=POLICIES[0],
+                    tooltip=(
+                        "Beside your prompts. yield: the job saves, ends, and comes back when the "
+                        "queue is empty. exclusive: it goes on, and ComfyUI unloads its models "
+                        "after each prompt. share: both simply go on."
+                    ),
+                ),
+                io.Combo.Input(
+                    "style_lora",
+                    options=[NONE, *lora_names()],
+                    default=NONE,
+                    tooltip="A style to bake in, for an accelerated style in one file.",
+                ),
+                io.Float.Input(
+                    "style_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Weight of that style.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=250,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Steps between sample pictures in the tab; 0 draws none.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=100,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Steps between checkpoints: at most that many are lost in a crash.",
+                ),
+                io.String.Input(
+                    "device",
+                    default="",
+                    tooltip='Numbers of the GPUs, such as "1" or "0,1"; empty for the first.',
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace a LoRA file of the same name."
+                ),
+            ],
+            outputs=[LCMJob.Output(display_name="LCM_JOB", tooltip="The job's id.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> float:
+        return float("nan")  # a job may have been deleted, or its LoRA, since the last time
+
+    @classmethod
+    def execute(cls, data: dict, style_lora: str, **settings) -> io.NodeOutput:
+        style = "" if style_lora == NONE else style_lora
+        source = build(host.Source, data, "LCM_DATA")
+        job, new = host.start(host.Order(data=source, style_lora=style, **settings))
+        show("Queued" if new else "This job is there already")
+        return io.NodeOutput(job)
+
+
+def _job_input() -> io.Input:
+    return LCMJob.Input("job", tooltip="From Distill LCM-LoRA.")
+
+
+class LCMJobStatus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMJobStatus",
+            display_name="Distillation Job Status",
+            category=CATEGORY,
+            description=(
+                "Where a distillation is: in words, its loss as a plot, and its newest sample "
+                "pictures (columns: the teacher at 50 steps, then 1, 2 and 4 steps)."
+            ),
+            search_aliases=["progress", "loss", "training status"],
+            is_output_node=True,
+            inputs=[_job_input()],
+            outputs=[
+                io.String.Output(display_name="progress", tooltip="State, step, loss, time left."),
+                io.Image.Output(display_name="loss", tooltip="Loss by steps, on a log scale."),
+                io.Image.Output(display_name="samples", tooltip="The newest sample pictures."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, job: str) -> io.NodeOutput:
+        found, path = _found(job), host.store().path(job)
+        told = metrics.read(path, points=1000)
+        plot = chart([(row[0], row[1]) for row in told["rows"]], f"{found.name}: loss")
+        pictures = sorted((path / "samples").glob("step-*.png"))
+        sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
+        text = progress(found)
+        return io.NodeOutput(text, _image(plot), _image(sheet), ui=ui.PreviewText(text))
+
+
+class LCMJobResult(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMJobResult",
+            display_name="Distillation Job Result",
+            category=CATEGORY,
+            description=(
+                "The LoRA of a distillation. Waits until it is done, which can be interrupted "
+                "without harm to the job; or gives what the newest checkpoint holds."
+            ),
+            search_aliases=["trained lora", "wait for training"],
+            inputs=[
+                _job_input(),
+                io.Boolean.Input(
+                    "wait",
+                    default=True,
+                    tooltip="Off: the newest checkpoint's LoRA while the job goes on.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="LORA_MODEL", tooltip="For Apply LoRA Vector or Combine."
+                ),
+                io.String.Output(
+                    display_name="file name",
+                    tooltip="As LoRA loaders show it; empty while the job is not done.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, job: str, wait: bool) -> io.NodeOutput:
+        found = _found(job)
+        if wait and found.state != "done":
+            found = _ended(found)
+        if found.state == "done":
+            return io.NodeOutput(to_wire(read(lora_path(found.lora_name))), found.lora_name)
+        path = host.store().path(job)
+        newest = checkpoints.newest(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"The job {found.name!r} has no checkpoint yet: {progress(found)}.")
+        spec = disk.read_json(path / "spec.json")
+        alpha = spec["alpha"] or spec["rank"]
+        made = vector(newest.adapter, alpha, {}, f"{found.name}, step {newest.step}")
+        show(f"The LoRA after step {newest.step}")
+        return io.NodeOutput(to_wire(made), "")
+
+
+def _found(job: str) -> Job:
+    try:
+        return host.store().job(job)
+    except KeyError:
+        raise ValueError(f"There is no distillation job {job}: it was deleted.") from None
+
+
+def _ended(found: Job) -> Job:
+    """Waits until a job is done. Raises ValueError when it fails or is stopped."""
+    bar = comfy.utils.ProgressBar(max(1, found.steps))
+    with host.waited_for(found.id):
+        while found.state != "done":
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if found.state == "failed" or (found.state == "paused" and not found.aside):
+                raise ValueError(f"The job {found.name!r} is {progress(found)}.")
+            bar.update_absolute(found.step, max(1, found.steps))
+            show(progress(found))
+            time.sleep(0.5)
+            found = _found(found.id)
+    return found
+
+
+def progress(job: Job) -> str:
+    """A line: state, step, loss, time left, and why."""
+    words = [job.state]
+    if job.step:
+        words.append(f"step {job.step} of {job.steps}")
+    if job.loss is not None:
+        words.append(f"loss {job.loss:.4f}")
+    if job.seconds_left is not None:
+        minutes, seconds = divmod(int(job.seconds_left), 60)
+        words.append(f"{minutes // 60} h {minutes % 60} min left" if minutes >= 60 else
+                     f"{minutes} min {seconds} s left")  # fmt: skip
+    if job.message and job.state != "running":
+        words.append(job.message)
+    return ", ".join(words)
+
+
+def _image(picture: Image.Image) -> torch.Tensor:
+    """[1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]

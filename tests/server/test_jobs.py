@@ -1,0 +1,308 @@
+"""Distillation jobs in the real server: by nodes, over HTTP, beside prompts; what is refused."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+
+import pytest
+from lcm_lora.training.jobs import processes
+
+SMALL = {
+    "steps": 4, "batch": 4, "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "precision": "fp32",
+    "checkpoint_every": 2, "sample_every": 2, "device": "", "overwrite": False,
+    "style_lora": "none", "style_strength": 1.0, "policy": "share",
+}  # fmt: skip
+PROMPTS = "a photo of a bag\na photo of a dress"
+
+
+def graph(subject, name, wait=True, **changes) -> dict:
+    """Distil, look, and draw with what came of it."""
+    source = {"source": "prompts", "source.prompts": PROMPTS, "source.count": 8}
+    source |= {"source.draw_steps": 4, "resolution": 64}
+    order = {"checkpoint": subject.checkpoint, "data": ["1", 0], "name": name} | SMALL | changes
+    nodes = {
+        "1": ("LCMDistillData", source),
+        "2": ("LCMDistill", order),
+        "3": ("LCMJobResult", {"job": ["2", 0], "wait": wait}),
+        "4": ("LCMJobStatus", {"job": ["2", 0]}),
+        "5": ("CheckpointLoaderSimple", {"ckpt_name": subject.checkpoint}),
+        "6": ("LCMLoRAApply", {
+            "model": ["5", 0], "vector": ["3", 0], "strength_model": 1.0, "strength_clip": 1.0,
+        }),
+        "7": ("CLIPTextEncode", {"clip": ["5", 1], "text": "a photo of a bag"}),
+        "8": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
+        "9": ("LCMKSampler", {
+            "model": ["6", 0], "seed": 1, "steps": 4, "cfg": 1.0, "positive": ["7", 0],
+            "negative": ["7", 0], "latent": ["8", 0], "denoise": 1.0,
+        }),
+        "10": ("VAEDecode", {"samples": ["9", 0], "vae": ["5", 2]}),
+        "11": ("SaveImage", {"images": ["10", 0], "filename_prefix": name}),
+        "12": ("PreviewImage", {"images": ["4", 2]}),
+    }  # fmt: skip
+    return {key: {"class_type": kind, "inputs": given} for key, (kind, given) in nodes.items()}
+
+
+def order_only(subject, name, **changes) -> dict:
+    return {key: node for key, node in graph(subject, name, **changes).items() if key in "12"}
+
+
+@pytest.fixture
+def store(server):
+    from lcm_lora.training.jobs.store import Store
+
+    known = Store(server.base / "user" / "__lcm_lora" / "jobs")
+    yield known
+    for job in known.jobs():
+        if job.state in ("preparing", "running", "stopping", "queued"):
+            known.ask(job.id, "stop")
+            processes.end(job.id, kill=True)
+
+
+def until(check, what, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not (found := check()):
+        assert time.monotonic() < deadline, f"waited too long until {what}"
+        time.sleep(0.05)
+    return found
+
+
+def named(store, name):
+    return next((job for job in store.jobs() if job.name == name), None)
+
+
+def send(client, path, body="{}", method="POST", **headers):
+    """-> (status, parsed answer) of a request as it is given, headers and all."""
+    connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=60)
+    told = {"Content-Type": "application/json"} | {
+        key.replace("_", "-"): value for key, value in headers.items()
+    }
+    connection.request(method, f"/lcm_lora/{path}", body, told)
+    answer = connection.getresponse()
+    text = answer.read()
+    try:
+        return answer.status, json.loads(text)
+    except ValueError:
+        return answer.status, text.decode(errors="replace")
+
+
+def test_distil_then_use_it_in_one_graph(client, subject, store, server):
+    shown = client.run(graph(subject, "made/first"))
+    assert client.pictures(shown)["11"][0].is_file()
+    found = named(store, "made/first")
+    assert (found.state, found.step, found.lora_name) == ("done", 4, "made/first.safetensors")
+    # Queued once more it is the same job, done already.
+    shown = client.run(graph(subject, "made/first"))
+    assert shown["4"]["text"][0].startswith("done, step 4 of 4")
+    assert len([job for job in store.jobs() if job.name == "made/first"]) == 1
+    assert (server.base / "models" / "loras" / "made" / "first.safetensors").is_file()
+    offered = client.get("/object_info/LCMLoRALoader")["LCMLoRALoader"]["input"]["required"]
+    assert "made/first.safetensors" in json.dumps(offered["lora_name"])
+
+    status = client.get(f"/lcm_lora/jobs/{found.id}")
+    assert [sample["step"] for sample in status["samples"]] == [2, 4]
+    assert str(server.base) not in json.dumps(status)
+    metrics = client.get(f"/lcm_lora/jobs/{found.id}/metrics")
+    assert metrics["rows"][-1][0] == 4
+    assert [row[0] for row in metrics["errors"]] == [2, 4]
+    log = client.get(f"/lcm_lora/jobs/{found.id}/log?offset=0")
+    assert "step 4 of 4" in log["text"]
+    assert client.get(f"/lcm_lora/jobs/{found.id}/log?offset={log['offset']}")["text"] == ""
+    with urllib.request.urlopen(
+        f"{client.url}/lcm_lora/jobs/{found.id}/samples/{status['samples'][0]['name']}"
+    ) as answer:
+        assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_node_returns_at_once_and_twice_is_one_job(client, subject, store):
+    for _ in range(2):
+        begun = time.monotonic()
+        client.run(order_only(subject, "slow", steps=5000))
+        assert time.monotonic() - begun < 5
+    assert len([job for job in store.jobs() if job.name == "slow"]) == 1
+    job = named(store, "slow")
+    until(lambda: store.job(job.id).step >= 2, "it trains")
+    # The newest checkpoint's LoRA while it goes on, and a picture beside it.
+    shown = client.run(graph(subject, "slow", wait=False, steps=5000))
+    assert client.pictures(shown)["11"][0].is_file()
+    assert store.job(job.id).state == "running"
+    assert send(client, f"jobs/{job.id}/delete")[0] == 400
+    assert send(client, f"jobs/{job.id}/pause")[0] == 200
+    until(lambda: store.job(job.id).state == "paused", "it is paused")
+    assert not processes.of_job(job.id)
+    step = store.job(job.id).step
+    assert send(client, f"jobs/{job.id}/resume")[0] == 200
+    until(lambda: store.job(job.id).step > step, "it goes on")
+    assert send(client, f"jobs/{job.id}/finish")[0] == 200
+    until(lambda: store.job(job.id).state == "done", "it is finished early")
+    assert send(client, f"jobs/{job.id}/delete") == (200, {"id": job.id, "state": "deleted"})
+    assert send(client, f"jobs/{job.id}", None, "GET")[0] == 404
+
+
+@pytest.mark.faults
+def test_a_yielding_job_steps_aside_for_prompts_and_comes_back(client, subject, store):
+    client.run(order_only(subject, "polite", steps=5000, policy="yield"))
+    job = named(store, "polite")
+    until(lambda: store.job(job.id).step >= 1, "it trains once the prompt is over")
+    drawing = graph(subject, "polite", wait=False, steps=5000, policy="yield")
+    del drawing["3"], drawing["4"], drawing["12"]
+    drawing["9"]["inputs"] |= {"model": ["5", 0], "steps": 25}
+    drawing["8"]["inputs"]["batch_size"] = 16
+    client.run({key: node for key, node in drawing.items() if key not in ("1", "2", "6")})
+    aside = store.job(job.id)
+    assert aside.state in ("stopping", "paused")
+    assert aside.aside
+    step = aside.step
+    until(lambda: store.job(job.id).step > step, "it comes back")
+    assert send(client, f"jobs/{job.id}/stop")[0] == 200
+    until(lambda: store.job(job.id).state == "paused", "it is stopped")
+    time.sleep(4)
+    assert store.job(job.id).state == "paused"
+
+
+def test_order_over_http(client, subject, store):
+    order = {key: SMALL[key] for key in ("steps", "batch", "rank", "guidance", "policy")}
+    source = {"prompts": PROMPTS, "count": 4, "draw_steps": 2, "resolution": 64}
+    body = order | {"checkpoint": subject.checkpoint, "name": "by http", "data": source}
+    status, told = send(client, "jobs", json.dumps(body))
+    assert status == 201 and told["new"]
+    assert send(client, "jobs", json.dumps(body)) == (200, {"id": told["id"], "new": False})
+    until(lambda: store.job(told["id"]).state == "done", "it is done")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"checkpoint": "../../etc/passwd"}, "lists no"),
+        ({"checkpoint": "none.safetensors"}, "lists no"),
+        ({"style_lora": "/etc/passwd"}, "lists no"),
+        ({"name": "../escaped"}, "cannot be used"),
+        ({"name": "CON"}, "cannot be used"),
+        ({"name": "a\u0000b"}, "cannot be used"),
+        ({"device": "0; rm"}, "device must be"),
+        ({"policy": "rude"}, "policy must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"steps": "4"}, "steps must be"),
+        ({"guidance": 1e999}, "guidance must be"),
+        ({"host": "/tmp"}, "unknown settings: host"),
+        ({"data": {"kind": "pictures", "path": "../.."}}, "input folder"),
+        ({"data": {"kind": "prompt file", "path": "/etc/passwd"}}, "input folder"),
+        ({"data": {"kind": "prompts", "prompts": "x" * 3000}}, "at most"),
+        ({"data": []}, "must be a JSON object"),
+    ],
+)
+def test_orders_that_are_refused(change, says, client, subject, store):
+    before = len(store.jobs())
+    body = {"checkpoint": subject.checkpoint, "name": "refused"} | change
+    status, told = send(client, "jobs", json.dumps(body))
+    assert status == 400, told
+    assert says in told["error"]
+    assert len(store.jobs()) == before
+
+
+def test_requests_that_are_refused(client):
+    some = uuid.uuid4()
+    assert send(client, "jobs", "{}", Origin="http://evil.example")[0] == 403
+    assert send(client, "jobs", "{}", Sec_Fetch_Site="cross-site")[0] == 403
+    assert send(client, "jobs", "{}", Sec_Fetch_Site="same-site")[0] == 403
+    assert send(client, "jobs", "a=b", Content_Type="text/plain")[0] == 415
+    assert send(client, "jobs", "x" * 10_000_000)[0] == 413
+    assert send(client, "jobs", "[" * 100_000)[0] == 400
+    assert send(client, "jobs", b"\xff\xfe")[0] == 400
+    assert send(client, "jobs", "null")[0] == 400
+    assert send(client, f"jobs/{some}/stop")[0] == 404
+    for wrong in ("1", "..%2f..", f"{some}".upper(), "a" * 300, "%00"):
+        assert send(client, f"jobs/{wrong}", None, "GET")[0] in (400, 404)
+        assert send(client, f"jobs/{wrong}/delete")[0] in (400, 404)
+    assert send(client, "jobs?limit=x", None, "GET")[0] == 400
+    assert send(client, f"jobs/{some}/stop", None, "GET")[0] in (404, 405)
+
+
+def test_a_lora_that_is_there_already_is_named_at_the_node(client, subject, server):
+    from lcm_lora.dev.client import PromptError
+
+    (server.base / "models" / "loras" / "taken.safetensors").write_bytes(b"x")
+    with pytest.raises(PromptError, match="taken exists already") as error:
+        client.run(order_only(subject, "taken"))
+    assert error.value.node == "2"
+
+
+def test_what_openapi_tells_is_there(client):
+    told = client.get("/lcm_lora/openapi.json")
+    for path, methods in told["paths"].items():
+        asked = path.removeprefix("/lcm_lora/").replace("{id}", str(uuid.uuid4()))
+        for method in methods:
+            body = "{}" if method == "post" else None
+            status, answer = send(client, asked.replace("{name}", "x.png"), body, method.upper())
+            assert status != 405 and status < 500
+            assert str(status) in methods[method]["responses"], (path, answer)
+
+
+def test_nothing_that_fits_the_document_or_breaks_it_makes_the_server_fail(client):
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{client.url}/lcm_lora/openapi.json",
+        "--url", client.url, "--checks", "not_a_server_error", "--max-examples", "15",
+        "--seed", "1", "--generation-database", "none",
+    ]  # fmt: skip
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+
+
+@pytest.mark.faults
+def test_a_job_outlives_its_server_and_a_new_server_finds_it(
+    host_folder, tmp_path, subject, server
+):
+    from lcm_lora.dev.server import Server, install
+    from lcm_lora.training.jobs.store import Store
+
+    running = Server(host_folder, tmp_path)
+    for kind in ("checkpoints", "loras"):
+        for file in (server.base / "models" / kind).glob("toy-*"):
+            install(file.resolve(), running.base / "models" / kind)
+    store = Store(running.base / "user" / "__lcm_lora" / "jobs")
+    with running:
+        running.client().run(order_only(subject, "outlives", steps=40))
+        job = until(lambda: named(store, "outlives"), "it is queued")
+        until(lambda: store.job(job.id).step >= 1, "it trains")
+        running.kill()
+        step = store.job(job.id).step
+        until(lambda: store.job(job.id).step > step, "it goes on without a server")
+    with Server(host_folder, tmp_path) as again:
+        told = again.client().get(f"/lcm_lora/jobs/{job.id}")
+        assert told["state"] in ("running", "done")
+        until(lambda: store.job(job.id).state == "done", "it is done")
+        again.client().run(graph(subject, "outlives", steps=40))
+
+
+@pytest.mark.faults
+def test_a_queue_goes_on_when_everything_was_killed(host_folder, tmp_path, subject, server):
+    """As after a power cut: no process is left, and the numbers of old ones may mean others."""
+    from lcm_lora.dev.server import Server, install
+    from lcm_lora.training.jobs.store import Store
+
+    running = Server(host_folder, tmp_path)
+    for kind in ("checkpoints", "loras"):
+        for file in (server.base / "models" / kind).glob("toy-*"):
+            install(file.resolve(), running.base / "models" / kind)
+    store = Store(running.base / "user" / "__lcm_lora" / "jobs")
+    with running:
+        for name in ("one", "two"):
+            running.client().run(order_only(subject, name, steps=12))
+        first = named(store, "one")
+        until(lambda: store.job(first.id).step >= 3, "the first trains")
+        running.kill()
+        for process in processes.of_job("supervisor"):
+            if str(store.folder) in process.cmdline():
+                process.kill()
+        processes.end(first.id, kill=True)
+    until(lambda: store.job(first.id).state == "lost", "nobody runs it")
+    # Its number now belongs to another process.
+    path = store.path(first.id) / "supervisor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
+    with Server(host_folder, tmp_path):
+        until(lambda: all(job.state == "done" for job in store.jobs()), "both are done")

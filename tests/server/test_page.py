@@ -1,0 +1,209 @@
+"""The tab "LCM-LoRA jobs" in the real front end, in Chromium: a job's whole life on the page."""
+
+import os
+import time
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+READY = """() => window.app?.vueAppReady && window.app.extensionManager
+    && !document.querySelector('.p-blockui-mask')
+    && window.LiteGraph?.registered_node_types?.['LCMDistill']"""
+LIGHTNESS = """() => {
+    const panel = document.querySelector('.lcm-panel');
+    const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3)
+        .reduce((sum, value) => sum + Number(value), 0);
+    let ground = panel, colour;
+    do {
+        colour = getComputedStyle(ground).backgroundColor;
+        ground = ground.parentElement;
+    } while (ground && /, 0\\)|transparent/.test(colour));
+    return [light(getComputedStyle(panel).color), light(colour)];
+}"""
+TEMPLATES = "/api/workflow_templates/lcm-lora"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from lcm_lora.dev.browser import chromium
+
+    if (found := chromium()) is None:
+        pytest.skip("there is no Chromium here, and only root can install Debian's")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path=found, headless=True,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader"],
+        )  # fmt: skip
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, client):
+    client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "9.9.9"})
+    context = browser.new_context(viewport={"width": 1600, "height": 900})
+    page = context.new_page()
+    page.wrong, page.foreign = [], []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("request", lambda request: foreign(page, client, request.url))
+    opened(page, client)
+    yield page
+    assert not page.wrong
+    assert not page.foreign
+    context.close()
+
+
+def foreign(page, client, address: str) -> None:
+    if not address.startswith((client.url, "data:", "blob:", client.url.replace("http", "ws"))):
+        page.foreign.append(address)
+
+
+def opened(page, client) -> None:
+    page.goto(client.url)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(1000)
+
+
+def show_tab(page) -> None:
+    if not page.locator(".lcm-panel").is_visible():
+        page.evaluate("app.extensionManager.command.execute('lcm_lora.jobs')")
+    page.wait_for_selector(".lcm-panel", timeout=20_000)
+
+
+def pictured(page, name) -> None:
+    """Keeps a screenshot where the developer asked for them."""
+    if folder := os.environ.get("LCM_LORA_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+def distil(page, subject, name, steps) -> None:
+    """Opens the shipped workflow, fits it to the toy, and queues it."""
+    page.evaluate(
+        """async ([templates, checkpoint, name, steps]) => {
+            const answer = await fetch(`${templates}/Distil_an_LCM-LoRA.json`);
+            await app.loadGraphData(await answer.json(), true, true, 'distil');
+            const set = (type, values) => {
+                const node = app.graph.nodes.find((node) => node.type === type);
+                for (const [key, value] of Object.entries(values)) {
+                    node.widgets.find((widget) => widget.name === key).value = value;
+                }
+            };
+            set('LCMDistillData', {'source.prompts': 'a photo of a bag\\na photo of a dress',
+                'source.count': 8, 'source.draw_steps': 4, resolution: 64});
+            set('LCMDistill', {checkpoint, name, steps, batch: 4, rank: 4, guidance: 2.5, lr: 0.001,
+                sample_every: Math.max(1, steps / 3 | 0), checkpoint_every: 10, policy: 'share'});
+        }""",
+        [TEMPLATES, subject.checkpoint, name, steps],
+    )
+    assert page.evaluate("app.queuePrompt(0, 1)")
+
+
+def job(page, name):
+    return page.locator(".lcm-jobs > li", has=page.locator(".lcm-name", has_text=name))
+
+
+def reaches(page, name, state, seconds=300) -> None:
+    row = job(page, name)
+    deadline = time.monotonic() + seconds
+    while row.count() == 0 or row.locator(".lcm-state").inner_text() != state:
+        assert time.monotonic() < deadline, f"{name} did not become {state}"
+        page.wait_for_timeout(200)
+
+
+def test_from_the_workflow_to_a_picture(page, client, subject):
+    distil(page, subject, "page/first", 60)
+    show_tab(page)
+    reaches(page, "page/first", "running")
+    job(page, "page/first").locator(".lcm-head").click()
+    page.wait_for_selector(".lcm-chart svg polyline")
+    pictured(page, "running")
+
+    opened(page, client)  # reloaded in the middle
+    show_tab(page)
+    reaches(page, "page/first", "done")
+    row = job(page, "page/first")
+    if row.locator(".lcm-head").get_attribute("aria-expanded") == "false":
+        row.locator(".lcm-head").click()
+    page.wait_for_selector(".lcm-samples img[src*='step-00000060']")
+    page.wait_for_function(
+        "document.querySelector('.lcm-samples img').naturalWidth > 0", timeout=10_000
+    )
+    pictured(page, "done")
+
+    page.evaluate(
+        f"""async () => {{
+            const answer = await fetch('{TEMPLATES}/LCM-LoRA_text_to_image.json');
+            await app.loadGraphData(await answer.json(), true, true, 'draw');
+        }}"""
+    )
+    row.get_by_role("button", name="use in graph").click()
+    page.wait_for_function(
+        "app.graph.nodes.filter((node) => node.type === 'LCMLoRALoader').length === 2"
+    )
+    # As a person would: the new node takes the old one's place.
+    drawn = page.evaluate(
+        """async (checkpoint) => {
+            const [old, made] = app.graph.nodes.filter((node) => node.type === 'LCMLoRALoader')
+                .sort((a, b) => a.id - b.id);
+            const load = app.graph.nodes.find((node) => node.type === 'CheckpointLoaderSimple');
+            load.widgets[0].value = checkpoint;
+            const sampler = app.graph.nodes.find((node) => node.type === 'LCMKSampler');
+            load.connect(0, made, 0);
+            made.connect(0, sampler, 0);
+            app.graph.remove(old);
+            const size = app.graph.nodes.find((node) => node.type === 'EmptyLatentImage');
+            size.widgets[0].value = size.widgets[1].value = 64;
+            const ended = new Promise((resolve) => {
+                app.api.addEventListener('execution_success', () => resolve('drawn'));
+                app.api.addEventListener('execution_error', () => resolve('failed'));
+            });
+            if (!await app.queuePrompt(0, 1)) return JSON.stringify(app.lastNodeErrors);
+            return [made.widgets[0].value, await ended].join(' ');
+        }""",
+        subject.checkpoint,
+    )
+    assert drawn == "page/first.safetensors drawn"
+    pictured(page, "used")
+
+
+@pytest.mark.faults
+def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
+    distil(page, subject, "page keys", 5000)
+    show_tab(page)
+    reaches(page, "page keys", "running")
+
+    def press(action):
+        button = job(page, "page keys").locator(f'[data-action="{action}"]')
+        button.wait_for()
+        button.focus()
+        page.keyboard.press("Enter")
+
+    press("pause")
+    reaches(page, "page keys", "paused")
+    press("resume")
+    reaches(page, "page keys", "running")
+    press("stop")
+    reaches(page, "page keys", "paused")
+    press("delete")
+    press("delete")
+    page.wait_for_function(
+        "![...document.querySelectorAll('.lcm-name')].some((e) => e.textContent === 'page keys')"
+    )
+
+
+def test_it_fits_in_both_themes_and_on_a_phone(page):
+    for theme in ("dark", "light"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{theme}')")
+        for width, height in ((1600, 900), (390, 844)):
+            page.set_viewport_size({"width": width, "height": height})
+            show_tab(page)
+            page.wait_for_timeout(500)
+            pictured(page, f"{theme}-{width}")
+            wide = page.evaluate("""() => {
+                const panel = document.querySelector('.lcm-panel');
+                return panel.scrollWidth - panel.clientWidth;
+            }""")
+            assert wide <= 0, f"{theme}, {width}: the page is too wide for its tab"
+            words, ground = page.evaluate(LIGHTNESS)
+            assert abs(words - ground) > 300, f"{theme}: words can hardly be told from the ground"

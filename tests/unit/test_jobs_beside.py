@@ -1,0 +1,147 @@
+"""Stepping aside for prompts, and telling what changed: the server's side without a server."""
+
+import json
+import os
+
+import pytest
+from lcm_lora.training.jobs import processes
+from lcm_lora.training.jobs.beside import IDLE, Beside
+from lcm_lora.training.jobs.store import Store
+from lcm_lora.training.spec import Spec
+
+
+class Server:
+    """What Beside asks, and what it was asked."""
+
+    def __init__(self, folder):
+        self.store = Store(folder / "jobs")
+        self.prompts, self.freed, self.worked, self.sent, self.waiting = 0, 0, 0, [], []
+        self.folder, self.now = folder, 0.0
+        self.beside = Beside(
+            self.store, lambda: self.prompts, self._free, self._work, self.sent.append, self.waiting
+        )
+
+    def _free(self):
+        self.freed += 1
+
+    def _work(self):
+        self.worked += 1
+
+    def job(self, policy, name="a"):
+        spec = Spec(
+            host=str(self.folder), checkpoint=str(self.folder / "x"), banks=str(self.folder),
+            output=str(self.folder / f"{name}.safetensors"),
+        )  # fmt: skip
+        return self.store.create(spec, name, policy=policy)[0]
+
+    def runs(self, job):
+        me = os.getpid()
+        told = {"pid": me, "identity": processes.identity(me), "turn": self.turn(job)}
+        (self.store.path(job) / "supervisor.json").write_text(json.dumps(told))
+
+    def ends(self, job):
+        (self.store.path(job) / "supervisor.json").write_text('{"ended": "paused"}')
+
+    def turn(self, job):
+        return json.loads((self.store.path(job) / "control.json").read_text())["turn"]
+
+    def look(self, seconds=1.0):
+        self.now += seconds
+        self.beside.look(self.now)
+
+
+@pytest.fixture
+def server(tmp_path):
+    return Server(tmp_path)
+
+
+def test_a_yielding_job_goes_and_comes_back_when_the_queue_has_been_empty_for_a_while(server):
+    job = server.job("yield")
+    server.runs(job)
+    server.look()
+    assert server.store.job(job).state == "preparing"
+    server.prompts = 1
+    server.look()
+    assert server.store.job(job).state == "stopping"
+    server.ends(job)
+    assert server.store.job(job).state == "paused"
+    assert "steps aside" in server.store.job(job).message
+    server.prompts = 0
+    server.look(IDLE - 0.5)
+    assert server.store.job(job).state == "paused"
+    server.look(1)
+    assert server.store.job(job).state == "queued"
+    assert server.worked
+
+
+@pytest.mark.parametrize("policy", ["exclusive", "share"])
+def test_the_others_stay(server, policy):
+    job = server.job(policy)
+    server.runs(job)
+    server.prompts = 1
+    server.look()
+    assert server.store.job(job).state == "preparing"
+
+
+def test_a_job_that_a_prompt_waits_for_does_not_step_aside_for_it(server):
+    job = server.job("yield")
+    server.prompts = 1
+    server.look()
+    assert server.store.job(job).state == "paused"
+    server.waiting.append(job)
+    server.look(0.1)
+    assert server.store.job(job).state == "queued"
+    server.runs(job)
+    server.look()
+    assert server.store.job(job).state == "preparing"
+
+
+def test_what_the_user_has_paused_stays_paused(server):
+    job = server.job("yield")
+    server.store.ask(job, "pause")
+    server.look(100)
+    assert server.store.job(job).state == "paused"
+
+
+def test_another_server_brings_back_only_what_nobody_else_holds(server):
+    job = server.job("yield")
+    parent = os.getppid()
+    server.store.ask(job, "pause", {"pid": parent, "identity": processes.identity(parent)})
+    server.look(100)
+    assert server.store.job(job).state == "paused"
+    server.store.ask(job, "pause", {"pid": parent, "identity": "of one that ended"})
+    server.look(100)
+    assert server.store.job(job).state == "queued"
+
+
+def test_memory_is_asked_for_when_a_job_starts_and_after_each_prompt(server):
+    shared = server.job("share", "b")
+    server.runs(shared)
+    server.look()
+    assert server.freed == 0
+    job = server.job("exclusive")
+    server.runs(job)
+    server.look()
+    server.look()
+    assert server.freed == 1
+    server.prompts = 1
+    server.look()
+    server.prompts = 0
+    server.look()
+    server.look()
+    assert server.freed == 2
+
+
+def test_only_what_changed_is_sent(server):
+    one, two = server.job("share", "a"), server.job("share", "b")
+    server.look()
+    assert {told["id"] for told in server.sent.pop()} == {one, two}
+    server.look()
+    assert not server.sent
+    server.store.ask(two, "pause")
+    server.look()
+    (told,) = server.sent.pop()
+    assert (told["id"], told["state"]) == (two, "paused")
+    server.store.delete(one)
+    server.look()
+    assert server.sent.pop() == [{"id": one, "state": "deleted"}]

@@ -1,0 +1,198 @@
+"""The store of jobs: states out of files, whatever is torn, missing or stale."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from lcm_lora.training.jobs import processes
+from lcm_lora.training.jobs.store import Store
+from lcm_lora.training.spec import Spec
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "jobs")
+
+
+def spec(tmp_path, name="a", **changes):
+    return Spec(
+        host=str(tmp_path), checkpoint=str(tmp_path / "base.safetensors"), banks=str(tmp_path),
+        output=str(tmp_path / f"{name}.safetensors"), **changes,
+    )  # fmt: skip
+
+
+def tell(store, job, name, **content):
+    (store.folder / job / f"{name}.json").write_text(json.dumps(content))
+
+
+def state(store, job):
+    return store.job(job).state
+
+
+def test_a_new_job_waits(store, tmp_path):
+    job, new = store.create(spec(tmp_path, steps=30), "mine")
+    assert new
+    found = store.job(job)
+    assert (found.state, found.name, found.steps) == ("queued", "mine", 30)
+    assert found.checkpoint == "base.safetensors"
+    assert found.lora_name is None
+    assert found.created > 1.7e9
+
+
+def test_the_same_settings_twice_are_one_job_until_it_has_ended(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    assert store.create(spec(tmp_path), "a") == (job, False)
+    assert store.create(spec(tmp_path, steps=7), "a")[1]
+    assert store.create(spec(tmp_path), "a", device="1")[1]
+    tell(store, job, "status", state="done")
+    again, new = store.create(spec(tmp_path), "a")
+    assert new and again != job
+
+
+def test_the_queue_keeps_its_order_and_can_be_changed(store, tmp_path):
+    jobs = [store.create(spec(tmp_path, steps=1 + i), str(i))[0] for i in range(50)]
+    order = lambda: [job.id for job in store.jobs()]  # noqa: E731
+    assert order() == jobs
+    store.move(jobs[49], before=jobs[0])
+    store.move(jobs[0], before=jobs[2])
+    assert order()[:4] == [jobs[49], jobs[1], jobs[0], jobs[2]]
+    store.move(jobs[49], before=None)
+    assert order() == [jobs[1], jobs[0], *jobs[2:]]
+    tell(store, jobs[5], "status", state="done")
+    with pytest.raises(ValueError, match="not waiting"):
+        store.move(jobs[5], before=None)
+    with pytest.raises(ValueError, match="not waiting"):
+        store.move(jobs[4], before=jobs[5])
+
+
+def test_what_a_live_process_says_counts_while_it_lives(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    me = os.getpid()
+    tell(store, job, "supervisor", pid=me, identity=processes.identity(me), turn=0)
+    assert state(store, job) == "preparing"
+    tell(store, job, "status", state="running", step=3, loss=0.5, seconds_left=9)
+    assert (store.job(job).state, store.job(job).step) == ("running", 3)
+    store.ask(job, "pause")
+    assert state(store, job) == "stopping"
+    with pytest.raises(ValueError, match="stop it first"):
+        store.delete(job)
+
+
+def test_a_process_that_took_over_the_number_is_not_the_job_s(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    tell(store, job, "supervisor", pid=os.getpid(), identity="another-boot-1", turn=0)
+    tell(store, job, "status", state="running", step=3, seconds_left=9)
+    assert state(store, job) == "lost"
+    assert store.job(job).seconds_left is None
+
+
+def test_a_process_that_ended_is_noticed_though_no_file_changed(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    known = processes.identity(child.pid)
+    tell(store, job, "supervisor", pid=child.pid, identity=known, turn=0)
+    tell(store, job, "status", state="running")
+    assert [each.state for each in store.jobs()] == ["running"]
+    child.kill()
+    while processes.identity(child.pid) is not None:  # until it is at least a zombie
+        pass
+    assert [each.state for each in store.jobs()] == ["lost"]
+    child.wait()
+    assert processes.identity(child.pid) is None
+
+
+@pytest.mark.parametrize(
+    "control, supervisor, status, wanted",
+    [
+        ({}, {}, {}, "queued"),
+        ({"action": "pause"}, {}, {}, "paused"),
+        ({}, {"pid": 1, "ended": "crashed", "turn": 0}, {"state": "running"}, "queued"),
+        ({}, {"pid": 1, "ended": "failed", "turn": 0}, {}, "failed"),
+        ({"turn": 1}, {"pid": 1, "ended": "failed", "turn": 0}, {"state": "failed"}, "queued"),
+        ({}, {"pid": 1, "ended": "paused", "turn": 0}, {"state": "paused"}, "paused"),
+        ({"action": "stop"}, {"pid": 1, "ended": "paused", "turn": 0}, {}, "paused"),
+        ({"action": "finish"}, {"pid": 1, "ended": "done", "turn": 0}, {"state": "done"}, "done"),
+    ],
+)
+def test_the_state_follows_from_the_files(store, tmp_path, control, supervisor, status, wanted):
+    job, _ = store.create(spec(tmp_path), "a")
+    for name, content in (("control", control), ("supervisor", supervisor), ("status", status)):
+        tell(store, job, name, **content)
+    assert state(store, job) == wanted
+
+
+@pytest.mark.parametrize("name", ["spec", "control", "supervisor", "status"])
+@pytest.mark.parametrize("content", [None, "", '{"state": "ru', "[1]", "\x00\x00", '{"step": "x"}'])
+def test_a_torn_or_missing_file_is_a_state_and_no_exception(store, tmp_path, name, content):
+    job, _ = store.create(spec(tmp_path), "a")
+    other, _ = store.create(spec(tmp_path, steps=2), "b")
+    path = store.folder / job / f"{name}.json"
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(content)
+    found = {each.id: each for each in store.jobs()}
+    gone = name == "spec" and content != '{"step": "x"}'
+    assert found[job].state == ("failed" if gone else "queued")
+    assert found[other].state == "queued"
+    assert ("spec.json" in found[job].message) == gone
+
+
+@pytest.mark.parametrize("bad", ["", "..", "../x", "a" * 32, "con", "x" * 5000, "é", None, 3])
+def test_an_id_is_a_uuid(store, bad):
+    with pytest.raises(ValueError, match="UUID"):
+        store.path(bad)
+
+
+def test_an_unknown_id_is_a_key_error(store):
+    with pytest.raises(KeyError):
+        store.job("00000000-0000-4000-8000-000000000000")
+
+
+def test_deleting_and_cleaning_leave_the_rest(store, tmp_path):
+    jobs = [store.create(spec(tmp_path, steps=1 + i), str(i))[0] for i in range(6)]
+    for job in jobs[:4]:
+        tell(store, job, "status", state="done")
+    (store.folder / ".tmp-left").mkdir()
+    store.clean(keep=2, room=1e9)
+    assert sorted(job.id for job in store.jobs()) == sorted(jobs[2:])
+    store.delete(jobs[5])
+    assert not (store.folder / jobs[5]).exists()
+    assert not (store.folder / ".tmp-left").exists()
+
+
+def test_old_jobs_go_where_they_take_too_much_room_and_their_loras_stay(store, tmp_path):
+    jobs = [store.create(spec(tmp_path, str(i)), str(i))[0] for i in range(3)]
+    for i, job in enumerate(jobs):
+        tell(store, job, "status", state="done")
+        (store.folder / job / "log.txt").write_bytes(b"x" * 10_000)
+        (tmp_path / f"{i}.safetensors").write_bytes(b"a LoRA")
+    store.clean(keep=10, room=25_000)
+    assert sorted(job.id for job in store.jobs()) == sorted(jobs[1:])
+    assert all((tmp_path / f"{i}.safetensors").exists() for i in range(3))
+
+
+def test_a_finished_job_is_taken_again_while_its_lora_is_there(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    tell(store, job, "status", state="done")
+    (tmp_path / "a.safetensors").write_bytes(b"a LoRA")
+    assert store.create(spec(tmp_path), "a") == (job, False)
+
+
+def test_a_failed_job_is_tried_again(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    tell(store, job, "supervisor", ended="failed", turn=0, pid=1, identity="gone")
+    assert state(store, job) == "failed"
+    assert store.create(spec(tmp_path), "a") == (job, False)
+    assert state(store, job) == "queued"
+
+
+def test_two_stores_of_one_folder_agree(store, tmp_path):
+    other = Store(store.folder)
+    job, _ = store.create(spec(tmp_path), "a")
+    assert other.create(spec(tmp_path), "a") == (job, False)
+    other.ask(job, "pause")
+    assert state(store, job) == "paused"
+    store.ask(job, "")
+    assert state(other, job) == "queued"

@@ -1,0 +1,210 @@
+"""Jobs as ComfyUI's server has them: where they lie, and how a user's words become one.
+
+A user names things as the host lists them, in nodes and over HTTP alike; every path is made here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import folder_paths
+
+from ...lora.files import inside
+from ..spec import Data, Spec, StyleLoRA
+from . import supervisor
+from .store import POLICIES, Store
+
+SOURCES = ("prompts", "prompt file", "pictures")
+MOST_PROMPTS, LONGEST_PROMPT = 10_000, 2_000
+_stores: dict[Path, Store] = {}
+waiting: list[str] = []
+"""Ids of the jobs that a running prompt waits for: they must not step aside for it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What LCM_DATA carries: where the clean latents come from, in the user's words.
+
+    Attributes:
+        kind: "prompts", "prompt file" or "pictures".
+        prompts: one a line; empty for the list that the pack brings.
+        path: a text file, a folder of pictures, or a tar, inside the host's input folder.
+        count, draw_steps: latents the teacher draws from prompts, and its DDIM steps of each.
+        crops, flip: of each picture. resolution: side of a square of the pictures' area, pixels.
+    """
+
+    kind: str = "prompts"
+    prompts: str = ""
+    path: str = ""
+    count: int = 1000
+    draw_steps: int = 25
+    crops: int = 1
+    flip: bool = True
+    resolution: int = 512
+
+
+@dataclass(frozen=True)
+class Order:
+    """A distillation as a user asks for it. Names are those of the host's lists.
+
+    Attributes:
+        checkpoint: the teacher. name: of the LoRA to make, as `name` or `folder/name`.
+        style_lora, style_strength: baked into the teacher first; "" for none.
+        device: numbers of the devices to train on, such as "0" or "0,1"; "" for the first.
+        policy: beside the graph, see Job. The others are those of Spec.
+    """
+
+    checkpoint: str
+    name: str
+    data: Source = field(default_factory=Source)
+    steps: int = 1000
+    batch: int = 12
+    rank: int = 64
+    guidance: float = 7.5
+    lr: float = 1e-4
+    seed: int = 0
+    precision: str = "auto"
+    checkpoint_every: int = 100
+    sample_every: int = 250
+    style_lora: str = ""
+    style_strength: float = 1.0
+    policy: str = "yield"
+    device: str = ""
+    overwrite: bool = False
+
+
+def store() -> Store:
+    """The jobs of this server's user folder."""
+    folder = Path(folder_paths.get_system_user_directory("lcm_lora")) / "jobs"
+    return _stores.setdefault(folder, Store(folder))
+
+
+def start(order: Order) -> tuple[str, bool]:
+    """Queues what is ordered and sees that somebody works on the queue; -> (id, whether it is new).
+
+    Raises ValueError for a name that the host does not list, a path outside its folders, or a
+    value out of range.
+    """
+    if order.policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {order.policy!r}.")
+    if not re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", order.device):
+        raise ValueError(
+            f'device must be empty or numbers of devices such as "0" or "0,1", '
+            f"found {order.device!r}."
+        )
+    jobs = store()
+    spec = _spec(order, jobs.folder.parent / "banks")
+    name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
+    count = len(order.device.split(","))
+    job, new = jobs.create(spec, name, order.device, count, order.policy)
+    if new and Path(spec.output).exists() and not spec.overwrite:
+        jobs.delete(job)
+        raise ValueError(f"{name} exists already: choose another name, or switch overwrite on.")
+    work()
+    return job, new
+
+
+@contextmanager
+def waited_for(job: str) -> Iterator[None]:
+    """Inside, a prompt waits for this job."""
+    waiting.append(job)
+    try:
+        yield
+    finally:
+        waiting.remove(job)
+
+
+def work() -> None:
+    """Sees that somebody works on the queue. Takes some milliseconds; up to seconds when one who
+    did is just dying."""
+    supervisor.ensure(store().folder)
+
+
+def _spec(order: Order, banks: Path) -> Spec:
+    styles = ()
+    if order.style_lora:
+        styles = (StyleLoRA(_listed("loras", order.style_lora), order.style_strength),)
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    return Spec(
+        host=str(Path(folder_paths.__file__).resolve().parent), host_flags=_flags(),
+        checkpoint=_listed("checkpoints", order.checkpoint), loras=styles,
+        embeddings=embeddings[0] if embeddings else "",
+        output=str(inside(_loras(), order.name)), overwrite=order.overwrite, banks=str(banks),
+        data=_data(order.data), resolution=order.data.resolution, steps=order.steps,
+        batch=order.batch, rank=order.rank, guidance=(order.guidance,), lr=order.lr,
+        seed=order.seed, precision=order.precision, checkpoint_every=order.checkpoint_every,
+        sample_every=order.sample_every,
+    )  # fmt: skip
+
+
+def _data(source: Source) -> Data:
+    if source.kind not in SOURCES:
+        raise ValueError(f"kind must be one of {', '.join(SOURCES)}, found {source.kind!r}.")
+    prompts = tuple(line.strip() for line in source.prompts.splitlines() if line.strip())
+    longest = max(map(len, prompts), default=0)
+    if len(prompts) > MOST_PROMPTS or longest > LONGEST_PROMPT:
+        raise ValueError(
+            f"There are {len(prompts)} prompts, the longest of {longest} characters; at most "
+            f"{MOST_PROMPTS} of {LONGEST_PROMPT} are taken here. Use a prompt file."
+        )
+    used = {"prompts": (), "path": ""}
+    if source.kind == "prompts":
+        used["prompts"] = prompts
+    else:
+        used["path"] = _given(source.path)
+    return Data(
+        kind="pictures" if source.kind == "pictures" else "prompts", count=source.count,
+        draw_steps=source.draw_steps, crops=source.crops, flip=source.flip, **used,
+    )  # fmt: skip
+
+
+def _given(name: str) -> str:
+    """Path of what a user put into the host's input folder."""
+    base = Path(folder_paths.get_input_directory()).resolve()
+    path = (base / name).resolve()
+    if not name.strip() or not path.is_relative_to(base) or path == base:
+        raise ValueError(f"{name!r} is not inside ComfyUI's input folder, where it must lie.")
+    if not path.exists():
+        raise ValueError(f"There is no {name!r} in ComfyUI's input folder.")
+    return str(path)
+
+
+def _listed(kind: str, name: str) -> str:
+    """Path of a file that the host offers under this name."""
+    if name not in folder_paths.get_filename_list(kind):
+        raise ValueError(f"ComfyUI lists no {name!r} among its {kind}.")
+    return str(Path(folder_paths.get_full_path_or_raise(kind, name)).resolve())
+
+
+def _loras() -> Path:
+    return Path(folder_paths.get_folder_paths("loras")[0]).resolve()
+
+
+def _flags() -> tuple[str, ...]:
+    """The server's own flags that decide how a model is loaded and computed."""
+    alone = (
+        "--cpu", "--force-fp32", "--force-fp16", "--fp32-unet", "--bf16-unet", "--fp16-unet",
+        "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp16-text-enc",
+        "--fp32-text-enc", "--force-upcast-attention", "--dont-upcast-attention",
+        "--force-channels-last", "--lowvram", "--novram", "--highvram",
+    )  # fmt: skip
+    with_value = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
+    given, kept = sys.argv[1:], []
+    for i, flag in enumerate(given):
+        if flag in alone:
+            kept.append(flag)
+        elif flag in with_value:
+            kept += given[i : i + 2]
+        elif flag.startswith(tuple(f"{each}=" for each in with_value)):
+            kept.append(flag)
+    return tuple(kept)
+
+
+def told(source: Source) -> dict:
+    """What LCM_DATA holds: plain values."""
+    return asdict(source)

@@ -1,0 +1,287 @@
+"""The jobs on disk: a folder each. What is shown is worked out from the files, whoever crashed.
+
+    <jobs>/<uuid>/spec.json        what to do, written once           (server)
+                  control.json     what is asked, and the job's place (server)
+                  supervisor.json  the process, and how it ended      (supervisor)
+                  status.json, metrics.jsonl, samples/, checkpoints/, result.json  (trainer)
+                  log.txt          what the trainer prints
+
+A file has one writer and is replaced at once, so that no lock is needed to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from .. import disk
+from ..spec import Spec
+from .processes import alive
+
+POLICIES = ("yield", "exclusive", "share")
+ACTIVE = ("preparing", "running", "stopping")
+DISK_FULL = 75  # the trainer's exit status
+_WATCHED = ("spec.json", "control.json", "supervisor.json", "status.json")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the files of one job say.
+
+    Attributes:
+        state: queued, preparing, running, stopping, paused, done, failed, or lost: it was running
+            when its process vanished, and the supervisor has not taken it up again yet.
+        order: its place in the queue, ascending. key: of its settings.
+        created, changed: seconds since 1970. device: as the user chose it, "" for the first.
+        policy: beside the graph: "yield" steps aside while prompts run, "exclusive" has the server
+            unload its models, "share" does nothing.
+        aside: who asked it to step aside, {} for nobody.
+    """
+
+    id: str
+    name: str
+    state: str
+    message: str
+    step: int
+    steps: int
+    loss: float | None
+    seconds_left: float | None
+    created: float
+    changed: float
+    checkpoint: str
+    device: str
+    policy: str
+    aside: dict[str, Any]
+    lora_name: str | None
+    order: float
+    key: str
+    error: str | None
+
+    def told(self) -> dict[str, Any]:
+        """For a page: all but the inner workings."""
+        return {k: v for k, v in vars(self).items() if k not in ("order", "key", "aside")}
+
+
+class Store:
+    """The folder of all jobs of one user."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._seen: dict[str, tuple[tuple, Job]] = {}
+
+    def path(self, job: str) -> Path:
+        """The folder of a job. Raises ValueError for what is no id, KeyError for one unknown."""
+        if not isinstance(job, str) or not _is_id(job):
+            raise ValueError(f"A job's id is a UUID, found {job!r}.")
+        path = self.folder / job
+        if not path.is_dir():
+            raise KeyError(job)
+        return path
+
+    def create(
+        self, spec: Spec, name: str, device: str = "", processes: int = 1, policy: str = "share"
+    ) -> tuple[str, bool]:
+        """Queues a job; -> (its id, whether it is new).
+
+        name: the LoRA's, as loaders show it without its ending.
+
+        Where there is a job with the same settings it is returned instead, and tried again if it
+        had failed; but not one whose LoRA is gone.
+        """
+        text = spec.to_json()
+        key = hashlib.sha256(f"{device}\n{processes}\n{text}".encode()).hexdigest()
+        with self._changing():
+            jobs = self.jobs()
+            for job in jobs:
+                if job.key == key and (job.state != "done" or Path(spec.output).is_file()):
+                    if job.state == "failed":
+                        self._ask(self.path(job.id), "")
+                    return job.id, False
+            identifier = str(uuid.uuid4())
+            control = {
+                "action": "", "turn": 0, "order": max((job.order for job in jobs), default=0) + 1,
+                "name": name, "key": key, "device": device, "processes": processes,
+                "policy": policy, "created": time.time(),
+            }  # fmt: skip
+            with disk.whole_folder(self.folder / identifier) as new:
+                (new / "spec.json").write_text(text, encoding="utf-8")
+                (new / "control.json").write_text(json.dumps(control), encoding="utf-8")
+            return identifier, True
+
+    def jobs(self) -> list[Job]:
+        """Every job: active ones, then the queue in its order, then the others, newest first."""
+        found = [self._read(path) for path in self._folders()]
+        self._seen = {job.id: self._seen[job.id] for job in found}
+        waiting = ("queued", "lost")
+        rank = {**dict.fromkeys(ACTIVE, 0), **dict.fromkeys(waiting, 1)}
+        return sorted(
+            found,
+            key=lambda job: (
+                rank.get(job.state, 2), job.order if job.state in waiting else -job.created
+            ),
+        )  # fmt: skip
+
+    def job(self, identifier: str) -> Job:
+        """Raises as `path` does."""
+        return self._read(self.path(identifier))
+
+    def ask(self, identifier: str, action: str, aside: dict[str, Any] | None = None) -> None:
+        """Tells a job what is wanted of it; raises as `path` does.
+
+        action: "pause" (save and end), "stop" (the same, by force after a while), "finish" (write
+        the LoRA as it is and end), or "" to go on. aside: who asks it to pause for a while only.
+        """
+        path = self.path(identifier)
+        with self._changing():
+            self._ask(path, action, aside)
+
+    def move(self, identifier: str, before: str | None) -> None:
+        """Puts a queued job before another one, or to the end. Raises as `path` does, and
+        ValueError when one of them is not waiting."""
+        with self._changing():
+            queue = [job for job in self.jobs() if job.state == "queued"]
+            known = [job.id for job in queue]
+            for each in (identifier, before):
+                if each is not None and self.path(each) and each not in known:
+                    raise ValueError(f"The job {each} is not waiting in the queue.")
+            others = [job for job in queue if job.id != identifier]
+            at = next((i for i, job in enumerate(others) if job.id == before), len(others))
+            low = others[at - 1].order if at > 0 else -math.inf
+            high = others[at].order if at < len(others) else math.inf
+            order = (
+                (low + high) / 2 if math.isfinite(low + high)
+                else high - 1 if math.isfinite(high) else low + 1 if math.isfinite(low) else 0
+            )  # fmt: skip
+            path = self.path(identifier)
+            self._write_control(path, _dict(path / "control.json") | {"order": order})
+
+    def delete(self, identifier: str) -> None:
+        """Removes a job that is not active; its LoRA stays. Raises as `path` does, and ValueError
+        while it is active."""
+        path = self.path(identifier)
+        with self._changing():
+            if self.job(identifier).state in ACTIVE:
+                raise ValueError("The job is running: stop it first, then delete it.")
+            # Renamed first, so that a crash in between leaves no half of a job.
+            gone = self.folder / f"{disk.TEMPORARY}{identifier}"
+            path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def clean(self, keep: int, room: float) -> None:
+        """Removes what a crash left half removed, and the oldest ended jobs: those beyond `keep`,
+        and those beyond `room` bytes in all. The LoRAs they made stay."""
+        with self._changing():  # so that it is not what another process is just writing
+            disk.clear_torn(self.folder)
+        ended = [job for job in self.jobs() if job.state in ("done", "failed")]
+        taken = 0
+        for number, job in enumerate(ended):
+            files = self.path(job.id).rglob("*")
+            taken += sum(file.stat().st_size for file in files if file.is_file())
+            if number >= keep or taken > room:
+                self.delete(job.id)
+
+    def _folders(self) -> Iterator[Path]:
+        if not self.folder.is_dir():
+            return  # made with the first job
+        for path in self.folder.iterdir():
+            if not path.name.startswith(".") and path.is_dir() and _is_id(path.name):
+                yield path
+
+    def _changing(self) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".changing.lock", timeout=20)
+
+    def _ask(self, path: Path, action: str, aside: dict[str, Any] | None = None) -> None:
+        control = _dict(path / "control.json")
+        control["turn"] = control.get("turn", 0) + (action == "")
+        self._write_control(path, control | {"action": action, "aside": aside or {}})
+
+    def _write_control(self, path: Path, control: dict) -> None:
+        disk.replace(path / "control.json", json.dumps(control))
+
+    def _read(self, path: Path) -> Job:
+        stamp = tuple(_stamp(path / name) for name in _WATCHED)
+        known = self._seen.get(path.name)
+        if known is None or known[0] != stamp or known[1].state in ACTIVE:
+            known = self._seen[path.name] = stamp, read(path)
+        return known[1]
+
+
+def read(path: Path) -> Job:
+    """One job out of its folder; a file that is torn or missing is a state, not an exception."""
+    spec, control = _dict(path / "spec.json"), _dict(path / "control.json")
+    supervisor, status = _dict(path / "supervisor.json"), _dict(path / "status.json")
+    state, message = state_of(spec, control, supervisor, status)
+    name, checkpoint = str(control.get("name", path.name)), Path(str(spec.get("checkpoint", "")))
+    aside = control.get("aside")
+    changed = max(_stamp(path / name)[0] for name in _WATCHED) / 1e9
+    return Job(
+        id=path.name, name=name, state=state, message=message,
+        step=_number(status.get("step"), 0), steps=_number(spec.get("steps"), 0),
+        loss=_number(status.get("loss"), None),
+        seconds_left=_number(status.get("seconds_left"), None) if state == "running" else None,
+        created=_number(control.get("created"), 0.0), changed=changed,
+        checkpoint=checkpoint.name, device=str(control.get("device", "")),
+        policy=str(control.get("policy", "share")), aside=aside if isinstance(aside, dict) else {},
+        lora_name=f"{name}.safetensors" if state == "done" else None,
+        order=_number(control.get("order"), 0.0), key=str(control.get("key", "")),
+        error=message if state == "failed" else None,
+    )  # fmt: skip
+
+
+def state_of(spec: dict, control: dict, supervisor: dict, status: dict) -> tuple[str, str]:
+    """(state, message) out of the four files' contents, {} for one that is not there."""
+    message = str(status.get("message", ""))
+    said = status.get("state")
+    if not spec:
+        return "failed", "The job's description spec.json is damaged or gone."
+    if alive(supervisor.get("pid"), supervisor.get("identity")):
+        if control.get("action"):
+            return "stopping", message
+        return (said if said in ("preparing", "running") else "preparing"), message
+    if said == "done":
+        return "done", message
+    if control.get("action"):
+        return "paused", "it steps aside while the graph draws" if control.get("aside") else message
+    if supervisor.get("turn") == control.get("turn", 0) and "ended" in supervisor:
+        # How this turn ended; "go on" makes it the next turn, which nothing has ended yet.
+        if supervisor["ended"] in ("paused", "failed"):
+            return supervisor["ended"], str(supervisor.get("message") or message)
+    if supervisor.get("pid") and "ended" not in supervisor:
+        return "lost", "Its process has ended without a word."
+    return "queued", ""
+
+
+def _dict(path: Path) -> dict[str, Any]:
+    found = disk.read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
+def _number(value: object, otherwise: Any) -> Any:
+    fine = isinstance(value, int | float) and math.isfinite(value)
+    return value if fine else otherwise
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _is_id(name: str) -> bool:
+    try:
+        return str(uuid.UUID(name)) == name
+    except ValueError:
+        return False

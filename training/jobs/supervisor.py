@@ -1,0 +1,202 @@
+"""Runs the queue: one process for a store of jobs, gone when nothing is left to do.
+
+Started by `ensure`; a second one ends at once, for the first holds the lock. It takes each device's
+jobs in order, relaunches a trainer that crashed from its newest checkpoint, and escalates a stop.
+Killed and started again it finds its trainers by what it wrote about them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .. import disk
+from . import processes
+from .store import ACTIVE, DISK_FULL, Job, Store
+
+log = logging.getLogger("lcm_lora")
+RUN = Path(__file__).resolve().parents[1] / "run.py"
+LOCK, NAME = ".supervisor.lock", ".supervisor.json"
+TICK = 0.3  # seconds between looks
+CRASHES = 3  # in a row without a new step, then the job has failed
+PAUSES = (1.0, 10.0, 60.0)  # seconds before a relaunch
+KEEP, ROOM = 200, 20e9  # ended jobs that stay, and the bytes they may take
+TERMINATE, KILL = 20.0, 60.0  # seconds after a stop was asked
+
+
+_started: dict[Path, subprocess.Popen] = {}
+"""The newest supervisor that this process has started for each store."""
+
+
+def ensure(folder: Path) -> None:
+    """Starts the supervisor of this store if none is running or just starting."""
+    for _ in range(100):
+        known = disk.read_json(folder / NAME) or {}
+        if processes.alive(known.get("pid"), known.get("identity")):
+            return
+        mine = _started.get(folder)
+        if mine is not None and mine.poll() is None and known.get("pid") != mine.pid:
+            return  # it has not said its name yet
+        try:
+            FileLock(folder / LOCK).acquire(timeout=0.1).lock.release()
+        except Timeout:
+            continue  # one that is dying, or another server's that has not said its name yet
+        command = [sys.executable, str(RUN), "--supervise", str(folder)]
+        _started[folder] = processes.start(command, folder / "supervisor.log", "supervisor")
+        return
+    log.warning("The jobs' supervisor neither runs nor ends; see %s.", folder / "supervisor.log")
+
+
+def main(folder: Path) -> int:
+    """Until the queue is empty. Exit status 0, also when another supervisor is at work."""
+    store, me = Store(folder), os.getpid()
+    while True:
+        try:
+            with FileLock(folder / LOCK).acquire(timeout=1):
+                name = {"pid": me, "identity": processes.identity(me)}
+                disk.replace(folder / NAME, json.dumps(name))
+                log.info("supervisor %d takes up the queue", me)
+                Supervisor(store).run()
+                # Not removed: by its number one knows that this one is past its start.
+                disk.replace(folder / NAME, json.dumps({"pid": me, "identity": None}))
+        except Timeout:
+            log.info("supervisor %d ends, for another one is at work", me)
+            return 0
+        # A job may have been queued after the last look, by one who saw the name still there.
+        if not any(job.state in ("queued", "lost", *ACTIVE) for job in store.jobs()):
+            log.info("supervisor %d has nothing left to do", me)
+            return 0
+
+
+@dataclass
+class Supervisor:
+    """The loop and what it remembers; all that matters after a crash is in supervisor.json."""
+
+    store: Store
+    children: dict[str, subprocess.Popen] = field(default_factory=dict)
+    asked_since: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self.store.clean(KEEP, ROOM)
+        while True:
+            for job in self.store.jobs():
+                with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
+                    self._look(job)
+            jobs = self.store.jobs()
+            busy = set().union(*(_devices(job) for job in jobs if job.state in ACTIVE))
+            waiting = [job for job in jobs if job.state == "queued"]
+            for job in waiting:
+                with suppress(KeyError, FileNotFoundError):
+                    if busy.isdisjoint(_devices(job)) and self._may_start(job):
+                        self._launch(job)
+                        busy |= _devices(job)
+            if not busy and not waiting:
+                return
+            time.sleep(TICK)
+
+    def _look(self, job: Job) -> None:
+        known = self._known(job)
+        if job.state in ACTIVE:
+            self._escalate(job)
+        elif "pid" in known and "ended" not in known:
+            self._ended(job)
+
+    def _may_start(self, job: Job) -> bool:
+        """Not while it waits after a crash, but never for long, should the clock be set back."""
+        left = self._known(job).get("not_before", 0) - time.time()
+        return not 0 < left <= max(PAUSES)
+
+    def _launch(self, job: Job) -> None:
+        path = self.store.path(job.id)
+        # A supervisor that was killed here may have left a trainer that it did not write down.
+        processes.end(job.id, kill=True)
+        control = disk.read_json(path / "control.json") or {}
+        command = [sys.executable]
+        if (count := int(control.get("processes", 1))) > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
+            command += ["--nproc-per-node", str(count)]
+        # libuv is missing from torch's builds for Windows, where torchrun asks for it.
+        told = {"USE_LIBUV": "0"} if sys.platform == "win32" else {}
+        if job.device:
+            told["CUDA_VISIBLE_DEVICES"] = job.device
+        # By this the words of an earlier process are known from those of this one.
+        earlier = (disk.read_json(path / "status.json") or {}).get("started")
+        process = processes.start(
+            [*command, str(RUN), str(path / "spec.json")], path / "log.txt", job.id, **told
+        )
+        self.children[job.id] = process
+        before, turn = self._known(job), control.get("turn", 0)
+        again = before if before.get("turn") == turn else {}
+        self._tell(
+            job, pid=process.pid, identity=processes.identity(process.pid), turn=turn,
+            crashes=again.get("crashes", 0), step=again.get("step", 0), earlier=earlier,
+        )  # fmt: skip
+        log.info("%s started as process %d", job.name, process.pid)
+
+    def _ended(self, job: Job) -> None:
+        """The trainer is no more: what that means, and whether it is launched again."""
+        child = self.children.pop(job.id, None)
+        code = child.wait() if child else None
+        processes.end(job.id, kill=True)  # workers that torchrun may have left
+        self.asked_since.pop(job.id, None)
+        known = self._known(job)
+        status = disk.read_json(self.store.path(job.id) / "status.json") or {}
+        if status.get("started") == known.get("earlier"):
+            status = {}
+        said, message = status.get("state"), str(status.get("message", ""))
+        control = disk.read_json(self.store.path(job.id) / "control.json") or {}
+        if said in ("done", "failed"):
+            outcome = {"ended": said, "message": message}
+        elif control.get("action") or code == DISK_FULL or status.get("disk_full"):
+            outcome = {"ended": "paused", "message": message}
+        else:
+            step = int(status.get("step", 0))
+            crashes = 1 if step > known.get("step", 0) else known.get("crashes", 0) + 1
+            if crashes > CRASHES:
+                outcome = {
+                    "ended": "failed",
+                    "message": f"The training crashed {crashes} times in a row at step {step}; "
+                    "log.txt in the job's folder tells more.",
+                }
+            else:
+                wait = PAUSES[min(crashes, len(PAUSES)) - 1]
+                outcome = {
+                    "ended": "crashed", "crashes": crashes, "step": step,
+                    "not_before": time.time() + wait,
+                }  # fmt: skip
+        log.info("%s ended with status %s: %s", job.name, code, outcome)
+        self._tell(job, **known | outcome)
+
+    def _escalate(self, job: Job) -> None:
+        """A stop that is not followed: asked to terminate, and then its whole tree is killed."""
+        control = disk.read_json(self.store.path(job.id) / "control.json") or {}
+        if control.get("action") != "stop":
+            self.asked_since.pop(job.id, None)
+            return
+        waited = time.monotonic() - self.asked_since.setdefault(job.id, time.monotonic())
+        if waited > KILL:
+            processes.end(job.id, kill=True)
+        elif waited > TERMINATE:
+            processes.end(job.id, kill=False)
+
+    def _known(self, job: Job) -> dict[str, Any]:
+        found = disk.read_json(self.store.path(job.id) / "supervisor.json")
+        return found if isinstance(found, dict) else {}
+
+    def _tell(self, job: Job, **known: Any) -> None:
+        disk.replace(self.store.path(job.id) / "supervisor.json", json.dumps(known))
+
+
+def _devices(job: Job) -> set[str]:
+    """The devices a job takes; the first where none is named."""
+    return set((job.device or "0").split(","))

@@ -1,0 +1,115 @@
+// The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { Panel } from "./panel.mjs";
+
+const EVENT = "lcm_lora.jobs";
+const POLL = 5000; // milliseconds, should the server's events get lost
+const TAB = "lcm-lora-jobs";
+
+const state = { jobs: [], running: 0, total: 0, error: "" };
+let panel = null;
+let known = null; // id -> state at the last look; null until the first
+let asking = null;
+
+async function call(path, body) {
+  const options = body === undefined ? {} : {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+  };
+  const answer = await api.fetchApi(`/lcm_lora/${path}`, options);
+  const told = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(told.error ?? `The server answered ${answer.status}.`);
+  return told;
+}
+
+function toast(severity, summary, detail) {
+  app.extensionManager.toast.add({ severity, summary, detail, life: 8000 });
+}
+
+/** Fetches the list; calls that come while one is under way share it. */
+function refresh() {
+  asking ??= call("jobs?limit=200")
+    .then((told) => {
+      Object.assign(state, told, { error: "" });
+      announce();
+    })
+    .catch((error) => { state.error = error.message; })
+    .finally(() => {
+      asking = null;
+      panel?.update(state);
+      badge();
+    });
+  return asking;
+}
+
+/** The number on the tab's icon. The front end watches its own record of the tab, so that is set. */
+function badge() {
+  const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find((each) => each.id === TAB);
+  if (tab) tab.iconBadge = state.running ? String(state.running) : null;
+}
+
+/** A toast for each job that has ended since the last look. */
+function announce() {
+  const before = known;
+  known = new Map(state.jobs.map((job) => [job.id, job.state]));
+  if (!before) return;
+  for (const job of state.jobs) {
+    if (!before.has(job.id) || before.get(job.id) === job.state) continue;
+    if (job.state === "done") {
+      toast("success", "LCM-LoRA is ready", job.lora_name);
+      app.refreshComboInNodes?.(); // so that loaders offer the new file
+    } else if (job.state === "failed") {
+      toast("error", `Distillation failed: ${job.name}`, job.error ?? job.message);
+    }
+  }
+}
+
+/** Puts a Load LCM-LoRA node with the job's file into the middle of the view, and selects it. */
+async function useInGraph(name) {
+  await app.refreshComboInNodes?.();
+  const node = window.LiteGraph.createNode("LCMLoRALoader");
+  const { canvas } = app;
+  const [x, y, width, height] = canvas.visible_area ?? canvas.ds.visible_area;
+  node.pos = [x + width / 2 - node.size[0] / 2, y + height / 2 - node.size[1] / 2];
+  canvas.graph.add(node);
+  const widget = node.widgets.find((each) => each.name === "lora_name");
+  widget.value = name;
+  canvas.selectNode?.(node);
+  canvas.setDirty(true, true);
+}
+
+app.registerExtension({
+  name: "lcm_lora.jobs",
+  commands: [{
+    id: "lcm_lora.jobs", label: "Show the LCM-LoRA jobs", icon: "pi pi-bolt",
+    function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
+  }],
+  setup() {
+    const link = document.createElement("link");
+    link.rel = "stylesheet";
+    link.href = new URL("./jobs.css", import.meta.url).href;
+    document.head.append(link);
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "pi pi-bolt",
+      iconBadge: null,
+      title: "LCM-LoRA jobs",
+      tooltip: "LCM-LoRA jobs",
+      type: "custom",
+      render(element) {
+        panel?.close();
+        panel = new Panel(element, { call, refresh, toast, useInGraph, fileURL: (path) => api.apiURL(path) });
+        panel.update(state);
+        refresh();
+      },
+      destroy() {
+        panel?.close();
+        panel = null;
+      },
+    });
+    api.addEventListener(EVENT, refresh);
+    api.addEventListener("reconnected", refresh);
+    setInterval(() => { if (panel || state.running) refresh(); }, POLL);
+    refresh();
+  },
+});

@@ -1,0 +1,257 @@
+// The tab's content. Elements are made once for each job and filled again on each update, so that
+// focus, scroll and what is open stay as they are.
+import { chart } from "./chart.mjs";
+
+const ACTIVE = ["preparing", "running", "stopping"];
+const LOG_KEPT = 200_000; // characters
+let open = null; // id of the job whose details are shown; outlives the tab
+
+function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "class") element.className = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function time(seconds) {
+  if (seconds == null) return "";
+  const minutes = Math.floor(seconds / 60);
+  if (minutes >= 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min left`;
+  return minutes ? `${minutes} min left` : `${Math.ceil(seconds)} s left`;
+}
+
+export class Panel {
+  constructor(element, server) {
+    this.server = server;
+    this.rows = new Map();
+    this.note = h("p", { class: "lcm-note", role: "status" });
+    this.list = h("ul", { class: "lcm-jobs", "aria-label": "LCM-LoRA jobs" });
+    this.root = h("div", { class: "lcm-panel" }, h("h2", {}, "LCM-LoRA jobs"), this.note, this.list);
+    element.replaceChildren(this.root);
+  }
+
+  close() {
+    for (const row of this.rows.values()) row.close();
+    this.rows.clear();
+  }
+
+  update({ jobs, total, error }) {
+    this.note.textContent = error || (jobs.length
+      ? (total > jobs.length ? `The newest ${jobs.length} of ${total} are shown.` : "")
+      : "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.");
+    const there = new Set(jobs.map((job) => job.id));
+    for (const [id, row] of this.rows) {
+      if (there.has(id)) continue;
+      row.close();
+      row.element.remove();
+      this.rows.delete(id);
+    }
+    const waiting = jobs.filter((job) => job.state === "queued");
+    jobs.forEach((job, place) => {
+      let row = this.rows.get(job.id);
+      if (!row) {
+        row = new Row(this.server, () => this.toggle(job.id));
+        this.rows.set(job.id, row);
+      }
+      row.update(job, waiting, open === job.id);
+      if (this.list.children[place] !== row.element) {
+        this.list.insertBefore(row.element, this.list.children[place] ?? null);
+      }
+    });
+  }
+
+  toggle(id) {
+    open = open === id ? null : id;
+    for (const [each, row] of this.rows) row.show(open === each);
+  }
+}
+
+class Row {
+  constructor(server, toggle) {
+    this.server = server;
+    this.name = h("span", { class: "lcm-name" });
+    this.state = h("span", { class: "lcm-state" });
+    this.head = h("button", { class: "lcm-head", type: "button", onclick: toggle, "aria-expanded": "false" }, this.name, this.state);
+    this.bar = h("progress", { max: "1", value: "0" });
+    this.line = h("div", { class: "lcm-line" });
+    this.buttons = h("div", { class: "lcm-buttons" });
+    this.element = h("li", {}, this.head, this.bar, this.line, this.buttons);
+    this.shown = "";
+    this.details = null;
+  }
+
+  update(job, waiting, isOpen) {
+    this.job = job;
+    this.element.dataset.state = job.state;
+    this.element.dataset.job = job.id;
+    this.name.textContent = job.name;
+    this.state.textContent = job.state;
+    this.bar.max = Math.max(1, job.steps);
+    this.bar.value = job.state === "done" ? this.bar.max : job.step;
+    this.bar.setAttribute("aria-label", `${job.name}: step ${job.step} of ${job.steps}`);
+    const words = [`step ${job.step} of ${job.steps}`];
+    if (job.loss != null) words.push(`loss ${job.loss.toFixed(4)}`);
+    if (job.seconds_left != null) words.push(time(job.seconds_left));
+    if (job.message && job.state !== "running") words.push(job.message);
+    this.line.textContent = words.join(" · ");
+    this.offer(job, waiting);
+    this.show(isOpen);
+    this.details?.update(job);
+  }
+
+  /** The buttons that make sense now; made again only when they change, which keeps the focus. */
+  offer(job, waiting) {
+    const place = waiting.findIndex((each) => each.id === job.id);
+    const offers = [];
+    if (job.state === "done") offers.push(["use in graph", () => this.server.useInGraph(job.lora_name)]);
+    if (place > 0) offers.push(["up", () => this.ask("move", { before: waiting[place - 1].id })]);
+    if (place >= 0 && place < waiting.length - 1) {
+      offers.push(["down", () => this.ask("move", { before: waiting[place + 2]?.id ?? null })]);
+    }
+    if (["queued", "preparing", "running"].includes(job.state)) offers.push(["pause", () => this.ask("pause")]);
+    if (job.state === "running") offers.push(["finish now", () => this.ask("finish")]);
+    if (["paused", "failed"].includes(job.state)) offers.push(["resume", () => this.ask("resume")]);
+    if (ACTIVE.includes(job.state)) offers.push(["stop", () => this.ask("stop")]);
+    else offers.push(["delete", () => this.remove()]);
+    this.actions = Object.fromEntries(offers);
+    const names = offers.map(([name]) => name).join();
+    if (names === this.shown) return;
+    this.shown = names;
+    const focused = document.activeElement?.closest?.("button")?.textContent;
+    const had = this.buttons.contains(document.activeElement);
+    this.buttons.replaceChildren(...offers.map(([name]) => h("button", {
+      type: "button", "data-action": name, onclick: () => this.act(name),
+      "aria-label": `${name}: ${job.name}`,
+    }, name)));
+    if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
+  }
+
+  async act(name) {
+    try {
+      await this.actions[name]?.();
+    } catch (error) {
+      this.server.toast("error", this.job.name, error.message);
+    }
+  }
+
+  async ask(action, body = {}) {
+    await this.server.call(`jobs/${this.job.id}/${action}`, body);
+    await this.server.refresh();
+  }
+
+  /** Asks once more in place: the second press within some seconds deletes. */
+  async remove() {
+    const button = this.buttons.querySelector('[data-action="delete"]');
+    if (button.dataset.sure) return this.ask("delete");
+    button.dataset.sure = "yes";
+    button.textContent = "really delete?";
+    setTimeout(() => {
+      delete button.dataset.sure;
+      button.textContent = "delete";
+    }, 4000);
+  }
+
+  show(isOpen) {
+    this.head.setAttribute("aria-expanded", String(isOpen));
+    if (isOpen && !this.details) {
+      this.details = new Details(this.server, this.job);
+      this.element.append(this.details.element);
+    } else if (!isOpen && this.details) {
+      this.details.close();
+      this.details.element.remove();
+      this.details = null;
+    }
+  }
+
+  close() {
+    this.details?.close();
+  }
+}
+
+/** Loss, sample pictures and log of one job. */
+class Details {
+  constructor(server, job) {
+    this.server = server;
+    this.offset = null;
+    this.seen = "";
+    this.loss = h("figure", { class: "lcm-chart" });
+    this.error = h("figure", { class: "lcm-chart" });
+    this.picture = h("img", { alt: "" });
+    this.slider = h("input", { type: "range", min: "0", max: "0", value: "0", "aria-label": "sample pictures over time", oninput: () => this.pick() });
+    this.caption = h("figcaption");
+    this.samples = h("figure", { class: "lcm-samples", hidden: "" },
+      h("div", { class: "lcm-columns", "aria-hidden": "true" }, ...["teacher", "1 step", "2 steps", "4 steps"].map((word) => h("span", {}, word))),
+      this.picture, this.slider, this.caption);
+    this.log = h("pre", { tabindex: "0", "aria-label": "log" });
+    this.element = h("div", { class: "lcm-details" }, this.loss, this.error, this.samples,
+      h("details", {}, h("summary", {}, "log"), this.log));
+    this.files = [];
+    this.update(job);
+  }
+
+  close() {
+    this.closed = true;
+  }
+
+  async update(job) {
+    // What changes is told by the job itself; an ended one is read once.
+    const stamp = `${job.changed} ${job.state}`;
+    if (stamp === this.seen || this.busy) return;
+    this.seen = stamp;
+    this.busy = true;
+    try {
+      const [told, metrics] = await Promise.all([
+        this.server.call(`jobs/${job.id}`), this.server.call(`jobs/${job.id}/metrics?points=300`),
+      ]);
+      if (this.closed) return;
+      const column = metrics.columns.indexOf("loss");
+      chart(this.loss, "loss", metrics.rows.map((row) => row[0]), { loss: metrics.rows.map((row) => row[column]) });
+      chart(this.error, "distance to the teacher", metrics.errors.map((row) => row[0]), Object.fromEntries(
+        ["1 step", "2 steps", "4 steps"].map((name, i) => [name, metrics.errors.map((row) => row[i + 1])])));
+      this.pictures(job, told.samples);
+      await this.more(job);
+    } catch (error) {
+      this.seen = "";
+      this.log.textContent ||= error.message;
+    } finally {
+      this.busy = false;
+    }
+  }
+
+  pictures(job, files) {
+    const atEnd = Number(this.slider.value) >= this.files.length - 1;
+    this.id = job.id;
+    this.files = files;
+    this.samples.hidden = !files.length;
+    this.slider.max = String(Math.max(0, files.length - 1));
+    if (atEnd) this.slider.value = this.slider.max;
+    this.pick();
+  }
+
+  pick() {
+    const file = this.files[Number(this.slider.value)];
+    if (!file) return;
+    const url = this.server.fileURL(`/lcm_lora/jobs/${this.id}/samples/${file.name}`);
+    if (this.picture.src !== new URL(url, location.href).href) this.picture.src = url;
+    this.picture.alt = `sample pictures after step ${file.step}: teacher, 1, 2 and 4 steps`;
+    this.caption.textContent = `after step ${file.step}`;
+  }
+
+  async more(job) {
+    for (;;) {
+      const query = this.offset === null ? "" : `?offset=${this.offset}`;
+      const part = await this.server.call(`jobs/${job.id}/log${query}`);
+      if (this.closed) return;
+      const atEnd = this.log.scrollTop + this.log.clientHeight >= this.log.scrollHeight - 8;
+      const grown = part.offset !== this.offset;
+      this.offset = part.offset;
+      if (part.text) this.log.textContent = (this.log.textContent + part.text).slice(-LOG_KEPT);
+      if (atEnd) this.log.scrollTop = this.log.scrollHeight;
+      if (!grown || part.text.length < 60_000) return;
+    }
+  }
+}
