@@ -6,7 +6,8 @@ import sys
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .distill import LCMDistill, LCMDistillData, LCMJobResult, LCMJobStatus
+from .distill import LCMDistill, LCMDistillData
+from .jobs import LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
 from .sampling import LCMKSampler, LCMModelSampling, LCMSampler, LCMSchedule
 from .vectors import LCMLoRAApply, LCMLoRACombine, LCMLoRASave, LCMLoRAVectorLoader

@@ -45,6 +45,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The parsed file; {} where it is not there, torn, or holds no JSON object."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -24,9 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DISK_FULL = 75
 PATIENCE = 60.0  # seconds to wait for memory
 NICE = 10  # a job on the processor leaves it to the prompts
-MARK = "LCM_LORA_JOB"  # in the environment of what the supervisor starts
 _held: list = []  # locks of the devices
 log = logging.getLogger("lcm_lora")
+
+
+class Paused(Exception):
+    """The job was asked to end before its training began; what the bank has is kept."""
 
 
 def main(arguments: list[str]) -> int:
@@ -57,6 +60,8 @@ def main(arguments: list[str]) -> int:
     journal = Journal(job) if processes.first and not chosen.dry_run else None
     try:
         return _job(chosen.spec, job, processes, journal, chosen.dry_run)
+    except Paused:
+        state, message, status = "paused", "paused before the training began", 0
     except (ValueError, MemoryError) as error:
         state, message, status = "failed", str(error), 1
     except OSError as error:
@@ -74,7 +79,7 @@ def main(arguments: list[str]) -> int:
         raise
     finally:
         processes.leave()
-    log.error("%s", message)
+    log.log(logging.ERROR if status else logging.INFO, "%s", message)
     if journal is not None:
         try:
             journal.state(state, message=message, disk_full=status == DISK_FULL)
@@ -98,6 +103,7 @@ def _as_package() -> None:
 def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     from filelock import FileLock, Timeout
     from lcm_lora.training import disk, result
+    from lcm_lora.training.jobs.processes import MARK
     from lcm_lora.training.memory import keep_freed
     from lcm_lora.training.spec import read
     from lcm_lora.training.teacher import Teacher, enter, free_memory
@@ -122,7 +128,8 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     try:
         if journal is not None:
             journal.state("preparing", message="", steps=spec.steps)
-            _wait_for_device(journal, asked)
+            if MARK in os.environ:
+                _wait_for_device(journal, asked)
         processes.wait()
         keep_freed()
         enter(Path(spec.host), spec.host_flags)
@@ -140,18 +147,18 @@ def _wait_for_device(journal, asked) -> None:
     that was started by hand does not wait. The locks end with the process."""
     from filelock import FileLock, Timeout
 
-    if MARK not in os.environ:
-        return
     for device in sorted(set((os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(","))):
         name = f"lcm_lora-{getpass.getuser()}-{device}.lock"
         _held.append(FileLock(Path(tempfile.gettempdir()) / name))
-        while not asked():
+        while True:
             try:
                 _held[-1].acquire(timeout=1)
                 break
             except Timeout:
                 message = "waits for another ComfyUI's job on this device"
                 journal.state("preparing", message=message)
+            if asked():
+                raise Paused
 
 
 def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) -> None:
@@ -159,7 +166,9 @@ def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) 
     only, for the host may get along with less."""
     needed = checkpoint.stat().st_size if checkpoint.is_file() else 0
     until = time.monotonic() + PATIENCE
-    while (left := free()) < needed and time.monotonic() < until and not asked():
+    while (left := free()) < needed and time.monotonic() < until:
+        if asked():
+            raise Paused
         if journal is not None:
             journal.state(
                 "preparing",
@@ -199,6 +208,8 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     shown = [0.0]
 
     def progress(what: str, done: int, of: int) -> None:
+        if asked() == "pause" and done < of:
+            raise Paused
         now = time.monotonic()
         if journal is not None and (now - shown[0] > 2 or done == of):
             shown[0] = now
@@ -259,9 +270,9 @@ class _Asked:
 
         if self.signalled:
             return "pause"
-        told = disk.read_json(self.control) or {}
-        action = told.get("action", "") if isinstance(told, dict) else ""
-        return action if action in ("pause", "finish") else ""
+        action = disk.read_object(self.control).get("action")
+        # "stop" is a pause too, which the supervisor enforces where it is not followed.
+        return {"pause": "pause", "stop": "pause", "finish": "finish"}.get(action, "")
 
 
 if __name__ == "__main__":

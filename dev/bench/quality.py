@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...training.disk import replace, whole_file
 from .. import commands
 from ..toy import assemble, data
 from ..toy.judge import Judge
@@ -86,17 +87,15 @@ class Kept:
     def cell(self, name: str, found: Callable[[], dict[str, float]]) -> dict[str, float]:
         if name not in self.cells:
             self.cells[name] = found()
-            scratch = self.file.with_suffix(".tmp")
-            scratch.write_text(json.dumps(self.cells))
-            scratch.replace(self.file)
+            replace(self.file, json.dumps(self.cells))
         return self.cells[name]
 
     def latents(self, name: str, drawn: Callable[[], torch.Tensor]) -> torch.Tensor:
         file = self.folder / f"{self.stem} {name}.safetensors"
         if not file.exists():
-            scratch = file.with_suffix(".tmp")
-            save_file({"latents": drawn()}, scratch)
-            scratch.replace(file)
+            latents = drawn()
+            with whole_file(file) as new:
+                save_file({"latents": latents}, new)
         return load_file(file)["latents"]
 
     def forget(self) -> None:

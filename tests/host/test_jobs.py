@@ -190,6 +190,16 @@ def test_two_stores_share_a_device_one_job_after_the_other(store, job, tmp_path)
         gone(other)
 
 
+def test_a_stop_is_followed_while_the_bank_is_made(store, job, banks):
+    many = Data(prompts=PROMPTS, count=4000, draw_steps=4)
+    making, _ = store.create(job("a", data=many, resolution=64), "a")
+    supervisor.ensure(store.folder)
+    until(lambda: "rows" in store.job(making).message, "the bank is being made")
+    store.ask(making, "stop")
+    ended(store, making, "paused")
+    assert "before the training" in store.job(making).message
+
+
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):
     """A host whose loader kills the process, as a driver may."""
     host = tmp_path / "host"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from lcm_lora.training import run
 from lcm_lora.training.jobs import processes
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
@@ -44,8 +45,7 @@ def test_a_new_job_waits(store, tmp_path):
 def test_the_same_settings_twice_are_one_job_until_it_has_ended(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     assert store.create(spec(tmp_path), "a") == (job, False)
-    assert store.create(spec(tmp_path, steps=7), "a")[1]
-    assert store.create(spec(tmp_path), "a", device="1")[1]
+    assert store.create(spec(tmp_path, "b", steps=7), "b")[1]
     tell(store, job, "status", state="done")
     again, new = store.create(spec(tmp_path), "a")
     assert new and again != job
@@ -150,6 +150,17 @@ def test_an_unknown_id_is_a_key_error(store):
         store.job("00000000-0000-4000-8000-000000000000")
 
 
+@pytest.mark.parametrize(
+    ("asked", "heard"), [("pause", "pause"), ("stop", "pause"), ("finish", "finish"), ("", "")]
+)
+def test_the_trainer_hears_what_a_job_is_asked(store, tmp_path, monkeypatch, asked, heard):
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    job, _ = store.create(spec(tmp_path), "a")
+    hears = run._Asked(store.path(job) / "control.json")
+    store.ask(job, asked)
+    assert hears() == heard
+
+
 def test_deleting_and_cleaning_leave_the_rest(store, tmp_path):
     jobs = [store.create(spec(tmp_path, steps=1 + i), str(i))[0] for i in range(6)]
     for job in jobs[:4]:
@@ -178,6 +189,17 @@ def test_a_finished_job_is_taken_again_while_its_lora_is_there(store, tmp_path):
     tell(store, job, "status", state="done")
     (tmp_path / "a.safetensors").write_bytes(b"a LoRA")
     assert store.create(spec(tmp_path), "a") == (job, False)
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_is_queued(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    with pytest.raises(ValueError, match="makes a with other settings is queued"):
+        store.create(spec(tmp_path, steps=7), "a")
+    (tmp_path / "b.safetensors").write_bytes(b"a LoRA")
+    with pytest.raises(ValueError, match="b exists already"):
+        store.create(spec(tmp_path, "b"), "b")
+    assert [each.id for each in store.jobs()] == [job]
+    assert store.create(spec(tmp_path, steps=7, overwrite=True), "a")[1]
 
 
 def test_a_failed_job_is_tried_again(store, tmp_path):

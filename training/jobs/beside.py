@@ -60,12 +60,16 @@ class Beside:
         if busy:
             self._busy_at = now
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
+        asked = False
         for job in jobs:
             if job.policy == "yield" and busy and job.state in ("queued", "preparing", "running"):
                 self.store.ask(job.id, "pause", aside=self._me())
+                asked = True
             elif job.state == "paused" and job.aside and rested and self._mine(job.aside):
                 self.store.ask(job.id, "")
-        jobs = self.store.jobs()
+                asked = True
+        if asked:
+            jobs = self.store.jobs()
         if any(job.state in ("queued", "lost") for job in jobs):
             self.work()
         self._hand_over(jobs, busy)

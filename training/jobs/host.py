@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
@@ -87,8 +87,8 @@ def store() -> Store:
 def start(order: Order) -> tuple[str, bool]:
     """Queues what is ordered and sees that somebody works on the queue; -> (id, whether it is new).
 
-    Raises ValueError for a name that the host does not list, a path outside its folders, or a
-    value out of range.
+    Raises ValueError for a name that the host does not list, a path outside its folders, a value
+    out of range, or a LoRA's name that is taken.
     """
     if order.policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {order.policy!r}.")
@@ -101,12 +101,9 @@ def start(order: Order) -> tuple[str, bool]:
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
     count = len(order.device.split(","))
-    job, new = jobs.create(spec, name, order.device, count, order.policy)
-    if new and Path(spec.output).exists() and not spec.overwrite:
-        jobs.delete(job)
-        raise ValueError(f"{name} exists already: choose another name, or switch overwrite on.")
+    found = jobs.create(spec, name, order.device, count, order.policy)
     work()
-    return job, new
+    return found
 
 
 @contextmanager
@@ -203,8 +200,3 @@ def _flags() -> tuple[str, ...]:
         elif flag.startswith(tuple(f"{each}=" for each in with_value)):
             kept.append(flag)
     return tuple(kept)
-
-
-def told(source: Source) -> dict:
-    """What LCM_DATA holds: plain values."""
-    return asdict(source)

@@ -56,10 +56,27 @@ def register() -> None:
     beside.start()
 
 
-async def _answer(handler: Callable, request: web.Request, *told: Any) -> web.StreamResponse:
-    """Runs a handler in a thread; what it raises is an answer too."""
+async def _answer(handler: Callable, request: web.Request) -> web.Response:
+    return await asyncio.to_thread(_response, partial(handler, request))
+
+
+async def _change(handler: Callable, request: web.Request) -> web.Response:
+    if wrong := _foreign(request):
+        return _error(403, wrong)
+    if request.content_type != "application/json":
+        return _error(415, f"Content-Type must be application/json, found {request.content_type}.")
+    body = bytearray()
+    async for part in request.content.iter_chunked(1 << 16):
+        body += part
+        if len(body) > LARGEST:
+            return _error(413, f"A request has at most {LARGEST} bytes.")
+    return await asyncio.to_thread(_response, lambda: handler(request, _object(bytes(body))))
+
+
+def _response(handler: Callable[[], Any]) -> web.Response:
+    """What a handler finds, or the sentence it raises, as an answer; runs in a thread."""
     try:
-        found = await asyncio.to_thread(handler, request, *told)
+        found = handler()
     except KeyError as error:
         return _error(404, f"There is no job {error.args[0]}.")
     except FileNotFoundError as error:
@@ -68,44 +85,37 @@ async def _answer(handler: Callable, request: web.Request, *told: Any) -> web.St
         return _error(400, str(error))
     except OSError as error:
         return _error(507, f"The server's disk failed: {error.strerror or error}.")
-    return found if isinstance(found, web.StreamResponse) else _json(found)
+    return found if isinstance(found, web.Response) else _json(found)
 
 
-async def _change(handler: Callable, request: web.Request) -> web.StreamResponse:
-    if wrong := _foreign(request):
-        return _error(403, wrong)
-    if request.content_type != "application/json":
-        return _error(415, f"Content-Type must be application/json, found {request.content_type}.")
-    if (request.content_length or 0) > LARGEST:
-        return _error(413, f"A request has at most {LARGEST} bytes.")
-    body = b""
-    async for part in request.content.iter_chunked(1 << 16):
-        body += part
-        if len(body) > LARGEST:
-            return _error(413, f"A request has at most {LARGEST} bytes.")
+def _object(body: bytes) -> dict:
+    """Raises ValueError where a request's body is no JSON object."""
     try:
         told = json.loads(body or b"{}")
-    except ValueError as error:  # UnicodeDecodeError too
-        return _error(400, f"The body is no JSON: {error}.")
     except RecursionError:
-        return _error(400, "The body is nested too deep.")
+        raise ValueError("The body is nested too deep.") from None
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"The body is no JSON: {error}.") from None
     if not isinstance(told, dict):
-        return _error(400, f"The body must be a JSON object, found {type(told).__name__}.")
-    return await _answer(handler, request, told)
+        raise ValueError(f"The body must be a JSON object, found {type(told).__name__}.")
+    return told
 
 
 def _foreign(request: web.Request) -> str:
     """Why a request is not from the server's own pages; empty where it is, or from a program."""
     site = request.headers.get("Sec-Fetch-Site", "same-origin")
     origin = request.headers.get("Origin")
-    own = origin is None or urlsplit(origin).netloc.lower() == request.host.lower()
+    try:
+        own = origin is None or urlsplit(origin).netloc.lower() == request.host.lower()
+    except ValueError:  # it is no address
+        own = False
     if site in ("same-origin", "none") and own:
         return ""
     return "Jobs are changed from ComfyUI's own page only."
 
 
 def _json(found: Any, status: int = 200) -> web.Response:
-    # Not in the event loop's thread, and without NaN, which browsers cannot read.
+    # Without NaN, which browsers cannot read.
     return web.json_response(text=json.dumps(found, allow_nan=False), status=status)
 
 
@@ -138,13 +148,13 @@ def jobs(request: web.Request) -> dict:
 def job(request: web.Request) -> dict:
     found, path = host.store().job(request.match_info["id"]), _path(request)
     return found.told() | {
-        "settings": _settings(disk.read_json(path / "spec.json")),
-        "attempts": _whole(_dict(path / "supervisor.json").get("crashes")),
+        "settings": _settings(disk.read_object(path / "spec.json")),
+        "attempts": _whole(disk.read_object(path / "supervisor.json").get("crashes")),
         "samples": [
             {"step": int(file.stem.removeprefix("step-")), "name": file.name}
             for file in sorted((path / "samples").glob("step-????????.png"))
         ],
-        "result": _result(found, _dict(path / "result.json")),
+        "result": _result(found, disk.read_object(path / "result.json")),
     }
 
 
@@ -172,7 +182,7 @@ def metrics(request: web.Request) -> dict:
     return read(_path(request), first, last, _number(request, "points", 300, 2, 5000))
 
 
-def samples(request: web.Request) -> web.StreamResponse:
+def samples(request: web.Request) -> web.Response:
     name = request.match_info["name"]
     stem = name.removeprefix("step-").removesuffix(".png")
     path = _path(request) / "samples" / name
@@ -191,6 +201,8 @@ def act(action: str, request: web.Request, told: dict) -> dict:
     state = store.job(identifier).state
     if action == "resume" and state not in ("paused", "failed", "lost"):
         raise ValueError(f"The job is {state}: only one that is paused or failed can go on.")
+    if action == "finish" and state != "running":
+        raise ValueError(f"The job is {state}: only one that trains can be finished early.")
     if action != "resume" and state in ("done", "failed"):
         raise ValueError(f"The job is {state} already.")
     store.ask(identifier, ACTIONS[action])
@@ -229,10 +241,8 @@ CHANGES = {
 }  # fmt: skip
 
 
-def _settings(spec: Any) -> dict:
+def _settings(spec: dict) -> dict:
     """The description without any path of the server's."""
-    if not isinstance(spec, dict):
-        return {}
     hidden = ("host", "host_flags", "checkpoint", "output", "banks", "embeddings", "loras", "data")
     data = spec.get("data") if isinstance(spec.get("data"), dict) else {}
     shown = {k: v for k, v in spec.items() if k not in hidden}
@@ -243,11 +253,6 @@ def _result(found: Job, told: dict) -> dict | None:
     if found.state != "done":
         return None
     return {"lora_name": found.lora_name, "sha256": told.get("sha256"), "made": told.get("made")}
-
-
-def _dict(path: Path) -> dict:
-    found = disk.read_json(path)
-    return found if isinstance(found, dict) else {}
 
 
 def _whole(value: Any) -> int:

@@ -18,6 +18,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from .processes import alive
 
 POLICIES = ("yield", "exclusive", "share")
 ACTIVE = ("preparing", "running", "stopping")
-DISK_FULL = 75  # the trainer's exit status
 _WATCHED = ("spec.json", "control.json", "supervisor.json", "status.json")
 
 
@@ -96,7 +96,8 @@ class Store:
         name: the LoRA's, as loaders show it without its ending.
 
         Where there is a job with the same settings it is returned instead, and tried again if it
-        had failed; but not one whose LoRA is gone.
+        had failed; but not one whose LoRA is gone. Raises ValueError where the LoRA is there, or
+        another job is to make it, and the spec does not allow to overwrite it.
         """
         text = spec.to_json()
         key = hashlib.sha256(f"{device}\n{processes}\n{text}".encode()).hexdigest()
@@ -107,6 +108,8 @@ class Store:
                     if job.state == "failed":
                         self._ask(self.path(job.id), "")
                     return job.id, False
+            if not spec.overwrite:
+                self._free(spec, name, jobs)
             identifier = str(uuid.uuid4())
             control = {
                 "action": "", "turn": 0, "order": max((job.order for job in jobs), default=0) + 1,
@@ -117,6 +120,16 @@ class Store:
                 (new / "spec.json").write_text(text, encoding="utf-8")
                 (new / "control.json").write_text(json.dumps(control), encoding="utf-8")
             return identifier, True
+
+    def _free(self, spec: Spec, name: str, jobs: list[Job]) -> None:
+        if Path(spec.output).exists():
+            raise ValueError(f"{name} exists already: choose another name, or allow overwrite.")
+        for job in jobs:
+            if job.name == name and job.state not in ("done", "failed"):
+                raise ValueError(
+                    f"A job that makes {name} with other settings is {job.state}: delete it, "
+                    "choose another name, or allow overwrite."
+                )
 
     def jobs(self) -> list[Job]:
         """Every job: active ones, then the queue in its order, then the others, newest first."""
@@ -163,7 +176,7 @@ class Store:
                 else high - 1 if math.isfinite(high) else low + 1 if math.isfinite(low) else 0
             )  # fmt: skip
             path = self.path(identifier)
-            self._write_control(path, _dict(path / "control.json") | {"order": order})
+            self._write_control(path, disk.read_object(path / "control.json") | {"order": order})
 
     def delete(self, identifier: str) -> None:
         """Removes a job that is not active; its LoRA stays. Raises as `path` does, and ValueError
@@ -185,10 +198,11 @@ class Store:
         ended = [job for job in self.jobs() if job.state in ("done", "failed")]
         taken = 0
         for number, job in enumerate(ended):
-            files = self.path(job.id).rglob("*")
-            taken += sum(file.stat().st_size for file in files if file.is_file())
-            if number >= keep or taken > room:
-                self.delete(job.id)
+            with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
+                files = self.path(job.id).rglob("*")
+                taken += sum(file.stat().st_size for file in files if file.is_file())
+                if number >= keep or taken > room:
+                    self.delete(job.id)
 
     def _folders(self) -> Iterator[Path]:
         if not self.folder.is_dir():
@@ -202,7 +216,7 @@ class Store:
         return FileLock(self.folder / ".changing.lock", timeout=20)
 
     def _ask(self, path: Path, action: str, aside: dict[str, Any] | None = None) -> None:
-        control = _dict(path / "control.json")
+        control = disk.read_object(path / "control.json")
         control["turn"] = control.get("turn", 0) + (action == "")
         self._write_control(path, control | {"action": action, "aside": aside or {}})
 
@@ -219,8 +233,11 @@ class Store:
 
 def read(path: Path) -> Job:
     """One job out of its folder; a file that is torn or missing is a state, not an exception."""
-    spec, control = _dict(path / "spec.json"), _dict(path / "control.json")
-    supervisor, status = _dict(path / "supervisor.json"), _dict(path / "status.json")
+    spec, control = disk.read_object(path / "spec.json"), disk.read_object(path / "control.json")
+    supervisor, status = (
+        disk.read_object(path / "supervisor.json"),
+        disk.read_object(path / "status.json"),
+    )
     state, message = state_of(spec, control, supervisor, status)
     name, checkpoint = str(control.get("name", path.name)), Path(str(spec.get("checkpoint", "")))
     aside = control.get("aside")
@@ -260,11 +277,6 @@ def state_of(spec: dict, control: dict, supervisor: dict, status: dict) -> tuple
     if supervisor.get("pid") and "ended" not in supervisor:
         return "lost", "Its process has ended without a word."
     return "queued", ""
-
-
-def _dict(path: Path) -> dict[str, Any]:
-    found = disk.read_json(path)
-    return found if isinstance(found, dict) else {}
 
 
 def _number(value: object, otherwise: Any) -> Any:

@@ -20,14 +20,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .. import disk
+from .. import disk, run
 from . import processes
-from .store import ACTIVE, DISK_FULL, Job, Store
+from .store import ACTIVE, Job, Store
 
 log = logging.getLogger("lcm_lora")
-RUN = Path(__file__).resolve().parents[1] / "run.py"
+RUN = Path(run.__file__).resolve()
 LOCK, NAME = ".supervisor.lock", ".supervisor.json"
 TICK = 0.3  # seconds between looks
+FULL = 5.0  # seconds to wait when the disk refuses
 CRASHES = 3  # in a row without a new step, then the job has failed
 PAUSES = (1.0, 10.0, 60.0)  # seconds before a relaunch
 KEEP, ROOM = 200, 20e9  # ended jobs that stay, and the bytes they may take
@@ -41,7 +42,7 @@ _started: dict[Path, subprocess.Popen] = {}
 def ensure(folder: Path) -> None:
     """Starts the supervisor of this store if none is running or just starting."""
     for _ in range(100):
-        known = disk.read_json(folder / NAME) or {}
+        known = disk.read_object(folder / NAME)
         if processes.alive(known.get("pid"), known.get("identity")):
             return
         mine = _started.get(folder)
@@ -89,20 +90,28 @@ class Supervisor:
     def run(self) -> None:
         self.store.clean(KEEP, ROOM)
         while True:
-            for job in self.store.jobs():
-                with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
-                    self._look(job)
-            jobs = self.store.jobs()
-            busy = set().union(*(_devices(job) for job in jobs if job.state in ACTIVE))
-            waiting = [job for job in jobs if job.state == "queued"]
-            for job in waiting:
-                with suppress(KeyError, FileNotFoundError):
-                    if busy.isdisjoint(_devices(job)) and self._may_start(job):
-                        self._launch(job)
-                        busy |= _devices(job)
-            if not busy and not waiting:
-                return
-            time.sleep(TICK)
+            try:
+                if not self._round():
+                    return
+                time.sleep(TICK)
+            except OSError:  # a full disk: what is asked stays on it, so the next round does it
+                log.exception("The queue could not be worked on.")
+                time.sleep(FULL)
+
+    def _round(self) -> bool:
+        """Looks at every job and starts what may start; -> whether anything is left to do."""
+        for job in self.store.jobs():
+            with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
+                self._look(job)
+        jobs = self.store.jobs()
+        busy = set().union(*(_devices(job) for job in jobs if job.state in ACTIVE))
+        waiting = [job for job in jobs if job.state == "queued"]
+        for job in waiting:
+            with suppress(KeyError, FileNotFoundError):
+                if busy.isdisjoint(_devices(job)) and self._may_start(job):
+                    self._launch(job)
+                    busy |= _devices(job)
+        return bool(busy or waiting)
 
     def _look(self, job: Job) -> None:
         known = self._known(job)
@@ -120,7 +129,7 @@ class Supervisor:
         path = self.store.path(job.id)
         # A supervisor that was killed here may have left a trainer that it did not write down.
         processes.end(job.id, kill=True)
-        control = disk.read_json(path / "control.json") or {}
+        control = disk.read_object(path / "control.json")
         command = [sys.executable]
         if (count := int(control.get("processes", 1))) > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
@@ -130,7 +139,7 @@ class Supervisor:
         if job.device:
             told["CUDA_VISIBLE_DEVICES"] = job.device
         # By this the words of an earlier process are known from those of this one.
-        earlier = (disk.read_json(path / "status.json") or {}).get("started")
+        earlier = disk.read_object(path / "status.json").get("started")
         process = processes.start(
             [*command, str(RUN), str(path / "spec.json")], path / "log.txt", job.id, **told
         )
@@ -150,14 +159,14 @@ class Supervisor:
         processes.end(job.id, kill=True)  # workers that torchrun may have left
         self.asked_since.pop(job.id, None)
         known = self._known(job)
-        status = disk.read_json(self.store.path(job.id) / "status.json") or {}
+        status = disk.read_object(self.store.path(job.id) / "status.json")
         if status.get("started") == known.get("earlier"):
             status = {}
         said, message = status.get("state"), str(status.get("message", ""))
-        control = disk.read_json(self.store.path(job.id) / "control.json") or {}
+        control = disk.read_object(self.store.path(job.id) / "control.json")
         if said in ("done", "failed"):
             outcome = {"ended": said, "message": message}
-        elif control.get("action") or code == DISK_FULL or status.get("disk_full"):
+        elif control.get("action") or code == run.DISK_FULL or status.get("disk_full"):
             outcome = {"ended": "paused", "message": message}
         else:
             step = int(status.get("step", 0))
@@ -179,7 +188,7 @@ class Supervisor:
 
     def _escalate(self, job: Job) -> None:
         """A stop that is not followed: asked to terminate, and then its whole tree is killed."""
-        control = disk.read_json(self.store.path(job.id) / "control.json") or {}
+        control = disk.read_object(self.store.path(job.id) / "control.json")
         if control.get("action") != "stop":
             self.asked_since.pop(job.id, None)
             return
@@ -190,8 +199,7 @@ class Supervisor:
             processes.end(job.id, kill=False)
 
     def _known(self, job: Job) -> dict[str, Any]:
-        found = disk.read_json(self.store.path(job.id) / "supervisor.json")
-        return found if isinstance(found, dict) else {}
+        return disk.read_object(self.store.path(job.id) / "supervisor.json")
 
     def _tell(self, job: Job, **known: Any) -> None:
         disk.replace(self.store.path(job.id) / "supervisor.json", json.dumps(known))
