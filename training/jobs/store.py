@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import time
 import uuid
@@ -31,6 +33,7 @@ from .processes import alive
 
 POLICIES = ("yield", "exclusive", "share")
 ACTIVE = ("preparing", "running", "stopping")
+_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _WATCHED = ("spec.json", "control.json", "supervisor.json", "status.json")
 
 
@@ -207,9 +210,10 @@ class Store:
     def _folders(self) -> Iterator[Path]:
         if not self.folder.is_dir():
             return  # made with the first job
-        for path in self.folder.iterdir():
-            if not path.name.startswith(".") and path.is_dir() and _is_id(path.name):
-                yield path
+        with os.scandir(self.folder) as entries:  # with thousands of jobs, faster than pathlib
+            for entry in entries:
+                if _is_id(entry.name) and entry.is_dir():
+                    yield Path(entry.path)
 
     def _changing(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +228,7 @@ class Store:
         disk.replace(path / "control.json", json.dumps(control))
 
     def _read(self, path: Path) -> Job:
-        stamp = tuple(_stamp(path / name) for name in _WATCHED)
+        stamp = _stamps(path)
         known = self._seen.get(path.name)
         if known is None or known[0] != stamp or known[1].state in ACTIVE:
             known = self._seen[path.name] = stamp, read(path)
@@ -241,7 +245,7 @@ def read(path: Path) -> Job:
     state, message = state_of(spec, control, supervisor, status)
     name, checkpoint = str(control.get("name", path.name)), Path(str(spec.get("checkpoint", "")))
     aside = control.get("aside")
-    changed = max(_stamp(path / name)[0] for name in _WATCHED) / 1e9
+    changed = max(time for time, _ in _stamps(path)) / 1e9
     return Job(
         id=path.name, name=name, state=state, message=message,
         step=_number(status.get("step"), 0), steps=_number(spec.get("steps"), 0),
@@ -284,16 +288,17 @@ def _number(value: object, otherwise: Any) -> Any:
     return value if fine else otherwise
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_mtime_ns, stat.st_size
+def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
+    """Time of change in ns and size of each watched file; zeros for one that is not there."""
+    found = []
+    for name in _WATCHED:
+        try:
+            stat = os.stat(f"{path}{os.sep}{name}")
+            found.append((stat.st_mtime_ns, stat.st_size))
+        except OSError:
+            found.append((0, 0))
+    return tuple(found)
 
 
 def _is_id(name: str) -> bool:
-    try:
-        return str(uuid.UUID(name)) == name
-    except ValueError:
-        return False
+    return _ID.fullmatch(name) is not None
