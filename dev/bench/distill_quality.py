@@ -1,8 +1,10 @@
 """The distillation engine on the toy: the real program, then the quality of what it made.
 
-An LCM-LoRA is distilled twice, from prompts alone and from pictures with captions, each within the
-given minutes for bank and training together, and held against the bars of `bench quality`; or, with
---phased, once with each objective, and both are judged at four steps without fresh noise.
+An LCM-LoRA is distilled twice, from prompts alone and from pictures with captions, and held against
+the bars of `bench quality`: with as many steps as fit into 15 minutes, bank and all, on two cores;
+with --long, as many as it takes. With --phased it is distilled once with each objective, and both
+are judged at four steps without fresh noise. What is done is kept, so that a run that was ended
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,49 +33,60 @@ log = logging.getLogger("lcm_lora")
 RUN = environment.ROOT / "training" / "run.py"
 CAPTIONS = [data.TEMPLATES[0].format(name) for name in data.NAMES]
 LATENTS, PICTURES = 600, 3000
+STEPS, LONG, MINUTES = 400, 1000, 15
 Measure = Callable[[dict[str, subjects.Sample], tuple[int, ...]], quality.Figures]
 """(columns, counts of steps) -> what quality.measure finds"""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=15, help="--quality: of each distillation")
-    parser.add_argument("--pictures", type=int, default=200, help="--quality: judged, a seed")
+    parser.add_argument("--long", action="store_true", help=f"--quality: {LONG} steps, not {STEPS}")
+    parser.add_argument("--pictures", type=int, default=500, help="--quality: judged, a seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--phased", action="store_true", help='--quality: "phased" beside "lcm"')
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     work = commands.LOCAL / "distill"
-    shutil.rmtree(work, ignore_errors=True)
-    report = Report("distill")
+    write_pictures(work / "pictures")
     prompts = {"prompts": CAPTIONS, "count": LATENTS, "draw_steps": 20}
+    pictures = {"kind": "pictures", "path": str(work / "pictures")}
     if chosen.phased:
         jobs = {name: (prompts, name) for name in ("lcm", "phased")}
     else:
-        write_pictures(work / "pictures")
-        pictures = {"kind": "pictures", "path": str(work / "pictures")}
         jobs = {"from prompts": (prompts, "lcm"), "from pictures": (pictures, "lcm")}
-    loras = {}
-    for name, (source, objective) in jobs.items():
-        spec = write_spec(work / name.replace(" ", "-"), checkpoint, source, objective)
-        begun = time.monotonic()
-        steps = distil(spec, begun + 60 * chosen.minutes)
-        report.add(name, "engine", "time", "min", [(time.monotonic() - begun) / 60])
+    steps = LONG if chosen.long else STEPS
+    specs = {
+        name: settings(work / name.replace(" ", "-"), checkpoint, *job, steps)
+        for name, job in jobs.items()
+    }
+    told = json.dumps([specs, chosen.pictures])
+    kept = quality.Kept(work / "judged", told, (environment.ROOT / "training").glob("*.py"))
+    report = Report("distill")
+    minutes = []
+    for name, spec in specs.items():
+        took = kept.cell(f"distil {name}", partial(distil, spec))
+        minutes.append(took["minutes"])
+        report.add(name, "engine", "time", "min", [took["minutes"]])
         report.add(name, "engine", "steps", "", [steps])
-        loras[name] = Path(json.loads(spec.read_text())["output"])
-    toy = subjects.Toy.load(checkpoint)
-    judge = deterministic if chosen.phased else accelerated
+    # In bfloat16, as the LoRAs are trained; it halves the time of the judging.
+    toy = subjects.Toy.load(checkpoint, torch.bfloat16)
 
     def measure(columns: dict[str, subjects.Sample], steps: tuple[int, ...]) -> quality.Figures:
-        kept = quality.Kept(work / "judged", "")
         return quality.measure(toy, columns, steps, chosen.pictures, chosen.seeds, kept)
 
-    judge(report, toy, loras, measure)
+    loras = {name: Path(spec["output"]) for name, spec in specs.items()}
+    if chosen.phased:
+        deterministic(report, toy, loras, measure)
+    else:
+        accelerated(report, toy, loras, measure, worst=1.3 if chosen.long else 1.5)
+    if not chosen.long:
+        report.bar("minutes of the longest distillation", max(minutes), MINUTES)
+    kept.forget()
     return report
 
 
 def accelerated(
-    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
+    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure, worst: float
 ) -> None:
     """Each LoRA against the base with the same sampler and the teacher."""
     known = subjects.subjects(toy)
@@ -81,7 +95,7 @@ def accelerated(
     figures = measure(columns, (1, 2, 4))
     quality.rows(report, figures)
     for name in loras:
-        quality.lcm_bars(report, figures, worst=1.3, name=name)
+        quality.lcm_bars(report, figures, worst, name)
 
 
 def deterministic(
@@ -103,40 +117,40 @@ def deterministic(
         )  # fmt: skip
 
 
-def write_spec(folder: Path, checkpoint: Path, source: dict, objective: str) -> Path:
-    """The job's description; its steps are more than the time allows."""
+def settings(folder: Path, checkpoint: Path, source: dict, objective: str, steps: int) -> dict:
+    """The job's description."""
     import comfy
 
-    folder.mkdir(parents=True)
-    spec = folder / "spec.json"
-    settings = {
+    return {
         "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(checkpoint),
-        "banks": str(folder.parent / "banks"), "output": str(folder / "lcm-lora.safetensors"),
-        "data": source, "resolution": data.SIZE, "steps": 100_000, "batch": 32, "rank": 32,
-        "guidance": GUIDANCE, "lr": 4e-4, "warmup": 50, "precision": "bf16",
+        "banks": str(folder / "banks"), "output": str(folder / "lcm-lora.safetensors"),
+        "data": source, "resolution": data.SIZE, "steps": steps, "batch": 32, "rank": 32,
+        "guidance": GUIDANCE, "lr": 4e-4, "warmup": 50, "decay": "cosine", "precision": "bf16",
         "checkpoint_every": 1000, "log_every": 20, "sample_every": 0, "objective": objective,
     }  # fmt: skip
-    spec.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return spec
 
 
-def distil(spec: Path, deadline: float) -> int:
-    """Runs the program until the deadline, when it is told to finish; -> steps taken."""
-    process = subprocess.Popen([sys.executable, str(RUN), str(spec)])
+def distil(spec: dict) -> dict[str, float]:
+    """Runs the program, from an empty folder; -> the minutes it took."""
+    folder = Path(spec["output"]).parent
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
+    begun = time.monotonic()
+    process = subprocess.Popen([sys.executable, str(RUN), str(folder / "spec.json")])
     try:
-        process.wait(timeout=deadline - time.monotonic())
-    except subprocess.TimeoutExpired:
-        (spec.parent / "control.json").write_text('{"action": "finish"}')
+        status = process.wait()
     except BaseException:
         process.terminate()
         raise
-    if status := process.wait():
+    if status:
         raise SystemExit(f"the distillation ended with status {status}")
-    return json.loads((spec.parent / "status.json").read_text())["step"]
+    return {"minutes": (time.monotonic() - begun) / 60}
 
 
 def write_pictures(folder: Path) -> None:
     """The first training photos as PNG files with captions beside them."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pixels, labels = data.load(data.folder(environment.cache()), "train")
     photos, *_ = data.dyed(data.greys(pixels[:PICTURES]), torch.Generator().manual_seed(9))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,14 +71,14 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
 class Kept:
     """What a run has found so far, so that hours of drawing can be ended and taken up again.
 
-    settings: what the figures depend on besides the toy's LoRAs and the samplers' source, which are
-    looked at here. Other settings, or a change of these, begin anew.
+    settings, sources: what the figures depend on besides the toy's LoRAs and the samplers' source,
+    which are looked at here. Other settings, or a change of a file, begin anew.
     """
 
-    def __init__(self, folder: Path, settings: str):
-        sources = [assemble.LCM_LORA, assemble.STYLE_LORA, Path(subjects.__file__)]
-        sources += sorted((Path(__file__).parents[2] / "samplers").glob("*.py"))
-        told = settings.encode() + b"".join(path.read_bytes() for path in sources)
+    def __init__(self, folder: Path, settings: str, sources: Iterable[Path] = ()):
+        files = [assemble.LCM_LORA, assemble.STYLE_LORA, Path(subjects.__file__), *sorted(sources)]
+        files += sorted((Path(__file__).parents[2] / "samplers").glob("*.py"))
+        told = settings.encode() + b"".join(path.read_bytes() for path in files)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.stem = folder, hashlib.sha256(told).hexdigest()[:12]
         self.file = folder / f"{self.stem}.json"

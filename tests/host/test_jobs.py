@@ -36,7 +36,7 @@ def job(tmp_path, comfy, toy_checkpoint, banks):
             "host": str(comfy.host), "checkpoint": str(toy_checkpoint), "banks": str(banks),
             "output": str(tmp_path / name / "lcm.safetensors"),
             "data": Data(prompts=PROMPTS, count=8, draw_steps=4), "resolution": 64, "steps": 12,
-            "batch": 4, "rank": 4, "guidance": (2.5,), "lr": 1e-3, "checkpoint_every": 3,
+            "batch": 2, "rank": 4, "guidance": (2.5,), "lr": 1e-3, "checkpoint_every": 3,
             "log_every": 1, "sample_every": 0, "seed": 3,
         }  # fmt: skip
         return Spec(**settings | changes)

@@ -24,18 +24,18 @@ def banks(tmp_path_factory):
     return tmp_path_factory.mktemp("banks")
 
 
-@pytest.fixture
-def job(tmp_path, comfy, toy_checkpoint, banks):
-    """job(name, **settings) -> the path of a written spec.json."""
+@pytest.fixture(scope="module")
+def job_in(comfy, toy_checkpoint, banks):
+    """job_in(folder, name, **settings) -> the path of a written spec.json."""
 
-    def write(name="job", **changes):
-        folder = tmp_path / name
+    def write(base: Path, name: str, **changes) -> Path:
+        folder = base / name
         folder.mkdir(exist_ok=True)
         settings = {
             "host": str(comfy.host), "checkpoint": str(toy_checkpoint), "banks": str(banks),
-            "output": str(tmp_path / f"{name}-loras" / "lcm.safetensors"),
+            "output": str(base / f"{name}-loras" / "lcm.safetensors"),
             "data": {"prompts": PROMPTS, "count": 8, "draw_steps": 4},
-            "resolution": 64, "steps": 12, "batch": 4, "rank": 4, "guidance": 2.5, "lr": 1e-3,
+            "resolution": 64, "steps": 12, "batch": 2, "rank": 4, "guidance": 2.5, "lr": 1e-3,
             "checkpoint_every": 3, "log_every": 1, "sample_every": 0, "seed": 3,
         }  # fmt: skip
         path = folder / "spec.json"
@@ -43,6 +43,22 @@ def job(tmp_path, comfy, toy_checkpoint, banks):
         return path
 
     return write
+
+
+@pytest.fixture
+def job(tmp_path, job_in):
+    """job(name, **settings) -> the path of a written spec.json."""
+
+    def write(name="job", **changes):
+        return job_in(tmp_path, name, **changes)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, job_in) -> bytes:
+    """The LoRA of a job that ran through."""
+    return done(job_in(tmp_path_factory.mktemp("unbroken"), "unbroken")).read_bytes()
 
 
 def start(spec: Path, *launcher: str, **environment: str) -> subprocess.Popen:
@@ -104,9 +120,8 @@ def test_a_job_leaves_a_lora_that_the_host_takes_whole(job, comfy, toy_checkpoin
     assert not list(spec.parent.rglob(".tmp-*"))
 
 
-def resumed(job, kills: int, seed: int) -> None:
+def resumed(job, unbroken: bytes, kills: int, seed: int) -> None:
     """A job killed at random points, each time started again, against one that ran through."""
-    unbroken = done(job("unbroken"))
     spec = job("killed")
     chance = random.Random(seed)
     for step in sorted(chance.randrange(1, 12) for _ in range(kills)):
@@ -115,22 +130,21 @@ def resumed(job, kills: int, seed: int) -> None:
         time.sleep(chance.random() * 0.2)
         process.kill()
         process.wait()
-    assert done(spec).read_bytes() == unbroken.read_bytes()
+    assert done(spec).read_bytes() == unbroken
     steps = [line["step"] for line in metrics(spec)]
     assert steps == sorted(set(steps)), "a step that was undone is still in the metrics"
 
 
-def test_a_killed_job_ends_with_the_same_bytes(job):
-    resumed(job, kills=2, seed=1)
+def test_a_killed_job_ends_with_the_same_bytes(job, unbroken):
+    resumed(job, unbroken, kills=2, seed=1)
 
 
 @pytest.mark.faults
-def test_a_job_killed_ten_times_ends_with_the_same_bytes(job):
-    resumed(job, kills=10, seed=2)
+def test_a_job_killed_ten_times_ends_with_the_same_bytes(job, unbroken):
+    resumed(job, unbroken, kills=10, seed=2)
 
 
-def test_pause_saves_and_ends_and_the_job_goes_on(job):
-    unbroken = done(job("unbroken"))
+def test_pause_saves_and_ends_and_the_job_goes_on(job, unbroken):
     spec = job("paused")
     process = start(spec)
     reached(spec, 4, process)
@@ -142,7 +156,7 @@ def test_pause_saves_and_ends_and_the_job_goes_on(job):
     assert start(spec).wait(timeout=60) == 0
     assert status(spec)["state"] == "paused"
     control.unlink()
-    assert done(spec).read_bytes() == unbroken.read_bytes()
+    assert done(spec).read_bytes() == unbroken
 
 
 @pytest.fixture
@@ -174,7 +188,7 @@ DISK_FULL, SMALL, ENOUGH = 75, 64 * 1024, 256 * 1024 * 1024
     "what",
     ["job", *(pytest.param(each, marks=pytest.mark.faults) for each in ("banks", "output"))],
 )
-def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, small_disk, tmp_path, what):
+def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, unbroken, small_disk, what):
     """Full from the start for the bank and the result, after the first checkpoint for the job."""
     disk = small_disk(SMALL if what != "job" else ENOUGH)
     spec = job("full")
@@ -196,9 +210,8 @@ def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, small_di
         assert status(spec)["state"] == "paused"
         assert "disk is full" in status(spec)["message"]
     small_disk(ENOUGH)
-    found = done(spec).read_bytes()
+    assert done(spec).read_bytes() == unbroken
     assert status(spec)["state"] == "done"
-    assert found == done(job("unbroken")).read_bytes()
 
 
 def test_pictures_with_captions_become_a_lora(job, tmp_path):
@@ -249,8 +262,8 @@ def test_finish_writes_what_there_is(job):
 
 
 def test_two_processes_are_one_with_twice_the_batch(job):
-    one = job("one", steps=50, batch=4, checkpoint_every=50)
-    two = job("two", steps=50, batch=2, checkpoint_every=50)
+    one = job("one", steps=50, batch=2, checkpoint_every=50)
+    two = job("two", steps=50, batch=1, checkpoint_every=50)
     done(one, OMP_NUM_THREADS="2")
     done(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     losses = [[line["loss"] for line in metrics(spec)] for spec in (one, two)]

@@ -13,7 +13,7 @@ import pytest
 from lcm_lora.training.jobs import processes
 
 SMALL = {
-    "steps": 4, "batch": 4, "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "precision": "fp32",
+    "steps": 4, "batch": 2, "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "precision": "fp32",
     "checkpoint_every": 2, "sample_every": 2, "device": "", "overwrite": False,
     "style_lora": "none", "style_strength": 1.0, "policy": "share",
 }  # fmt: skip
