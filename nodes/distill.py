@@ -238,7 +238,10 @@ class LCMDistill(io.ComfyNode):
                 io.String.Input(
                     "device",
                     default="",
-                    tooltip='Numbers of the GPUs, such as "1" or "0,1"; empty for the first.',
+                    tooltip=(
+                        'Numbers of the GPUs, such as "1" or "0,1"; empty for the first. "ray" or '
+                        '"ray:4": as many workers of your Ray cluster.'
+                    ),
                 ),
                 io.Boolean.Input(
                     "overwrite", default=False, tooltip="Replace a LoRA file of the same name."

@@ -15,7 +15,7 @@ from ..lora.files import read
 from ..lora.wire import to_wire
 from ..training import checkpoints, spec
 from ..training.export import vector
-from ..training.jobs import host, metrics
+from ..training.jobs import host, metrics, ray_job
 from ..training.jobs.store import Job
 from .chart import chart
 from .distill import CATEGORY, LCMJob
@@ -105,7 +105,7 @@ class LCMJobResult(io.ComfyNode):
         if found.state == "done":
             return io.NodeOutput(to_wire(read(lora_path(found.lora_name))), found.lora_name)
         path = host.store().path(job)
-        newest = checkpoints.newest(path / "checkpoints")
+        newest = checkpoints.newest(ray_job.checkpoints(path))
         if newest is None:
             raise ValueError(f"The job {found.name!r} has no checkpoint yet: {progress(found)}.")
         alpha = spec.read(path / "spec.json").lora_alpha

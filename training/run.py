@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__)
     parser.add_argument("spec", type=Path, nargs="?")
     parser.add_argument("--supervise", type=Path, metavar="JOBS", help="run a queue of jobs")
+    parser.add_argument("--ray", type=Path, metavar="SETTINGS", help="train on a Ray cluster")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     chosen = parser.parse_args(arguments)
     _as_package()
@@ -47,6 +48,12 @@ def main(arguments: list[str]) -> int:
         return supervisor.main(chosen.supervise)
     if chosen.spec is None:
         parser.error("name the job's spec.json")
+    if chosen.ray:
+        from lcm_lora.training.jobs import ray_job
+
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        log.setLevel(logging.INFO)
+        return ray_job.main(chosen.spec, chosen.ray)
     from lcm_lora.training.processes import Processes
     from lcm_lora.training.watch import Journal
 
@@ -73,9 +80,10 @@ def main(arguments: list[str]) -> int:
             if full else str(error)
         )  # fmt: skip
     except Exception as error:
-        # A fault of ours: the state tells it too, and the traceback goes to the log.
+        # A fault of ours, of a device, or another process of the job is no more: the state tells it
+        # too, the traceback goes to the log, and the supervisor tries again.
         if journal is not None:
-            journal.state("failed", message=f"{type(error).__name__}: {error}")
+            journal.state("failed", message=f"{type(error).__name__}: {error}", crash=True)
         raise
     finally:
         processes.leave()

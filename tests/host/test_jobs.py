@@ -3,96 +3,21 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
+from lcm_lora.tests.host.queued import (
+    PROMPTS,
+    at_step,
+    ended,
+    gone,
+    kill_supervisor,
+    trainer,
+    until,
+)
 from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs.store import Store
-from lcm_lora.training.spec import Data, Spec
-
-PROMPTS = ("a photo of a bag", "a photo of a dress", "a photo of an ankle boot")
-
-
-@pytest.fixture(scope="module")
-def banks(tmp_path_factory):
-    return tmp_path_factory.mktemp("banks")
-
-
-@pytest.fixture
-def store(tmp_path):
-    made = Store(tmp_path / "jobs")
-    yield made
-    for job in made.jobs():
-        processes.end(job.id, kill=True)
-    if (pid := supervisor_of(made)) is not None:
-        os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def job(tmp_path, comfy, toy_checkpoint, banks):
-    def spec(name="a", **changes) -> Spec:
-        settings = {
-            "host": str(comfy.host), "checkpoint": str(toy_checkpoint), "banks": str(banks),
-            "output": str(tmp_path / name / "lcm.safetensors"),
-            "data": Data(prompts=PROMPTS, count=8, draw_steps=4), "resolution": 64, "steps": 12,
-            "batch": 2, "rank": 4, "guidance": (2.5,), "lr": 1e-3, "checkpoint_every": 3,
-            "log_every": 1, "sample_every": 0, "seed": 3,
-        }  # fmt: skip
-        return Spec(**settings | changes)
-
-    return spec
-
-
-def supervisor_of(store) -> int | None:
-    """The process that supervises this store, found by its command line."""
-    for process in processes.of_job("supervisor"):
-        if str(store.folder) in process.cmdline():
-            return process.pid
-    return None
-
-
-def kill_supervisor(store) -> None:
-    """Returns when it is dead: for some milliseconds a killed process is still there."""
-    pid = supervisor_of(store)
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: processes.identity(pid) is None, "the supervisor is dead")
-
-
-def until(check, what: str, seconds: float = 400):
-    deadline = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < deadline, f"waited too long until {what}"
-        time.sleep(0.05)
-    return found
-
-
-def ended(store, identifier, *states):
-    def check():
-        now = store.job(identifier).state
-        assert now in states or now not in ("failed", "paused", "done"), log_of(store, identifier)
-        return now in states
-
-    until(check, f"the job is {states}")
-    return store.job(identifier)
-
-
-def log_of(store, identifier) -> str:
-    path = store.path(identifier)
-    files = [path / "log.txt", path / "supervisor.json", store.folder / "supervisor.log"]
-    return "\n".join(file.read_text() for file in files if file.exists())
-
-
-def at_step(store, identifier, step):
-    until(lambda: store.job(identifier).step >= step, f"step {step}")
-
-
-def trainer(store, identifier) -> int:
-    return json.loads((store.path(identifier) / "supervisor.json").read_text())["pid"]
-
-
-def gone(store):
-    until(lambda: supervisor_of(store) is None, "the supervisor has ended")
+from lcm_lora.training.spec import Data
 
 
 @pytest.mark.faults

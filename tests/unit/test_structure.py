@@ -25,8 +25,8 @@ HOST = {
 STANDARD = sys.stdlib_module_names - {"pickle", "marshal", "shelve"}
 # What ComfyUI itself installs.
 LIBRARIES = {"torch", "safetensors", "numpy", "tqdm", "PIL", "psutil", "filelock", "aiohttp"}
-# A program of its own, which registers the pack under this name.
-PROGRAM = "training/run.py"
+# A program of its own, which registers the pack under this name; and one that runs on a cluster.
+ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/jobs/ray_entry.py": {"ray"}}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -56,7 +56,7 @@ def test_imports_go_one_way(path):
         if level == 0:
             root = name.partition(".")[0]
             known = STANDARD | LIBRARIES | (HOST if may_touch_the_host(path) else set())
-            known |= {"lcm_lora"} if named(path) == PROGRAM else set()
+            known |= ELSEWHERE.get(named(path), set())
             assert root in known, f"{named(path)} imports {name}"
             assert root != "comfy_extras", f"{named(path)} imports {name}, which moves"
         elif len(parts) > 1:

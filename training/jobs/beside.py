@@ -56,12 +56,13 @@ class Beside:
     def look(self, now: float) -> None:
         """One round; now: seconds of a clock that only goes forward."""
         jobs = self.store.jobs()
+        here = [job for job in jobs if not job.remote]
         busy = self.prompts() > 0 and not self.waiting
         if busy:
             self._busy_at = now
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
         asked = False
-        for job in jobs:
+        for job in here:
             if job.policy == "yield" and busy and job.state in ("queued", "preparing", "running"):
                 self.store.ask(job.id, "pause", aside=self._me())
                 asked = True
@@ -77,7 +78,11 @@ class Beside:
 
     def _hand_over(self, jobs: list[Job], busy: bool) -> None:
         """Asks for the models' memory where a job starts, and after each prompt beside one."""
-        active = {job.id for job in jobs if job.state in ACTIVE and job.policy != "share"}
+        active = {
+            job.id
+            for job in jobs
+            if job.state in ACTIVE and job.policy != "share" and not job.remote
+        }
         if active - self._active or (active and self._was_busy and not busy):
             self.free()
         self._active, self._was_busy = active, busy

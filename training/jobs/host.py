@@ -16,7 +16,7 @@ import folder_paths
 
 from ...lora.files import inside
 from ..spec import Data, Spec, StyleLoRA
-from . import supervisor
+from . import ray_job, supervisor
 from .store import POLICIES, Store
 
 SOURCES = ("prompts", "prompt file", "pictures")
@@ -55,7 +55,8 @@ class Order:
     Attributes:
         checkpoint: the teacher. name: of the LoRA to make, as `name` or `folder/name`.
         style_lora, style_strength: baked into the teacher first; "" for none.
-        device: numbers of the devices to train on, such as "0" or "0,1"; "" for the first.
+        device: numbers of the devices to train on, such as "0" or "0,1"; "" for the first; "ray" or
+            "ray:4" for so many workers of the cluster in ray.json.
         policy: beside the graph, see Job. The others are those of Spec.
     """
 
@@ -92,18 +93,26 @@ def start(order: Order) -> tuple[str, bool]:
     """
     if order.policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {order.policy!r}.")
-    if not re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", order.device):
-        raise ValueError(
-            f'device must be empty or numbers of devices such as "0" or "0,1", '
-            f"found {order.device!r}."
-        )
     jobs = store()
+    count = _processes(order.device, jobs.folder.parent / ray_job.SETTINGS)
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
-    count = len(order.device.split(","))
     found = jobs.create(spec, name, order.device, count, order.policy)
     work()
     return found
+
+
+def _processes(device: str, cluster: Path) -> int:
+    """How many processes train on what a user calls a device."""
+    if not re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?|ray(:[1-9]\d{0,2})?", device):
+        raise ValueError(
+            'device must be empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" '
+            f"for so many workers of your Ray cluster, found {device!r}."
+        )
+    if device.startswith("ray"):
+        ray_job.Cluster.read(cluster)
+        return int(device.partition(":")[2] or 1)
+    return len(device.split(","))
 
 
 @contextmanager

@@ -45,7 +45,8 @@ class Job:
         state: queued, preparing, running, stopping, paused, done, failed, or lost: it was running
             when its process vanished, and the supervisor has not taken it up again yet.
         order: its place in the queue, ascending. key: of its settings.
-        created, changed: seconds since 1970. device: as the user chose it, "" for the first.
+        created, changed: seconds since 1970. device: as the user chose it, "" for the first, or
+            "ray" or "ray:4" for so many workers of a cluster.
         policy: beside the graph: "yield" steps aside while prompts run, "exclusive" has the server
             unload its models, "share" does nothing.
         aside: who asked it to step aside, {} for nobody.
@@ -69,6 +70,11 @@ class Job:
     order: float
     key: str
     error: str | None
+
+    @property
+    def remote(self) -> bool:
+        """Whether it trains on a cluster, and takes nothing of this machine."""
+        return self.device.startswith("ray")
 
     def told(self) -> dict[str, Any]:
         """For a page: all but the inner workings."""

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .. import disk, run
-from . import processes
+from . import processes, ray_job
 from .store import ACTIVE, Job, Store
 
 log = logging.getLogger("lcm_lora")
@@ -130,18 +130,20 @@ class Supervisor:
         # A supervisor that was killed here may have left a trainer that it did not write down.
         processes.end(job.id, kill=True)
         control = disk.read_object(path / "control.json")
-        command = [sys.executable]
-        if (count := int(control.get("processes", 1))) > 1:
+        command, on = [sys.executable], []
+        if job.remote:
+            on = ["--ray", str(self.store.folder.parent / ray_job.SETTINGS)]
+        elif (count := int(control.get("processes", 1))) > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
             command += ["--nproc-per-node", str(count)]
         # libuv is missing from torch's builds for Windows, where torchrun asks for it.
         told = {"USE_LIBUV": "0"} if sys.platform == "win32" else {}
-        if job.device:
+        if job.device and not job.remote:
             told["CUDA_VISIBLE_DEVICES"] = job.device
         # By this the words of an earlier process are known from those of this one.
         earlier = disk.read_object(path / "status.json").get("started")
         process = processes.start(
-            [*command, str(RUN), str(path / "spec.json")], path / "log.txt", job.id, **told
+            [*command, str(RUN), *on, str(path / "spec.json")], path / "log.txt", job.id, **told
         )
         self.children[job.id] = process
         before, turn = self._known(job), control.get("turn", 0)
@@ -164,7 +166,7 @@ class Supervisor:
             status = {}
         said, message = status.get("state"), str(status.get("message", ""))
         control = disk.read_object(self.store.path(job.id) / "control.json")
-        if said in ("done", "failed"):
+        if said == "done" or (said == "failed" and not status.get("crash")):
             outcome = {"ended": said, "message": message}
         elif control.get("action") or code == run.DISK_FULL or status.get("disk_full"):
             outcome = {"ended": "paused", "message": message}
@@ -174,8 +176,9 @@ class Supervisor:
             if crashes > CRASHES:
                 outcome = {
                     "ended": "failed",
-                    "message": f"The training crashed {crashes} times in a row at step {step}; "
-                    "log.txt in the job's folder tells more.",
+                    "message": f"The training crashed {crashes} times in a row at step {step}"
+                    + (f": {message}" if status.get("crash") else ".")
+                    + " Its log tells more.",
                 }
             else:
                 wait = PAUSES[min(crashes, len(PAUSES)) - 1]
@@ -206,5 +209,7 @@ class Supervisor:
 
 
 def _devices(job: Job) -> set[str]:
-    """The devices a job takes; the first where none is named."""
+    """The devices a job takes; the first where none is named, and on a cluster none of ours."""
+    if job.remote:
+        return {job.id}
     return set((job.device or "0").split(","))

@@ -1,0 +1,145 @@
+"""Jobs on a real Ray cluster: two nodes of one processor each, on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from lcm_lora.tests.host.queued import ended, gone, kill_supervisor, trainer, until
+from lcm_lora.training.jobs import processes, ray_job, supervisor
+
+pytest.importorskip("ray", reason="ray is not installed")
+CLUSTER = """
+import json
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={
+    "num_cpus": 1, "include_dashboard": True, "dashboard_port": 0,
+    "object_store_memory": 100_000_000})
+cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+cluster.wait_for_nodes()
+print(json.dumps({"address": "http://" + cluster.webui_url}), flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of its dashboard."""
+    # A short path: Ray makes sockets below it, whose names have at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        here = {
+            # A cluster's `python` is that of its own environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": folder,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=os.environ | here, cwd=folder,
+        )  # fmt: skip
+        try:
+            told = next(line for line in process.stdout if line.startswith('{"address"'))
+            yield json.loads(told)["address"]
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+@pytest.fixture
+def told(cluster, store, comfy, tmp_path):
+    """Settings of the cluster beside the store; -> the storage."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    settings = {"address": cluster, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
+    (store.folder.parent / ray_job.SETTINGS).write_text(json.dumps(settings))
+    return storage
+
+
+def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
+    store, job, told, monkeypatch
+):
+    """The local one loses a worker on the way, the other one its follower."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray gives a worker of one processor
+    local, _ = store.create(job("local"), "local", processes=2)
+    remote, _ = store.create(job("remote", sample_every=6), "remote", "ray:2", 2)
+    supervisor.ensure(store.folder)
+    until(lambda: store.job(remote).step >= 2, "it trains on the cluster")
+    os.kill(trainer(store, remote), signal.SIGKILL)
+    until(lambda: store.job(local).step >= 4, "it trains here")
+    first = trainer(store, local)
+    workers = [each for each in processes.of_job(local) if each.pid != first]
+    assert len(workers) == 2
+    workers[-1].kill()
+    ended(store, local, "done")
+    ended(store, remote, "done")
+    outputs = [
+        Path(json.loads((store.path(each) / "spec.json").read_text())["output"])
+        for each in (local, remote)
+    ]
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert trainer(store, local) != first
+    path = store.path(remote)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == list(range(1, 13))
+    assert (path / "samples" / "step-00000012.png").stat().st_size > 1000
+    assert "step 12 of 12" in (path / "log.txt").read_text()
+    assert "as lcm-lora-" in (path / "log.txt").read_text()
+    assert not list((told / "jobs").iterdir()), "what the storage held of the job is still there"
+    gone(store)
+
+
+@pytest.mark.faults
+def test_stop_and_resume_on_a_cluster(store, job, told):
+    running, _ = store.create(job("a", steps=5000), "a", "ray")
+    supervisor.ensure(store.folder)
+    until(lambda: store.job(running).step >= 2, "it trains on the cluster")
+    store.ask(running, "stop")
+    found = ended(store, running, "paused")
+    assert found.step >= 2
+    gone(store)
+    store.ask(running, "")
+    supervisor.ensure(store.folder)
+    until(lambda: store.job(running).step > found.step, "it goes on")
+    kill_supervisor(store)
+    supervisor.ensure(store.folder)
+    store.ask(running, "finish")
+    ended(store, running, "done")
+    gone(store)
+
+
+def test_a_cluster_that_is_not_there_is_told_and_asked_again(store, job, told, tmp_path):
+    settings = store.folder.parent / ray_job.SETTINGS
+    known = json.loads(settings.read_text())
+    settings.write_text(json.dumps(known | {"address": "http://127.0.0.1:9"}))
+    waiting, _ = store.create(job("a"), "a", "ray")
+    supervisor.ensure(store.folder)
+    until(lambda: "does not answer" in store.job(waiting).message, "it is told")
+    assert store.job(waiting).state == "preparing"
+    store.ask(waiting, "stop")
+    ended(store, waiting, "paused")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"address": "head:8265"}, "must begin with http"),
+        ({"storage": "/nowhere"}, "must be a folder"),
+        ({"gpu": 1}, "unknown settings: gpu"),
+        ({"token": 5}, "token must be text"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path, change, says):
+    file = tmp_path / "ray.json"
+    good = {"address": "http://head:8265", "storage": str(tmp_path), "host": "/ComfyUI"}
+    file.write_text(json.dumps(good | change))
+    with pytest.raises(ValueError, match=says):
+        ray_job.Cluster.read(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="no JSON"):
+        ray_job.Cluster.read(file)
