@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -261,11 +262,25 @@ def test_finish_writes_what_there_is(job):
     assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
 
 
-def test_two_processes_are_one_with_twice_the_batch(job):
+def test_two_nodes_are_one_process_with_twice_the_batch(job):
+    """Launched as Slurm and SkyPilot launch them, but on one machine."""
     one = job("one", steps=50, batch=2, checkpoint_every=50)
     two = job("two", steps=50, batch=1, checkpoint_every=50)
     done(one, OMP_NUM_THREADS="2")
-    done(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    nodes = [
+        start(
+            two, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", rank,
+            "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port,
+            OMP_NUM_THREADS="1",
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0], (
+        two.parent / "log.txt"
+    ).read_text()
     losses = [[line["loss"] for line in metrics(spec)] for spec in (one, two)]
     assert len(losses[0]) == len(losses[1]) == 50
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-3
@@ -354,6 +369,6 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(job, capsys):
     spec = job("plan")
     assert run.main([str(spec), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for words in ("SD1.5", "modules of rank 4", "12 of 4 pictures", "s a step as measured"):
+    for words in ("SD1.5", "modules of rank 4", "12 of 2 pictures", "s a step as measured"):
         assert words in printed
     assert [path.name for path in spec.parent.iterdir()] == ["spec.json"]
