@@ -8,6 +8,7 @@ from pathlib import Path
 from . import environment
 
 LOCAL = environment.ROOT / ".dev"
+FAULTS = ["-m", "faults", "--times", "20"]
 
 
 def run(verb: str, arguments: list[str], host: str) -> int:
@@ -20,7 +21,7 @@ def run(verb: str, arguments: list[str], host: str) -> int:
     if verb in ("test", "faults"):
         from . import test
 
-        return test.main([*(["-m", "faults"] if verb == "faults" else []), *arguments], folder)
+        return test.main([*(FAULTS if verb == "faults" else []), *arguments], folder)
     from . import in_process
 
     in_process.enter(folder, LOCAL / "in-process")

@@ -35,6 +35,22 @@ def pytest_addoption(parser):
     parser.addoption(
         "--update-golden", action="store_true", help="record new nodes and inputs as landed"
     )
+    parser.addoption("--times", type=int, default=1, help="of each fault at random moments")
+    parser.addoption("--json", type=Path, help="where the table of faults goes")
+
+
+@pytest.fixture(scope="session")
+def tally(request, pytestconfig):
+    """The table of faults, written and printed when all is over."""
+    from lcm_lora.tests.tally import Tally
+
+    made = Tally(pytestconfig.getoption("--times"))
+    yield made
+    if made.rows and (path := pytestconfig.getoption("--json")):
+        table = made.write(path)
+        capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print("\n" + table)  # noqa: T201 (it is asked for)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import subprocess
 import sys
 import time
@@ -285,25 +284,3 @@ def test_a_job_outlives_its_server_and_a_new_server_finds_it(servers, subject):
         assert told["state"] in ("running", "done")
         until(lambda: store.job(job.id).state == "done", "it is done")
         again.client().run(graph(subject, "outlives", steps=40))
-
-
-@pytest.mark.faults
-def test_a_queue_goes_on_when_everything_was_killed(servers, subject):
-    """As after a power cut: no process is left, and the numbers of old ones may mean others."""
-    running, again, store = servers
-    with running:
-        for name in ("one", "two"):
-            running.client().run(order_only(subject, name, steps=12))
-        first = named(store, "one")
-        until(lambda: store.job(first.id).step >= 3, "the first trains")
-        running.kill()
-        for process in processes.of_job("supervisor"):
-            if str(store.folder) in process.cmdline():
-                process.kill()
-        processes.end(first.id, kill=True)
-    until(lambda: store.job(first.id).state == "lost", "nobody runs it")
-    # Its number now belongs to another process.
-    path = store.path(first.id) / "supervisor.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
-    with again:
-        until(lambda: all(job.state == "done" for job in store.jobs()), "both are done")

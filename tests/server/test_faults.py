@@ -1,0 +1,182 @@
+"""Kills at random moments of everything that works on a job, through a real server."""
+
+import json
+import os
+import random
+import shutil
+import time
+
+import pytest
+from lcm_lora.tests.tally import half_files, orphans, same
+from lcm_lora.training.jobs import processes
+
+STEPS = 30
+VICTIMS = [
+    ("trainer",), ("supervisor",), ("server",), ("trainer", "supervisor"),
+    ("trainer", "supervisor", "server"),
+]  # fmt: skip
+
+
+class Ground:
+    """A user folder with the toy in it, a server, and what is killed there."""
+
+    def __init__(self, host_folder, folder, subject, models):
+        from lcm_lora.dev.server import Server, install
+        from lcm_lora.training.jobs.store import Store
+
+        self.new = lambda: Server(host_folder, folder)
+        self.subject, self.server = subject, self.new()
+        self.base = self.server.base
+        for kind in ("checkpoints", "loras"):
+            for file in (models / kind).glob("toy-*"):
+                install(file.resolve(), self.base / "models" / kind)
+        self.store = Store(self.base / "user" / "__lcm_lora" / "jobs")
+        self.loras = self.base / "models" / "loras"
+
+    def up(self):
+        self.server = self.new()
+        self.server.__enter__()
+
+    def order(self, name: str, **changes) -> str:
+        told = {
+            "checkpoint": self.subject.checkpoint, "name": name, "steps": STEPS, "batch": 2,
+            "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
+            "sample_every": 10, "policy": "share", "precision": "fp32",
+            "data": {"prompts": "a photo of a bag", "count": 8, "draw_steps": 4, "resolution": 64},
+        }  # fmt: skip
+        return self.server.client().post("/lcm_lora/jobs", told | changes)["id"]
+
+    def done(self, job: str, seconds: float = 300) -> bool:
+        until = time.monotonic() + seconds
+        while (state := self.store.job(job).state) not in ("done", "failed", "paused"):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return state == "done"
+
+    def kill(self, victim: str, job: str) -> None:
+        if victim == "server":
+            self.server.kill()
+        elif victim == "trainer":
+            processes.end(job, kill=True)
+        else:
+            for process in processes.of_job("supervisor"):
+                if str(self.store.folder) in process.cmdline():
+                    process.kill()
+
+
+@pytest.fixture
+def ground(host_folder, tmp_path, server, subject):
+    made = Ground(host_folder, tmp_path, subject, server.base / "models")
+    made.up()
+    yield made
+    for job in made.store.jobs():
+        made.store.ask(job.id, "stop")
+    made.kill("supervisor", "")
+    for job in made.store.jobs():
+        processes.end(job.id, kill=True)
+    made.server.stop()
+
+
+@pytest.mark.faults
+def test_kills_at_random_moments_cost_nothing(ground, tally):
+    """Every job is killed at, again and again, until each kill has been tried often enough."""
+    chance, whole = random.Random(1), ground.order("whole")
+    assert ground.done(whole)
+    expected = ground.loras / "whole.safetensors"
+    folders = ground.loras, ground.store.folder, ground.store.folder.parent / "banks"
+    tried = dict.fromkeys(VICTIMS, 0)
+    while min(tried.values()) < tally.times:
+        name = f"killed {sum(tried.values())}"
+        job, suffered = ground.order(name), []
+        while min(tried.values()) < tally.times:
+            if ground.done(job, chance.uniform(0, 12)):
+                break
+            victims = min(tried, key=tried.get)
+            for victim in victims:
+                ground.kill(victim, job)
+            tried[victims] += 1
+            suffered.append((victims, half_files(*folders, working=True)))
+            if "server" in victims:
+                ground.up()
+        done = ground.done(job)
+        left = orphans(ground.store, job), half_files(*folders)
+        lost = not done or not same(ground.loras / f"{name}.safetensors", expected)
+        for victims, torn in suffered:
+            tally.add("kill " + ", ".join(victims), int(lost), left[0], left[1] + torn)
+
+
+@pytest.mark.faults
+def test_two_servers_of_one_user_folder_share_one_queue(ground, tally):
+    first = ground.server
+    one = ground.order("one")
+    ground.up()
+    two = ground.order("two")
+    try:
+        done = [ground.done(job) for job in (one, two)]
+        lost = sum(not each for each in done)
+        lost += not same(ground.loras / "one.safetensors", ground.loras / "two.safetensors")
+        tally.add(
+            "two servers on one user folder", lost,
+            orphans(ground.store, one) + orphans(ground.store, two),
+            half_files(ground.loras, ground.store.folder),
+        )  # fmt: skip
+    finally:
+        first.stop()
+
+
+@pytest.mark.faults
+def test_fifty_jobs_in_the_queue_are_all_done(ground, tally):
+    jobs = [ground.order(f"many/{i:02d}", steps=1, sample_every=0) for i in range(50)]
+    for job in jobs:
+        lost = not ground.done(job, 1500)
+        tally.add("50 jobs queued", int(lost), orphans(ground.store, job), 0)
+    assert len(list((ground.loras / "many").glob("*.safetensors"))) == 50
+    ended = [ground.store.job(job).changed for job in jobs]
+    assert ended == sorted(ended), "they were not taken in their order"
+    assert not half_files(ground.loras, ground.store.folder)
+
+
+@pytest.mark.faults
+def test_a_name_that_is_taken_meanwhile_and_a_checkpoint_that_is_gone(ground, tally):
+    taken = ground.order("taken")
+    checkpoint = ground.base / "models" / "checkpoints" / "passing.safetensors"
+    shutil.copyfile(checkpoint.parent / ground.subject.checkpoint, checkpoint)
+    gone = ground.order("gone", checkpoint=checkpoint.name)
+    next_one = ground.order("next")
+    file = ground.loras / "taken.safetensors"
+    file.write_bytes(b"mine")
+    checkpoint.unlink()
+    ended = ground.done(next_one)
+    for job, fault, says in (
+        (taken, "output name taken meanwhile", "exists already"),
+        (gone, "checkpoint deleted while queued", "no checkpoint"),
+    ):
+        found = ground.store.job(job)
+        told = found.state == "failed" and says in (found.error or "")
+        tally.add(fault, int(not ended or not told), orphans(ground.store, job), 0)
+    assert file.read_bytes() == b"mine"
+
+
+@pytest.mark.faults
+def test_after_a_power_cut_stale_numbers_of_processes_mean_nothing(ground, tally):
+    """Everything is gone, its pids belong to others, and the clock was set back."""
+    for _ in range(min(3, tally.times)):
+        name = f"cut {tally.tried('reboot')}"
+        job = ground.order(name)
+        ground.done(job, 10)
+        for victim in ("server", "supervisor", "trainer"):
+            ground.kill(victim, job)
+        for file in (
+            ground.store.path(job) / "supervisor.json", ground.store.folder / ".supervisor.json"
+        ):  # fmt: skip
+            known = json.loads(file.read_text()) if file.exists() else {}
+            later = time.time() + 1e6
+            file.write_text(json.dumps(known | {"pid": os.getpid(), "not_before": later}))
+            os.utime(file, (later, later))
+        ground.up()
+        lost = not ground.done(job)
+        tally.add(
+            "reboot", int(lost), orphans(ground.store, job),
+            half_files(ground.loras, ground.store.folder),
+        )  # fmt: skip

@@ -1,0 +1,78 @@
+"""The table of faults: how often each was tried, and what it cost."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lcm_lora.lora.whole import TEMPORARY
+from lcm_lora.training import disk
+from lcm_lora.training.jobs import processes
+from lcm_lora.training.jobs.store import Store
+from safetensors.torch import load_file
+
+MEASURES = ("jobs lost", "orphans", "half files")
+
+
+@dataclass
+class Tally:
+    """times: how often a test that can try a fault at random moments is to do so."""
+
+    times: int
+    rows: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+
+    def add(self, fault: str, lost: int, orphans: int, half: int) -> None:
+        """Notes one try; fails where it cost anything."""
+        self.rows.setdefault(fault, []).append((lost, orphans, half))
+        assert not lost + orphans + half, f"{fault}: {lost=}, {orphans=}, {half=}"
+
+    def tried(self, fault: str) -> int:
+        return len(self.rows.get(fault, []))
+
+    def write(self, path: Path) -> str:
+        """In the benchmarks' format; -> the table."""
+        from lcm_lora.dev.bench.report import Report
+
+        report = Report("faults")
+        for fault, tries in self.rows.items():
+            report.add(fault, "jobs", "tried", "times", [len(tries)])
+            for measure, values in zip(MEASURES, zip(*tries, strict=True), strict=True):
+                report.add(fault, "jobs", measure, "", [sum(values)])
+        report.bar("jobs lost, orphans and half files", sum(
+            sum(map(sum, tries)) for tries in self.rows.values()
+        ), 0)  # fmt: skip
+        report.write(path)
+        return report.table()
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two LoRA files hold the same numbers; their metadata tell other names."""
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def half_files(*folders: Path, working: bool = False) -> int:
+    """What is not whole: JSON and LoRAs that cannot be read, and temporary files, which only while
+    something works on them may be there."""
+    found = 0
+    for file in (file for folder in folders for file in folder.rglob("*")):
+        if any(part.startswith(TEMPORARY) for part in file.parts):
+            found += not working
+        elif file.suffix == ".json":
+            found += disk.read_json(file) is None and file.exists()
+        elif file.suffix == ".safetensors":
+            found += not _reads(file) and file.exists()
+    return found
+
+
+def _reads(file: Path) -> bool:
+    try:
+        load_file(file)
+    except Exception:
+        return False
+    return True
+
+
+def orphans(store: Store, job: str) -> int:
+    """Processes of a job that has ended, and supervisors beyond one."""
+    known = processes.of_job("supervisor")
+    supervisors = [each for each in known if str(store.folder) in each.cmdline()]
+    return len(processes.of_job(job)) + max(0, len(supervisors) - 1)
