@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize")
+AREAS = ("quality", "sampling", "distill", "fullsize", "jobs")
 log = logging.getLogger("lcm_lora")
 
 
