@@ -15,6 +15,7 @@ from lcm_lora.tests.host.queued import (
     trainer,
     until,
 )
+from lcm_lora.tests.tally import half_files, orphans
 from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Data
@@ -140,3 +141,37 @@ def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_p
     assert "crashed 4 times" in found.error
     store.ask(bad, "")
     assert store.job(bad).state == "queued"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["cut", "gone"])
+@pytest.mark.parametrize(
+    "name",
+    ["spec.json", "control.json", "supervisor.json", "status.json", "metrics.jsonl", "checkpoints"],
+)
+def test_a_file_of_a_job_that_is_torn_or_gone(store, job, tally, tmp_path, name, how):
+    """Found so after a crash; of the newest checkpoint it is the adapter."""
+    hurt, _ = store.create(job("hurt"), "hurt")
+    other, _ = store.create(job("other", steps=2), "other")
+    supervisor.ensure(store.folder)
+    at_step(store, hurt, 7)
+    kill_supervisor(store)
+    processes.end(hurt, kill=True)
+    file = store.path(hurt) / name
+    if name == "checkpoints":
+        file = max(file.glob("step-*")) / "adapter.safetensors"
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    supervisor.ensure(store.folder)
+    ended(store, other, "done")
+    if spec_is_hurt := name == "spec.json":
+        ended(store, hurt, "failed")
+    else:
+        ended(store, hurt, "done")
+    gone(store)
+    lost = spec_is_hurt == (tmp_path / "hurt" / "lcm.safetensors").exists()
+    # The torn description itself stays as it is, for a person to look at.
+    left = half_files(store.path(hurt)) - (spec_is_hurt and how == "cut")
+    tally.add(f"{name} {how}", int(lost), orphans(store, hurt), left)

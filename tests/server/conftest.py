@@ -1,6 +1,8 @@
 """One real server with the pack and the toy in it, for all tests of this folder."""
 
 import pytest
+from lcm_lora.tests.server.ground import Ground
+from lcm_lora.training.jobs import processes
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +36,16 @@ def subject(server):
     from lcm_lora.dev.toy import assemble
 
     return toy_subject(assemble.checkpoint(LOCAL / "models"))
+
+
+@pytest.fixture
+def ground(host_folder, tmp_path, server, subject):
+    made = Ground(host_folder, tmp_path, subject, server.base / "models")
+    made.up()
+    yield made
+    for job in made.store.jobs():
+        made.store.ask(job.id, "stop")
+    made.kill("supervisor", "")
+    for job in made.store.jobs():
+        processes.end(job.id, kill=True)
+    made.server.stop()

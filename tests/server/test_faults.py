@@ -8,74 +8,11 @@ import time
 
 import pytest
 from lcm_lora.tests.tally import half_files, orphans, same
-from lcm_lora.training.jobs import processes
 
-STEPS = 30
 VICTIMS = [
     ("trainer",), ("supervisor",), ("server",), ("trainer", "supervisor"),
     ("trainer", "supervisor", "server"),
 ]  # fmt: skip
-
-
-class Ground:
-    """A user folder with the toy in it, a server, and what is killed there."""
-
-    def __init__(self, host_folder, folder, subject, models):
-        from lcm_lora.dev.server import Server, install
-        from lcm_lora.training.jobs.store import Store
-
-        self.new = lambda: Server(host_folder, folder)
-        self.subject, self.server = subject, self.new()
-        self.base = self.server.base
-        for kind in ("checkpoints", "loras"):
-            for file in (models / kind).glob("toy-*"):
-                install(file.resolve(), self.base / "models" / kind)
-        self.store = Store(self.base / "user" / "__lcm_lora" / "jobs")
-        self.loras = self.base / "models" / "loras"
-
-    def up(self):
-        self.server = self.new()
-        self.server.__enter__()
-
-    def order(self, name: str, **changes) -> str:
-        told = {
-            "checkpoint": self.subject.checkpoint, "name": name, "steps": STEPS, "batch": 2,
-            "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
-            "sample_every": 10, "policy": "share", "precision": "fp32",
-            "data": {"prompts": "a photo of a bag", "count": 8, "draw_steps": 4, "resolution": 64},
-        }  # fmt: skip
-        return self.server.client().post("/lcm_lora/jobs", told | changes)["id"]
-
-    def done(self, job: str, seconds: float = 300) -> bool:
-        until = time.monotonic() + seconds
-        while (state := self.store.job(job).state) not in ("done", "failed", "paused"):
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
-        return state == "done"
-
-    def kill(self, victim: str, job: str) -> None:
-        if victim == "server":
-            self.server.kill()
-        elif victim == "trainer":
-            processes.end(job, kill=True)
-        else:
-            for process in processes.of_job("supervisor"):
-                if str(self.store.folder) in process.cmdline():
-                    process.kill()
-
-
-@pytest.fixture
-def ground(host_folder, tmp_path, server, subject):
-    made = Ground(host_folder, tmp_path, subject, server.base / "models")
-    made.up()
-    yield made
-    for job in made.store.jobs():
-        made.store.ask(job.id, "stop")
-    made.kill("supervisor", "")
-    for job in made.store.jobs():
-        processes.end(job.id, kill=True)
-    made.server.stop()
 
 
 @pytest.mark.faults

@@ -41,17 +41,22 @@ def browser():
 
 @pytest.fixture
 def page(browser, client):
+    page = new_page(browser, client)
+    yield page
+    assert not page.wrong
+    assert not page.foreign
+    page.context.close()
+
+
+def new_page(browser, client):
+    """.wrong: errors of the page so far; .foreign: addresses of others that it asked for."""
     client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "9.9.9"})
-    context = browser.new_context(viewport={"width": 1600, "height": 900})
-    page = context.new_page()
+    page = browser.new_context(viewport={"width": 1600, "height": 900}).new_page()
     page.wrong, page.foreign = [], []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("request", lambda request: foreign(page, client, request.url))
     opened(page, client)
-    yield page
-    assert not page.wrong
-    assert not page.foreign
-    context.close()
+    return page
 
 
 def foreign(page, client, address: str) -> None:
@@ -190,6 +195,25 @@ def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
     page.wait_for_function(
         "![...document.querySelectorAll('.lcm-name')].some((e) => e.textContent === 'page keys')"
     )
+
+
+@pytest.mark.faults
+def test_the_page_goes_on_after_a_restart_of_the_server(browser, ground):
+    page = new_page(browser, ground.server.client())
+    try:
+        show_tab(page)
+        ground.order("page/restarted", steps=60)
+        reaches(page, "page/restarted", "running")
+        ground.kill("server", "")
+        page.wait_for_function(
+            "document.querySelector('.lcm-note').textContent.length > 0", timeout=30_000
+        )
+        ground.up(ground.server.port)
+        reaches(page, "page/restarted", "done")
+        assert page.locator(".lcm-note").inner_text() == ""
+        assert not page.foreign
+    finally:
+        page.context.close()
 
 
 def test_it_fits_in_both_themes_and_on_a_phone(page):

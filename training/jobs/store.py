@@ -249,7 +249,9 @@ def read(path: Path) -> Job:
         disk.read_object(path / "status.json"),
     )
     state, message = state_of(spec, control, supervisor, status)
-    name, checkpoint = str(control.get("name", path.name)), Path(str(spec.get("checkpoint", "")))
+    # Where control.json is torn, the file's own name is the best there is.
+    name = str(control.get("name") or Path(str(spec.get("output", path.name))).stem)
+    checkpoint = Path(str(spec.get("checkpoint", "")))
     aside = control.get("aside")
     changed = max(time for time, _ in _stamps(path)) / 1e9
     return Job(

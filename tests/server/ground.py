@@ -1,0 +1,58 @@
+"""A user folder of its own, with servers that come and go, jobs, and what is killed there."""
+
+import time
+
+from lcm_lora.training.jobs import processes
+
+STEPS = 30
+
+
+class Ground:
+    """A user folder with the toy in it, a server, and what is killed there."""
+
+    def __init__(self, host_folder, folder, subject, models):
+        from lcm_lora.dev.server import Server, install
+        from lcm_lora.training.jobs.store import Store
+
+        self.new = lambda port=0: Server(host_folder, folder, port)
+        self.subject, self.server = subject, self.new()
+        self.base = self.server.base
+        for kind in ("checkpoints", "loras"):
+            for file in (models / kind).glob("toy-*"):
+                install(file.resolve(), self.base / "models" / kind)
+        self.store = Store(self.base / "user" / "__lcm_lora" / "jobs")
+        self.loras = self.base / "models" / "loras"
+
+    def up(self, port: int = 0) -> None:
+        """Starts a server, at a free port where none is named."""
+        self.server = self.new(port)
+        self.server.__enter__()
+
+    def order(self, name: str, **changes) -> str:
+        """-> the id of a queued job."""
+        told = {
+            "checkpoint": self.subject.checkpoint, "name": name, "steps": STEPS, "batch": 2,
+            "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
+            "sample_every": 10, "policy": "share", "precision": "fp32",
+            "data": {"prompts": "a photo of a bag", "count": 8, "draw_steps": 4, "resolution": 64},
+        }  # fmt: skip
+        return self.server.client().post("/lcm_lora/jobs", told | changes)["id"]
+
+    def done(self, job: str, seconds: float = 300) -> bool:
+        """Waits for a job's end; -> whether it came in time and was a good one."""
+        until = time.monotonic() + seconds
+        while (state := self.store.job(job).state) not in ("done", "failed", "paused"):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return state == "done"
+
+    def kill(self, victim: str, job: str) -> None:
+        if victim == "server":
+            self.server.kill()
+        elif victim == "trainer":
+            processes.end(job, kill=True)
+        else:
+            for process in processes.of_job("supervisor"):
+                if str(self.store.folder) in process.cmdline():
+                    process.kill()
