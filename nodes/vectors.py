@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..lora.combine import exact
 from ..lora.files import DTYPES, fingerprint, read, write
 from ..lora.host import apply
+from ..lora.reduce import truncated
 from ..lora.wire import describe, from_wire, to_wire
 from .host import lora_names, lora_path, new_lora_path, show
 
@@ -77,11 +78,12 @@ class LCMLoRACombine(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=["exact"],
+                    options=["exact", "svd"],
                     default="exact",
                     tooltip=(
                         "exact: the true weighted sum, with no error. Its rank is the sum of the "
-                        "ranks, so the file grows accordingly."
+                        "ranks, so the file grows accordingly. svd: the same sum, reduced to what "
+                        "rank and keep_energy allow, with the least error there is."
                     ),
                 ),
                 io.Int.Input(
@@ -89,7 +91,10 @@ class LCMLoRACombine(io.ComfyNode):
                     default=0,
                     min=0,
                     max=4096,
-                    tooltip="Rank to reduce the result to; 0 keeps all. The exact method needs 0.",
+                    tooltip=(
+                        "svd: the most ranks a module may have; 0 for no limit. The exact method "
+                        "needs 0."
+                    ),
                 ),
                 io.Float.Input(
                     "keep_energy",
@@ -97,7 +102,11 @@ class LCMLoRACombine(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Share of the energy to keep when reducing. The exact method needs 1.",
+                    tooltip=(
+                        "svd: share of the energy (the squared norm) of all modules together to "
+                        "keep, with the fewest ranks; 0.99 is a relative error of 10 %. The exact "
+                        "method needs 1."
+                    ),
                 ),
             ],
             outputs=[
@@ -113,14 +122,17 @@ class LCMLoRACombine(io.ComfyNode):
 
     @classmethod
     def execute(cls, count: dict, method: str, rank: int, keep_energy: float) -> io.NodeOutput:
-        if rank != 0 or keep_energy != 1.0:
+        if method == "exact" and (rank != 0 or keep_energy != 1.0):
             raise ValueError(
-                f"The method {method} keeps every rank, so it cannot honour rank {rank} and "
-                f"keep_energy {keep_energy:g}; set rank to 0 and keep_energy to 1."
+                f"The method exact keeps every rank, so it cannot honour rank {rank} and "
+                f"keep_energy {keep_energy:g}; choose svd, or set rank to 0 and keep_energy to 1."
             )
         numbers = range(1, int(count["count"]) + 1)
         vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
         combined, report = exact(vectors, [count[f"weight_{number}"] for number in numbers])
+        if method == "svd":
+            combined, kept = truncated(combined, rank, keep_energy)
+            report = f"{report}\n{kept}"
         return io.NodeOutput(to_wire(combined), report)
 
 

@@ -37,6 +37,14 @@ def schemas() -> dict:
     return found
 
 
+def without_new_options(now, landed):
+    """A list of choices may grow at its end: a saved workflow holds the choice by its name."""
+    options = landed.get("options") if isinstance(landed, dict) else None
+    if not isinstance(options, list):
+        return now
+    return now | {"options": now.get("options", [])[: len(options)]}
+
+
 def test_nodes_are_as_they_landed(comfy, request):
     found = schemas()
     golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
@@ -44,6 +52,7 @@ def test_nodes_are_as_they_landed(comfy, request):
         assert name in found, f"{name} is gone"
         for side in ("inputs", "outputs"):
             kept = found[name][side][: len(node[side])]
+            kept = [without_new_options(*pair) for pair in zip(kept, node[side], strict=False)]
             assert kept == node[side], f"{name}: {side} may only be added at the end"
     if request.config.getoption("--update-golden"):
         GOLDEN.parent.mkdir(exist_ok=True)

@@ -236,6 +236,24 @@ def test_settings_that_exact_cannot_honour_are_refused(comfy, rank, energy):
         LCMLoRACombine.execute({"count": "2"}, "exact", rank, energy)
 
 
+def test_svd_makes_the_same_sum_smaller_and_tells_its_error(model):
+    from lcm_lora.lora.wire import from_wire, to_wire
+    from lcm_lora.nodes.vectors import LCMLoRACombine
+
+    one, two = (vector(dialects(model, 4, seed)["kohya"]) for seed in (0, 1))
+    count = {"count": "2", "vector_1": to_wire(one), "vector_2": to_wire(two)}
+    count |= {"weight_1": 1.0, "weight_2": 0.8}
+    whole = from_wire(LCMLoRACombine.execute(count, "exact", 0, 1.0).args[0])
+    reduced, report = LCMLoRACombine.execute(count, "svd", 5, 1.0).args
+    found = from_wire(reduced)
+    assert {delta.rank for delta in found.deltas.values()} == {5}
+    lost = total = 0.0
+    for name, delta in whole.deltas.items():
+        lost += float((found.deltas[name].matrix() - delta.matrix()).square().sum())
+        total += float(delta.matrix().square().sum())
+    assert f"relative error {(lost / total) ** 0.5:.2e}" in report
+
+
 def test_a_count_shows_its_vectors_and_weights(comfy):
     """What the host makes of a prompt's dotted inputs, by its own code."""
     from comfy_api.latest import _io

@@ -1,0 +1,119 @@
+"""Fewer ranks: the best approximation of every delta, by a decomposition that stays small.
+
+A delta of rank r is `up @ down`. QR of both factors leaves a core of r x r, whose singular values
+are the delta's own: the cost is O((out + in) r^2), and no matrix of the layer's size is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .delta import Delta, Vector
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a reduction left.
+
+    Attributes:
+        energy: share of the squared Frobenius norm that is kept, 0 to 1, over all deltas.
+        ranks: rank of each module after it.
+    """
+
+    energy: float
+    ranks: Mapping[str, int]
+
+    @property
+    def error(self) -> float:
+        """Relative error in the Frobenius norm, over all deltas."""
+        return max(0.0, 1.0 - self.energy) ** 0.5
+
+    def __str__(self) -> str:
+        ranks = sorted(self.ranks.values())
+        return (
+            f"Reduced to rank {ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average: "
+            f"{100 * self.energy:.3f} % of the energy kept, relative error {self.error:.2e}."
+        )
+
+
+def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Kept]:
+    """The vector with the smallest singular values of its deltas left out, and what is kept.
+
+    By Eckart and Young (1936) no other deltas of these ranks are nearer. Works in float32; what is
+    no delta (`diffs`) stays as it is.
+
+    Args:
+        rank: the most a module may have; 0 for no such limit.
+        keep_energy: share of all modules' energy together to keep, above 0 to 1. It is reached with
+            the fewest ranks, for one threshold holds for the singular values of every module. At 1
+            only ranks that carry nothing are left out.
+
+    Raises:
+        ValueError: rank is negative, or keep_energy out of range.
+    """
+    if rank < 0 or not 0 < keep_energy <= 1:
+        raise ValueError(
+            f"rank must be 0 or more and keep_energy above 0 and at most 1, found {rank} and "
+            f"{keep_energy:g}."
+        )
+    parts = {name: _decomposed(delta) for name, delta in vector.deltas.items()}
+    threshold = _threshold([part.values for part in parts.values()], keep_energy)
+    deltas, ranks, kept, whole = {}, {}, 0.0, 0.0
+    for name, part in parts.items():
+        count = max(1, int((part.values > max(threshold, part.noise)).sum()))
+        ranks[name] = min(count, rank or count)
+        deltas[name] = part.cut(ranks[name])
+        energy = part.values.double().square()
+        kept += float(energy[: ranks[name]].sum())
+        whole += float(energy.sum())
+    return replace(vector, deltas=deltas), Kept(kept / whole if whole else 1.0, ranks)
+
+
+@dataclass(frozen=True)
+class _Decomposed:
+    """`left @ diag(values) @ right` is the delta as a matrix, scale included."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def noise(self) -> float:
+        """Singular values below this are rounding."""
+        largest = float(self.values[0])
+        return (
+            largest * torch.finfo(torch.float32).eps * max(self.left.shape[0], self.right.shape[1])
+        )
+
+    def cut(self, rank: int) -> Delta:
+        """The first `rank` of them, shared evenly between the factors, which fp16 likes best."""
+        root = self.values[:rank].sqrt()
+        up, down = self.left[:, :rank] * root, self.right[:rank] * root[:, None]
+        kernel = [1] * (len(self.shape) - 2)
+        return Delta(
+            up.reshape(*up.shape, *kernel), down.reshape(rank, *self.shape[1:]), None, float(rank)
+        )
+
+
+def _decomposed(delta: Delta) -> _Decomposed:
+    plain = delta.plain()
+    q_up, r_up = torch.linalg.qr(plain.up.float().flatten(1) * plain.scale)
+    q_down, r_down = torch.linalg.qr(plain.down.float().flatten(1).T)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    return _Decomposed(q_up @ left, values, right @ q_down.T, delta.shape)
+
+
+def _threshold(values: list[Tensor], keep_energy: float) -> float:
+    """The singular value down to which all modules' are kept, for that share of the energy."""
+    if keep_energy == 1 or not values:
+        return 0.0
+    ordered = torch.cat(values).double().sort(descending=True).values
+    energy = ordered.square().cumsum(0)
+    first = int(torch.searchsorted(energy, keep_energy * energy[-1]))
+    # The first one that is not needed any more; those above it are.
+    return float(ordered[first + 1]) if first + 1 < len(ordered) else 0.0
