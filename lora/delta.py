@@ -96,6 +96,9 @@ class Vector:
         deltas: canonical module name (kohya spelling, see names.py) to its delta.
         diffs: full-rank changes that the host's own trainer writes for norms and biases:
             `<module>.diff` for the weight, `<module>.diff_b` for the bias.
+        opaque: modules that are no sum of anything (DoRA, OFT, GLoRA), for the host to apply: their
+            tensors by the rest of the key, `dora_scale` and `lora_up.weight` say.
+        opaque_kinds: what these are, in words.
         metadata: strings of the file's header.
         source: what to call this vector in messages: a file name, or how it was made.
         ignored: keys of the file that are no part of a LoRA we know.
@@ -106,10 +109,12 @@ class Vector:
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = "LoRA"
     ignored: tuple[str, ...] = ()
+    opaque: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    opaque_kinds: tuple[str, ...] = ()
 
     def modules(self) -> set[str]:
         """Names of the modules that this vector changes."""
-        return {*self.deltas, *(key.rpartition(".")[0] for key in self.diffs)}
+        return {*self.deltas, *self.opaque, *(key.rpartition(".")[0] for key in self.diffs)}
 
     def ranks(self) -> str:
         """The ranks in words: "64", or "4 to 64"."""

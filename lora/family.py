@@ -51,6 +51,8 @@ def family_of(deltas: Mapping[str, Delta]) -> Family | None:
 
 def has_two_text_encoders(deltas: Mapping[str, Delta]) -> bool:
     """Whether these deltas belong to a model with two text encoders, as the SDXL type has."""
-    return cross_attention_width(deltas) == 2048 or any(
-        name.startswith("lora_te2_") for name in deltas
-    )
+    return cross_attention_width(deltas) == 2048 or any(map(is_second_encoder, deltas))
+
+
+def is_second_encoder(module: str) -> bool:
+    return module.startswith("lora_te2_")

@@ -79,7 +79,9 @@ def apply(
     skipped = {m for m in modules if _is_text(m) and (clip is None or strength_clip == 0)}
     skipped |= {m for m in modules if not _is_text(m) and strength_model == 0}
     # Apart, for the host's reader keeps one patch a module and a sum may hold both kinds.
-    wires = [to_wire(replace(vector, diffs={})), to_wire(replace(vector, deltas={}))]
+    only = [{"deltas": vector.deltas}, {"diffs": vector.diffs}, {"opaque": vector.opaque}]
+    nothing = {"deltas": {}, "diffs": {}, "opaque": {}}
+    wires = [to_wire(replace(vector, **nothing | each)) for each in only]
     taken: set[str] = set()
     reasons = dict.fromkeys(vector.ignored, "unknown key")
     for target, weights, keys, strength in parts:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 UNET = "lora_unet_"
 
 # What a tensor is within its module, by how its key ends.
-_PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str], ...] = (
+_PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.lora_(up|down|mid)\.weight$"), {"up": "up", "down": "down", "mid": "mid"}),
     # PEFT, with or without an adapter's name. `.lora_B.bias` is not a weight and must not match.
     (re.compile(r"\.lora_([AB])(?:(?:\.[^.]+)?\.weight)?$"), {"A": "down", "B": "up"}),
@@ -24,16 +24,21 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str], ...] = (
     (re.compile(r"\.alpha$"), "alpha"),
     (re.compile(r"\.(?:diff|w_norm)$"), "diff"),
     (re.compile(r"\.(?:diff_b|b_norm)$"), "diff_b"),
+    # LyCORIS: the part is called as the file does.
+    (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$"), None),
+    # Not linear in the weights. PEFT's magnitude is one number for each output.
+    (re.compile(r"\.lora_(magnitude)_vector(?:(?:\.[^.]+)?\.weight)?$"), None),
+    (re.compile(r"\.(dora_scale|oft_blocks|rescale|[ab][12]\.weight)$"), None),
 )
+NOT_LINEAR = {
+    "dora_scale": "DoRA", "magnitude": "DoRA", "oft_blocks": "OFT", "rescale": "OFT",
+    "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
+}  # fmt: skip
+"""Parts by which a module is told to be more than a sum, and what it then is."""
 
-# Adapters that are no low-rank product, by a piece of their keys.
-_OTHER_ADAPTERS = (
-    ("hada_", "LoHa"),
-    ("lokr_", "LoKr"),
-    ("dora_scale", "DoRA"),
-    ("lora_magnitude_vector", "DoRA"),
-    ("oft_", "OFT"),
-    (".a1.weight", "GLoRA"),
+# What the host may know and we do not, by a piece of its keys.
+_UNKNOWN_ADAPTERS = (
+    ("oft_diag", "OFT of the kohya kind"),
     (".on_input", "IA3"),
     (".set_weight", "set_weight"),
     (".reshape_weight", "reshape_weight"),
@@ -78,18 +83,21 @@ _NATIVE_BASIC = {
 def split_key(key: str) -> tuple[str, str] | None:
     """A key as (module as the file spells it, part), or None where it is no part of a LoRA.
 
-    Parts: up, down, mid, alpha, diff (of a weight), diff_b (of a bias).
+    Parts: up, down, mid, alpha, diff (of a weight), diff_b (of a bias), those of LyCORIS by their
+    own names (hada_w1_a, lokr_w2, ...), and those of NOT_LINEAR.
     """
     for pattern, part in _PARTS:
         if match := pattern.search(key):
-            return key[: match.start()], part if isinstance(part, str) else part[match[1]]
+            if not isinstance(part, str):
+                part = part[match[1]] if part else match[1]
+            return key[: match.start()], part
     return None
 
 
-def other_adapter(keys: Iterable[str]) -> str | None:
-    """Name of the adapter (LoHa, DoRA, ...) that some key belongs to, if it is not plain LoRA."""
+def unknown_adapter(keys: Iterable[str]) -> str | None:
+    """Name of the adapter that some key belongs to, if it is one that is not read here."""
     for key in keys:
-        for piece, name in _OTHER_ADAPTERS:
+        for piece, name in _UNKNOWN_ADAPTERS:
             if piece in key:
                 return name
     return None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
-from .family import family_of, has_two_text_encoders
-from .names import canonical_names, other_adapter, split_key, text_encoder_prefix
+from .family import family_of, has_two_text_encoders, is_second_encoder
+from .lycoris import loha, lokr
+from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
 
 logger = logging.getLogger("lcm_lora")
 
@@ -39,6 +40,8 @@ def to_wire(vector: Vector) -> LoraModel:
             tensors[f"{module}.lora_mid.weight"] = delta.mid
         alpha = delta.rank if delta.alpha is None else delta.alpha
         tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    for module, parts in vector.opaque.items():
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
     return LoraModel(tensors | dict(vector.diffs), vector.metadata, vector.source)
 
 
@@ -52,13 +55,13 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     """Tensors in any known key dialect as a vector with canonical names.
 
     Raises:
-        ValueError: no LoRA in them, an adapter that is no plain LoRA, or a module that is broken;
+        ValueError: no LoRA in them, an adapter that is not known here, or a module that is broken;
             the message names source and module.
     """
-    if adapter := other_adapter(tensors):
+    if adapter := unknown_adapter(tensors):
         raise ValueError(
-            f"{source} holds {adapter} weights; these nodes take plain LoRA only (up and down "
-            "factors). The host's own Load LoRA node can apply this file."
+            f"{source} holds {adapter} weights, which these nodes do not read. The host's own Load "
+            "LoRA node may be able to apply this file."
         )
     modules: dict[str, dict[str, Tensor]] = {}
     ignored = []
@@ -71,15 +74,20 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         raise ValueError(f"{source} holds no LoRA: {_what_it_looks_like(list(tensors))}.")
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
+    opaque: dict[str, dict[str, Tensor]] = {}
+    kinds: set[str] = set()
     for module, name in canonical_names(modules).items():
         parts = modules[module]
         if parts.keys() == {"alpha"}:
             ignored.append(f"{module}.alpha")
             continue
-        if name in deltas or f"{name}.diff" in diffs or f"{name}.diff_b" in diffs:
+        if name in deltas or name in opaque or {f"{name}.diff", f"{name}.diff_b"} & diffs.keys():
             raise ValueError(f"{source} holds two LoRAs for the module {name}; expected one.")
         diffs |= {f"{name}.{part}": parts[part] for part in ("diff", "diff_b") if part in parts}
-        if parts.keys() & {"up", "down", "mid"}:
+        if parts.keys() & NOT_LINEAR.keys():
+            kinds |= {NOT_LINEAR[part] for part in parts.keys() & NOT_LINEAR.keys()}
+            opaque[name] = _as_the_host_reads(parts, _peft_alpha(metadata, module, parts))
+        elif parts.keys() - {"alpha", "diff", "diff_b"}:
             try:
                 deltas[name] = _delta(parts, _peft_alpha(metadata, module, parts))
             except ValueError as error:
@@ -87,13 +95,15 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
 
     if ignored:
         logger.warning("%s: %d keys are no part of a LoRA: %s", source, len(ignored), ignored[:10])
-    two_encoders = has_two_text_encoders(deltas)
+    two_encoders = has_two_text_encoders(deltas) or any(map(is_second_encoder, opaque))
     return Vector(
         {text_encoder_prefix(name, two_encoders): delta for name, delta in deltas.items()},
         {text_encoder_prefix(name, two_encoders): diff for name, diff in diffs.items()},
         {key: value for key, value in metadata.items() if key != PEFT_METADATA},
         source,
         tuple(ignored),
+        {text_encoder_prefix(name, two_encoders): parts for name, parts in opaque.items()},
+        tuple(sorted(kinds)),
     )
 
 
@@ -106,18 +116,36 @@ def describe(vector: Vector) -> str:
         f"{len(vector.modules())} modules, {text} of them in text encoders",
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]
+    if vector.opaque:
+        kinds = " and ".join(vector.opaque_kinds)
+        lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")
     return "\n".join(lines + [f"{key}: {value[:120]}" for key, value in vector.metadata.items()])
 
 
+def _as_the_host_reads(parts: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+    """A module's tensors by the rest of their kohya keys."""
+    spelled = {f"lora_{part}.weight" if part in ("up", "down", "mid") else part: tensor
+               for part, tensor in parts.items() if part not in ("diff", "diff_b")}  # fmt: skip
+    if (magnitude := spelled.pop("magnitude", None)) is not None:
+        kernel = [1] * (parts["down"].dim() - 1 if "down" in parts else 1)
+        spelled["dora_scale"] = magnitude.reshape(-1, *kernel)
+    if alpha is not None:
+        spelled.setdefault("alpha", torch.tensor(float(alpha)))
+    return spelled
+
+
 def _delta(parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
-    for part, other in (("up", "down"), ("down", "up")):
-        if part not in parts:
-            raise ValueError(f"it has no {part} factor beside its {other} or mid factor")
     alpha = peft_alpha
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:
             raise ValueError(f"its alpha has {parts['alpha'].numel()} values; expected one")
         alpha = parts["alpha"].item()
+    for kind, read in (("hada_", loha), ("lokr_", lokr)):
+        if any(part.startswith(kind) for part in parts):
+            return read(parts, alpha)
+    for part, other in (("up", "down"), ("down", "up")):
+        if part not in parts:
+            raise ValueError(f"it has no {part} factor beside its {other} or mid factor")
     return Delta(parts["up"], parts["down"], parts.get("mid"), alpha)
 
 

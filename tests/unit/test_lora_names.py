@@ -156,20 +156,35 @@ def test_text_encoders_are_spelled_as_the_family_does():
     assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in parse(tensors, {}, "a").deltas
 
 
+@pytest.mark.parametrize("piece", ["on_input", "set_weight", "reshape_weight", "oft_diag"])
+def test_adapters_that_are_not_known_are_named_and_refused(piece):
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.{piece}": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"a holds .* weights, which these nodes do not read"):
+        parse(tensors, {}, "a")
+
+
 @pytest.mark.parametrize(
-    ("piece", "name"),
+    ("piece", "kind"),
     [
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
         ("dora_scale", "DoRA"),
         ("lora_magnitude_vector", "DoRA"),
+        ("lora_magnitude_vector.default.weight", "DoRA"),
         ("oft_blocks", "OFT"),
+        ("a1.weight", "GLoRA"),
     ],
 )
-def test_other_adapters_are_named_and_refused(piece, name):
+def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(piece, kind):
+    from lcm_lora.lora.combine import exact
+
     tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.{piece}": torch.ones(2)}
-    with pytest.raises(ValueError, match=rf"a holds {name} weights.*host's own"):
-        parse(tensors, {}, "a")
+    vector = parse(tensors, {}, "a")
+    assert vector.opaque_kinds == (kind,) and vector.modules() == {Q} and not vector.deltas
+    wire = to_wire(vector)
+    assert wire.keys() >= {f"{Q}.lora_up.weight", f"{Q}.lora_down.weight"}
+    assert (f"{Q}.dora_scale" in wire) == (kind == "DoRA")
+    assert from_wire(wire).opaque.keys() == {Q}
+    with pytest.raises(ValueError, match=f"a holds {kind} weights.*Apply it alone"):
+        exact([vector], [1.0])
 
 
 def test_two_spellings_of_one_module_in_one_file_are_refused():
