@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from .delta import Vector
 from .whole import whole_file
 from .wire import parse, to_wire
 
+logger = logging.getLogger("lcm_lora")
+
 SUFFIX = ".safetensors"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a file's header
 
 _WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
@@ -62,37 +66,45 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise ValueError(f"{path.name} exists already; choose another name or switch overwrite on.")
-    tensors = {}
-    for key, tensor in to_wire(vector).items():
-        cast = tensor.detach().cpu()
-        if not key.endswith(".alpha"):
-            cast = cast.to(DTYPES[dtype])
-            if cast.isinf().any() and not tensor.isinf().any():
-                raise ValueError(f"{key} has values too large for {dtype}; save as bf16 or fp32.")
-        tensors[key] = cast.contiguous()
-
+    tensors = to_wire(vector)
+    kinds = {key: torch.float32 if key.endswith(".alpha") else DTYPES[dtype] for key in tensors}
+    # Wide numbers first, so that every tensor begins at a multiple of its numbers' size.
+    order = sorted(tensors, key=lambda key: (-kinds[key].itemsize, key))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new, open(new, "wb") as file:
-        for part in _serialised(tensors, dict(vector.metadata)):
-            file.write(part)
+        file.write(_header({key: (kinds[key], tensors[key].shape) for key in order}, vector))
+        for key in order:  # one by one, so that no second copy of them all is ever in memory
+            file.write(_bytes(key, tensors[key], kinds[key]))
 
 
-def _serialised(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-) -> tuple[bytes, bytes, memoryview]:
-    """A safetensors file in three parts: the header's length, the header, the tensors.
+def _header(entries: Mapping[str, tuple[torch.dtype, torch.Size]], vector: Vector) -> bytes:
+    """How a safetensors file begins: the length of a JSON text, and the text.
 
-    The library writes the metadata in an order of chance; sorted, the same vector is always the
-    same file.
+    Our own, for the library writes the metadata in an order of chance, and from a copy of all the
+    tensors; so the same vector is always the same file.
     """
-    data = memoryview(save(tensors, metadata))
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:end]))
-    if "__metadata__" in header:
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    told: dict[str, Any] = {}
+    if vector.metadata:
+        told["__metadata__"] = dict(sorted(vector.metadata.items()))
+    begin = 0
+    for key, (kind, shape) in entries.items():
+        end = begin + shape.numel() * kind.itemsize
+        told[key] = {
+            "dtype": NAMES[kind], "shape": list(shape), "data_offsets": [begin, end]
+        }  # fmt: skip
+        begin = end
+    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little"), text, data[end:]
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(key: str, tensor: torch.Tensor, kind: torch.dtype) -> memoryview:
+    cast = tensor.detach().cpu().to(kind).contiguous()
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"{key} has values too large for fp16; save as bf16 or fp32.")
+    if not cast.any() and tensor.any():
+        logger.warning("%s is so small that fp16 makes it 0; bf16 or fp32 would keep it.", key)
+    return memoryview(cast.reshape(-1).view(torch.uint8).numpy())
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -65,6 +65,14 @@ def test_a_failing_write_leaves_everything_as_it_was(tmp_path, small_files, old)
     )
 
 
+def test_values_too_small_for_fp16_are_told(tmp_path, caplog):
+    small = Vector({NAME: Delta(torch.full((20, 4), 1e-12), torch.ones(4, 768))})
+    write(tmp_path / "a.safetensors", small, "fp16", False)
+    assert "lora_up.weight is so small that fp16 makes it 0" in caplog.text
+    write(tmp_path / "b.safetensors", small, "bf16", False)
+    assert read(tmp_path / "b.safetensors").deltas[NAME].up.any()
+
+
 def test_values_too_large_for_fp16_are_refused(tmp_path):
     big = Vector({NAME: Delta(torch.full((20, 4), 1e6), torch.ones(4, 768))})
     with pytest.raises(ValueError, match="too large for fp16; save as bf16 or fp32"):
