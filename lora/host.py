@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
+import comfy.utils
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
+from torch import Tensor
 
 from .delta import Vector
+from .extract import Layer
 from .family import SDXL_TYPE, Family, family, family_of
+from .names import UNET
 from .wire import to_wire
 
 logger = logging.getLogger("lcm_lora")
@@ -106,6 +112,55 @@ def apply(
     if left_over or doubt:
         logger.warning("%s", coverage)
     return model, clip, coverage
+
+
+def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
+    """What `distilled` has more than `base`, layer by layer: patches of the graph count, models
+    that the host holds on a device too. Float32 on the CPU.
+
+    Raises:
+        ValueError: the models are of different families, or a layer of them has different shapes.
+    """
+    kinds = detect(distilled), detect(base)
+    if kinds[0] != kinds[1] or kinds[1] is None:
+        raise ValueError(
+            f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
+            f"{kinds[1] or 'of another kind'}; expected two models of one Stable Diffusion family."
+        )
+    there = [model.get_key_patches("diffusion_model.") for model in (distilled, base)]
+    paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
+    # Some native names have two paths; the first is the one that LoRA files use.
+    of = {native: path for path, native in reversed(paths.items()) if native.endswith(".weight")}
+    bar = comfy.utils.ProgressBar(len(of))
+    for native, path in of.items():
+        bar.update(1)
+        name = UNET + path.removesuffix(".weight").replace(".", "_")
+        weight = f"diffusion_model.{native}"
+        bias = f"{weight.removesuffix('.weight')}.bias"
+        if weight in there[0] and weight in there[1]:
+            yield name, _difference(*there, weight), _difference(*there, bias)
+
+
+def _difference(ours: dict[str, list], theirs: dict[str, list], key: str) -> Tensor | None:
+    if key not in ours or key not in theirs:
+        return None
+    (a, *patches_a), (b, *patches_b) = ours[key], theirs[key]
+    if a[0] is b[0] and not patches_a and not patches_b:
+        return None  # one tensor, which two models share
+    one, other = (_weight(each, key) for each in (ours[key], theirs[key]))
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{key} is {list(one.shape)} in the distilled model and {list(other.shape)} in the "
+            "base model; expected two models of the same layout."
+        )
+    return one - other
+
+
+def _weight(entry: list, key: str) -> Tensor:
+    """A weight with its patches, from what ModelPatcher.get_key_patches tells of it."""
+    (weight, convert), *patches = entry
+    whole = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
+    return comfy.lora.calculate_weight(patches, whole, key)
 
 
 def detect(model: ModelPatcher) -> Family | None:

@@ -7,6 +7,7 @@ import sys
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .distill import LCMDistill, LCMDistillData
+from .extract import LCMLoRAExtract
 from .jobs import LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
 from .sampling import LCMKSampler, LCMModelSampling, LCMSampler, LCMSchedule
@@ -26,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     LCMDistill,
     LCMJobStatus,
     LCMJobResult,
+    LCMLoRAExtract,
 ]
 
 

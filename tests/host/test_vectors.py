@@ -306,3 +306,31 @@ def test_a_count_shows_its_vectors_and_weights(comfy):
     assert [name for name in inputs["required"] if name.startswith("count.")] == expected
     nested = _io.build_nested_inputs(dict(live), data)
     assert nested["count"]["count"] == "3" and nested["count"]["weight_3"] == 3.0
+
+
+def test_what_was_applied_in_the_graph_is_extracted_again(model):
+    """A LoRA, a bias and a norm on a model: the difference to the model is what was applied."""
+    from lcm_lora.lora.extract import extract
+    from lcm_lora.lora.host import differences
+    from lcm_lora.lora.wire import from_wire
+    from lcm_lora.nodes.extract import LCMLoRAExtract
+
+    tensors = dialects(model)["kohya"]
+    there = model.model.state_dict()
+    norm = "diffusion_model.input_blocks.1.0.in_layers.0"
+    tensors |= {f"{norm}.diff": torch.randn(there[f"{norm}.weight"].shape)}
+    tensors |= {f"{norm}.diff_b": torch.randn(there[f"{norm}.bias"].shape)}
+    changed, _, coverage = apply(model, tensors, 0.5)
+    assert coverage.taken == coverage.total
+    wire, report = LCMLoRAExtract.execute(changed, model, 4).args
+    found, expected = from_wire(wire), vector(tensors)
+    assert found.modules() == expected.modules()
+    for name, delta in expected.deltas.items():
+        assert (
+            found.deltas[name].matrix() - 0.5 * delta.matrix()
+        ).norm() < 1e-4 * delta.matrix().norm()
+    for name, diff in expected.diffs.items():
+        torch.testing.assert_close(found.diffs[name], 0.5 * diff, rtol=1e-4, atol=1e-5)
+    assert "Relative error 0.000" in report
+    with pytest.raises(ValueError, match="do not differ"):
+        extract(differences(model, model.clone()), 4, 0, "x")
