@@ -52,19 +52,25 @@ def cluster():
 
 
 @pytest.fixture
-def told(cluster, store, comfy, tmp_path):
-    """Settings of the cluster beside the store; -> the storage."""
-    storage = tmp_path / "storage"
-    storage.mkdir()
-    settings = {"address": cluster, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
-    (store.folder.parent / ray_job.SETTINGS).write_text(json.dumps(settings))
-    return storage
+def settings(store, comfy, tmp_path):
+    """settings(address) writes the cluster's settings beside the store; -> the storage."""
+
+    def write(address: str) -> Path:
+        storage = tmp_path / "storage"
+        storage.mkdir(exist_ok=True)
+        told = {"address": address, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
+        (store.folder.parent / ray_job.SETTINGS).write_text(json.dumps(told))
+        return storage
+
+    return write
 
 
+@pytest.mark.faults
 def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
-    store, job, told, monkeypatch
+    store, job, cluster, settings, monkeypatch
 ):
     """The local one loses a worker on the way, the other one its follower."""
+    storage = settings(cluster)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray gives a worker of one processor
     local, _ = store.create(job("local"), "local", processes=2)
     remote, _ = store.create(job("remote", sample_every=6), "remote", "ray:2", 2)
@@ -90,12 +96,13 @@ def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
     assert (path / "samples" / "step-00000012.png").stat().st_size > 1000
     assert "step 12 of 12" in (path / "log.txt").read_text()
     assert "as lcm-lora-" in (path / "log.txt").read_text()
-    assert not list((told / "jobs").iterdir()), "what the storage held of the job is still there"
+    assert not list((storage / "jobs").iterdir()), "what the storage held of the job is still there"
     gone(store)
 
 
 @pytest.mark.faults
-def test_stop_and_resume_on_a_cluster(store, job, told):
+def test_stop_and_resume_on_a_cluster(store, job, cluster, settings):
+    settings(cluster)
     running, _ = store.create(job("a", steps=5000), "a", "ray")
     supervisor.ensure(store.folder)
     until(lambda: store.job(running).step >= 2, "it trains on the cluster")
@@ -113,10 +120,8 @@ def test_stop_and_resume_on_a_cluster(store, job, told):
     gone(store)
 
 
-def test_a_cluster_that_is_not_there_is_told_and_asked_again(store, job, told, tmp_path):
-    settings = store.folder.parent / ray_job.SETTINGS
-    known = json.loads(settings.read_text())
-    settings.write_text(json.dumps(known | {"address": "http://127.0.0.1:9"}))
+def test_a_cluster_that_is_not_there_is_told_and_asked_again(store, job, settings):
+    settings("http://127.0.0.1:9")
     waiting, _ = store.create(job("a"), "a", "ray")
     supervisor.ensure(store.folder)
     until(lambda: "does not answer" in store.job(waiting).message, "it is told")
