@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize", "jobs")
+AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge")
 log = logging.getLogger("lcm_lora")
 
 
