@@ -102,7 +102,7 @@ def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
 
 @pytest.mark.faults
 def test_stop_and_resume_on_a_cluster(store, job, cluster, settings):
-    settings(cluster)
+    storage = settings(cluster)
     running, _ = store.create(job("a", steps=5000), "a", "ray")
     supervisor.ensure(store.folder)
     until(lambda: store.job(running).step >= 2, "it trains on the cluster")
@@ -115,7 +115,14 @@ def test_stop_and_resume_on_a_cluster(store, job, cluster, settings):
     until(lambda: store.job(running).step > found.step, "it goes on")
     kill_supervisor(store)
     supervisor.ensure(store.folder)
-    store.ask(running, "finish")
+    # It ends there while nobody follows it here.
+    kill_supervisor(store)
+    os.kill(trainer(store, running), signal.SIGKILL)
+    control = storage / "jobs" / running / "control.json"
+    control.write_text('{"action": "finish"}')
+    status = control.with_name("status.json")
+    until(lambda: json.loads(status.read_text())["state"] == "done", "it is finished there")
+    supervisor.ensure(store.folder)
     ended(store, running, "done")
     gone(store)
 

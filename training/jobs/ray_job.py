@@ -107,6 +107,8 @@ class Api:
         return told["status"], told.get("message") or ""
 
     def submit(self, submission: str, entrypoint: str, environment: dict, package: bytes) -> None:
+        if self.state(submission)[0]:
+            return  # handed over before, but the answer was lost
         name = f"_ray_pkg_{hashlib.sha256(package).hexdigest()[:16]}.zip"
         if self._call("GET", f"packages/gcs/{name}") is None:
             self._call("PUT", f"packages/gcs/{name}", package)
@@ -114,7 +116,8 @@ class Api:
             "submission_id": submission, "entrypoint": entrypoint,
             "runtime_env": {"working_dir": f"gcs://{name}", "env_vars": environment},
         }  # fmt: skip
-        self._call("POST", "jobs/", json.dumps(told).encode())
+        if self._call("POST", "jobs/", json.dumps(told).encode()) is None:
+            raise ValueError(f"{self.address} answers, but takes no Ray jobs. {HELP}")
 
     def stop(self, submission: str) -> None:
         self._call("POST", f"jobs/{submission}/stop", b"")
@@ -174,7 +177,10 @@ class Follower:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.terminated.set())
         self.mirror_control()
-        if not self.notes["submission"] or self._state()[0] in ("", *ENDED):
+        known = self.notes["submission"] and self._state()[0]
+        if not known or known in ENDED:
+            if self._status().get("state") == "done":  # while nobody followed it
+                return self._ended(known, "")
             self._submit()
         while True:
             self.mirror_control()
@@ -296,7 +302,7 @@ class Follower:
             self.journal.state(words, **status)
             return DISK_FULL if status.get("disk_full") else int(words == "failed")
         if self._action():
-            self.journal.state("paused", message="it was ended on the cluster", **status)
+            self.journal.state("paused", **status | {"message": "it was ended on the cluster"})
             return 0
         # A crash: the supervisor starts this process again, and it hands the job over anew.
         log.error("The cluster ended the job: %s. %s", state or "it is unknown there", said)
