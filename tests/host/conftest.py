@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +33,7 @@ def toy_checkpoint(comfy) -> Path:
     return assemble.checkpoint(LOCAL / "models")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def banks(tmp_path_factory):
     """One folder of latent banks, so that only the first job draws its latents."""
     return tmp_path_factory.mktemp("banks")
@@ -51,15 +53,15 @@ def store(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture
-def job(tmp_path, comfy, toy_checkpoint, banks):
-    """job(name, **settings) -> the Spec of a short distillation of the toy."""
+@pytest.fixture(scope="session")
+def spec_in(comfy, toy_checkpoint, banks):
+    """spec_in(folder, **settings) -> the Spec of a short distillation of the toy."""
     from lcm_lora.training.spec import Data, Spec
 
-    def spec(name="a", **changes) -> Spec:
+    def spec(folder: Path, **changes) -> Spec:
         settings = {
             "host": str(comfy.host), "checkpoint": str(toy_checkpoint), "banks": str(banks),
-            "output": str(tmp_path / name / "lcm.safetensors"),
+            "output": str(folder / "lcm.safetensors"),
             "data": Data(prompts=PROMPTS, count=8, draw_steps=4), "resolution": 64, "steps": 12,
             "batch": 2, "rank": 4, "guidance": (2.5,), "lr": 1e-3, "checkpoint_every": 3,
             "log_every": 1, "sample_every": 0, "seed": 3,
@@ -67,3 +69,21 @@ def job(tmp_path, comfy, toy_checkpoint, banks):
         return Spec(**settings | changes)
 
     return spec
+
+
+@pytest.fixture
+def job(tmp_path, spec_in):
+    """job(name, **settings) -> a Spec, as spec_in's."""
+    return lambda name="a", **changes: spec_in(tmp_path / name, **changes)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, spec_in) -> bytes:
+    """The file of such a distillation that ran through, to hold those against that did not."""
+    from lcm_lora.training.run import ROOT
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    spec = folder / "spec.json"
+    spec.write_text(spec_in(folder).to_json(), encoding="utf-8")
+    subprocess.run([sys.executable, str(ROOT / "training" / "run.py"), str(spec)], check=True)
+    return (folder / "lcm.safetensors").read_bytes()

@@ -13,28 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from lcm_lora.lora import files
+from lcm_lora.tests.host.queued import PROMPTS
 from safetensors.torch import load_file, save_file
 
 RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
-PROMPTS = ["a photo of a bag", "a photo of a dress", "a photo of an ankle boot"]
 
 
-@pytest.fixture(scope="module")
-def banks(tmp_path_factory):
-    """One folder of latent banks, so that only the first job draws its latents."""
-    return tmp_path_factory.mktemp("banks")
+@pytest.fixture
+def job(tmp_path, comfy, toy_checkpoint, banks):
+    """job(name, **settings) -> the path of a written spec.json, of the fixture `unbroken`'s job."""
 
-
-@pytest.fixture(scope="module")
-def job_in(comfy, toy_checkpoint, banks):
-    """job_in(folder, name, **settings) -> the path of a written spec.json."""
-
-    def write(base: Path, name: str, **changes) -> Path:
-        folder = base / name
+    def write(name="job", **changes):
+        folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         settings = {
             "host": str(comfy.host), "checkpoint": str(toy_checkpoint), "banks": str(banks),
-            "output": str(base / f"{name}-loras" / "lcm.safetensors"),
+            "output": str(tmp_path / f"{name}-loras" / "lcm.safetensors"),
             "data": {"prompts": PROMPTS, "count": 8, "draw_steps": 4},
             "resolution": 64, "steps": 12, "batch": 2, "rank": 4, "guidance": 2.5, "lr": 1e-3,
             "checkpoint_every": 3, "log_every": 1, "sample_every": 0, "seed": 3,
@@ -44,22 +38,6 @@ def job_in(comfy, toy_checkpoint, banks):
         return path
 
     return write
-
-
-@pytest.fixture
-def job(tmp_path, job_in):
-    """job(name, **settings) -> the path of a written spec.json."""
-
-    def write(name="job", **changes):
-        return job_in(tmp_path, name, **changes)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, job_in) -> bytes:
-    """The LoRA of a job that ran through."""
-    return done(job_in(tmp_path_factory.mktemp("unbroken"), "unbroken")).read_bytes()
 
 
 def start(spec: Path, *launcher: str, **environment: str) -> subprocess.Popen:
