@@ -164,7 +164,8 @@ def _environment(requirements: str) -> Path:
 def _developer_packages() -> list[str]:
     """The extra `dev` of pyproject.toml (tomllib is not in Python 3.10)."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"^dev = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    # To the bracket that stands alone: a package may have extras of its own in brackets.
+    listed = re.search(r"^dev = \[$(.*?)^\]$", text, re.MULTILINE | re.DOTALL)
     return re.findall(r'"([^"]+)"', listed[1]) if listed else []
 
 

@@ -29,6 +29,13 @@ def test_an_unknown_host_is_refused_with_the_known_ones(given):
         environment.chosen_host(given)
 
 
+def test_the_developers_packages_are_those_of_pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((DEV.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = project["project"]["optional-dependencies"]["dev"]
+    assert environment._developer_packages() == listed
+
+
 def test_a_folder_without_comfyui_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     monkeypatch.setenv("LCM_LORA_CACHE", str(tmp_path / "cache"))
