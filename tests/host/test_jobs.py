@@ -96,6 +96,7 @@ def test_a_bad_job_fails_at_once_and_the_next_one_runs(store, job, tmp_path):
     assert "no checkpoint" in found.error
 
 
+@pytest.mark.faults
 def test_two_stores_share_a_device_one_job_after_the_other(store, job, tmp_path):
     other = Store(tmp_path / "other jobs")
     first, _ = store.create(job("a"), "a")
