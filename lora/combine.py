@@ -38,11 +38,10 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
         raise ValueError("All weights are 0, so the sum is empty; set at least one of them.")
     for vector, _ in terms:
         if vector.opaque:
-            kinds = " and ".join(vector.opaque_kinds)
             raise ValueError(
-                f"{vector.source} holds {kinds} weights. What they do depends on the weights they "
-                "are added to, so that no sum of vectors is their sum. Apply it alone, with Apply "
-                "LoRA Vector, and add the others after it."
+                f"{vector.source} holds {vector.opaque_kinds} weights. What they do depends on the "
+                "weights they are added to, so that no sum of vectors is their sum. Apply it "
+                "alone, with Apply LoRA Vector, and add the others after it."
             )
     terms = _same_spelling(terms)
     _require_one_family([vector for vector, _ in terms])

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .names import NOT_LINEAR
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -98,7 +100,6 @@ class Vector:
             `<module>.diff` for the weight, `<module>.diff_b` for the bias.
         opaque: modules that are no sum of anything (DoRA, OFT, GLoRA), for the host to apply: their
             tensors by the rest of the key, `dora_scale` and `lora_up.weight` say.
-        opaque_kinds: what these are, in words.
         metadata: strings of the file's header.
         source: what to call this vector in messages: a file name, or how it was made.
         ignored: keys of the file that are no part of a LoRA we know.
@@ -110,7 +111,12 @@ class Vector:
     source: str = "LoRA"
     ignored: tuple[str, ...] = ()
     opaque: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    opaque_kinds: tuple[str, ...] = ()
+
+    @property
+    def opaque_kinds(self) -> str:
+        """What the opaque modules are, in words: "DoRA", or "DoRA and OFT"."""
+        parts = {part for module in self.opaque.values() for part in module}
+        return " and ".join(sorted({NOT_LINEAR[part] for part in parts & NOT_LINEAR.keys()}))
 
     def modules(self) -> set[str]:
         """Names of the modules that this vector changes."""

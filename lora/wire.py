@@ -75,7 +75,6 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
     opaque: dict[str, dict[str, Tensor]] = {}
-    kinds: set[str] = set()
     for module, name in canonical_names(modules).items():
         parts = modules[module]
         if parts.keys() == {"alpha"}:
@@ -85,7 +84,6 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
             raise ValueError(f"{source} holds two LoRAs for the module {name}; expected one.")
         diffs |= {f"{name}.{part}": parts[part] for part in ("diff", "diff_b") if part in parts}
         if parts.keys() & NOT_LINEAR.keys():
-            kinds |= {NOT_LINEAR[part] for part in parts.keys() & NOT_LINEAR.keys()}
             opaque[name] = _as_the_host_reads(parts, _peft_alpha(metadata, module, parts))
         elif parts.keys() - {"alpha", "diff", "diff_b"}:
             try:
@@ -103,7 +101,6 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         source,
         tuple(ignored),
         {text_encoder_prefix(name, two_encoders): parts for name, parts in opaque.items()},
-        tuple(sorted(kinds)),
     )
 
 
@@ -117,7 +114,7 @@ def describe(vector: Vector) -> str:
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]
     if vector.opaque:
-        kinds = " and ".join(vector.opaque_kinds)
+        kinds = vector.opaque_kinds
         lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")
     return "\n".join(lines + [f"{key}: {value[:120]}" for key, value in vector.metadata.items()])
 

@@ -16,12 +16,13 @@ from torch import nn
 from . import checkpoints, disk, draws
 from .adapter import Adapter
 from .bank import Bank
+from .journal import Journal
 from .memory import compile_blocks, is_out_of_memory, memory, recompute_blocks
 from .objective import lcm_loss
 from .phased import phased_loss
 from .processes import Processes
 from .spec import Spec
-from .watch import Journal, Samples
+from .watch import Samples
 
 log = logging.getLogger("lcm_lora")
 FIRST_SCALE, GROWTH = 2.0**16, 1000

@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> int:
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         log.setLevel(logging.INFO)
         return ray_job.main(chosen.spec, chosen.ray)
+    from lcm_lora.training.journal import Journal
     from lcm_lora.training.processes import Processes
-    from lcm_lora.training.watch import Journal
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)

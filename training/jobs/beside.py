@@ -56,13 +56,14 @@ class Beside:
     def look(self, now: float) -> None:
         """One round; now: seconds of a clock that only goes forward."""
         jobs = self.store.jobs()
-        here = [job for job in jobs if not job.remote]
         busy = self.prompts() > 0 and not self.waiting
         if busy:
             self._busy_at = now
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
         asked = False
-        for job in here:
+        for job in jobs:
+            if job.remote:
+                continue  # it takes nothing of this machine
             if job.policy == "yield" and busy and job.state in ("queued", "preparing", "running"):
                 self.store.ask(job.id, "pause", aside=self._me())
                 asked = True
@@ -73,16 +74,12 @@ class Beside:
             jobs = self.store.jobs()
         if any(job.state in ("queued", "lost") for job in jobs):
             self.work()
-        self._hand_over(jobs, busy)
+        self._hand_over([job for job in jobs if not job.remote], busy)
         self._tell(jobs)
 
     def _hand_over(self, jobs: list[Job], busy: bool) -> None:
         """Asks for the models' memory where a job starts, and after each prompt beside one."""
-        active = {
-            job.id
-            for job in jobs
-            if job.state in ACTIVE and job.policy != "share" and not job.remote
-        }
+        active = {job.id for job in jobs if job.state in ACTIVE and job.policy != "share"}
         if active - self._active or (active and self._was_busy and not busy):
             self.free()
         self._active, self._was_busy = active, busy
