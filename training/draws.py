@@ -38,6 +38,12 @@ class Order:
             self._batches, self._epoch = self._shuffled(epoch), epoch
         return self._batches[at]
 
+    def original(self, step: int, passes: int) -> int:
+        """The step whose batch and draws this one repeats, where each is used in `passes` passes
+        over the bank, one after the other; step itself for 1."""
+        epoch, at = divmod(step, self.per_epoch)
+        return epoch // passes * passes * self.per_epoch + at
+
     def _shuffled(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(picture_seed(self.seed, epoch, 1 << 40))
         batches = []

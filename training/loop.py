@@ -15,10 +15,11 @@ from torch import nn
 
 from . import checkpoints, disk, draws
 from .adapter import Adapter
+from .answers import Answers
 from .bank import Bank
 from .journal import Journal
 from .memory import compile_blocks, is_out_of_memory, memory, recompute_blocks
-from .objective import lcm_loss
+from .objective import lcm_loss, teacher_step
 from .phased import phased_loss
 from .processes import Processes
 from .spec import Spec
@@ -80,6 +81,9 @@ class Run:
             scale=FIRST_SCALE if self.half else 1.0,
         )  # fmt: skip
         self.step = 0
+        self.answers = None
+        if spec.passes > 1:
+            self.answers = Answers(self.job / "answers", self.processes.rank)
 
     def train(self) -> str:
         """Runs to the last step, or until something is asked; -> "done", "pause" or "finish".
@@ -159,20 +163,33 @@ class Run:
         """Adds up the gradients of this process's batch; -> its mean loss, float32."""
         self.optimiser.zero_grad()
         spec, first = self.spec, self.processes.rank * self.spec.batch
-        rows = self.order.rows(self.step)[first : first + spec.batch]
+        step = self.order.original(self.step, spec.passes)
+        rows = self.order.rows(step)[first : first + spec.batch]
         total = torch.zeros((), device=self.teacher.device)
+        known = self.answers.read(step) if self.answers else None
+        answers = []
         for start in range(0, spec.batch, self.progress.micro_batch):
             part = range(start, min(spec.batch, start + self.progress.micro_batch))
             z0, about = self.bank.batch([rows[i] for i in part])
             eps, index, cfg = draws.draw(
-                spec.seed, self.step, [first + i for i in part], z0.shape[1:], spec.guidance
+                spec.seed, step, [first + i for i in part], z0.shape[1:], spec.guidance
             )
             cond, uncond = self.teacher.conditions(about)
             z0, eps, index, cfg = (x.to(self.teacher.device) for x in (z0, eps, index, cfg))
-            loss = loss_of(spec, self.teacher, self.adapter, z0, eps, index, cond, uncond, cfg)
+            batch = z0, eps, index, cond, uncond, cfg
+            if known is None:
+                answers.append(
+                    teacher_step(self.teacher, self.adapter, self.teacher.schedule, *batch)
+                )
+                z_s = answers[-1]
+            else:
+                z_s = known[part.start : part.stop].to(self.teacher.device)
+            loss = loss_of(spec, self.teacher, self.adapter, *batch, z_s)
             loss = loss * (len(part) / spec.batch)
             (loss * self.progress.scale).backward()
             total += loss.detach()
+        if self.answers and known is None:
+            self.answers.write(step, torch.cat(answers))
         return total
 
     def _use_less_memory(self) -> None:
@@ -314,7 +331,8 @@ class _Since:
 
 
 def loss_of(spec: Spec, teacher, adapter: Adapter, *batch) -> torch.Tensor:
-    """The loss of the job's objective; batch: z0, eps, index, cond, uncond, cfg."""
+    """The loss of the job's objective; batch: z0, eps, index, cond, uncond, cfg, and z_s where the
+    teacher's step is known."""
     if spec.objective == "phased":
         return phased_loss(teacher, adapter, teacher.schedule, *batch, phases=spec.phases)
     return lcm_loss(teacher, adapter, teacher.schedule, *batch)

@@ -25,13 +25,14 @@ def lcm_loss(
     network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
     z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
     context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
+    z_s: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The loss of latent consistency (equation 9): f leaps from any t to the clean latent."""
 
     def f(z, t, x0, eps):
         return consistency(z, x0, t.to(x0.dtype))
 
-    return step_loss(f, network, adapter, schedule, z0, eps, index, context, uncond, cfg)
+    return step_loss(f, network, adapter, schedule, z0, eps, index, context, uncond, cfg, z_s)
 
 
 def step_loss(
@@ -39,31 +40,50 @@ def step_loss(
     network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
     z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
     context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
+    z_s: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The scalar loss for one batch of clean latents; the adapter is on when it returns.
 
     f(z, t, x0, eps) -> where the student says z goes, which is to be the same from t as from the
     teacher's step below. network(z, t, **context) -> raw output, t being int64 [B]; z0, eps:
     [B, C, H, W]; index: int64 [B] in 0..49, the place on the grid 19, 39, ..., 999; cfg: the usual
-    scale. The adapter must still be on at backward: checkpointing runs the forward again there.
+    scale; z_s: the teacher's step of this batch where it is known. The adapter must still be on at
+    backward: checkpointing runs the forward again there.
     """
 
     def student(z, t):
         return f(z, t, *schedule.split(network(z, t, **context), z, t))
 
-    # 1. Noise the latents at t, one solver step above s.
-    t = on_grid(index)
-    s = (t - SKIP).clamp(min=0)
-    z_t = schedule.noised(z0, eps, t)
+    if z_s is None:
+        z_s = teacher_step(network, adapter, schedule, z0, eps, index, context, uncond, cfg)
+    t, s = solver_times(index)
     with torch.no_grad():
-        # 2, 3. The teacher, which is the network without the adapter, takes a DDIM step to s.
-        with adapter.off():
-            x0, eps_t = teacher(network, schedule, z_t, t, context, uncond, cfg)
-        z_s = schedule.noised(x0, eps_t, s)
         # 4. The target is the student itself at s: a LoRA needs no moving average.
         target = student(z_s, s)
     # 5. The student at t.
-    return pseudo_huber(student(z_t, t), target)
+    return pseudo_huber(student(schedule.noised(z0, eps, t), t), target)
+
+
+@torch.no_grad()
+def teacher_step(
+    network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
+    z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
+    context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """z_s: where a guided DDIM step of the teacher leads from the noised latents, [B, C, H, W]."""
+    # 1. Noise the latents at t, one solver step above s.
+    t, s = solver_times(index)
+    z_t = schedule.noised(z0, eps, t)
+    # 2, 3. The teacher, which is the network without the adapter, takes a DDIM step to s.
+    with adapter.off():
+        x0, eps_t = teacher(network, schedule, z_t, t, context, uncond, cfg)
+    return schedule.noised(x0, eps_t, s)
+
+
+def solver_times(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(t, s): where a solver step from this place of the grid begins and ends, int64 [B]."""
+    t = on_grid(index)
+    return t, (t - SKIP).clamp(min=0)
 
 
 def on_grid(index: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def phased_loss(
     network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
     z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
     context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
-    phases: int = 4,
+    z_s: torch.Tensor | None = None, phases: int = 4,
 ) -> torch.Tensor:  # fmt: skip
     """The loss of phased consistency: f is one DDIM step to the edge below the student's t.
 
@@ -52,4 +52,4 @@ def phased_loss(
     def f(z, t, x0, eps):
         return schedule.noised(x0, eps, edge)
 
-    return step_loss(f, network, adapter, schedule, z0, eps, index, context, uncond, cfg)
+    return step_loss(f, network, adapter, schedule, z0, eps, index, context, uncond, cfg, z_s)

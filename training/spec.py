@@ -72,6 +72,8 @@ class Spec:
         sample_every: steps between sample pictures, 0 for none; sample_prompts: what they show.
         patience: stop when that many samplings in a row were no better; 0 never stops early.
         seed: of everything that is drawn.
+        passes: how many passes over the bank, one after the other, use the same noise and timestep
+            of each row; the teacher is asked in the first of them only.
     """
 
     host: str
@@ -106,6 +108,7 @@ class Spec:
     sample_prompts: tuple[str, ...] = ()
     patience: int = 0
     seed: int = 0
+    passes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("host", "checkpoint", "output", "banks"):
@@ -114,7 +117,7 @@ class Spec:
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output must end in .safetensors, found {self.output!r}.")
         at_least_one = (
-            "steps", "batch", "rank", "phases", "checkpoint_every", "keep", "log_every"
+            "steps", "batch", "rank", "phases", "checkpoint_every", "keep", "log_every", "passes"
         )  # fmt: skip
         for name in at_least_one:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))

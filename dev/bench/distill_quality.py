@@ -2,9 +2,10 @@
 
 An LCM-LoRA is distilled twice, from prompts alone and from pictures with captions, and held against
 the bars of `bench quality`: with as many steps as fit into 15 minutes, bank and all, on two cores;
-with --long, as many as it takes. With --phased it is distilled once with each objective, and both
-are judged at four steps without fresh noise. What is done is kept, so that a run that was ended
-goes on where it was.
+with --long, as many as it takes. --passes and --phased distil once more each, from the same prompts
+in the same time: with the teacher asked in one pass of N only, and with the other objective, which
+is judged at four steps without fresh noise. What is done is kept, so that a run that was ended goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ RUN = environment.ROOT / "training" / "run.py"
 CAPTIONS = [data.TEMPLATES[0].format(name) for name in data.NAMES]
 LATENTS, PICTURES = 600, 3000
 STEPS, LONG, MINUTES = 400, 1000, 15
+KEPT, PHASED = "answers kept", "phased"
 Measure = Callable[[dict[str, subjects.Sample], tuple[int, ...]], quality.Figures]
 """(columns, counts of steps) -> what quality.measure finds"""
 
@@ -43,6 +45,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=500, help="--quality: judged, a seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--phased", action="store_true", help='--quality: "phased" beside "lcm"')
+    parser.add_argument("--passes", type=int, metavar="N", help="--quality: that beside 1")
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
@@ -50,13 +53,19 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     write_pictures(work / "pictures")
     prompts = {"prompts": CAPTIONS, "count": LATENTS, "draw_steps": 20}
     pictures = {"kind": "pictures", "path": str(work / "pictures")}
-    if chosen.phased:
-        jobs = {name: (prompts, name) for name in ("lcm", "phased")}
-    else:
-        jobs = {"from prompts": (prompts, "lcm"), "from pictures": (pictures, "lcm")}
     steps = LONG if chosen.long else STEPS
+    jobs = {
+        "from prompts": {"data": prompts, "steps": steps},
+        "from pictures": {"data": pictures, "steps": steps},
+    }
+    if chosen.passes:
+        # A step is some 6 times a forward (backward counts twice), 4 of it without the teacher.
+        more = round(steps * 6 / (4 + 2 / chosen.passes))
+        jobs[KEPT] = {"data": prompts, "steps": more, "passes": chosen.passes}
+    if chosen.phased:
+        jobs[PHASED] = {"data": prompts, "steps": steps, "objective": "phased"}
     specs = {
-        name: settings(work / name.replace(" ", "-"), checkpoint, *job, steps)
+        name: settings(work / name.replace(" ", "-"), checkpoint) | job
         for name, job in jobs.items()
     }
     told = json.dumps([specs, chosen.pictures])
@@ -67,7 +76,7 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         took = kept.cell(f"distil {name}", partial(distil, spec))
         minutes.append(took["minutes"])
         report.add(name, "engine", "time", "min", [took["minutes"]])
-        report.add(name, "engine", "steps", "", [steps])
+        report.add(name, "engine", "steps", "", [spec["steps"]])
     # In bfloat16, as the LoRAs are trained; it halves the time of the judging.
     toy = subjects.Toy.load(checkpoint, torch.bfloat16)
 
@@ -75,10 +84,9 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         return quality.measure(toy, columns, steps, chosen.pictures, chosen.seeds, kept)
 
     loras = {name: Path(spec["output"]) for name, spec in specs.items()}
+    accelerated(report, toy, loras, measure, worst=1.3 if chosen.long else 1.5)
     if chosen.phased:
         deterministic(report, toy, loras, measure)
-    else:
-        accelerated(report, toy, loras, measure, worst=1.3 if chosen.long else 1.5)
     if not chosen.long:
         report.bar("minutes of the longest distillation", max(minutes), MINUTES)
     kept.forget()
@@ -94,39 +102,42 @@ def accelerated(
     columns |= {name: subjects.accelerated(toy, path) for name, path in loras.items()}
     figures = measure(columns, (1, 2, 4))
     quality.rows(report, figures)
-    for name in loras:
+    for name in (each for each in loras if each != PHASED):
         quality.lcm_bars(report, figures, worst, name)
+    if KEPT in loras:
+        for case, metric in (("1 steps", "endpoint_error"), ("4 steps", "frechet")):
+            pair = ((case, name, metric) for name in (KEPT, "from prompts"))
+            report.bar(f"{metric} at {case}, {KEPT} / 1", quality.ratio(figures, *pair), 1.0)
 
 
 def deterministic(
     report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
 ) -> None:
-    """Each LoRA at four steps, with and without fresh noise between them."""
+    """Both objectives at four steps without fresh noise between them."""
     columns = {
-        f"{name}, eta {eta}": subjects.accelerated(toy, path, eta)
-        for name, path in loras.items()
-        for eta in (0.0, 1.0)
+        f"{name}, eta 0": subjects.accelerated(toy, loras[name], 0.0)
+        for name in ("from prompts", PHASED)
     }
     figures = measure(columns, (4,))
-    quality.rows(report, figures)
+    quality.rows(report, {key: each for key, each in figures.items() if key[1] in columns})
     for metric in ("frechet", "endpoint_error"):
-        phased, lcm = (("4 steps", f"{name}, eta 0.0", metric) for name in ("phased", "lcm"))
+        lcm, phased = (("4 steps", name, metric) for name in columns)
         report.bar(
             f"{metric} at 4 deterministic steps, phased / lcm",
             quality.ratio(figures, phased, lcm), 1.0,
         )  # fmt: skip
 
 
-def settings(folder: Path, checkpoint: Path, source: dict, objective: str, steps: int) -> dict:
-    """The job's description."""
+def settings(folder: Path, checkpoint: Path) -> dict:
+    """What all jobs have in common."""
     import comfy
 
     return {
         "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(checkpoint),
         "banks": str(folder / "banks"), "output": str(folder / "lcm-lora.safetensors"),
-        "data": source, "resolution": data.SIZE, "steps": steps, "batch": 32, "rank": 32,
-        "guidance": GUIDANCE, "lr": 4e-4, "warmup": 50, "decay": "cosine", "precision": "bf16",
-        "checkpoint_every": 1000, "log_every": 20, "sample_every": 0, "objective": objective,
+        "resolution": data.SIZE, "batch": 32, "rank": 32, "guidance": GUIDANCE, "lr": 4e-4,
+        "warmup": 50, "decay": "cosine", "precision": "bf16", "checkpoint_every": 1000,
+        "log_every": 20, "sample_every": 0,
     }  # fmt: skip
 
 

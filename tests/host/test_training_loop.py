@@ -138,3 +138,18 @@ def test_warm_up_and_decay():
     assert rates[55] == pytest.approx(0.5) and rates[99] < 0.01
     linear = spec_of("/b", "/c", steps=100, warmup=0, decay="linear", lr=1.0)
     assert learning_rate(linear, 25) == pytest.approx(0.75)
+
+
+def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
+    """2 steps a pass: with 3 passes, steps 0 to 5 need the teacher twice, and 6 and 7 twice."""
+    from lcm_lora.training import answers, loop
+
+    asked = []
+    ask = loop.teacher_step
+    monkeypatch.setattr(loop, "teacher_step", lambda *batch: asked.append(1) or ask(*batch))
+    _, kept = trained(steps=8, passes=3)
+    assert len(asked) == 4
+    monkeypatch.setattr(answers.Answers, "read", lambda *_: None)
+    _, always = trained(steps=8, passes=3)
+    assert len(asked) == 12
+    assert all(torch.equal(kept[name], always[name]) for name in kept)

@@ -62,3 +62,11 @@ def test_two_processes_share_the_batch_of_one():
     eps = draw(2, 2, range(8), SHAPE, (7.5,))[0]
     halves = [draw(2, 2, range(4 * r, 4 * r + 4), SHAPE, (7.5,))[0] for r in (0, 1)]
     assert torch.equal(torch.cat(halves), eps)
+
+
+def test_a_batch_is_used_in_so_many_passes_and_no_more():
+    order = Order([SHAPE] * 24, batch=4, seed=1)  # 6 steps a pass
+    assert [order.original(step, 1) for step in range(20)] == list(range(20))
+    assert [order.original(step, 3) for step in (0, 5, 6, 11, 17, 18, 23, 24)] == [
+        0, 5, 0, 5, 5, 18, 23, 18,
+    ]  # fmt: skip

@@ -70,7 +70,7 @@ def test_the_loss_of_a_perfect_network_is_zero(prediction, phases):
         return {"eps": noise, "v": a * noise - s * x0, "x0": x0}[prediction]
 
     adapter = Adapter(Toy(), 2)
-    loss = phased_loss(oracle, adapter, schedule, z0, eps, INDEX, cond, uncond, 7.5, phases)
+    loss = phased_loss(oracle, adapter, schedule, z0, eps, INDEX, cond, uncond, 7.5, phases=phases)
     assert loss < 1e-5
 
 
@@ -116,7 +116,7 @@ def test_one_phase_is_the_consistency_model_of_ddim_to_zero(learned, prediction)
         return ACP[0].sqrt() * (z - b * noise) / a + (1 - ACP[0]).sqrt() * noise
 
     wanted = pseudo_huber(f(z_t, t), f(z_s, s).detach())
-    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, 1)
+    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=1)
     assert torch.allclose(found, wanted, rtol=1e-5)
     for ours, theirs in zip(gradients(found, adapter), gradients(wanted, adapter), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
@@ -128,5 +128,5 @@ def test_a_phase_for_every_solver_step_is_the_teacher_itself(learned):
     z0, eps, cond, uncond = batch()
     z_t, t, z_s, s = steps(network, adapter, schedule)
     student = schedule.noised(*schedule.split(network(z_t, t, **cond), z_t, t), s)
-    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, 50)
+    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=50)
     assert torch.allclose(found, pseudo_huber(student, z_s), rtol=1e-5)

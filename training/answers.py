@@ -1,0 +1,36 @@
+"""The teacher's steps on disk, so that later passes over the bank need not ask it again.
+
+A solver step of the frozen teacher depends on the latent, its noise, the timestep and the guidance
+alone. Where these are kept for several passes, so is its answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .disk import whole_file
+
+
+@dataclass(frozen=True)
+class Answers:
+    """z_s of a process's part of each batch, a file for each step that asked the teacher."""
+
+    folder: Path
+    rank: int
+
+    def read(self, step: int) -> torch.Tensor | None:
+        """[B, C, H, W] on the CPU, or None where the teacher must be asked."""
+        file = self._file(step)
+        return load_file(file)["z_s"] if file.exists() else None
+
+    def write(self, step: int, z_s: torch.Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self._file(step)) as new:
+            save_file({"z_s": z_s.cpu().contiguous()}, new)
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{self.rank}-{step}.safetensors"
