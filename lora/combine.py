@@ -1,20 +1,24 @@
-"""Sums of vectors. A sum of low-rank deltas is exactly one low-rank delta of the summed rank."""
+"""Vectors into one: their exact sum, which is one of the summed rank, or a rule's merge."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .blocks import place_of
+from .compare import Grams
 from .delta import Delta, Vector
+from .elementwise.rule import Rule
 from .family import family_of, has_two_text_encoders
+from .loss import Loss
+from .metadata import agreed, recipe
 from .names import text_encoder_prefix
-
-RECIPE = "lcm_lora_recipe"
+from .nearest import nearest
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:
@@ -31,6 +35,60 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
         ValueError: nothing is left to add, a weight is not finite, or the vectors are made for
             different base models.
     """
+    terms = _terms(vectors, weights)
+    deltas, grams = {}, Grams(len(terms))
+    for name, holders in _holders(terms).items():
+        deltas[name] = _stack([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
+        ranks = [terms[i][0].deltas[name].rank for i in holders]
+        grams.add(place_of(name), deltas[name], holders, ranks)
+    metadata = _metadata(terms, "exact")
+    combined = Vector(deltas, _sum_diffs(terms), metadata, _source(terms))
+    return combined, f"{_report(terms, combined)}\n{grams}".rstrip()
+
+
+def elementwise(
+    vectors: Sequence[Vector], weights: Sequence[float], rule: Rule, density: float, rank: int,
+    seed: int, device: torch.device, watch: Callable[[list[str]], Iterable[str]] = iter,
+) -> tuple[Vector, str]:  # fmt: skip
+    """The vectors merged number by number by `rule`, and then brought to a rank, layer by layer.
+
+    What has no factors (norms, biases) is added. The same seed draws the same on every device.
+
+    Args:
+        density: the share of numbers that the rule keeps, above 0 to 1.
+        rank: the most a module may have; 0 for the sum of the ranks, as the exact sum has.
+        device: where the whole changes are worked on; results come back to the CPU.
+        watch: goes through the names of the modules, and may tell of it or raise.
+
+    Raises:
+        ValueError: as exact does, or density or rank are out of range.
+    """
+    if not 0 < density <= 1 or rank < 0:
+        raise ValueError(
+            f"density must be above 0 and at most 1 and rank 0 or more, found {density:g} and "
+            f"{rank}."
+        )
+    terms = _terms(vectors, weights)
+    of = _holders(terms)
+    deltas, energies, ranks = {}, {}, {}
+    for name in watch(list(of)):
+        parts = [(terms[i][0].deltas[name], terms[i][1]) for i in of[name]]
+        shape = max((delta.shape for delta, _ in parts), key=len)
+        changes = torch.stack([weight * d.matrix().view(shape) for d, weight in parts]).to(device)
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        merged = rule.merge(changes, density, generator)
+        before = sum(delta.rank for delta, _ in parts)
+        deltas[name], left_out = nearest(merged, rank or before, seed)
+        energies[name] = left_out, float(merged.double().square().sum())
+        ranks[name] = before, deltas[name].rank
+    metadata = _metadata(terms, f"{rule.name}, density {density:g}, seed {seed}")
+    combined = Vector(deltas, _sum_diffs(terms), metadata, f"{rule.name} of {_source(terms)}")
+    report = _report(terms, combined)
+    return combined, f"{report}\n{Loss(energies, ranks)}" if deltas else report
+
+
+def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Vector, float]]:
+    """What is to be added, checked."""
     if bad := [w for w in weights if not math.isfinite(w)]:
         raise ValueError(f"A weight is {bad[0]}; expected a finite number.")
     terms = [(v, w) for v, w in zip(vectors, weights, strict=True) if w != 0]
@@ -45,14 +103,20 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
             )
     terms = _same_spelling(terms)
     _require_one_family([vector for vector, _ in terms])
+    return terms
 
-    deltas = {}
-    for name in dict.fromkeys(name for vector, _ in terms for name in vector.deltas):
-        holders = [(vector, weight) for vector, weight in terms if name in vector.deltas]
-        _require_one_shape(name, [(v.source, v.deltas[name].shape) for v, _ in holders])
-        deltas[name] = _stack([(v.deltas[name], weight) for v, weight in holders])
-    combined = Vector(deltas, _sum_diffs(terms), _metadata(terms), _source(terms))
-    return combined, _report(terms, combined)
+
+def _holders(terms: Sequence[tuple[Vector, float]]) -> dict[str, list[int]]:
+    """The places of the terms that have a delta for each module, whose shapes agree."""
+    found: dict[str, list[int]] = {}
+    for place, (vector, _) in enumerate(terms):
+        for name in vector.deltas:
+            found.setdefault(name, []).append(place)
+    for name, places in found.items():
+        _require_one_shape(
+            name, [(terms[i][0].source, terms[i][0].deltas[name].shape) for i in places]
+        )
+    return found
 
 
 def _stack(parts: Sequence[tuple[Delta, float]]) -> Delta:
@@ -110,16 +174,12 @@ def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -
         )
 
 
+def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
+    return agreed([vector for vector, _ in terms]) | recipe(terms, method)
+
+
 def _source(terms: Sequence[tuple[Vector, float]]) -> str:
     return " + ".join(f"{weight:g} x ({vector.source})" for vector, weight in terms)
-
-
-def _metadata(terms: Sequence[tuple[Vector, float]]) -> dict[str, str]:
-    """What all files agree on (the base model, say), and how the sum was made."""
-    first, *others = (vector.metadata for vector, _ in terms)
-    agreed = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
-    recipe = [{"source": vector.source, "weight": weight} for vector, weight in terms]
-    return agreed | {RECIPE: json.dumps(recipe)}
 
 
 def _report(terms: Sequence[tuple[Vector, float]], combined: Vector) -> str:

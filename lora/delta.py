@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Delta:
                 )
         if 0 in (self.up.shape[1], self.down.shape[0]):
             raise ValueError("its rank is 0; expected 1 or more")
+        if not self.up.numel() or not self.down.numel():
+            raise ValueError(
+                f"it has no numbers: up {_shape(self.up)}, down {_shape(self.down)}"
+            )
         if self.up.shape[1] != self.down.shape[0] or self.up[0, 0].numel() != 1:
             raise ValueError(
                 f"its factors do not multiply: up {_shape(self.up)}, down {_shape(self.down)}; "
@@ -83,6 +87,18 @@ class Delta:
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
         return Delta(self.up, down, None, self.alpha)
 
+    def scaled(self, factor: float) -> Delta:
+        """The delta times a number, which goes into alpha; the factors are shared."""
+        return replace(self, alpha=self.scale * factor * self.rank)
+
+    def inner(self, other: Delta) -> float:
+        """The Frobenius inner product <self, other> of two deltas of one weight, with no matrix of
+        the weight's size: <U1 D1, U2 D2> = <U1' U2, D1 D2'>. Float32."""
+        one, two = self.plain(), other.plain()
+        ups = one.up.float().flatten(1).T @ two.up.float().flatten(1)
+        downs = one.down.float().flatten(1) @ two.down.float().flatten(1).T
+        return float((ups.double() * downs.double()).sum()) * one.scale * two.scale
+
     def matrix(self) -> Tensor:
         """The dense delta in float32, scale included, in the shape of `self.shape`."""
         plain = self.plain()
@@ -103,6 +119,7 @@ class Vector:
         metadata: strings of the file's header.
         source: what to call this vector in messages: a file name, or how it was made.
         ignored: keys of the file that are no part of a LoRA we know.
+        sha256: of the file that it was read from, where that is known.
     """
 
     deltas: Mapping[str, Delta]
@@ -111,6 +128,7 @@ class Vector:
     source: str = "LoRA"
     ignored: tuple[str, ...] = ()
     opaque: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    sha256: str = ""
 
     @property
     def opaque_kinds(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .delta import Vector
+from .metadata import standard
 from .whole import whole_file
 from .wire import parse, to_wire
 
@@ -72,20 +73,21 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     order = sorted(tensors, key=lambda key: (-kinds[key].itemsize, key))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new, open(new, "wb") as file:
-        file.write(_header({key: (kinds[key], tensors[key].shape) for key in order}, vector))
+        metadata = {**vector.metadata, **standard(vector)}
+        file.write(_header({key: (kinds[key], tensors[key].shape) for key in order}, metadata))
         for key in order:  # one by one, so that no second copy of them all is ever in memory
             file.write(_bytes(key, tensors[key], kinds[key]))
 
 
-def _header(entries: Mapping[str, tuple[torch.dtype, torch.Size]], vector: Vector) -> bytes:
+def _header(
+    entries: Mapping[str, tuple[torch.dtype, torch.Size]], metadata: Mapping[str, str]
+) -> bytes:
     """How a safetensors file begins: the length of a JSON text, and the text.
 
     Our own, for the library writes the metadata in an order of chance, and from a copy of all the
     tensors; so the same vector is always the same file.
     """
-    told: dict[str, Any] = {}
-    if vector.metadata:
-        told["__metadata__"] = dict(sorted(vector.metadata.items()))
+    told: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     begin = 0
     for key, (kind, shape) in entries.items():
         end = begin + shape.numel() * kind.itemsize

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -131,9 +132,8 @@ def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
     paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
     # Some native names have two paths; the first is the one that LoRA files use.
     of = {native: path for path, native in reversed(paths.items()) if native.endswith(".weight")}
-    bar = comfy.utils.ProgressBar(len(of))
-    for native, path in of.items():
-        bar.update(1)
+    for native in watched(list(of)):
+        path = of[native]
         name = UNET + path.removesuffix(".weight").replace(".", "_")
         weight = f"diffusion_model.{native}"
         bias = f"{weight.removesuffix('.weight')}.bias"
@@ -161,6 +161,20 @@ def _weight(entry: list, key: str) -> Tensor:
     (weight, convert), *patches = entry
     whole = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
     return comfy.lora.calculate_weight(patches, whole, key)
+
+
+def device() -> torch.device:
+    """Where the host computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def watched(names: Sequence[str]) -> Iterator[str]:
+    """The names one by one, with a progress bar on the node; raises where the user interrupts."""
+    bar = comfy.utils.ProgressBar(len(names))
+    for name in names:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield name
+        bar.update(1)
 
 
 def detect(model: ModelPatcher) -> Family | None:

@@ -56,13 +56,14 @@ def lokr(parts: Mapping[str, Tensor], alpha: float | None) -> Delta:
     Raises:
         ValueError: a factor is missing, or shapes do not multiply.
     """
-    whole = [parts.get(f"lokr_w{i}") for i in (1, 2)]
+    whole = [f"lokr_w{i}" in parts for i in (1, 2)]
     pairs = [
-        _pair(parts, f"lokr_w{i}", f"lokr_t{i}") if side is None else _identity(side.float())
-        for i, side in enumerate(whole, 1)
-    ]
+        _identity(_matrix(parts, f"lokr_w{i}").flatten(1)) if is_whole
+        else _pair(parts, f"lokr_w{i}", f"lokr_t{i}")
+        for i, is_whole in enumerate(whole, 1)
+    ]  # fmt: skip
     # Where both sides are whole there is no rank to divide by.
-    ranks = [parts[f"lokr_w{i}_b"].shape[0] for i in (1, 2) if whole[i - 1] is None]
+    ranks = [parts[f"lokr_w{i}_b"].shape[0] for i in (1, 2) if not whole[i - 1]]
     scale = alpha / ranks[-1] if ranks and alpha is not None else 1.0
     (a1, b1), (a2, b2) = pairs
     out, columns = a1.shape[0] * a2.shape[0], b1.shape[1] * b2.shape[1]
@@ -72,12 +73,7 @@ def lokr(parts: Mapping[str, Tensor], alpha: float | None) -> Delta:
 
 
 def _pair(parts: Mapping[str, Tensor], side: str, core: str) -> Pair:
-    for name in (f"{side}_a", f"{side}_b"):
-        if name not in parts:
-            raise ValueError(f"it has no {name} beside its {', '.join(sorted(parts))}")
-        if parts[name].dim() < 2 or not parts[name].numel():
-            raise ValueError(f"its {name} is {list(parts[name].shape)}; expected a matrix")
-    a, b = (parts[f"{side}_{each}"].float().flatten(1) for each in "ab")
+    a, b = (_matrix(parts, f"{side}_{each}").flatten(1) for each in "ab")
     if core in parts:
         tucker = parts[core].float()
         if tucker.dim() != 4 or tucker.shape[0] != a.shape[0] or tucker.shape[1] != b.shape[0]:
@@ -92,9 +88,21 @@ def _pair(parts: Mapping[str, Tensor], side: str, core: str) -> Pair:
     return a, b
 
 
-def _identity(whole: Tensor) -> Pair:
+def _matrix(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """A factor in float32, with at least 2 dimensions and a number."""
+    if name not in parts:
+        raise ValueError(f"it has no {name} beside its {', '.join(sorted(parts))}")
+    factor = parts[name]
+    if factor.dim() < 2 or not factor.numel() or not factor.is_floating_point():
+        raise ValueError(
+            f"its {name} is {list(factor.shape)} of {factor.dtype}; expected a matrix of floating "
+            "point numbers"
+        )
+    return factor.float()
+
+
+def _identity(matrix: Tensor) -> Pair:
     """A whole matrix as a pair, with the smaller identity."""
-    matrix = whole.flatten(1)
     rows, columns = matrix.shape
     if rows <= columns:
         return torch.eye(rows), matrix

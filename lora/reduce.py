@@ -6,42 +6,18 @@ are the delta's own: the cost is O((out + in) r^2), and no matrix of the layer's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
+from .loss import Loss
+from .metadata import METHOD
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a reduction left.
-
-    Attributes:
-        energy: share of the squared Frobenius norm that is kept, 0 to 1, over all deltas.
-        ranks: rank of each module after it.
-    """
-
-    energy: float
-    ranks: Mapping[str, int]
-
-    @property
-    def error(self) -> float:
-        """Relative error in the Frobenius norm, over all deltas."""
-        return max(0.0, 1.0 - self.energy) ** 0.5
-
-    def __str__(self) -> str:
-        ranks = sorted(self.ranks.values())
-        return (
-            f"Reduced to rank {ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average: "
-            f"{100 * self.energy:.3f} % of the energy kept, relative error {self.error:.2e}."
-        )
-
-
-def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Kept]:
-    """The vector with the smallest singular values of its deltas left out, and what is kept.
+def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Loss]:
+    """The vector with the smallest singular values of its deltas left out, and what that loses.
 
     By Eckart and Young (1936) no other deltas of these ranks are nearer. Works in float32; what is
     no delta (`diffs`) stays as it is.
@@ -53,28 +29,32 @@ def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[
             only ranks that carry nothing are left out.
 
     Raises:
-        ValueError: rank is negative, or keep_energy out of range.
+        ValueError: rank is negative, keep_energy out of range, or there is no delta.
     """
     if rank < 0 or not 0 < keep_energy <= 1:
         raise ValueError(
             f"rank must be 0 or more and keep_energy above 0 and at most 1, found {rank} and "
             f"{keep_energy:g}."
         )
-    parts = {name: _decomposed(delta) for name, delta in vector.deltas.items()}
+    if not vector.deltas:
+        raise ValueError(f"{vector.source} holds no factors, so its ranks cannot be reduced.")
+    parts = {name: decomposed(delta) for name, delta in vector.deltas.items()}
     threshold = _threshold([part.values for part in parts.values()], keep_energy)
-    deltas, ranks, kept, whole = {}, {}, 0.0, 0.0
+    deltas, ranks, energies = {}, {}, {}
     for name, part in parts.items():
-        count = max(1, int((part.values > max(threshold, part.noise)).sum()))
-        ranks[name] = min(count, rank or count)
-        deltas[name] = part.cut(ranks[name])
+        needed = max(1, int((part.values > max(threshold, part.noise)).sum()))
+        kept = min(needed, rank or needed)
+        deltas[name] = part.cut(kept)
+        ranks[name] = vector.deltas[name].rank, kept
         energy = part.values.double().square()
-        kept += float(energy[: ranks[name]].sum())
-        whole += float(energy.sum())
-    return replace(vector, deltas=deltas), Kept(kept / whole if whole else 1.0, ranks)
+        energies[name] = float(energy[kept:].sum()), float(energy.sum())
+    loss = Loss(energies, ranks)
+    metadata = {**vector.metadata, METHOD: f"svd, relative error {loss.error:.2e}"}
+    return replace(vector, deltas=deltas, metadata=metadata), loss
 
 
 @dataclass(frozen=True)
-class _Decomposed:
+class Decomposed:
     """`left @ diag(values) @ right` is the delta as a matrix, scale included."""
 
     left: Tensor
@@ -100,17 +80,18 @@ class _Decomposed:
         )
 
 
-def _decomposed(delta: Delta) -> _Decomposed:
+def decomposed(delta: Delta) -> Decomposed:
+    """The singular value decomposition of a delta, float32."""
     plain = delta.plain()
     q_up, r_up = torch.linalg.qr(plain.up.float().flatten(1) * plain.scale)
     q_down, r_down = torch.linalg.qr(plain.down.float().flatten(1).T)
     left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    return _Decomposed(q_up @ left, values, right @ q_down.T, delta.shape)
+    return Decomposed(q_up @ left, values, right @ q_down.T, delta.shape)
 
 
 def _threshold(values: list[Tensor], keep_energy: float) -> float:
     """The singular value down to which all modules' are kept, for that share of the energy."""
-    if keep_energy == 1 or not values:
+    if keep_energy == 1:
         return 0.0
     ordered = torch.cat(values).double().sort(descending=True).values
     energy = ordered.square().cumsum(0)

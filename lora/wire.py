@@ -6,6 +6,8 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +21,18 @@ logger = logging.getLogger("lcm_lora")
 
 # diffusers keeps the adapter's configuration under this key of the file's header.
 PEFT_METADATA = "lora_adapter_metadata"
+# In practice a pattern is a module's path; a real regular expression could take for ever.
+_PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")
 
 
 class LoraModel(dict[str, Tensor]):
     """The host's LORA_MODEL, a dict of tensors in kohya names, that knows where it came from."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str):
+    def __init__(self, tensors: Mapping[str, Tensor], vector: Vector):
         super().__init__(tensors)
-        self.metadata = dict(metadata)
-        self.source = source
+        self.metadata = dict(vector.metadata)
+        self.source = vector.source
+        self.sha256 = vector.sha256
 
 
 def to_wire(vector: Vector) -> LoraModel:
@@ -42,13 +47,13 @@ def to_wire(vector: Vector) -> LoraModel:
         tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
     for module, parts in vector.opaque.items():
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    return LoraModel(tensors | dict(vector.diffs), vector.metadata, vector.source)
+    return LoraModel(tensors | dict(vector.diffs), vector)
 
 
 def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
     """A LORA_MODEL of any node, the host's own trainer included, as a vector."""
-    metadata = getattr(tensors, "metadata", {})
-    return parse(tensors, metadata, getattr(tensors, "source", "LORA_MODEL"))
+    metadata, source = getattr(tensors, "metadata", {}), getattr(tensors, "source", "LORA_MODEL")
+    return replace(parse(tensors, metadata, source), sha256=getattr(tensors, "sha256", ""))
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Vector:
@@ -72,6 +77,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
             ignored.append(key)
     if not any(parts.keys() - {"alpha"} for parts in modules.values()):
         raise ValueError(f"{source} holds no LoRA: {_what_it_looks_like(list(tensors))}.")
+    config = _peft_config(metadata)
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
     opaque: dict[str, dict[str, Tensor]] = {}
@@ -82,14 +88,16 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
             continue
         if name in deltas or name in opaque or {f"{name}.diff", f"{name}.diff_b"} & diffs.keys():
             raise ValueError(f"{source} holds two LoRAs for the module {name}; expected one.")
-        diffs |= {f"{name}.{part}": parts[part] for part in ("diff", "diff_b") if part in parts}
-        if parts.keys() & NOT_LINEAR.keys():
-            opaque[name] = _as_the_host_reads(parts, _peft_alpha(metadata, module, parts))
-        elif parts.keys() - {"alpha", "diff", "diff_b"}:
-            try:
-                deltas[name] = _delta(parts, _peft_alpha(metadata, module, parts))
-            except ValueError as error:
-                raise ValueError(f"{source}, module {name}: {error}.") from None
+        try:
+            for part in ("diff", "diff_b"):
+                if part in parts:
+                    diffs[f"{name}.{part}"] = _diff(part, parts[part])
+            if parts.keys() & NOT_LINEAR.keys():
+                opaque[name] = _as_the_host_reads(parts, _peft_alpha(config, module, parts))
+            elif parts.keys() - {"alpha", "diff", "diff_b"}:
+                deltas[name] = _delta(parts, _peft_alpha(config, module, parts))
+        except ValueError as error:
+            raise ValueError(f"{source}, module {name}: {error}.") from None
 
     if ignored:
         logger.warning("%s: %d keys are no part of a LoRA: %s", source, len(ignored), ignored[:10])
@@ -131,6 +139,15 @@ def _as_the_host_reads(parts: Mapping[str, Tensor], alpha: float | None) -> dict
     return spelled
 
 
+def _diff(part: str, change: Tensor) -> Tensor:
+    if not change.dim() or not change.numel() or not change.is_floating_point():
+        raise ValueError(
+            f"its {part} is {list(change.shape)} of {change.dtype}; expected one or more floating "
+            "point numbers for each output"
+        )
+    return change
+
+
 def _delta(parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
     alpha = peft_alpha
     if "alpha" in parts:
@@ -147,27 +164,41 @@ def _delta(parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
 
 
 def _peft_alpha(
-    metadata: Mapping[str, str], module: str, parts: Mapping[str, Tensor]
+    config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
 ) -> float | None:
-    """Alpha from the configuration that diffusers writes into a file's header, if it is there."""
-    try:
-        config = json.loads(metadata.get(PEFT_METADATA, "{}"))
-    except json.JSONDecodeError:
-        return None
+    """A module's alpha from such a configuration, if it is there."""
     prefix = module.partition(".")[0] + "."
     if f"{prefix}lora_alpha" not in config:
         prefix = ""
     alpha = config.get(f"{prefix}lora_alpha")
-    for pattern, value in (config.get(f"{prefix}alpha_pattern") or {}).items():
-        # PEFT reads a pattern as a regular expression for the end of the module's path.
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+    patterns = config.get(f"{prefix}alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if not _PLAIN_PATTERN.fullmatch(pattern):
+            raise ValueError(
+                f"its header gives alpha by the regular expression {pattern[:80]!r}; expected the "
+                "name of a module"
+            )
+        # PEFT reads it as a regular expression for the end of the module's path, or all of it.
+        name = pattern.removeprefix("^")
+        if module == name or (name == pattern and module.endswith(f".{name}")):
             alpha = value
             break
-    if alpha is None or "down" not in parts:
+    if alpha is None or "down" not in parts or parts["down"].dim() == 0:
         return None
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"its header has the alpha {str(alpha)[:80]!r}; expected a number")
     # rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank) where LoRA has alpha / rank.
     rank_stabilized = config.get(f"{prefix}use_rslora", False)
     return alpha * parts["down"].shape[0] ** 0.5 if rank_stabilized else float(alpha)
+
+
+def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The adapter's configuration that diffusers writes into a file's header; {} without one."""
+    try:
+        config = json.loads(metadata.get(PEFT_METADATA, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _what_it_looks_like(keys: list[str]) -> str:

@@ -6,12 +6,15 @@ import sys
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .combine import LCMLoRACombine
 from .distill import LCMDistill, LCMDistillData
 from .extract import LCMLoRAExtract
 from .jobs import LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
 from .sampling import LCMKSampler, LCMModelSampling, LCMSampler, LCMSchedule
-from .vectors import LCMLoRAApply, LCMLoRACombine, LCMLoRASave, LCMLoRAVectorLoader
+from .stack import LCMLoRAFromStack, LCMLoRAToStack
+from .vectors import LCMLoRAApply, LCMLoRASave, LCMLoRAVectorLoader
+from .weigh import LCMLoRABlocks, LCMLoRAProtect
 
 NODES: list[type[io.ComfyNode]] = [
     LCMLoRALoader,
@@ -28,6 +31,10 @@ NODES: list[type[io.ComfyNode]] = [
     LCMJobStatus,
     LCMJobResult,
     LCMLoRAExtract,
+    LCMLoRABlocks,
+    LCMLoRAProtect,
+    LCMLoRAFromStack,
+    LCMLoRAToStack,
 ]
 
 

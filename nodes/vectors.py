@@ -1,19 +1,19 @@
-"""LoRAs as vectors in weight space: load, combine by weights, apply, save."""
+"""LoRAs as vectors in weight space: load, apply, save."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-from ..lora.combine import exact
 from ..lora.files import DTYPES, fingerprint, read, write
 from ..lora.host import apply
-from ..lora.reduce import truncated
+from ..lora.whole import sha256
 from ..lora.wire import describe, from_wire, to_wire
 from .host import lora_names, lora_path, new_lora_path, show
 
 CATEGORY = "LCM-LoRA"
-MAX_VECTORS = 8
 
 
 class LCMLoRAVectorLoader(io.ComfyNode):
@@ -50,108 +50,9 @@ class LCMLoRAVectorLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name: str) -> io.NodeOutput:
-        vector = read(lora_path(lora_name))
+        path = lora_path(lora_name)
+        vector = replace(read(path), sha256=sha256(path))
         return io.NodeOutput(to_wire(vector), describe(vector))
-
-
-class LCMLoRACombine(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        rows = [_row(number) for number in range(1, MAX_VECTORS + 1)]
-        counts = [
-            io.DynamicCombo.Option(str(count), [field for row in rows[:count] for field in row])
-            for count in range(2, MAX_VECTORS + 1)
-        ]
-        return io.Schema(
-            node_id="LCMLoRACombine",
-            display_name="Combine LoRA Vectors",
-            category=CATEGORY,
-            description=(
-                "Adds LoRA vectors by weights: a style LoRA and the LCM-LoRA become one LoRA that "
-                "paints the style in few steps. The LCM paper takes 1.0 for the LCM-LoRA and 0.8 "
-                "for the style."
-            ),
-            search_aliases=["merge lora", "combine lora", "add lora", "lora sum", "mix lora"],
-            inputs=[
-                io.DynamicCombo.Input(
-                    "count", options=counts, tooltip="How many vectors to combine."
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=["exact", "svd"],
-                    default="exact",
-                    tooltip=(
-                        "exact: the true weighted sum, with no error. Its rank is the sum of the "
-                        "ranks, so the file grows accordingly. svd: the same sum, reduced to what "
-                        "rank and keep_energy allow, with the least error there is."
-                    ),
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip=(
-                        "svd: the most ranks a module may have; 0 for no limit. The exact method "
-                        "needs 0."
-                    ),
-                ),
-                io.Float.Input(
-                    "keep_energy",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip=(
-                        "svd: share of the energy (the squared norm) of all modules together to "
-                        "keep, with the fewest ranks; 0.99 is a relative error of 10 %. The exact "
-                        "method needs 1."
-                    ),
-                ),
-            ],
-            outputs=[
-                io.LoraModel.Output(
-                    display_name="LORA_MODEL", tooltip="The combined vector: apply it or save it."
-                ),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="Modules and ranks of every input and of the result.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, count: dict, method: str, rank: int, keep_energy: float) -> io.NodeOutput:
-        if method == "exact" and (rank != 0 or keep_energy != 1.0):
-            raise ValueError(
-                f"The method exact keeps every rank, so it cannot honour rank {rank} and "
-                f"keep_energy {keep_energy:g}; choose svd, or set rank to 0 and keep_energy to 1."
-            )
-        numbers = range(1, int(count["count"]) + 1)
-        vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
-        combined, report = exact(vectors, [count[f"weight_{number}"] for number in numbers])
-        if method == "svd":
-            combined, kept = truncated(combined, rank, keep_energy)
-            report = f"{report}\n{kept}"
-        return io.NodeOutput(to_wire(combined), report)
-
-
-def _row(number: int) -> list[io.Input]:
-    first = number == 1
-    return [
-        io.LoraModel.Input(
-            f"vector_{number}",
-            tooltip="The LCM-LoRA's vector." if first else "A style LoRA's vector, or any other.",
-        ),
-        io.Float.Input(
-            f"weight_{number}",
-            default=1.0 if first else 0.8,
-            min=-10.0,
-            max=10.0,
-            step=0.01,
-            tooltip=f"Weight of vector {number}; negative takes it away, 0 leaves it out.",
-        ),
-    ]
 
 
 class LCMLoRAApply(io.ComfyNode):

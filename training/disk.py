@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lora.whole import TEMPORARY, sync, whole_file
+from ..lora.whole import sha256 as sha256
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -49,14 +50,6 @@ def read_object(path: Path) -> dict[str, Any]:
     """The parsed file; {} where it is not there, torn, or holds no JSON object."""
     found = read_json(path)
     return found if isinstance(found, dict) else {}
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def clear_torn(folder: Path) -> None:

@@ -183,25 +183,33 @@ def test_a_lora_for_the_text_encoder_alone_needs_a_clip(model):
         apply(model, text_lora())
 
 
-def test_the_text_encoder_is_patched_where_a_clip_is_connected(model):
+LAYER = "text_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def text_clip():
+    """A CLIP of one layer."""
     import comfy.sd
 
-    layer = "text_model.encoder.layers.0.mlp.fc1.weight"
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        [{layer.replace("fc1", "fc2"): torch.zeros(768, 3072), layer: torch.zeros(3072, 768)}],
+    return comfy.sd.load_text_encoder_state_dicts(
+        [{LAYER.replace("fc1", "fc2"): torch.zeros(768, 3072), LAYER: torch.zeros(3072, 768)}],
         clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION,
         model_options={"clip_l_model_config": {"num_hidden_layers": 1}},
     )
+
+
+def test_the_text_encoder_is_patched_where_a_clip_is_connected(model):
+    clip = text_clip()
     tensors = dialects(model)["kohya"] | text_lora()
     patched, new_clip, coverage = apply(model, tensors, 1.0, clip, 0.5)
     assert coverage.taken == coverage.total == len(modules(model)) + 1
     ((key, patches),) = new_clip.patcher.patches.items()
-    assert key.endswith(layer) and patches[0][0] == 0.5 and not clip.patcher.patches
+    assert key.endswith(LAYER) and patches[0][0] == 0.5 and not clip.patcher.patches
     assert len(patched.patches) == len(modules(model))
 
 
 def test_the_nodes_load_combine_save_and_offer_the_file(model, loras):
     from lcm_lora.nodes import vectors as nodes
+    from lcm_lora.nodes.combine import LCMLoRACombine
 
     save_file(dialects(model, rank=4)["kohya"], loras / "lcm.safetensors")
     save_file(dialects(model, rank=7, seed=1)["diffusers"], loras / "style.safetensors")
@@ -211,7 +219,7 @@ def test_the_nodes_load_combine_save_and_offer_the_file(model, loras):
     )
     assert f"SD1.5 (cross-attention width 768)\n{len(modules(model))} modules" in info
     count = {"count": "2", "vector_1": lcm, "weight_1": 1.0, "vector_2": style, "weight_2": 0.8}
-    combined, report = nodes.LCMLoRACombine.execute(count, "exact", 0, 1.0).result
+    combined, report = LCMLoRACombine.execute(count, "exact", 0, 1.0).result
     assert "rank 11" in report
     (name,) = nodes.LCMLoRASave.execute(combined, "made/both", "fp32", False).result
     assert Path(name) == Path("made/both.safetensors")
@@ -230,9 +238,9 @@ def test_the_nodes_load_combine_save_and_offer_the_file(model, loras):
 
 @pytest.mark.parametrize(("rank", "energy"), [(8, 1.0), (0, 0.9)])
 def test_settings_that_exact_cannot_honour_are_refused(comfy, rank, energy):
-    from lcm_lora.nodes.vectors import LCMLoRACombine
+    from lcm_lora.nodes.combine import LCMLoRACombine
 
-    with pytest.raises(ValueError, match="set rank to 0 and keep_energy to 1"):
+    with pytest.raises(ValueError, match="set rank to 0, keep_energy to 1"):
         LCMLoRACombine.execute({"count": "2"}, "exact", rank, energy)
 
 
@@ -278,7 +286,7 @@ def test_other_adapters_do_what_the_host_does_with_them(model, kind):
 
 def test_svd_makes_the_same_sum_smaller_and_tells_its_error(model):
     from lcm_lora.lora.wire import from_wire, to_wire
-    from lcm_lora.nodes.vectors import LCMLoRACombine
+    from lcm_lora.nodes.combine import LCMLoRACombine
 
     one, two = (vector(dialects(model, 4, seed)["kohya"]) for seed in (0, 1))
     count = {"count": "2", "vector_1": to_wire(one), "vector_2": to_wire(two)}
@@ -297,7 +305,7 @@ def test_svd_makes_the_same_sum_smaller_and_tells_its_error(model):
 def test_a_count_shows_its_vectors_and_weights(comfy):
     """What the host makes of a prompt's dotted inputs, by its own code."""
     from comfy_api.latest import _io
-    from lcm_lora.nodes.vectors import LCMLoRACombine
+    from lcm_lora.nodes.combine import LCMLoRACombine
 
     live = {"count": "3", "method": "exact", "rank": 0, "keep_energy": 1.0}
     live |= {f"count.weight_{i}": float(i) for i in (1, 2, 3)}
@@ -331,6 +339,72 @@ def test_what_was_applied_in_the_graph_is_extracted_again(model):
         ).norm() < 1e-4 * delta.matrix().norm()
     for name, diff in expected.diffs.items():
         torch.testing.assert_close(found.diffs[name], 0.5 * diff, rtol=1e-4, atol=1e-5)
-    assert "Relative error 0.000" in report
+    assert "100.000 % of the energy kept" in report
     with pytest.raises(ValueError, match="do not differ"):
         extract(differences(model, model.clone()), 4, 0, "x")
+
+
+def test_a_stack_does_what_its_loras_do_one_after_the_other(model, loras, comfy):
+    import comfy.sd
+    from lcm_lora.nodes.stack import LCMLoRAFromStack, LCMLoRAToStack
+
+    clip = text_clip()
+    for name, seed in (("one", 3), ("two", 4)):
+        tensors = dialects(model, 3 + seed, seed)["kohya"] | text_lora()
+        save_file(tensors, loras / f"{name}.safetensors")
+    stack, theirs = None, (model, clip)
+    for name, strength, text in (("one", 0.7, 0.4), ("two", -0.3, 1.1)):
+        file = f"{name}.safetensors"
+        (stack,) = LCMLoRAToStack.execute(file, strength, text, stack).args
+        theirs = comfy.sd.load_lora_for_models(*theirs, load_file(loras / file), strength, text)
+    assert stack == [("one.safetensors", 0.7, 0.4), ("two.safetensors", -0.3, 1.1)]
+    wire, report = LCMLoRAFromStack.execute([*stack, ("None", 1.0, 1.0)]).args
+    assert "1 x two.safetensors [model -0.3, CLIP 1.1]" in report and "rank 4 to 13" in report
+    ours = apply(model, wire, 1.0, clip, 1.0)
+    for pair in zip(ours[:2], theirs, strict=True):
+        found, expected = (
+            patched_weights(each if hasattr(each, "patches") else each.patcher) for each in pair
+        )
+        assert found.keys() == expected.keys() and found
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stack", "words"),
+    [
+        ([], "is empty"),
+        (None, "is empty"),
+        ([("one.safetensors", 0, 0)], "all its strengths are 0"),
+        ([("one.safetensors", 1.0)], "expected .file name, model strength, CLIP strength"),
+        (["one.safetensors"], "expected .file name"),
+    ],
+)
+def test_a_stack_that_is_none_is_explained(comfy, stack, words):
+    from lcm_lora.nodes.stack import LCMLoRAFromStack
+
+    with pytest.raises(ValueError, match=words):
+        LCMLoRAFromStack.execute(stack)
+
+
+def test_the_nodes_for_parts_and_rules(model):
+    from lcm_lora.lora.wire import from_wire, to_wire
+    from lcm_lora.nodes.combine import LCMLoRACombine
+    from lcm_lora.nodes.weigh import LCMLoRABlocks, LCMLoRAProtect
+
+    lcm, style = (to_wire(vector(dialects(model, 4, seed)["kohya"], str(seed))) for seed in (0, 1))
+    (attention,) = LCMLoRABlocks.execute(style, "attention only", "output=0.5", 1.0).args
+    names = from_wire(attention).deltas
+    assert names and all("attentions" in name for name in names)
+    assert attention.source == "1 [attention=1, rest=0; output=0.5]"
+    clear, report = LCMLoRAProtect.execute(style, lcm, 1.0).args
+    assert "% of the energy of 1 taken away" in report
+    count = {"count": "2", "vector_1": lcm, "vector_2": clear, "weight_1": 1.0, "weight_2": 0.8}
+    merged, report = LCMLoRACombine.execute(count, "ties", 6, 1.0, 0.0, 0.5, 0).args
+    assert {delta.rank for delta in from_wire(merged).deltas.values()} == {6}
+    assert "Rank 8 becomes 6" in report
+    by_error, report = LCMLoRACombine.execute(count, "svd", 0, 1.0, 0.3).args
+    assert 0.25 < float(report.split("relative error ")[1].split(".\n")[0]) <= 0.3
+    assert "Cosine of 1 and 2" in report
+    with pytest.raises(ValueError, match="The method ties is reduced to a rank alone"):
+        LCMLoRACombine.execute(count, "ties", 6, 0.9)

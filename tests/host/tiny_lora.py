@@ -24,6 +24,10 @@ KINDS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.pr
 KINDS += ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
 
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""up and down by diffusers' path"""
+
+
 def tiny_model():
     """A ModelPatcher as the host's checkpoint loader makes it: one level, no middle block."""
     import comfy.ops
@@ -53,8 +57,8 @@ def modules(model) -> dict[str, str]:
     }
 
 
-def factors(model, rank: int = 4, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Up and down factors for every module, by diffusers' path."""
+def factors(model, rank: int = 4, seed: int = 0) -> Pairs:
+    """Random factors for every module."""
     generator = torch.Generator().manual_seed(seed)
     there, pairs = model.model.state_dict(), {}
     for path, native in modules(model).items():
@@ -67,13 +71,17 @@ def factors(model, rank: int = 4, seed: int = 0) -> dict[str, tuple[torch.Tensor
 
 def dialects(model, rank: int = 4, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     """The same LoRA, scale 1, as the tools of the field write it."""
-    native = modules(model)
+    return dialects_of(factors(model, rank, seed), modules(model))
+
+
+def dialects_of(pairs: Pairs, native: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
+    """The same, of these factors; native: the host's path by diffusers' path."""
     files: dict[str, dict[str, torch.Tensor]] = {}
 
     def put(dialect: str, up_key: str, up: torch.Tensor, down_key: str, down: torch.Tensor):
         files.setdefault(dialect, {}).update({up_key: up, down_key: down})
 
-    for path, (up, down) in factors(model, rank, seed).items():
+    for path, (up, down) in pairs.items():
         kohya, host = path.replace(".", "_"), native[path]
         for dialect, name in {
             "kohya": f"lora_unet_{kohya}",
@@ -81,7 +89,7 @@ def dialects(model, rank: int = 4, seed: int = 0) -> dict[str, dict[str, torch.T
             "native": f"diffusion_model.{host}",
         }.items():
             put(dialect, f"{name}.lora_up.weight", up, f"{name}.lora_down.weight", down)
-            files[dialect][f"{name}.alpha"] = torch.tensor(float(rank))
+            files[dialect][f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
         for dialect, name in {
             "diffusers": f"unet.{path}",
             "peft": f"base_model.model.{path}",

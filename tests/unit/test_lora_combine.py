@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lora.lora.combine import RECIPE, exact
+from lcm_lora.lora.combine import exact
 from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.metadata import METHOD, RECIPE
 from torch import nn
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -137,12 +139,16 @@ def test_the_first_text_encoder_is_one_module_however_it_is_spelled():
 def test_metadata_says_how_the_sum_was_made():
     one = Vector({LINEAR: linear(4)}, {}, {"base": "sd15", "title": "a"}, "a.safetensors")
     two = Vector({LINEAR: linear(4)}, {}, {"base": "sd15", "title": "b"}, "b.safetensors")
+    two = replace(two, sha256="12ab")
     combined, _ = exact([one, two], [1.0, 0.8])
     assert combined.metadata["base"] == "sd15" and "title" not in combined.metadata
     assert json.loads(combined.metadata[RECIPE]) == [
         {"source": "a.safetensors", "weight": 1.0},
-        {"source": "b.safetensors", "weight": 0.8},
+        {"source": "b.safetensors", "weight": 0.8, "sha256": "12ab"},
     ]
+    assert combined.metadata[METHOD] == "exact"
+    (outer,) = json.loads(exact([combined], [2.0])[0].metadata[RECIPE])
+    assert outer["recipe"] == json.loads(combined.metadata[RECIPE])
 
 
 def test_vectors_of_different_families_are_refused():

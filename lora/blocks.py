@@ -1,0 +1,119 @@
+"""Where a module sits in its model and what it does there, and weights by that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from .delta import Vector
+from .names import UNET
+
+# By what a canonical name begins with, or holds; the first that fits counts.
+_PLACES = (
+    ("text", re.compile(r"lora_te")),
+    ("middle", re.compile(rf"{UNET}mid_block")),
+    ("output", re.compile(rf"{UNET}(up_blocks|conv_out|conv_norm_out)")),
+    ("input", re.compile(rf"{UNET}(down_blocks|conv_in|time_embedding|add_embedding)")),
+)
+_KINDS = (
+    ("feed_forward", re.compile(r".*(_ff_net_|_mlp_)")),
+    ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_)")),
+    ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out)")),
+)
+REST = "rest"
+NAMES = tuple(name for name, _ in (*_PLACES, *_KINDS))
+
+PRESETS = {
+    "all": "",
+    "attention only": f"attention=1, {REST}=0",
+    "without feed-forward": "feed_forward=0",
+    "output blocks only": f"output=1, {REST}=0",
+    "without input blocks": "input=0",
+    # B-LoRA, arXiv 2403.14572, section 4: what an SDXL LoRA learns of content and of style.
+    "SDXL style": f"up_blocks_0_attentions_1=1, {REST}=0",
+    "SDXL content": f"up_blocks_0_attentions_0=1, {REST}=0",
+}
+"""Weights under names that people know."""
+
+
+def place_of(module: str) -> str:
+    """"input", "middle", "output", "text", or "other" for a canonical module name."""
+    return next((name for name, pattern in _PLACES if pattern.match(module)), "other")
+
+
+def kind_of(module: str) -> str:
+    """"attention", "feed_forward", "resnet" or "other" for a canonical module name."""
+    return next((name for name, pattern in _KINDS if pattern.match(module)), "other")
+
+
+def group_of(module: str) -> str:
+    """Both in words: "output attention"."""
+    return f"{place_of(module)} {kind_of(module)}"
+
+
+def parse_weights(text: str) -> Callable[[str], float]:
+    """The weight of a module by a text such as "input=1, middle=0.5, feed_forward=0".
+
+    A name is a place (input, middle, output, text), a kind (attention, feed_forward, resnet) or the
+    beginning of the blocks' own names (down_blocks_1, up_blocks_0_attentions_1). A module has the
+    product of all that fit it, or the weight of `rest` where none does, which is 1 unless given.
+
+    Raises:
+        ValueError: an entry is no `name=number`, its name is unknown, or a name comes twice.
+    """
+    weights: dict[str, float] = {}
+    for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
+        name, _, value = (part.strip() for part in entry.partition("="))
+        block = re.fullmatch(r"(down_blocks|up_blocks|mid_block)(_\w+)?", name)
+        if not block and name not in (*NAMES, REST):
+            raise ValueError(
+                f"{entry!r} names no part of a model. Expected one of {', '.join(NAMES)}, {REST}, "
+                "or a block such as down_blocks_1 or up_blocks_0_attentions_1, then = and a number."
+            )
+        if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", value):
+            raise ValueError(f"{entry!r} has no weight; expected a number, such as {name}=0.5.")
+        if name in weights:
+            raise ValueError(f"{name} has two weights; expected one.")
+        weights[name] = float(value)
+    rest = weights.pop(REST, 1.0)
+
+    def weight(module: str) -> float:
+        known = (place_of(module), kind_of(module))
+        fitting = [
+            value for name, value in weights.items()
+            if name in known or f"{module}_".startswith(f"{UNET}{name}_")
+        ]  # fmt: skip
+        product = 1.0 if fitting else rest
+        for value in fitting:
+            product *= value
+        return product
+
+    return weight
+
+
+def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vector:
+    """The vector with each module's change multiplied; what has weight 0 is left out.
+
+    told: the weights in words, which the vector is called by from then on.
+
+    Raises:
+        ValueError: a module that is no sum (DoRA, OFT, GLoRA) has another weight than 0 or 1, or
+            nothing is left.
+    """
+    of = {module: weight(module) for module in vector.modules()}
+    if bad := [name for name in vector.opaque if of[name] not in (0.0, 1.0)]:
+        raise ValueError(
+            f"{vector.source} holds {vector.opaque_kinds} weights, which have no half: give "
+            f"{bad[0]} the weight 0 or 1, found {of[bad[0]]:g}."
+        )
+    if not any(of.values()):
+        raise ValueError(f"No module of {vector.source} has a weight other than 0.")
+    diffs = {key: (diff, of[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
+    return replace(
+        vector,
+        deltas={name: delta.scaled(of[name]) for name, delta in vector.deltas.items() if of[name]},
+        diffs={key: diff * factor for key, (diff, factor) in diffs.items() if factor},
+        opaque={name: parts for name, parts in vector.opaque.items() if of[name]},
+        source=f"{vector.source} [{told}]",
+    )

@@ -1,0 +1,32 @@
+"""DELLA: drop small numbers more often, rescale, elect (arXiv 2406.11617, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, consensus, drawn
+
+SPREAD = 0.3  # the paper's epsilon: between the drop rates of a row's smallest and largest number
+
+
+def della(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """The mean of what agrees in sign among numbers kept by MAGPRUNE, each divided by its rate.
+
+    In each row (an output of the layer) the rate at which numbers are kept rises evenly with their
+    magnitude, by SPREAD in all or as much as stays within 0 and 1, and is `density` on average.
+    """
+    rows = changes.reshape(changes.shape[0], changes.shape[1], -1)
+    columns = rows.shape[2]
+    places = rows.abs().argsort(dim=2).argsort(dim=2)  # 0 is the row's smallest
+    spread = min(SPREAD, 2 * density, 2 * (1 - density))
+    rates = density + spread * ((places + 0.5) / columns - 0.5)
+    kept = drawn(rows.shape, generator, rows.device) < rates
+    return consensus(torch.where(kept, rows / rates, 0)).view(changes.shape[1:])
+
+
+DELLA = Rule(
+    "della", "arXiv 2406.11617",
+    "random numbers of each vector, large ones rather, and of them the mean of those that agree",
+    della,
+)  # fmt: skip

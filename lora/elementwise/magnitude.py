@@ -1,0 +1,19 @@
+"""Magnitude pruning: only the largest numbers of each change (arXiv 1506.02626, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, largest
+
+
+def magnitude(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """The sum of the largest numbers of each change. Nothing is drawn."""
+    return largest(changes, density).sum(0)
+
+
+MAGNITUDE = Rule(
+    "magnitude", "arXiv 1506.02626",
+    "the sum of the largest numbers of each vector", magnitude,
+)  # fmt: skip

@@ -1,0 +1,9 @@
+"""Every rule, by its name."""
+
+from .dare import DARE
+from .della import DELLA
+from .magnitude import MAGNITUDE
+from .rule import Rule
+from .ties import TIES
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (TIES, DARE, DELLA, MAGNITUDE)}

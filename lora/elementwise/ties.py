@@ -1,0 +1,19 @@
+"""TIES: trim, elect a sign, average what agrees (arXiv 2306.01708, algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, consensus, largest
+
+
+def ties(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """The mean of the largest numbers of each change that agree in sign. Nothing is drawn."""
+    return consensus(largest(changes, density))
+
+
+TIES = Rule(
+    "ties", "arXiv 2306.01708",
+    "the largest numbers of each vector, and of them the mean of those that agree in sign", ties,
+)  # fmt: skip

@@ -1,0 +1,71 @@
+"""What a LoRA file says of itself in its header, for other tools and for people.
+
+Keys of kohya's trainer (`ss_...`) and of the ModelSpec 1.0.0 (`modelspec....`), which loaders and
+browsers of LoRAs read, and our own recipe of how a vector was made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .delta import Vector
+from .family import SDXL_TYPE, family_of
+
+RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
+
+# Family by cross-attention width: kohya's name and ModelSpec's.
+_ARCHITECTURES = {
+    768: ("sd_v1", "stable-diffusion-v1/lora"),
+    1024: ("sd_v2", "stable-diffusion-v2-512/lora"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+}
+
+
+def standard(vector: Vector) -> dict[str, str]:
+    """The keys that follow from the tensors; what does not is left to the vector's own metadata."""
+    told = {"ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0"}
+    if vector.deltas:
+        told["ss_network_dim"] = _one([delta.rank for delta in vector.deltas.values()])
+        alphas = [delta.scale * delta.rank for delta in vector.deltas.values()]
+        told["ss_network_alpha"] = _one([f"{alpha:g}" for alpha in alphas])
+    kind = family_of(vector.deltas)
+    if kind and kind.width in _ARCHITECTURES:
+        version, architecture = _ARCHITECTURES[kind.width]
+        told |= {"ss_base_model_version": version, "modelspec.architecture": architecture}
+        if kind.width == 2048 and kind.name not in ("SDXL", SDXL_TYPE):  # those have no names there
+            told["modelspec.usage_hint"] = f"Made for {kind.name}."
+    return told
+
+
+def agreed(vectors: Sequence[Vector]) -> dict[str, str]:
+    """What the metadata of all of them say alike: the base model, say."""
+    first, *others = (vector.metadata for vector in vectors)
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+
+
+def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
+    """How a vector was made of others: their names, hashes and weights, and the method. What was
+    made of a vector that has a recipe holds that one too."""
+    told = []
+    for vector, weight in terms:
+        term: dict[str, Any] = {"source": vector.source, "weight": weight}
+        if vector.sha256:
+            term["sha256"] = vector.sha256
+        if RECIPE in vector.metadata:
+            term["recipe"] = _parsed(vector.metadata[RECIPE])
+        told.append(term)
+    return {RECIPE: json.dumps(told), METHOD: method}
+
+
+def _one(values: Sequence[object]) -> str:
+    """The value that all share; kohya's tools write "Dynamic" where they differ."""
+    return str(values[0]) if len(set(values)) == 1 else "Dynamic"
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # of a file that somebody else wrote
+        return text

@@ -1,0 +1,167 @@
+"""LoRA vectors into one, by weights."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..lora.combine import elementwise, exact
+from ..lora.elementwise.table import RULES
+from ..lora.host import device, watched
+from ..lora.reduce import truncated
+from ..lora.wire import from_wire, to_wire
+
+MAX_VECTORS = 8
+
+
+class LCMLoRACombine(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        rows = [_row(number) for number in range(1, MAX_VECTORS + 1)]
+        counts = [
+            io.DynamicCombo.Option(str(count), [field for row in rows[:count] for field in row])
+            for count in range(2, MAX_VECTORS + 1)
+        ]
+        rules = "; ".join(f"{rule.name}: {rule.says}" for rule in RULES.values())
+        return io.Schema(
+            node_id="LCMLoRACombine",
+            display_name="Combine LoRA Vectors",
+            category="LCM-LoRA",
+            description=(
+                "Adds LoRA vectors by weights: a style LoRA and the LCM-LoRA become one LoRA that "
+                "paints the style in few steps. The LCM paper takes 1.0 for the LCM-LoRA and 0.8 "
+                "for the style."
+            ),
+            search_aliases=[
+                "merge lora", "combine lora", "add lora", "lora sum", "mix lora", *RULES
+            ],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "count", options=counts, tooltip="How many vectors to combine."
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["exact", "svd", *RULES],
+                    default="exact",
+                    tooltip=(
+                        "exact: the true weighted sum, with no error. Its rank is the sum of the "
+                        "ranks, so the file grows accordingly. svd: the same sum, reduced to what "
+                        "rank, keep_energy and max_error allow, with the least error there is. "
+                        f"{rules}; these four take minutes for SDXL, and are reduced to a rank."
+                    ),
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip=(
+                        "The most ranks a module may have. 0: no limit for svd, the sum of the "
+                        "ranks for the others. The exact method needs 0."
+                    ),
+                ),
+                io.Float.Input(
+                    "keep_energy",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip=(
+                        "svd: share of the energy (the squared norm) of all modules together to "
+                        "keep, with the fewest ranks; 0.99 is a relative error of 10 %. The other "
+                        "methods need 1."
+                    ),
+                ),
+                io.Float.Input(
+                    "max_error",
+                    default=0.0,
+                    min=0.0,
+                    max=0.99,
+                    step=0.001,
+                    advanced=True,
+                    tooltip=(
+                        "svd: the relative error to allow over all modules together, another way "
+                        "to say keep_energy: 0.1 is 0.99 of the energy. 0 asks for none; where "
+                        "both are set the stricter one counts. The other methods need 0."
+                    ),
+                ),
+                io.Float.Input(
+                    "density",
+                    default=0.5,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=f"{', '.join(RULES)}: the share of each vector's numbers to keep.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    advanced=True,
+                    tooltip="dare, della: of what is left out at random.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="LORA_MODEL", tooltip="The combined vector: apply it or save it."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip=(
+                        "Modules and ranks of every input and of the result, the angles between "
+                        "the inputs, and what a reduction loses where."
+                    ),
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, count: dict, method: str, rank: int, keep_energy: float,
+        max_error: float = 0.0, density: float = 0.5, seed: int = 0,
+    ) -> io.NodeOutput:  # fmt: skip
+        if method == "exact" and (rank != 0 or keep_energy != 1 or max_error != 0):
+            raise ValueError(
+                f"The method exact keeps every rank, so it cannot honour rank {rank}, keep_energy "
+                f"{keep_energy:g} and max_error {max_error:g}; choose svd, or set rank to 0, "
+                "keep_energy to 1 and max_error to 0."
+            )
+        if method in RULES and (keep_energy != 1 or max_error != 0):
+            raise ValueError(
+                f"The method {method} is reduced to a rank alone, so it cannot honour keep_energy "
+                f"{keep_energy:g} and max_error {max_error:g}; set them to 1 and 0."
+            )
+        numbers = range(1, int(count["count"]) + 1)
+        vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
+        weights = [count[f"weight_{number}"] for number in numbers]
+        if method in RULES:
+            combined, report = elementwise(
+                vectors, weights, RULES[method], density, rank, seed, device(), watched
+            )
+            return io.NodeOutput(to_wire(combined), report)
+        combined, report = exact(vectors, weights)
+        if method == "svd":
+            # The squares of what is kept and of what is lost add up to the whole.
+            asked = {keep_energy, 1 - max_error**2} - {1.0}
+            combined, loss = truncated(combined, rank, max(asked, default=1.0))
+            report = f"{report}\n{loss}"
+        return io.NodeOutput(to_wire(combined), report)
+
+
+def _row(number: int) -> list[io.Input]:
+    first = number == 1
+    return [
+        io.LoraModel.Input(
+            f"vector_{number}",
+            tooltip="The LCM-LoRA's vector." if first else "A style LoRA's vector, or any other.",
+        ),
+        io.Float.Input(
+            f"weight_{number}",
+            default=1.0 if first else 0.8,
+            min=-10.0,
+            max=10.0,
+            step=0.01,
+            tooltip=f"Weight of vector {number}; negative takes it away, 0 leaves it out.",
+        ),
+    ]

@@ -1,0 +1,113 @@
+"""A LoRA vector by parts: weights of blocks, and a style kept out of the acceleration's way."""
+
+from __future__ import annotations
+
+import math
+
+from comfy_api.v0_0_2 import io
+
+from ..lora.blocks import NAMES, PRESETS, parse_weights, weighted
+from ..lora.protect import protected
+from ..lora.wire import from_wire, to_wire
+
+
+class LCMLoRABlocks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMLoRABlocks",
+            display_name="Weight LoRA Blocks",
+            category="LCM-LoRA",
+            description=(
+                "Gives the parts of a LoRA vector weights of their own: input, middle and output "
+                "blocks, attention and feed-forward, the text encoder. For styles that should "
+                "paint and not compose, or the other way about."
+            ),
+            search_aliases=["lora block weight", "lbw", "block weights", "b-lora", "layer weights"],
+            inputs=[
+                io.LoraModel.Input("vector", tooltip="From Load LoRA Vector or Combine."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="all",
+                    tooltip=(
+                        "Weights that are often wanted. SDXL style and SDXL content keep the one "
+                        "block that B-LoRA found to hold it."
+                    ),
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    multiline=True,
+                    tooltip=(
+                        "Your own, times the preset's: output=0.8, feed_forward=0.5, "
+                        f"down_blocks_1=0. Names: {', '.join(NAMES)}, a block's own name, and rest "
+                        "for what no other name fits. What fits several has their product."
+                    ),
+                ),
+                io.Float.Input(
+                    "text_encoder",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Weight of the text encoder's part; 0 leaves it out.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The weighted vector.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vector, preset: str, weights: str, text_encoder: float) -> io.NodeOutput:
+        text = f"text={text_encoder:g}" if text_encoder != 1 else ""
+        told = [each for each in (PRESETS[preset], weights.strip(), text) if each]
+        factors = [parse_weights(each) for each in told]
+
+        def weight(module: str) -> float:
+            return math.prod(factor(module) for factor in factors)
+
+        return io.NodeOutput(to_wire(weighted(from_wire(vector), weight, "; ".join(told) or "all")))
+
+
+class LCMLoRAProtect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMLoRAProtect",
+            display_name="Protect Acceleration",
+            category="LCM-LoRA",
+            description=(
+                "Takes out of a style LoRA what it does to the main directions of the LCM-LoRA, "
+                "so that pictures of few steps break up less when the two are combined. Put it "
+                "between the style and Combine LoRA Vectors."
+            ),
+            search_aliases=["np-lora", "null space", "orthogonal", "lora conflict", "project"],
+            inputs=[
+                io.LoraModel.Input("style", tooltip="The style's vector."),
+                io.LoraModel.Input("acceleration", tooltip="The LCM-LoRA's vector, kept whole."),
+                io.Float.Input(
+                    "share",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How much of it to take out: 0 leaves the style as it is, 1 takes all. "
+                        "More makes few steps cleaner and the style weaker."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The style, for Combine."),
+                io.String.Output(
+                    display_name="report", tooltip="How much of the style was taken out."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, style, acceleration, share: float) -> io.NodeOutput:
+        vector, report = protected(from_wire(style), from_wire(acceleration), share)
+        return io.NodeOutput(to_wire(vector), report)

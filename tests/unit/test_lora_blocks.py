@@ -1,0 +1,101 @@
+"""Weights by the place and the kind of a module."""
+
+import pytest
+import torch
+from lcm_lora.lora.blocks import PRESETS, group_of, parse_weights, weighted
+from lcm_lora.lora.delta import Delta, Vector
+
+DOWN = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+FEED = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
+UP = "lora_unet_up_blocks_0_attentions_1_proj_in"
+CONV = "lora_unet_up_blocks_10_resnets_0_conv_shortcut"
+TEXT = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(
+    ("module", "group"),
+    [
+        (DOWN, "input attention"),
+        (FEED, "middle feed_forward"),
+        (UP, "output attention"),
+        (CONV, "output resnet"),
+        ("lora_unet_down_blocks_0_downsamplers_0_conv", "input resnet"),
+        ("lora_unet_down_blocks_0_resnets_1_time_emb_proj", "input resnet"),
+        (TEXT, "text feed_forward"),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "text attention"),
+        ("lora_unet_conv_in", "input resnet"),
+        ("lora_unet_time_embedding_linear_1", "input other"),
+        ("lora_transformer_single_blocks_0", "other other"),
+    ],
+)
+def test_a_module_is_placed_by_its_name(module, group):
+    assert group_of(module) == group
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", (1, 1, 1, 1, 1)),
+        ("input=0.5, feed_forward = 2", (0.5, 2, 1, 1, 2)),
+        ("output=2; attention=-.5\nrest=0", (-0.5, 0, -1, 2, 0)),
+        # Blocks by whole names: block 1 is not block 10.
+        ("up_blocks_1=0", (1, 1, 1, 1, 1)),
+        ("up_blocks_0_attentions_1=3, down_blocks_1=2, rest=0", (2, 0, 3, 0, 0)),
+        ("text=0.25", (1, 1, 1, 1, 0.25)),
+        (PRESETS["SDXL style"], (0, 0, 1, 0, 0)),
+        (PRESETS["attention only"], (1, 0, 1, 0, 0)),
+        (PRESETS["without feed-forward"], (1, 0, 1, 1, 0)),
+    ],
+)
+def test_weights_are_products_of_all_that_fit(text, expected):
+    weight = parse_weights(text)
+    found = tuple(weight(module) for module in (DOWN, FEED, UP, CONV, TEXT))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("inputs=1", "names no part of a model"),
+        ("up_blocks=1, up_blocks=2", "two weights"),
+        ("input", "no weight"),
+        ("input=much", "no weight"),
+        ("input=nan", "no weight"),
+        ("input=1e400", "no weight"),
+    ],
+)
+def test_a_wrong_text_is_explained(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_weights(text)
+
+
+def delta(seed: int, alpha: float | None = None) -> Delta:
+    generator = torch.Generator().manual_seed(seed)
+    return Delta(torch.randn(6, 2, generator=generator), torch.randn(2, 5, generator=generator),
+                 alpha=alpha)  # fmt: skip
+
+
+def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
+    vector = Vector(
+        {DOWN: delta(0, 1.0), UP: delta(1), TEXT: delta(2)},
+        {"lora_unet_up_blocks_0_resnets_0_norm1.diff_b": torch.ones(3)},
+        source="style",
+    )
+    found = weighted(vector, parse_weights("input=0.5, output=-2, text=0"), "so")
+    assert found.deltas.keys() == {DOWN, UP} and found.source == "style [so]"
+    for name, factor in ((DOWN, 0.5), (UP, -2.0)):
+        expected = factor * vector.deltas[name].matrix()
+        torch.testing.assert_close(found.deltas[name].matrix(), expected)
+    (diff,) = found.diffs.values()
+    assert diff.equal(torch.full((3,), -2.0))
+    with pytest.raises(ValueError, match="No module of style"):
+        weighted(vector, lambda _: 0.0, "none")
+
+
+def test_what_is_no_sum_has_no_half():
+    parts = {"dora_scale": torch.ones(2)}
+    vector = Vector({}, opaque={UP: parts, DOWN: parts})
+    found = weighted(vector, parse_weights("input=0"), "so")
+    assert found.opaque.keys() == {UP}
+    with pytest.raises(ValueError, match="DoRA weights, which have no half"):
+        weighted(vector, parse_weights("input=0.5"), "so")

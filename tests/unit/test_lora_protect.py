@@ -1,0 +1,77 @@
+"""Angles between vectors, and a style kept off the acceleration's main directions."""
+
+import re
+
+import pytest
+import torch
+from lcm_lora.lora.combine import exact
+from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.protect import ENERGY, protected
+
+IN = "lora_unet_down_blocks_0_attentions_0_proj_in"
+OUT = "lora_unet_up_blocks_0_resnets_0_conv1"
+
+
+def delta(rank, seed, kernel=(), alpha=None, fall=0.5) -> Delta:
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(20, rank, *[1] * len(kernel), generator=generator)
+    down = torch.randn(rank, 12, *kernel, generator=generator)
+    falling = (fall ** torch.arange(rank)).view(1, -1, *[1] * len(kernel))
+    return Delta(up * falling, down, None, alpha)
+
+
+LCM = Vector({IN: delta(6, 0), OUT: delta(6, 1, (3, 3))}, source="lcm")
+STYLE = Vector({IN: delta(4, 2, alpha=2.0), OUT: delta(4, 3, (3, 3)), "other": delta(2, 4)},
+               source="style")  # fmt: skip
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def test_the_inner_product_needs_no_matrix():
+    tucker = Delta(torch.randn(20, 3, 1, 1), torch.randn(3, 12, 1, 1), torch.randn(3, 3, 3, 3), 1.0)
+    for other in (LCM.deltas[OUT], tucker):
+        expected = float((STYLE.deltas[OUT].matrix() * other.matrix()).sum())
+        assert STYLE.deltas[OUT].inner(other) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_report_tells_the_angles():
+    _, report = exact([LCM, STYLE], [1.0, -0.5])
+    line = next(line for line in report.splitlines() if line.startswith("Cosine of 1 and 2"))
+    found = [float(number) for number in re.findall(r"[-+]\d\.\d+", line)]
+    a = [-LCM.deltas[name].matrix().flatten() for name in (IN, OUT)]
+    b = [STYLE.deltas[name].matrix().flatten() for name in (IN, OUT)]
+    norm = sum(float(d.matrix().square().sum()) for d in STYLE.deltas.values()) ** 0.5
+    whole = float((torch.cat(a) * torch.cat(b)).sum()) / (float(torch.cat(a).norm()) * norm)
+    assert found[0] == pytest.approx(whole, abs=1e-3)
+    assert found[1:3] == pytest.approx([cosine(*pair) for pair in zip(a, b, strict=True)], abs=1e-3)
+    assert "input" in line and "output" in line
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_share_of_what_meets_the_main_directions_is_gone(share):
+    found, report = protected(STYLE, LCM, share)
+    assert found.deltas["other"] is STYLE.deltas["other"]
+    lost = whole = 0.0
+    for name in (IN, OUT):
+        before, after = (v.deltas[name].matrix().flatten(1).double() for v in (STYLE, found))
+        _, values, right = torch.linalg.svd(LCM.deltas[name].matrix().flatten(1).double())
+        energy = values.square().cumsum(0) / values.square().sum()
+        main = right[: int((energy < ENERGY).sum()) + 1]
+        beside = torch.eye(len(right)) - main.T @ main
+        for directions, factor in ((main.T, 1 - share), (beside, 1.0)):
+            pair = after @ directions, factor * before @ directions
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+        assert found.deltas[name].rank == STYLE.deltas[name].rank
+        lost += float((after - before).square().sum())
+    whole = sum(float(d.matrix().square().sum()) for d in STYLE.deltas.values())
+    assert float(report.split()[0]) == pytest.approx(100 * lost / whole, abs=0.01)
+
+
+def test_what_cannot_be_protected_is_told():
+    with pytest.raises(ValueError, match="share must be between 0 and 1"):
+        protected(STYLE, LCM, 1.5)
+    wide = Vector({IN: Delta(torch.ones(20, 2), torch.ones(2, 13))})
+    with pytest.raises(ValueError, match="different base models"):
+        protected(wide, LCM, 1.0)
