@@ -17,11 +17,7 @@ def grid(origin_steps: int = 50, strength: float = 1.0, T: int = 1000) -> list[i
             f"origin_steps is the number of grid points the model was distilled on: expected 1 to "
             f"{T}, found {origin_steps}. LCM-LoRAs use 50."
         )
-    if not 0 < strength <= 1:
-        raise ValueError(
-            f"strength (denoise) must be above 0 and at most 1, found {strength:g}. "
-            "1 starts from pure noise, 0.5 keeps about half of the picture."
-        )
+    _check_strength(strength)
     skip = T // origin_steps
     return [i * skip - 1 for i in range(1, int(origin_steps * strength) + 1)]
 
@@ -37,8 +33,7 @@ def timesteps(
     The same numbers as diffusers' LCMScheduler. Raises ValueError when the kept grid has fewer
     points than `steps`.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, found {steps}.")
+    _check_steps(steps)
     kept = grid(origin_steps, strength, T)[::-1]
     if steps > len(kept):
         raise ValueError(
@@ -48,6 +43,39 @@ def timesteps(
     # Multiplied and floored in this order, as numpy's linspace does, to land on the same points.
     stride = len(kept) / steps
     return [kept[math.floor(i * stride)] for i in range(steps)]
+
+
+def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # noqa: N803
+    """`steps` timesteps, descending, at the top of equal parts of all T: 999, 749, 499, 249 for 4.
+
+    The spacing "trailing" of diffusers' DDIM and Euler schedulers (arXiv 2305.08891, table 2). At a
+    strength below 1 only the lower round(T * strength) are parted, so that 0.6 starts at 599.
+    Raises ValueError when these are fewer than `steps`.
+    """
+    _check_steps(steps)
+    _check_strength(strength)
+    kept = round(T * strength)
+    if steps > kept:
+        raise ValueError(
+            f"{steps} steps do not fit: at strength {strength:g} only {kept} of the {T} timesteps "
+            f"are left. Use fewer steps or a strength (denoise) of at least {steps / T:g}."
+        )
+    # Rounded as numpy's arange does, to land on the same points where a part ends on a half.
+    stride = kept - (kept - kept / steps)
+    return [round(kept - i * stride) - 1 for i in range(steps)]
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, found {steps}.")
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise ValueError(
+            f"strength (denoise) must be above 0 and at most 1, found {strength:g}. "
+            "1 starts from pure noise, 0.5 keeps about half of the picture."
+        )
 
 
 def _remedy(steps: int, origin_steps: int, room: int) -> str:

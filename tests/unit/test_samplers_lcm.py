@@ -5,91 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import LCMScheduler, TCDScheduler
-from lcm_lora.samplers.consistency import consistency, x0_and_eps
-from lcm_lora.samplers.lcm import kept_noise, lcm
+from lcm_lora.samplers.lcm import lcm
 from lcm_lora.samplers.timesteps import timesteps
+from lcm_lora.tests.unit import scheduled
+from lcm_lora.tests.unit.scheduled import SD, SHAPE, denoiser, kept, run
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-SHAPE = (2, 4, 8, 8)
-
-
-def table() -> torch.Tensor:
-    """SD1.5's sigmas, [1000] float64."""
-    acp = LCMScheduler(**SD).alphas_cumprod.double()
-    return ((1 - acp) / acp).sqrt()
-
-
-def network(z: torch.Tensor, t: float) -> torch.Tensor:
-    """A smooth function of latent and time in a trained network's place."""
-    return torch.tanh(z.roll(1, -1) * 0.7 + t / 700 - z.square() * 0.1)
-
-
-def denoiser(prediction: str, boundary: bool = True):
-    """The network as the host calls a model: VE latent and sigma -> denoised latent."""
-    sigmas = table()
-
-    def call(x, sigma):
-        t = torch.searchsorted(sigmas, sigma[0])
-        alpha = (1 + sigma[0] ** 2).rsqrt()
-        z = x * alpha
-        x0, _ = x0_and_eps(network(z, t.item()), z, alpha, sigma[0] * alpha, prediction)
-        return consistency(z, x0, t.double()) if boundary else x0
-
-    return call
 
 
 def levels(steps: int) -> torch.Tensor:
-    return torch.cat([table()[timesteps(steps)], torch.zeros(1, dtype=torch.float64)])
-
-
-def kept(sigmas: torch.Tensor, eta: float) -> list[float]:
-    return kept_noise(
-        sigmas,
-        eta,
-        lambda sigma: torch.searchsorted(table(), sigma),
-        lambda t: table()[t.long()],
-    )
+    return scheduled.levels(timesteps(steps))
 
 
 def reference(scheduler, steps: int, **options) -> list[torch.Tensor]:
-    """diffusers' own loop in VP scale: the latent after each step."""
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(7)
-    z = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
-    latents = []
-    for t in scheduler.timesteps:
-        output = network(z, t.item())
-        z = scheduler.step(output, t, z, generator=generator, return_dict=False, **options)[0]
-        latents.append(z)
-    return latents
-
-
-def run(model, steps: int, eta: float = 1.0) -> list[torch.Tensor]:
-    """Our loop with the same noise: the VP latent after each step."""
-    generator = torch.Generator().manual_seed(7)
-
-    def draw(_step: int = 0):
-        return torch.randn(SHAPE, generator=generator, dtype=torch.float64)
-
-    sigmas = levels(steps)
-    seen = []
-    x = draw() * (1 + sigmas[0] ** 2).sqrt()
-    end = lcm(
-        model, x, sigmas, callback=lambda s: seen.append(s["x"]), noise=draw,
-        kept=kept(sigmas, eta),
-    )  # fmt: skip
-    return [
-        x / (1 + sigma**2).sqrt() for x, sigma in zip([*seen[1:], end], sigmas[1:], strict=True)
-    ]
+    return scheduled.reference(scheduler, **options)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_whole_run_equals_diffusers(prediction, steps):
     expected = reference(LCMScheduler(prediction_type=PREDICTIONS[prediction], **SD), steps)
-    for found, wanted in zip(run(denoiser(prediction), steps), expected, strict=True):
+    for found, wanted in zip(
+        run(denoiser(prediction), timesteps(steps)), expected, strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -98,7 +37,7 @@ def test_a_whole_run_equals_diffusers(prediction, steps):
 def test_eta_equals_the_gamma_of_tcd(prediction, eta):
     """Up to the last step, where TCD keeps the noise of t = 0 and we, like LCM, keep none."""
     expected = reference(TCDScheduler(prediction_type=PREDICTIONS[prediction], **SD), 4, eta=eta)
-    found = run(denoiser(prediction, boundary=False), 4, eta)
+    found = run(denoiser(prediction, boundary=False), timesteps(4), eta)
     for ours, theirs in zip(found[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
