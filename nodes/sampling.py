@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..samplers import host
+from ..samplers.families import FAMILIES
 
 CATEGORY = "LCM-LoRA"
 
@@ -22,12 +23,21 @@ class LCMModelSampling(io.ComfyNode):
                 "Makes a MODEL sample as a latent consistency model: the distillation grid and the "
                 "consistency function, with the model's own prediction type (eps or v) and noise "
                 "levels kept. Load LCM-LoRA does this already; use it after other LoRA loaders. "
-                "In the KSampler of ComfyUI, take sampler lcm and scheduler simple."
+                "In the KSampler of ComfyUI, take sampler lcm and scheduler simple. Its families "
+                "are for TCD, DMD2, Hyper-SD, PCM and Lightning models."
             ),
-            search_aliases=["lcm", "ModelSamplingDiscrete", "consistency", "model sampling"],
+            search_aliases=[
+                "lcm", "ModelSamplingDiscrete", "consistency", "model sampling", "tcd", "dmd2",
+                "hyper-sd", "pcm", "lightning",
+            ],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA applied."
+                ),
+                io.Combo.Input(
+                    "family", options=list(FAMILIES), default="lcm", optional=True,
+                    tooltip="How the LoRA, or the whole model, was distilled: LCM Schedule, LCM "
+                    "Sampler and LCM KSampler follow it.",
                 ),
             ],
             outputs=[
@@ -35,11 +45,11 @@ class LCMModelSampling(io.ComfyNode):
                     display_name="MODEL", tooltip="The model with the noise schedule of an LCM."
                 ),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(host.patch_sampling(model))
+    def execute(cls, model, family="lcm") -> io.NodeOutput:
+        return io.NodeOutput(host.patch_sampling(model, family))
 
 
 class LCMSchedule(io.ComfyNode):
@@ -54,11 +64,14 @@ class LCMSchedule(io.ComfyNode):
             description=(
                 "The noise levels of a few-step run at exactly the timesteps the LCM-LoRA was "
                 "distilled on, for SamplerCustom and SamplerCustomAdvanced. 4 steps are the "
-                "timesteps 999, 759, 499, 259."
+                "timesteps 999, 759, 499, 259 of an LCM, and those of its family for a MODEL that "
+                "has another."
             ),
             search_aliases=["lcm", "sigmas", "scheduler", "timesteps", "few steps"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to sample; its noise levels are used."),
+                io.Model.Input(
+                    "model", tooltip="The model to sample; its noise levels and family are used."
+                ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=50,
                     tooltip="Network calls per picture. 4 is usual, 1 to 8 make sense.",
@@ -70,7 +83,8 @@ class LCMSchedule(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "origin_steps", default=50, min=1, max=1000, advanced=True,
-                    tooltip="Points of the grid the LoRA was distilled on. LCM-LoRAs use 50.",
+                    tooltip="Points of the grid the LoRA was distilled on. LCM-LoRAs use 50, which "
+                    "leaves it to the MODEL's family; others make it an LCM's grid of that many.",
                 ),
                 io.String.Input(
                     "timesteps", default="", optional=True, advanced=True,
@@ -116,6 +130,11 @@ class LCMSampler(io.ComfyNode):
                     tooltip="Where noise between steps is drawn. cpu gives the same noise on "
                     "every machine; gpu draws on the device that samples.",
                 ),
+                io.Boolean.Input(
+                    "family_eta", default=False, optional=True,
+                    tooltip="Take the eta that the MODEL's family wants in place of the number "
+                    "above.",
+                ),
             ],
             outputs=[
                 io.Sampler.Output(display_name="SAMPLER", tooltip="The sampler with its settings."),
@@ -123,8 +142,8 @@ class LCMSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, eta, noise_device) -> io.NodeOutput:
-        return io.NodeOutput(host.sampler(eta, noise_device))
+    def execute(cls, eta, noise_device, family_eta=False) -> io.NodeOutput:
+        return io.NodeOutput(host.sampler(None if family_eta else eta, noise_device))
 
 
 class LCMKSampler(io.ComfyNode):
@@ -138,10 +157,14 @@ class LCMKSampler(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples a picture in 1 to 8 steps with everything set right for an LCM-LoRA: "
-                "noise schedule, timesteps and sampler. Give it the MODEL of Load LCM-LoRA, or "
-                "one that has an LCM-LoRA from another loader."
+                "noise schedule, timesteps and sampler. Give it the MODEL of Load LCM-LoRA, whose "
+                "family (LCM, TCD, DMD2, ...) it follows, or one that has an LCM-LoRA from another "
+                "loader."
             ),
-            search_aliases=["lcm", "ksampler", "sampler", "few steps", "fast", "txt2img"],
+            search_aliases=[
+                "lcm", "ksampler", "sampler", "few steps", "fast", "txt2img", "tcd", "dmd2",
+                "hyper-sd", "pcm", "lightning",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A model with an LCM-LoRA applied."),
                 io.Int.Input(
@@ -169,11 +192,28 @@ class LCMKSampler(io.ComfyNode):
                     tooltip="1 makes a new picture. Lower values keep more of the input latent: "
                     "0.5 starts at timestep 499. The steps are never fewer than asked.",
                 ),
+                io.Float.Input(
+                    "eta", default=-1.0, min=-1.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="Share of fresh noise between steps: 1 is LCM, 0 deterministic. Below "
+                    "0: what the MODEL's family wants.",
+                ),
+                io.Combo.Input(
+                    "noise_device", options=["cpu", "gpu"], default="cpu", optional=True,
+                    advanced=True,
+                    tooltip="Where noise between steps is drawn. cpu gives the same noise on "
+                    "every machine; gpu draws on the device that samples.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, seed, steps, cfg, positive, negative, latent, denoise) -> io.NodeOutput:
-        result = host.sample(model, seed, steps, cfg, positive, negative, latent, denoise)
+    def execute(
+        cls, model, seed, steps, cfg, positive, negative, latent, denoise,
+        eta=-1.0, noise_device="cpu",
+    ) -> io.NodeOutput:  # fmt: skip
+        result = host.sample(
+            model, seed, steps, cfg, positive, negative, latent, denoise,
+            None if eta < 0 else eta, noise_device,
+        )  # fmt: skip
         return io.NodeOutput(result)

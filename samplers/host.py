@@ -14,17 +14,17 @@ from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
 from .consistency import consistency
-from .families import FAMILIES, Family
+from .families import FAMILIES, ORIGIN_STEPS, Family
 from .lcm import kept_noise, lcm
 from .noise import picture_noise
-from .timesteps import grid, parse, timesteps
+from .timesteps import parse, timesteps
 
 
 class LCMSampling(ms.ModelSamplingDiscrete):
-    """The model's own noise schedule with the consistency function around its prediction.
+    """The model's own noise schedule, and how a family samples: its grid and its boundary.
 
-    `sigmas`, from which the host's schedulers choose, is the distillation grid, so `simple` finds
-    the reference timesteps. timestep() and sigma() use the whole `table`, one sigma for each
+    `sigmas`, from which the host's schedulers choose, is the family's grid, so `simple` finds the
+    reference timesteps. timestep() and sigma() use the whole `table`, one sigma for each
     timestep: exact on it, and geometric interpolation between, so a sigma from any scheduler
     reaches the network with the (perhaps fractional) timestep that belongs to it.
     """
@@ -37,7 +37,7 @@ class LCMSampling(ms.ModelSamplingDiscrete):
         self.num_timesteps = len(table)
         self.sigma_data = own.sigma_data
         self.register_buffer("table", table)
-        self.set_sigmas(table[grid(family.origin_steps, T=len(table))])
+        self.set_sigmas(table[family.grid(len(table))])
         self._near = table
 
     def _table_near(self, device: torch.device) -> torch.Tensor:
@@ -66,8 +66,11 @@ class LCMSampling(ms.ModelSamplingDiscrete):
     def calculate_denoised(
         self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor
     ) -> torch.Tensor:
-        """f(z, t) for the host's x = z sqrt(1 + sigma^2), by the model's own prediction type."""
+        """f(z, t) for the host's x = z sqrt(1 + sigma^2), by the model's own prediction type; just
+        x0 for a family without the boundary."""
         x0 = super().calculate_denoised(sigma, model_output, model_input)
+        if not self.family.boundary:
+            return x0
         scale = ms.reshape_sigma(sigma, model_input.ndim).square().add(1).rsqrt()
         return consistency(model_input * scale, x0, self.timestep(sigma))
 
@@ -139,43 +142,78 @@ def patch_sampling(model: ModelPatcher, family: str = "lcm") -> ModelPatcher:
     return patched
 
 
+def family_of(sampling: ms.ModelSamplingDiscrete) -> Family:
+    """The family that a MODEL's sampling object is set for; LCM where none has been set."""
+    return sampling.family if isinstance(sampling, LCMSampling) else FAMILIES["lcm"]
+
+
 def schedule(
     model: ModelPatcher,
     steps: int = 4,
     strength: float = 1.0,
-    origin_steps: int = 50,
+    origin_steps: int = ORIGIN_STEPS,
     timesteps_text: str = "",
 ) -> torch.Tensor:
-    """SIGMAS at the exact timesteps, then 0: float32 [N + 1] on the CPU.
+    """SIGMAS at the exact timesteps of the MODEL's family, then 0: float32 [N + 1] on the CPU.
 
-    A user's list in timesteps_text replaces steps, strength and origin_steps. Raises ValueError
-    for a list or numbers that do not fit (samplers/timesteps.py).
+    Another number of origin_steps than 50 replaces the family's grid by an LCM's of that many
+    points; a user's list in timesteps_text replaces steps and strength too. Raises ValueError for
+    a list or numbers that do not fit (samplers/timesteps.py).
     """
     table = full_table(own_sampling(model)).float().cpu()
     if timesteps_text.strip():
         t = parse(timesteps_text, len(table))
-    else:
+    elif origin_steps != ORIGIN_STEPS:
         t = timesteps(steps, strength, origin_steps, len(table))
+    else:
+        family = family_of(model.get_model_object("model_sampling"))
+        t = family.timesteps(steps, strength, len(table))
     return torch.cat([table[t], torch.zeros(1)])
 
 
+class FewStepSampler(comfy.samplers.KSAMPLER):
+    """A SAMPLER that makes a picture of noise alone at whatever timestep its run starts.
+
+    The host does so at the last timestep only and adds noise to the latent at others, which leaves
+    less than the variance 1 (VP scale) that DMD2's single step at 399 wants, when the latent is
+    empty.
+    """
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None,
+        denoise_mask=None, disable_pbar=False,
+    ) -> torch.Tensor:  # fmt: skip
+        if not self.max_denoise(model_wrap, sigmas) and not latent_image.any():
+            noise = noise * (1 + sigmas[0] ** -2).sqrt()
+        return super().sample(
+            model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask,
+            disable_pbar,
+        )  # fmt: skip
+
+
 def sampler(
-    eta: float = 1.0, noise_device: str = "cpu", batch_index: Sequence[int] | None = None
-) -> comfy.samplers.KSAMPLER:
-    """The LCM SAMPLER. batch_index: numbers of the pictures in their batch, 0..B-1 when None."""
+    eta: float | None = 1.0, noise_device: str = "cpu", batch_index: Sequence[int] | None = None
+) -> FewStepSampler:
+    """The few-step SAMPLER.
+
+    eta: that of the MODEL's family when None. batch_index: numbers of the pictures in their batch,
+    0..B-1 when None.
+    """
     options = {"eta": eta, "noise_device": noise_device, "batch_index": batch_index}
-    return comfy.samplers.KSAMPLER(sample_lcm_exact, options)
+    return FewStepSampler(sample_lcm_exact, options)
 
 
 def sample_lcm_exact(
     model, x, sigmas, extra_args=None, callback=None, disable=None,
-    *, eta: float, noise_device: str, batch_index: Sequence[int] | None,
+    *, eta: float | None, noise_device: str, batch_index: Sequence[int] | None,
 ) -> torch.Tensor:  # fmt: skip
     """samplers/lcm.py in the shape the host's KSAMPLER calls."""
     extra_args = extra_args or {}
     network = model.inner_model.inner_model
     sampling = network.model_sampling
     sampling_class(sampling, type(network).__name__)
+    if eta is None:
+        eta = family_of(sampling).eta
     noise = picture_noise(x, extra_args.get("seed") or 0, batch_index, noise_device)
     kept = kept_noise(sigmas, eta, sampling.timestep, sampling.sigma)
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
@@ -197,16 +235,18 @@ def sample(
     negative: list,
     latent: dict,
     denoise: float = 1.0,
+    eta: float | None = None,
+    noise_device: str = "cpu",
 ) -> dict:
     """A whole run on a LATENT: schedule, noise and sampler as the MODEL's family wants them.
 
-    A MODEL without our patch is taken for an LCM one. Raises ValueError for steps and denoise
-    that do not fit together and for a model that cannot be sampled so.
+    A MODEL without our patch is taken for an LCM one; eta: that of the family when None. Raises
+    ValueError for steps and denoise that do not fit together and for a model that cannot be
+    sampled so.
     """
     if not isinstance(model.get_model_object("model_sampling"), LCMSampling):
         model = patch_sampling(model)
-    family = model.get_model_object("model_sampling").family
-    sigmas = schedule(model, steps, denoise, family.origin_steps)
+    sigmas = schedule(model, steps, denoise)
     image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial")
     )
@@ -216,7 +256,7 @@ def sample(
         model,
         comfy.sample.prepare_noise(image, seed, batch_index),
         cfg,
-        sampler(family.eta, batch_index=batch_index),
+        sampler(eta, noise_device, batch_index),
         sigmas,
         positive,
         negative,

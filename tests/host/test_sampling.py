@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.noise import picture_seed
 
 pytestmark = pytest.mark.usefixtures("comfy")
@@ -70,13 +71,14 @@ def picture(batch: int = 1) -> dict:
     return {"samples": torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 5}
 
 
-def ours(model, steps=4, seed=11, cfg=1.0, latent=None, denoise=1.0) -> dict:
+def ours(model, steps=4, seed=11, cfg=1.0, latent=None, denoise=1.0, **advanced) -> dict:
     """LCMKSampler, as the graph calls it."""
     from lcm_lora.nodes.sampling import LCMKSampler
 
     output = LCMKSampler.execute(
-        model, seed, steps, cfg, conditioning(1), conditioning(2), latent or empty(), denoise
-    )
+        model, seed, steps, cfg, conditioning(1), conditioning(2), latent or empty(), denoise,
+        **advanced,
+    )  # fmt: skip
     return output.result[0]
 
 
@@ -105,19 +107,26 @@ class Calls:
 
 def reference(
     model, prediction: str, steps: int, seed: int, batch: int, cfg: float = 1.0,
-    strength: float = 1.0, image: torch.Tensor | None = None,
+    strength: float = 1.0, image: torch.Tensor | None = None, scheduler=None, **options,
 ) -> torch.Tensor:  # fmt: skip
-    """diffusers' LCMScheduler around the raw UNet, with the noise the host and we draw."""
+    """A scheduler of diffusers around the raw UNet, with the noise the host and we draw.
+
+    LCMScheduler by default; another one comes with its timesteps set, and options for its step.
+    """
     import comfy.sample
 
     own = model.get_model_object("model_sampling")
-    scheduler = LCMScheduler(prediction_type=PREDICTIONS[prediction])
+    if scheduler is None:
+        scheduler = LCMScheduler(prediction_type=PREDICTIONS[prediction])
+        scheduler.set_timesteps(steps, strength=strength)
     scheduler.alphas_cumprod = 1 / (1 + own.sigmas.double() ** 2)
-    scheduler.set_timesteps(steps, strength=strength)
+    scheduler.alphas_cumprod[0] = 1.0  # TCD's goes there, and we to the clean picture
     unet = model.model.diffusion_model
     z = comfy.sample.prepare_noise(torch.zeros(batch, 4, 8, 8), seed).double()
     if image is not None:
         z = scheduler.add_noise(image.double() * SCALE, z, scheduler.timesteps[:1])
+    if isinstance(scheduler, EulerDiscreteScheduler):  # its scale is the host's
+        z = z * (1 + scheduler.sigmas[0] ** 2).sqrt()
 
     def guided(z, t):
         def call(which):
@@ -133,8 +142,10 @@ def reference(
                 torch.Generator().manual_seed(picture_seed(seed, index, i))
                 for index in range(batch)
             ]
-            output = guided(z, t).float()
-            z = scheduler.step(output, t, z.float(), generator=generators, return_dict=False)[0]
+            output = guided(scheduler.scale_model_input(z, t), t).float()
+            z = scheduler.step(
+                output, t, z.float(), generator=generators, return_dict=False, **options
+            )[0]
     return z / SCALE
 
 
@@ -149,6 +160,37 @@ def test_a_whole_run_equals_diffusers(prediction, steps):
     model = build(prediction)
     expected = reference(model, prediction, steps, seed=11, batch=2)
     assert_same(ours(model, steps, latent=empty(2))["samples"], expected)
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+AUTHORS = {
+    "lcm": (LCMScheduler, {}, {}),
+    "dmd2": (LCMScheduler, {}, {}),
+    "tcd": (TCDScheduler, {}, {"eta": 0.3}),
+    "hyper-sd": (DDIMScheduler, TRAILING | {"clip_sample": False}, {}),
+    "hyper-sd-1step": (TCDScheduler, {}, {"eta": 1.0}),
+    "pcm": (DDIMScheduler, TRAILING | {"clip_sample": False}, {}),
+    "lightning": (EulerDiscreteScheduler, TRAILING | SD, {}),
+    "phased": (TCDScheduler, {}, {"eta": 0.0}),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_equals_its_authors(family, steps):
+    kind, settings, options = AUTHORS[family]
+    scheduler = kind(prediction_type="v_prediction", **settings)
+    if family == "dmd2":
+        scheduler.set_timesteps(timesteps=FAMILIES["dmd2"].timesteps(steps))
+    else:
+        scheduler.set_timesteps(steps)
+    model = build("v")
+    expected = reference(
+        model, "v", steps, seed=11, batch=2, scheduler=scheduler, **options
+    )  # fmt: skip
+    found = ours(patched(model, family), steps, latent=empty(2))
+    assert_same(found["samples"], expected)
 
 
 def test_zero_terminal_snr_is_kept():
@@ -182,10 +224,10 @@ def host_ksampler(model, scheduler: str, steps: int = 4, sampler: str = "lcm") -
     )[0]["samples"]  # fmt: skip
 
 
-def patched(model):
+def patched(model, family: str = "lcm"):
     from lcm_lora.nodes.sampling import LCMModelSampling
 
-    return LCMModelSampling.execute(model).result[0]
+    return LCMModelSampling.execute(model, family).result[0]
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
@@ -274,17 +316,87 @@ def test_the_schedule_node():
         node(4, 1.0, 50, "999, 499, 500")
 
 
-def test_the_nodes_one_by_one_equal_the_one_node():
+def one_by_one(model, latent: dict, steps: int = 4, **settings) -> torch.Tensor:
+    """LCMSchedule and LCMSampler in the host's SamplerCustom."""
     from comfy_extras.nodes_custom_sampler import SamplerCustom
     from lcm_lora.nodes.sampling import LCMSampler, LCMSchedule
 
-    model = patched(build("v"))
-    sigmas = LCMSchedule.execute(model, 4, 1.0, 50).result[0]
-    sampler = LCMSampler.execute(1.0, "cpu").result[0]
+    sigmas = LCMSchedule.execute(model, steps, 1.0, 50).result[0]
+    sampler = LCMSampler.execute(**{"eta": 1.0, "noise_device": "cpu"} | settings).result[0]
     output = SamplerCustom.execute(
-        model, True, 11, 1.0, conditioning(1), conditioning(2), sampler, sigmas, empty(3)
+        model, True, 11, 1.0, conditioning(1), conditioning(2), sampler, sigmas, latent
     )
-    assert torch.equal(output.result[0]["samples"], ours(model, latent=empty(3))["samples"])
+    return output.result[0]["samples"]
+
+
+def test_the_nodes_one_by_one_equal_the_one_node():
+    model = patched(build("v"))
+    assert torch.equal(one_by_one(model, empty(3)), ours(model, latent=empty(3))["samples"])
+
+
+@pytest.mark.parametrize(("family", "steps"), [("tcd", 4), ("lightning", 2), ("dmd2", 1)])
+def test_the_nodes_follow_the_family(family, steps):
+    model = patched(build("v"), family)
+    whole = ours(model, steps)["samples"]
+    assert torch.equal(one_by_one(model, empty(), steps, family_eta=True), whole)
+    # Without it eta is the number of the widget, as in workflows older than families.
+    eta = FAMILIES[family].eta
+    assert torch.equal(one_by_one(model, empty(), steps, eta=eta), whole)
+    # A MODEL of no family is an LCM's.
+    plain = build("v")
+    assert torch.equal(one_by_one(plain, empty(), family_eta=True), one_by_one(plain, empty()))
+
+
+def test_eta_of_the_one_node():
+    model = patched(build("v"), "tcd")
+    wanted = ours(model)["samples"]
+    assert torch.equal(ours(model, eta=0.3)["samples"], wanted)
+    assert torch.equal(ours(model, eta=0.3, noise_device="gpu")["samples"], wanted)  # both the CPU
+    other = ours(model, eta=0.0)["samples"]
+    assert torch.equal(other, one_by_one(model, empty(), eta=0.0))
+    assert (other - wanted).norm() > 0.01 * wanted.norm()
+
+
+def test_the_schedule_of_a_family():
+    from lcm_lora.nodes.sampling import LCMSchedule
+
+    model = patched(build("v"), "dmd2")
+    table = model.get_model_object("model_sampling").table
+
+    def node(*arguments):
+        return LCMSchedule.execute(model, *arguments).result[0].tolist()
+
+    assert node(4, 1.0, 50) == [*table[[999, 749, 499, 249]].tolist(), 0.0]
+    assert node(4, 0.6, 50) == [*table[[599, 449, 299, 149]].tolist(), 0.0]
+    # What the user sets goes before the family.
+    assert node(2, 1.0, 10) == [*table[[999, 499]].tolist(), 0.0]
+    assert node(4, 1.0, 25) == [*table[[999, 759, 519, 279]].tolist(), 0.0]
+    assert node(4, 1.0, 50, "999, 500") == [*table[[999, 500]].tolist(), 0.0]
+
+
+@pytest.mark.parametrize("family", ["dmd2", "lightning"])
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_simple_is_exact_for_trailing_families_too(family, steps):
+    calls = Calls(patched(build("v"), family))
+    host_ksampler(calls.model, "simple", steps, "euler")
+    assert calls.timesteps == FAMILIES[family].timesteps(steps)
+
+
+def test_an_empty_latent_starts_with_noise_alone_at_any_timestep():
+    """diffusers' way with a list of timesteps, and the only one with the variance 1."""
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+    from lcm_lora.nodes.sampling import LCMSampler, LCMSchedule
+
+    model = build("v")
+    scheduler = LCMScheduler(prediction_type="v_prediction")
+    scheduler.set_timesteps(timesteps=[599, 299])
+    expected = reference(model, "v", 2, seed=11, batch=1, scheduler=scheduler)
+    sigmas = LCMSchedule.execute(model, 2, 1.0, 50, "599, 299").result[0]
+    sampler = LCMSampler.execute(1.0, "cpu").result[0]
+    found = SamplerCustom.execute(
+        patched(model), True, 11, 1.0, conditioning(1), conditioning(2), sampler, sigmas, empty()
+    )
+    assert_same(found.result[0]["samples"], expected)
 
 
 def test_eta_zero_is_the_hosts_ddim():
@@ -303,15 +415,49 @@ def test_eta_zero_is_the_hosts_ddim():
     assert_same(found, host_ksampler(model, "simple", sampler="euler").double(), 1e-5)
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch():
-    """Noise is bit-equal (unit tests); the network's matrix products differ by their size."""
-    model = build("v")
+def picture_by_picture(model):
+    """The MODEL with a network that is asked for one picture at a time."""
+
+    def call(apply_model, args):
+        whole = len(args["input"])
+        one = [
+            {
+                "input": args["input"][i : i + 1], "timestep": args["timestep"][i : i + 1],
+                "c": {
+                    name: value[i : i + 1] if torch.is_tensor(value) and len(value) == whole
+                    else value for name, value in args["c"].items()
+                },
+            }
+            for i in range(whole)
+        ]  # fmt: skip
+        return torch.cat([apply_model(a["input"], a["timestep"], **a["c"]) for a in one])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(call)
+    return model
+
+
+@pytest.mark.parametrize("family", ["lcm", "tcd", "dmd2"])
+def test_a_picture_is_the_same_alone_and_in_a_batch(family):
+    """Not one bit differs that we draw or compute; the network's matrix products do, by their size,
+    when it is asked for the whole batch."""
+    model = patched(build("v"), family)
+    single = picture_by_picture(model)
     batch = ours(model, latent=empty(7))["samples"]
+    exact = ours(single, latent=empty(7))["samples"]
     for index in (0, 2, 6):
-        alone = ours(model, latent={**empty(), "batch_index": [index]})["samples"]
+        alone = ours(single, latent={**empty(), "batch_index": [index]})["samples"]
+        assert torch.equal(alone, exact[index : index + 1])
         assert_same(alone, batch[index : index + 1].double(), 1e-5)
-    assert torch.equal(batch, ours(model, latent=empty(7))["samples"])
     assert (batch[0] - batch[1]).norm() > 0.1 * batch[0].norm()
+
+
+def test_a_picture_is_the_same_after_another_prompt():
+    model = build("v")
+    first = ours(model, latent=empty(7))["samples"]
+    other = ours(model, seed=12, cfg=1.5, latent=empty(2))["samples"]
+    assert other.shape[0] == 2
+    assert torch.equal(first, ours(model, latent=empty(7))["samples"])
 
 
 def test_a_picture_of_odd_size_has_its_own_first_noise():
@@ -442,5 +588,8 @@ def test_the_schemas_load():
         schema = getattr(sampling, name).GET_SCHEMA()
         assert schema.node_id == name and schema.description and schema.search_aliases
         assert all(port.tooltip for port in [*schema.inputs, *schema.outputs])
-    ids = [port.id for port in sampling.LCMKSampler.GET_SCHEMA().inputs]
-    assert ids == ["model", "seed", "steps", "cfg", "positive", "negative", "latent", "denoise"]
+    ports = sampling.LCMKSampler.GET_SCHEMA().inputs
+    ids = [port.id for port in ports]
+    assert ids[:8] == ["model", "seed", "steps", "cfg", "positive", "negative", "latent", "denoise"]
+    assert ids[8:] == ["eta", "noise_device"]
+    assert all(port.advanced and port.optional for port in ports[8:])

@@ -1,0 +1,81 @@
+"""A run on the meta device, where any tensor that was left on the CPU is an error."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lcm_lora.samplers.families import FAMILIES
+from lcm_lora.samplers.noise import picture_noise
+from lcm_lora.tests.host.test_sampling import build, patched
+from torch.overrides import TorchFunctionMode
+
+pytestmark = pytest.mark.usefixtures("comfy")
+
+
+@pytest.fixture(autouse=True)
+def attention_that_asks_no_device(comfy, monkeypatch):
+    """The host's others ask the device for free memory."""
+    from comfy.ldm.modules import attention
+
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+
+
+class ReadBack(TorchFunctionMode):
+    """Lets tolist() read numbers that fall from a meta tensor, which has none, and counts how often
+    the device has been waited for. Every other way to read one is an error of the meta device."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.tolist and args[0].is_meta:
+            self.count += 1
+            return [*range(len(args[0]) - 1, 0, -1), 0.0]
+        return function(*args, **kwargs or {})
+
+
+def run(family: str, prediction: str, eta: float | None = None, left: str = ""):
+    """A run of 4 steps on a batch of 2 as the host calls it; -> (latent, times waited)."""
+    from lcm_lora.samplers.host import sample_lcm_exact
+
+    sampling = patched(build(prediction), family).get_model_object("model_sampling")
+    unet = build(prediction).model.diffusion_model.to("meta")
+    if left == "weights":
+        unet.input_blocks.to_empty(device="cpu")
+    context = torch.empty(2, 77, 64, device="cpu" if left == "context" else "meta")
+
+    def model(x, sigma, **_):
+        z = sampling.calculate_input(sigma, x)
+        output = unet(z, sampling.timestep(sigma).float(), context=context)
+        return sampling.calculate_denoised(sigma, output, x)
+
+    network = SimpleNamespace(model_sampling=sampling)
+    model.inner_model = SimpleNamespace(inner_model=network)
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    sigmas = torch.empty(5, device="cpu" if left == "sigmas" else "meta")
+    with torch.no_grad(), ReadBack() as read:
+        result = sample_lcm_exact(
+            model, x, sigmas, {"seed": 1}, disable=True,
+            eta=eta, noise_device="cpu", batch_index=None,
+        )  # fmt: skip
+    return result, read.count
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_leaves_nothing_on_the_cpu(family, prediction):
+    """Noise is drawn there and taken along; the sigmas are read before the loop, and not in it."""
+    result, waited = run(family, prediction)
+    assert result.is_meta and result.shape == (2, 4, 8, 8)
+    between = 0 < FAMILIES[family].eta < 1  # then what each step keeps is read too
+    assert waited == (3 if between else 2)
+
+
+@pytest.mark.parametrize("left", ["sigmas", "context", "weights"])
+def test_a_tensor_left_on_the_cpu_is_noticed(left):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta|device"):
+        run("lcm", "eps", left=left)
+
+
+def test_noise_goes_where_the_latent_is():
+    noise = picture_noise(torch.empty(2, 4, 8, 8, device="meta", dtype=torch.float16), 1)(0)
+    assert noise.is_meta and noise.dtype == torch.float16
