@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .acceleration import FAMILY, SEVERAL, joined
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector
@@ -175,7 +176,9 @@ def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -
 
 
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
-    return agreed([vector for vector, _ in terms]) | recipe(terms, method)
+    """What all agree on, the acceleration that one of them brings, and how it was made of them."""
+    vectors = [vector for vector, _ in terms]
+    return agreed(vectors) | joined([v.metadata for v in vectors]) | recipe(terms, method)
 
 
 def _source(terms: Sequence[tuple[Vector, float]]) -> str:
@@ -192,4 +195,9 @@ def _report(terms: Sequence[tuple[Vector, float]], combined: Vector) -> str:
         f"Sum: {len(combined.modules())} modules, rank {combined.ranks()}; {len(shared)} in more "
         f"than one vector, {len(combined.modules()) - len(shared)} in one only."
     )
+    if SEVERAL in (families := combined.metadata.get(FAMILY, "")):
+        lines.append(
+            f"Accelerations of different kinds ({families}): Load LCM-LoRA will ask as which of "
+            "them to sample."
+        )
     return "\n".join(lines)

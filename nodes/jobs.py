@@ -11,6 +11,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
+from ..lora.acceleration import FAMILY
 from ..lora.files import read
 from ..lora.wire import to_wire
 from ..training import checkpoints, spec
@@ -108,8 +109,11 @@ class LCMJobResult(io.ComfyNode):
         newest = checkpoints.newest(ray_job.checkpoints(path))
         if newest is None:
             raise ValueError(f"The job {found.name!r} has no checkpoint yet: {progress(found)}.")
-        alpha = spec.read(path / "spec.json").lora_alpha
-        made = vector(newest.adapter, alpha, {}, f"{found.name}, step {newest.step}")
+        settings = spec.read(path / "spec.json")
+        made = vector(
+            newest.adapter, settings.lora_alpha, {FAMILY: settings.objective},
+            f"{found.name}, step {newest.step}",
+        )  # fmt: skip
         show(f"The LoRA after step {newest.step}")
         return io.NodeOutput(to_wire(made), "")
 

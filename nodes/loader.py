@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..lora.acceleration import acceleration
+from ..lora.delta import Vector
 from ..lora.files import fingerprint, read
 from ..lora.host import apply
+from ..samplers.families import FAMILIES
 from ..samplers.host import patch_sampling
 from .host import lora_names, lora_path, show
-
-# A file does not say which distillation it came from, and LCM is the only one known so far.
-SAMPLING = {"auto": "lcm", "lcm": "lcm"}
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -21,19 +21,23 @@ class LCMLoRALoader(io.ComfyNode):
             display_name="Load LCM-LoRA",
             category="LCM-LoRA",
             description=(
-                "Applies an LCM-LoRA to a model and sets the model's sampling for it, so that 1 to "
-                "8 steps at cfg 1 to 2 give finished pictures. Works with LCM KSampler, and with "
-                "the KSampler node (sampler lcm, scheduler simple)."
+                "Applies an LCM-LoRA, or a TCD, DMD2, Hyper-SD, PCM or Lightning LoRA, to a model "
+                "and sets the model's sampling for it, so that 1 to 8 steps at cfg 1 to 2 give "
+                "finished pictures. Works with LCM KSampler, and an LCM-LoRA with the KSampler "
+                "node too (sampler lcm, scheduler simple)."
             ),
-            search_aliases=["lcm", "lcm lora", "load lora", "few steps", "fast", "acceleration"],
+            search_aliases=[
+                "lcm", "lcm lora", "load lora", "few steps", "fast", "acceleration", "tcd", "dmd2",
+                "hyper-sd", "pcm", "lightning",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's model."),
                 io.Combo.Input(
                     "lora_name",
                     options=lora_names(),
                     tooltip=(
-                        "The LCM-LoRA made for this kind of model (SD1.5, SDXL, SSD-1B). Files of "
-                        "another kind are refused."
+                        "The LCM-LoRA, or another one for few steps, made for this kind of model "
+                        "(SD1.5, SDXL, SSD-1B). Files of another kind are refused."
                     ),
                 ),
                 io.Float.Input(
@@ -46,9 +50,13 @@ class LCMLoRALoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family",
-                    options=list(SAMPLING),
+                    options=["auto", *FAMILIES],
                     default="auto",
-                    tooltip="How the LoRA was distilled, which decides the sampling. Keep auto.",
+                    tooltip=(
+                        "How the LoRA was distilled, which decides timesteps and noise. auto looks "
+                        "at the file's metadata, then at its name, takes lcm where neither tells, "
+                        "and says so on the node."
+                    ),
                 ),
             ],
             outputs=[
@@ -66,6 +74,22 @@ class LCMLoRALoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name: str, strength: float, family: str) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
+        family, why = _chosen(family, vector, lora_name)
         model, _, coverage = apply(model, None, vector, strength, 0.0)
-        show(str(coverage))
-        return io.NodeOutput(patch_sampling(model, family=SAMPLING[family]))
+        show(f"{coverage} Sampled as {family}: {why}.")
+        return io.NodeOutput(patch_sampling(model, family))
+
+
+def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:
+    """(the family to sample as, why). ValueError where the file tells several or an unknown one."""
+    if family != "auto":
+        return family, "chosen on this node"
+    found, where = acceleration(vector.metadata, lora_name)
+    if not found:
+        return "lcm", "neither metadata nor name tell, and most are"
+    if found not in FAMILIES:
+        raise ValueError(
+            f"{lora_name} cannot be sampled as {found!r}, as {where} has it: expected one of "
+            f"{', '.join(FAMILIES)}. Choose the family on the node."
+        )
+    return found, f"says {where}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..lora.acceleration import FAMILY, acceleration
 from ..lora.files import DTYPES, fingerprint, read, write
 from ..lora.host import apply
 from ..lora.whole import sha256
@@ -52,6 +53,9 @@ class LCMLoRAVectorLoader(io.ComfyNode):
     def execute(cls, lora_name: str) -> io.NodeOutput:
         path = lora_path(lora_name)
         vector = replace(read(path), sha256=sha256(path))
+        # Where only the name tells it, a sum with other files would not know it any more.
+        if family := acceleration(vector.metadata, lora_name)[0]:
+            vector = replace(vector, metadata={**vector.metadata, FAMILY: family})
         return io.NodeOutput(to_wire(vector), describe(vector))
 
 
@@ -106,8 +110,11 @@ class LCMLoRAApply(io.ComfyNode):
     def execute(
         cls, model, vector, strength_model: float, strength_clip: float, clip=None
     ) -> io.NodeOutput:
-        model, clip, coverage = apply(model, clip, from_wire(vector), strength_model, strength_clip)
-        show(str(coverage))
+        given = from_wire(vector)
+        model, clip, coverage = apply(model, clip, given, strength_model, strength_clip)
+        family = given.metadata.get(FAMILY)
+        hint = f" Its family is {family}: choose it in LCM Model Sampling." if family else ""
+        show(f"{coverage}{hint}")
         return io.NodeOutput(model, clip)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..lora import files
+from ..lora.acceleration import FAMILY
 from . import disk, export
 from .adapter import Adapter
 from .spec import Spec
@@ -30,7 +31,7 @@ def about(spec: Spec, teacher, steps: int, base_hash: str, bank: str) -> dict[st
         "ss_max_train_steps": str(steps),
         "ss_output_name": Path(spec.output).stem,
         "lcm_lora.version": VERSION,
-        "lcm_lora.family": "lcm" if spec.objective == "lcm" else spec.objective,
+        FAMILY: spec.objective,
         "lcm_lora.base_family": teacher.family,
         "lcm_lora.prediction": teacher.schedule.prediction,
         "lcm_lora.guidance": " to ".join(f"{w:g}" for w in spec.guidance),

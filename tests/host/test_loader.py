@@ -25,6 +25,21 @@ def path(comfy) -> Path:
     return folder / NAME
 
 
+@pytest.fixture
+def shown(comfy, monkeypatch) -> list[str]:
+    """What the nodes write on themselves."""
+    from lcm_lora.nodes import loader, vectors
+
+    texts = []
+    for module in (loader, vectors):
+        monkeypatch.setattr(module, "show", texts.append)
+    return texts
+
+
+def family_of(model) -> str:
+    return model.get_model_object("model_sampling").family.name
+
+
 @pytest.mark.parametrize("family", ["auto", "lcm"])
 def test_it_applies_the_whole_file_and_sets_the_sampling(model, path, family):
     from lcm_lora.nodes.loader import LCMLoRALoader
@@ -35,6 +50,62 @@ def test_it_applies_the_whole_file_and_sets_the_sampling(model, path, family):
     sampling = loaded.get_model_object("model_sampling")
     assert type(sampling) is not type(model.get_model_object("model_sampling"))
     assert not model.patches and not model.object_patches
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "chosen", "family", "why"),
+    [
+        (NAME, {}, "auto", "lcm", "says the name lcm-lora-loader-test"),
+        (NAME, {"lcm_lora.family": "phased"}, "auto", "phased", "says its metadata, lcm_lora.fam"),
+        (NAME, {"lcm_lora.family": "phased"}, "tcd", "tcd", "chosen on this node"),
+        ("Hyper-SD15-1step.safetensors", {}, "auto", "hyper-sd-1step", "says the name Hyper-SD15"),
+        ("some.safetensors", {"modelspec.title": "DMD2"}, "auto", "dmd2", "modelspec.title"),
+        ("some.safetensors", {}, "auto", "lcm", "neither metadata nor name tell"),
+    ],
+)
+def test_it_finds_the_family_and_says_why(
+    model, path, shown, name, metadata, chosen, family, why
+):  # fmt: skip
+    from lcm_lora.nodes.loader import LCMLoRALoader
+
+    save_file(dialects(model)["kohya"], path.with_name(name), metadata or None)
+    (loaded,) = LCMLoRALoader.execute(model, name, 1.0, chosen).result
+    assert family_of(loaded) == family
+    assert f"Sampled as {family}" in shown[-1] and why in shown[-1]
+
+
+def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, shown):
+    from lcm_lora.nodes.loader import LCMLoRALoader
+    from lcm_lora.nodes.vectors import (
+        LCMLoRAApply,
+        LCMLoRACombine,
+        LCMLoRASave,
+        LCMLoRAVectorLoader,
+    )
+
+    names = ["tcd-sd15.safetensors", "style.safetensors", "pcm_sd15_4step.safetensors"]
+    vectors = []
+    for seed, name in enumerate(names):
+        save_file(dialects(model, seed=seed)["kohya"], path.with_name(name))
+        vectors.append(LCMLoRAVectorLoader.execute(name).result[0])
+    LCMLoRAApply.execute(model, vectors[1], 1.0, 1.0)
+    assert "family" not in shown[-1]
+    LCMLoRAApply.execute(model, vectors[0], 1.0, 1.0)
+    assert shown[-1].endswith("Its family is tcd: choose it in LCM Model Sampling.")
+
+    def saved(style_or_other) -> str:
+        rows = {"count": "2", "vector_1": vectors[0], "vector_2": style_or_other}
+        summed = LCMLoRACombine.execute(
+            rows | {"weight_1": 1.0, "weight_2": 0.8}, "exact", 0, 1.0
+        ).result[0]
+        return LCMLoRASave.execute(summed, "combined", "fp32", True).result[0]
+
+    (loaded,) = LCMLoRALoader.execute(model, saved(vectors[1]), 1.0, "auto").result
+    assert family_of(loaded) == "tcd"
+    with pytest.raises(ValueError, match=r"as 'pcm \+ tcd'.*Choose the family"):
+        LCMLoRALoader.execute(model, saved(vectors[2]), 1.0, "auto")
+    (loaded,) = LCMLoRALoader.execute(model, "combined.safetensors", 1.0, "pcm").result
+    assert family_of(loaded) == "pcm"
 
 
 def test_a_bad_file_is_explained(model, path):

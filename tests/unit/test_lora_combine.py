@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lcm_lora.lora.acceleration import FAMILY
 from lcm_lora.lora.combine import exact
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.metadata import METHOD, RECIPE
@@ -149,6 +150,19 @@ def test_metadata_says_how_the_sum_was_made():
     assert combined.metadata[METHOD] == "exact"
     (outer,) = json.loads(exact([combined], [2.0])[0].metadata[RECIPE])
     assert outer["recipe"] == json.loads(combined.metadata[RECIPE])
+
+
+def test_the_acceleration_survives_a_style_and_two_of_them_are_told():
+    lcm, tcd, style = (
+        Vector({LINEAR: linear(2)}, metadata={FAMILY: family} if family else {}, source=str(family))
+        for family in ("lcm", "tcd", None)
+    )
+    combined, report = exact([style, lcm], [0.8, 1.0])
+    assert combined.metadata[FAMILY] == "lcm" and "different kinds" not in report
+    combined, report = exact([combined, tcd], [1.0, 0.5])
+    assert combined.metadata[FAMILY] == "lcm + tcd"
+    assert "different kinds (lcm + tcd)" in report
+    assert FAMILY not in exact([style, lcm], [1.0, 0.0])[0].metadata
 
 
 def test_vectors_of_different_families_are_refused():
