@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import comfy.sample
 import comfy.samplers
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .consistency import consistency
 from .families import FAMILIES, ORIGIN_STEPS, Family
+from .guidance import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
 from .noise import picture_noise
 from .timesteps import parse, timesteps
@@ -129,10 +131,15 @@ def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
 def patch_sampling(model: ModelPatcher, family: str = "lcm") -> ModelPatcher:
     """A clone of MODEL that samples as `family` was distilled; its weights are untouched.
 
-    Raises ValueError for an unknown family or a model without a discrete schedule.
+    Raises ValueError for an unknown family, a model without a discrete schedule, or one that the
+    host has loaded without its guidance embedding.
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
+    # The host drops that weight without a trace, but a MODEL knows what it would be loaded with
+    # again: a loader, and its arguments, of which the file is the first.
+    if model.cached_patcher_init is not None:
+        refuse_guidance_embedding(Path(str(model.cached_patcher_init[1][0])))
     own = own_sampling(model)
     kind = sampling_class(own, type(model.model).__name__)
     patched = model.clone()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..lora import files
+from ..samplers.guidance import refuse_guidance_embedding
 from .solver import Schedule
 from .spec import StyleLoRA
 
@@ -95,6 +96,7 @@ class Teacher:
 
         if not checkpoint.is_file():
             raise ValueError(f"There is no checkpoint {checkpoint}.")
+        refuse_guidance_embedding(checkpoint)
         device = management.get_torch_device()
         dtype = _dtype(precision, device)
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lcm_lora.tests.host.tiny_lora import dialects, modules, tiny_model
+import torch
+from lcm_lora.tests.host.tiny_lora import UNET, dialects, modules, tiny_model
 from safetensors.torch import save_file
 
 NAME = "lcm-lora-loader-test.safetensors"
@@ -106,6 +107,39 @@ def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, sho
         LCMLoRALoader.execute(model, saved(vectors[2]), 1.0, "auto")
     (loaded,) = LCMLoRALoader.execute(model, "combined.safetensors", 1.0, "pcm").result
     assert family_of(loaded) == "pcm"
+
+
+def test_a_full_lcm_with_a_guidance_embedding_is_refused(comfy, path):
+    """The host loads it and says nothing; our nodes say why they will not sample it."""
+    import comfy.ops
+    import comfy.sd
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from lcm_lora.nodes.sampling import LCMKSampler, LCMModelSampling
+    from lcm_lora.training.teacher import Teacher
+
+    unet = UNetModel(**UNET, dtype=torch.float16, operations=comfy.ops.disable_weight_init)
+    weights = {
+        f"model.diffusion_model.{key}": torch.zeros_like(tensor)
+        for key, tensor in unet.state_dict().items()
+    }
+
+    def load(name: str, more: dict):
+        file = path.with_name(name)
+        save_file(weights | more, file)
+        return file, comfy.sd.load_checkpoint_guess_config(str(file), False, False)[0]
+
+    _, plain = load("plain.safetensors", {})
+    LCMModelSampling.execute(plain)
+    projection = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(320, 256)}
+    file, full = load("full.safetensors", projection)
+    assert not any("cond_proj" in key for key in full.model.state_dict())
+    for call in (
+        lambda: LCMModelSampling.execute(full.clone()),
+        lambda: LCMKSampler.execute(full, 0, 4, 1.0, [], [], {}, 1.0),
+        lambda: Teacher.load(file),
+    ):
+        with pytest.raises(ValueError, match=r"full.safetensors is a full LCM .*cond_proj"):
+            call()
 
 
 def test_a_bad_file_is_explained(model, path):

@@ -1,0 +1,20 @@
+"""Full LCMs whose network wants the guidance scale as an input, which ComfyUI's has not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def refuse_guidance_embedding(file: Path) -> None:
+    """Raises ValueError where a safetensors file holds a UNet with `time_embedding.cond_proj` (LCM,
+    arXiv 2310.04378, section 4.2), told by its header. Other files pass, and missing ones."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return
+    with open(file, "rb") as opened:
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+    if b'cond_proj.weight"' in header:
+        raise ValueError(
+            f"{file.name} is a full LCM with a guidance embedding (time_embedding.cond_proj). "
+            "ComfyUI has no such input and leaves it out, so that nobody knows at which guidance "
+            "it would draw. Take the checkpoint that it was made from, and an LCM-LoRA."
+        )
