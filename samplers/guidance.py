@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it: a broken file may claim more
+
 
 def refuse_guidance_embedding(file: Path) -> None:
     """Raises ValueError where a safetensors file holds a UNet with `time_embedding.cond_proj` (LCM,
@@ -11,7 +13,8 @@ def refuse_guidance_embedding(file: Path) -> None:
     if file.suffix != ".safetensors" or not file.is_file():
         return
     with open(file, "rb") as opened:
-        header = opened.read(int.from_bytes(opened.read(8), "little"))
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, LONGEST_HEADER))
     if b'cond_proj.weight"' in header:
         raise ValueError(
             f"{file.name} is a full LCM with a guidance embedding (time_embedding.cond_proj). "

@@ -116,7 +116,16 @@ def full_table(sampling: ms.ModelSamplingDiscrete) -> torch.Tensor:
 
 
 def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
-    """The sampling object of a MODEL that still has all its timesteps. ValueError as above."""
+    """The sampling object of a MODEL that still has all its timesteps.
+
+    Raises ValueError for a model without a discrete schedule, and for one that the host has loaded
+    without its guidance embedding.
+    """
+    # It drops that weight without a trace, but a MODEL knows how it would be loaded again: by a
+    # loader and its arguments, of which the host's have the file as the first.
+    _, arguments, *_ = model.cached_patcher_init or (None, ())
+    if arguments and isinstance(arguments[0], str):
+        refuse_guidance_embedding(Path(arguments[0]))
     own = model.get_model_object("model_sampling")
     sampling_class(own, type(model.model).__name__)
     if len(full_table(own)) != own.num_timesteps:
@@ -131,15 +140,10 @@ def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
 def patch_sampling(model: ModelPatcher, family: str = "lcm") -> ModelPatcher:
     """A clone of MODEL that samples as `family` was distilled; its weights are untouched.
 
-    Raises ValueError for an unknown family, a model without a discrete schedule, or one that the
-    host has loaded without its guidance embedding.
+    Raises ValueError for an unknown family, and as `own_sampling` does.
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
-    # The host drops that weight without a trace, but a MODEL knows what it would be loaded with
-    # again: a loader, and its arguments, of which the file is the first.
-    if model.cached_patcher_init is not None:
-        refuse_guidance_embedding(Path(str(model.cached_patcher_init[1][0])))
     own = own_sampling(model)
     kind = sampling_class(own, type(model.model).__name__)
     patched = model.clone()
