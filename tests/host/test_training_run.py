@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from lcm_lora.lora import files
+from lcm_lora.lora.acceleration import acceleration
 from lcm_lora.tests.host.queued import PROMPTS
 from safetensors.torch import load_file, save_file
 
@@ -244,6 +245,7 @@ def test_finish_writes_what_there_is(job):
     assert status(spec)["state"] == "done"
     found = files.read(Path(json.loads(spec.read_text())["output"]))
     assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
+    assert acceleration(found.metadata, "x") == ("lcm", "its metadata, lcm_lora.family")
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])
