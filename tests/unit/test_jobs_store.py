@@ -218,3 +218,13 @@ def test_two_stores_of_one_folder_agree(store, tmp_path):
     assert state(store, job) == "paused"
     store.ask(job, "")
     assert state(other, job) == "queued"
+
+
+@pytest.mark.parametrize("its_own", [True, False])
+def test_what_a_cluster_s_storage_holds_of_a_job_goes_with_it(store, tmp_path, its_own):
+    job, _ = store.create(spec(tmp_path), "a")
+    there = tmp_path / "storage" / (job if its_own else "others")
+    (there / "checkpoints").mkdir(parents=True)
+    (store.folder / job / "ray.json").write_text(json.dumps({"remote": str(there)}))
+    store.delete(job)
+    assert there.exists() is not its_own and there.parent.exists()

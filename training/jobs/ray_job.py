@@ -169,7 +169,7 @@ class Follower:
         self.remote = Path(cluster.storage) / "jobs" / job.name
         self.notes: dict[str, Any] = {"submission": "", "earlier": None, "log": 0}
         self.notes |= disk.read_object(job / NOTES)
-        self.notes["checkpoints"] = str(self.remote / "checkpoints")
+        self.notes["remote"] = str(self.remote)
         self.terminated = threading.Event()
         self.mirrored: dict[Path, tuple[int, int]] = {}
 
@@ -384,7 +384,13 @@ def package() -> bytes:
     return buffer.getvalue()
 
 
+def remote(job: Path) -> Path | None:
+    """A job's folder in the storage, where it has been to a cluster."""
+    told = disk.read_object(job / NOTES).get("remote")
+    # Named like the job, or somebody has written into the notes.
+    return Path(told) if isinstance(told, str) and Path(told).name == job.name else None
+
+
 def checkpoints(job: Path) -> Path:
     """Where a job's checkpoints lie: in its folder, or in the storage."""
-    told = disk.read_object(job / NOTES).get("checkpoints")
-    return Path(told) if isinstance(told, str) else job / "checkpoints"
+    return (remote(job) or job) / "checkpoints"

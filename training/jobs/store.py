@@ -29,6 +29,7 @@ from filelock import FileLock
 
 from .. import disk
 from ..spec import Spec
+from . import ray_job
 from .processes import alive
 
 POLICIES = ("yield", "exclusive", "share")
@@ -194,9 +195,12 @@ class Store:
         with self._changing():
             if self.job(identifier).state in ACTIVE:
                 raise ValueError("The job is running: stop it first, then delete it.")
+            there = ray_job.remote(path)
             # Renamed first, so that a crash in between leaves no half of a job.
             gone = self.folder / f"{disk.TEMPORARY}{identifier}"
             path.rename(gone)
+        if there:
+            shutil.rmtree(there, ignore_errors=True)
         shutil.rmtree(gone, ignore_errors=True)
 
     def clean(self, keep: int, room: float) -> None:
