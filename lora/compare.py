@@ -24,11 +24,11 @@ class Grams:
         """Counts a module in, which the terms `holders` have, with these ranks."""
         up, down = stacked.up.flatten(1), stacked.down.flatten(1)
         products = (up.T @ up).double() * (down @ down.T).double()
-        member = torch.zeros(sum(ranks), self.terms, dtype=torch.float64)
-        rows = torch.tensor(list(holders)).repeat_interleave(torch.tensor(list(ranks)))
-        member[torch.arange(len(rows)), rows] = 1
-        empty = torch.zeros(self.terms, self.terms, dtype=torch.float64)
-        self.of[place] = self.of.get(place, empty) + member.T @ products @ member
+        owners = [term for term, rank in zip(holders, ranks, strict=True) for _ in range(rank)]
+        owner = torch.tensor(owners, device=up.device)
+        sums = products.new_zeros(self.terms, self.terms)
+        sums.index_put_((owner[:, None], owner[None]), products, accumulate=True)
+        self.of[place] = self.of[place] + sums if place in self.of else sums
 
     def __str__(self) -> str:
         """A line for each pair of terms: the cosine of the angle between them, as weighted."""
