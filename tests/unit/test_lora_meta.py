@@ -1,0 +1,38 @@
+"""LoRA algebra where its factors lie: on the meta device a tensor left on the CPU is an error."""
+
+import pytest
+import torch
+from lcm_lora.lora.combine import _stack
+from lcm_lora.lora.compare import Grams
+from lcm_lora.lora.delta import Delta
+from lcm_lora.lora.elementwise.table import RULES
+from lcm_lora.lora.reduce import decomposed
+
+META = torch.device("meta")
+
+
+def delta(rank=4, kernel=(), tucker=False) -> Delta:
+    ones = [1] * len(kernel)
+    mid = torch.empty(rank, rank, *kernel, device=META) if tucker else None
+    down = torch.empty(rank, 12, *(ones if tucker else kernel), device=META, dtype=torch.float16)
+    return Delta(torch.empty(20, rank, *ones, device=META, dtype=torch.float16), down, mid, 2.0)
+
+
+@pytest.mark.parametrize("each", [delta(), delta(kernel=(3, 3)), delta(kernel=(3, 3), tucker=True)])
+def test_deltas_are_made_of_their_factors_there(each):
+    assert each.matrix().is_meta and each.matrix().shape == each.shape
+    assert each.scaled(0.5).matrix().is_meta
+    stacked = _stack([(each, 0.5), (each, -1.0)])
+    assert stacked.up.is_meta and stacked.down.is_meta and stacked.rank == 8
+    grams = Grams(2)
+    grams.add("input", stacked, [0, 1], [4, 4])
+    assert grams.of["input"].is_meta
+    parts = decomposed(each)
+    assert parts.values.is_meta and parts.cut(3).down.is_meta
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_rules_merge_there(name):
+    changes = torch.empty(2, 20, 12, device=META)
+    merged = RULES[name].merge(changes, 0.5, torch.Generator().manual_seed(0))
+    assert merged.is_meta and merged.shape == (20, 12)
