@@ -28,6 +28,20 @@ def main(arguments: list[str], host: Path) -> int:
     ]  # fmt: skip
     paths = [Path(word.partition("::")[0]).resolve() for word in arguments]
     named = any(path.exists() and path.is_relative_to(tests) for path in paths)
-    status = pytest.main([*fixed, *arguments, *([] if named else [str(tests)])])
+    if not named:
+        fixed += [str(tests), *(_side_by_side() if "-m" not in arguments else ())]
+    status = pytest.main([*fixed, *arguments])
     log.info("%.0f s in all", time.monotonic() - begun)
     return int(status)
+
+
+def _side_by_side() -> list[str]:
+    """Two processes share the tests (tests/conftest.py says which go together), for they wait much.
+
+    Each has half of the threads: where two programs want every core, both crawl.
+    """
+    cores = os.cpu_count() or 1
+    if cores < 2:
+        return []
+    os.environ["OMP_NUM_THREADS"] = str(cores // 2)
+    return ["-n", "2", "--dist", "loadgroup"]

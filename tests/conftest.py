@@ -19,6 +19,7 @@ if "lcm_lora" not in sys.modules:
 def pytest_collection_modifyitems(config, items):
     import torch
 
+    together(items)
     if config.getoption("markexpr") != "faults":
         for item in items:
             if item.get_closest_marker("faults"):
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+def together(items) -> None:
+    """Tests of one file run in one process, and so do all that queue jobs: a device takes one at a
+    time. Those begin, for they take longest."""
+    queueing = ("server/", "host/test_jobs", "host/test_ray")
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        group = "jobs" if file.startswith(queueing) else file
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "jobs")
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,6 @@ the choices, so that it can tell the least of them that fails; they are the same
 import json
 import math
 import random
-import resource
 import struct
 import time
 
@@ -20,6 +19,7 @@ from lcm_lora.lora.files import read
 from lcm_lora.lora.reduce import truncated
 from lcm_lora.lora.wire import PEFT_METADATA, describe
 
+resource = pytest.importorskip("resource", reason="only POSIX tells a process's memory")
 MODULES = (
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
     "unet.up_blocks.0.resnets.0.conv1",
