@@ -2,6 +2,7 @@
 
 import pytest
 from lcm_lora.tests.server.ground import Ground
+from lcm_lora.tests.server.pages import new_page
 from lcm_lora.training.jobs import processes
 
 
@@ -49,3 +50,30 @@ def ground(host_folder, tmp_path, server, subject):
     for job in made.store.jobs():
         processes.end(job.id, kill=True)
     made.server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, for all tests of the page."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from lcm_lora.dev.browser import chromium
+
+    if (found := chromium()) is None:
+        pytest.skip("there is no Chromium here, and only root can install Debian's")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path=found, headless=True,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader"],
+        )  # fmt: skip
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, client):
+    """A page of the server; nothing may go wrong on it, and it may ask nobody else for anything."""
+    page = new_page(browser, client)
+    yield page
+    assert not page.wrong
+    assert not page.foreign
+    page.context.close()

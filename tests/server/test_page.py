@@ -1,15 +1,10 @@
 """The tab "LCM-LoRA jobs" in the real front end, in Chromium: a job's whole life on the page."""
 
-import os
 import time
 
 import pytest
+from lcm_lora.tests.server.pages import TEMPLATES, new_page, opened, pictured
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-READY = """() => window.app?.vueAppReady && window.app.extensionManager
-    && !document.querySelector('.p-blockui-mask')
-    && window.LiteGraph?.registered_node_types?.['LCMDistill']"""
 LIGHTNESS = """() => {
     const panel = document.querySelector('.lcm-panel');
     const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3)
@@ -21,65 +16,12 @@ LIGHTNESS = """() => {
     } while (ground && /, 0\\)|transparent/.test(colour));
     return [light(getComputedStyle(panel).color), light(colour)];
 }"""
-TEMPLATES = "/api/workflow_templates/lcm-lora"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from lcm_lora.dev.browser import chromium
-
-    if (found := chromium()) is None:
-        pytest.skip("there is no Chromium here, and only root can install Debian's")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(
-            executable_path=found, headless=True,
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader"],
-        )  # fmt: skip
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser, client):
-    page = new_page(browser, client)
-    yield page
-    assert not page.wrong
-    assert not page.foreign
-    page.context.close()
-
-
-def new_page(browser, client):
-    """.wrong: errors of the page so far; .foreign: addresses of others that it asked for."""
-    client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "9.9.9"})
-    page = browser.new_context(viewport={"width": 1600, "height": 900}).new_page()
-    page.wrong, page.foreign = [], []
-    page.on("pageerror", lambda error: page.wrong.append(str(error)))
-    page.on("request", lambda request: foreign(page, client, request.url))
-    opened(page, client)
-    return page
-
-
-def foreign(page, client, address: str) -> None:
-    if not address.startswith((client.url, "data:", "blob:", client.url.replace("http", "ws"))):
-        page.foreign.append(address)
-
-
-def opened(page, client) -> None:
-    page.goto(client.url)
-    page.wait_for_function(READY, timeout=120_000)
-    page.wait_for_timeout(1000)
 
 
 def show_tab(page) -> None:
     if not page.locator(".lcm-panel").is_visible():
         page.evaluate("app.extensionManager.command.execute('lcm_lora.jobs')")
     page.wait_for_selector(".lcm-panel", timeout=20_000)
-
-
-def pictured(page, name) -> None:
-    """Keeps a screenshot where the developer asked for them."""
-    if folder := os.environ.get("LCM_LORA_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png")
 
 
 def distil(page, subject, name, steps) -> None:

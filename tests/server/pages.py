@@ -1,0 +1,36 @@
+"""Pages of the real front end in Chromium, which note what goes wrong on them."""
+
+import os
+
+READY = """() => window.app?.vueAppReady && window.app.extensionManager
+    && !document.querySelector('.p-blockui-mask')
+    && window.LiteGraph?.registered_node_types?.['LCMDistill']"""
+TEMPLATES = "/api/workflow_templates/lcm-lora"
+
+
+def new_page(browser, client):
+    """.wrong: errors of the page so far; .foreign: addresses of others that it asked for."""
+    client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "9.9.9"})
+    page = browser.new_context(viewport={"width": 1600, "height": 900}).new_page()
+    page.wrong, page.foreign = [], []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("request", lambda request: foreign(page, client, request.url))
+    opened(page, client)
+    return page
+
+
+def foreign(page, client, address: str) -> None:
+    if not address.startswith((client.url, "data:", "blob:", client.url.replace("http", "ws"))):
+        page.foreign.append(address)
+
+
+def opened(page, client) -> None:
+    page.goto(client.url)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(1000)
+
+
+def pictured(page, name) -> None:
+    """Keeps a screenshot where the developer asked for them."""
+    if folder := os.environ.get("LCM_LORA_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
