@@ -1,4 +1,6 @@
 // A small line chart as SVG: steps to the right, values on a logarithmic scale.
+import { number, say } from "./words.mjs";
+
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 320, HEIGHT = 130, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
 const COLOURS = ["var(--lcm-line-1)", "var(--lcm-line-2)", "var(--lcm-line-3)"];
@@ -10,8 +12,8 @@ function s(tag, attributes, text) {
   return element;
 }
 
-const short = (value) => (value !== 0 && (Math.abs(value) < 0.01 || Math.abs(value) >= 10000)
-  ? value.toExponential(1) : String(Number(value.toPrecision(3))));
+const short = (value) => number(value, Math.abs(value) < 0.01 || Math.abs(value) >= 10000
+  ? { notation: "scientific", maximumFractionDigits: 1 } : { maximumSignificantDigits: 3 });
 
 /** Draws `lines` ({name: values}) over `steps` into the figure; hides it where nothing is known. */
 export function chart(figure, title, steps, lines) {
@@ -28,14 +30,17 @@ export function chart(figure, title, steps, lines) {
   const last = (list) => list.findLast((value) => value > 0);
   const svg = s("svg", {
     viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
-    "aria-label": `${title} to step ${right}: ${Object.entries(lines).map(([name, list]) => `${name} ${short(last(list) ?? NaN)}`).join(", ")}`,
+    "aria-label": say("{title} to step {step}: {values}", {
+      title, step: right,
+      values: Object.entries(lines).map(([name, list]) => `${name} ${short(last(list) ?? NaN)}`).join(", "),
+    }),
   });
   svg.append(
     s("rect", { x: LEFT, y: TOP, width: WIDTH - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM, class: "lcm-frame" }),
     s("text", { x: LEFT - 4, y: HEIGHT - BOTTOM, "text-anchor": "end" }, short(10 ** low)),
     s("text", { x: LEFT - 4, y: TOP + 9, "text-anchor": "end" }, short(10 ** high)),
-    s("text", { x: LEFT, y: HEIGHT - 6 }, short(left)),
-    s("text", { x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, short(right)),
+    s("text", { x: LEFT, y: HEIGHT - 6 }, number(left)),
+    s("text", { x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, number(right)),
   );
   Object.values(lines).forEach((list, i) => {
     const points = list.map((value, at) => (value > 0 ? `${x(steps[at]).toFixed(1)},${y(value).toFixed(1)}` : null));

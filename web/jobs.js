@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Panel } from "./panel.mjs";
+import { say, speak } from "./words.mjs";
 
 const EVENT = "lcm_lora.jobs";
 const POLL = 5000; // milliseconds, should the server's events get lost
@@ -18,12 +19,17 @@ async function call(path, body) {
   };
   const answer = await api.fetchApi(`/lcm_lora/${path}`, options);
   const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(told.error ?? `The server answered ${answer.status}.`);
+  if (!answer.ok) throw new Error(told.error ?? say("The server answered {status}.", { status: answer.status }));
   return told;
 }
 
 function toast(severity, summary, detail) {
   app.extensionManager.toast.add({ severity, summary, detail, life: 8000 });
+}
+
+/** Takes over the language that the front end has now. */
+function listen() {
+  speak(app.extensionManager.setting.get("Comfy.Locale") ?? "en");
 }
 
 /** Fetches the list; calls that come while one is under way share it. */
@@ -56,10 +62,10 @@ function announce() {
   for (const job of state.jobs) {
     if (!before.has(job.id) || before.get(job.id) === job.state) continue;
     if (job.state === "done") {
-      toast("success", "LCM-LoRA is ready", job.lora_name);
+      toast("success", say("LCM-LoRA is ready"), job.lora_name);
       app.refreshComboInNodes?.(); // so that loaders offer the new file
     } else if (job.state === "failed") {
-      toast("error", `Distillation failed: ${job.name}`, job.error ?? job.message);
+      toast("error", say("Distillation failed: {name}", { name: job.name }), job.error ?? job.message);
     }
   }
 }
@@ -85,6 +91,7 @@ app.registerExtension({
     function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
   }],
   setup() {
+    listen();
     const link = document.createElement("link");
     link.rel = "stylesheet";
     link.href = new URL("./jobs.css", import.meta.url).href;
@@ -93,11 +100,12 @@ app.registerExtension({
       id: TAB,
       icon: "pi pi-bolt",
       iconBadge: null,
-      title: "LCM-LoRA jobs",
-      tooltip: "LCM-LoRA jobs",
+      title: say("LCM-LoRA jobs"),
+      tooltip: say("LCM-LoRA jobs"),
       type: "custom",
       render(element) {
         panel?.close();
+        listen();
         panel = new Panel(element, { call, refresh, toast, useInGraph, fileURL: (path) => api.apiURL(path) });
         panel.update(state);
         refresh();

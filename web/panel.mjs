@@ -1,8 +1,10 @@
 // The tab's content. Elements are made once for each job and filled again on each update, so that
 // focus, scroll and what is open stay as they are.
 import { chart } from "./chart.mjs";
+import { date, number, say } from "./words.mjs";
 
 const ACTIVE = ["preparing", "running", "stopping"];
+const LOSS = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
 const LOG_KEPT = 200_000; // characters
 let open = null; // id of the job whose details are shown; outlives the tab
 
@@ -20,17 +22,22 @@ function h(tag, properties = {}, ...children) {
 function time(seconds) {
   if (seconds == null) return "";
   const minutes = Math.floor(seconds / 60);
-  if (minutes >= 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min left`;
-  return minutes ? `${minutes} min left` : `${Math.ceil(seconds)} s left`;
+  if (minutes >= 60) {
+    return say("{hours} h {minutes} min left", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+  }
+  return minutes ? say("{minutes} min left", { minutes })
+    : say("{seconds} s left", { seconds: Math.ceil(seconds) });
 }
+
+const columns = () => [say("1 step"), say("2 steps"), say("4 steps")];
 
 export class Panel {
   constructor(element, server) {
     this.server = server;
     this.rows = new Map();
     this.note = h("p", { class: "lcm-note", role: "status" });
-    this.list = h("ul", { class: "lcm-jobs", "aria-label": "LCM-LoRA jobs" });
-    this.root = h("div", { class: "lcm-panel" }, h("h2", {}, "LCM-LoRA jobs"), this.note, this.list);
+    this.list = h("ul", { class: "lcm-jobs", "aria-label": say("LCM-LoRA jobs") });
+    this.root = h("div", { class: "lcm-panel" }, h("h2", {}, say("LCM-LoRA jobs")), this.note, this.list);
     element.replaceChildren(this.root);
   }
 
@@ -41,8 +48,8 @@ export class Panel {
 
   update({ jobs, total, error }) {
     this.note.textContent = error || (jobs.length
-      ? (total > jobs.length ? `The newest ${jobs.length} of ${total} are shown.` : "")
-      : "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.");
+      ? (total > jobs.length ? say("The newest {shown} of {total} are shown.", { shown: jobs.length, total }) : "")
+      : say("No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”."));
     const there = new Set(jobs.map((job) => job.id));
     for (const [id, row] of this.rows) {
       if (there.has(id)) continue;
@@ -89,12 +96,13 @@ class Row {
     this.element.dataset.state = job.state;
     this.element.dataset.job = job.id;
     this.name.textContent = job.name;
-    this.state.textContent = job.state;
+    this.head.title = date(job.created);
+    this.state.textContent = say(job.state);
     this.bar.max = Math.max(1, job.steps);
     this.bar.value = job.state === "done" ? this.bar.max : job.step;
-    this.bar.setAttribute("aria-label", `${job.name}: step ${job.step} of ${job.steps}`);
-    const words = [`step ${job.step} of ${job.steps}`];
-    if (job.loss != null) words.push(`loss ${job.loss.toFixed(4)}`);
+    const words = [say("step {step} of {steps}", job)];
+    this.bar.setAttribute("aria-label", `${job.name}: ${words[0]}`);
+    if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
     if (job.seconds_left != null) words.push(time(job.seconds_left));
     if (job.message && job.state !== "running") words.push(job.message);
     this.line.textContent = words.join(" · ");
@@ -121,12 +129,12 @@ class Row {
     const names = offers.map(([name]) => name).join();
     if (names === this.shown) return;
     this.shown = names;
-    const focused = document.activeElement?.closest?.("button")?.textContent;
+    const focused = document.activeElement?.closest?.("button")?.dataset.action;
     const had = this.buttons.contains(document.activeElement);
     this.buttons.replaceChildren(...offers.map(([name]) => h("button", {
       type: "button", "data-action": name, onclick: () => this.act(name),
-      "aria-label": `${name}: ${job.name}`,
-    }, name)));
+      "aria-label": `${say(name)}: ${job.name}`,
+    }, say(name))));
     if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
   }
 
@@ -148,10 +156,10 @@ class Row {
     const button = this.buttons.querySelector('[data-action="delete"]');
     if (button.dataset.sure) return this.ask("delete");
     button.dataset.sure = "yes";
-    button.textContent = "really delete?";
+    button.textContent = say("really delete?");
     setTimeout(() => {
       delete button.dataset.sure;
-      button.textContent = "delete";
+      button.textContent = say("delete");
     }, 4000);
   }
 
@@ -181,14 +189,14 @@ class Details {
     this.loss = h("figure", { class: "lcm-chart" });
     this.error = h("figure", { class: "lcm-chart" });
     this.picture = h("img", { alt: "" });
-    this.slider = h("input", { type: "range", min: "0", max: "0", value: "0", "aria-label": "sample pictures over time", oninput: () => this.pick() });
+    this.slider = h("input", { type: "range", min: "0", max: "0", value: "0", "aria-label": say("sample pictures over time"), oninput: () => this.pick() });
     this.caption = h("figcaption");
     this.samples = h("figure", { class: "lcm-samples", hidden: "" },
-      h("div", { class: "lcm-columns", "aria-hidden": "true" }, ...["teacher", "1 step", "2 steps", "4 steps"].map((word) => h("span", {}, word))),
+      h("div", { class: "lcm-columns", "aria-hidden": "true" }, ...[say("teacher"), ...columns()].map((word) => h("span", {}, word))),
       this.picture, this.slider, this.caption);
-    this.log = h("pre", { tabindex: "0", "aria-label": "log" });
+    this.log = h("pre", { tabindex: "0", "aria-label": say("log") });
     this.element = h("div", { class: "lcm-details" }, this.loss, this.error, this.samples,
-      h("details", {}, h("summary", {}, "log"), this.log));
+      h("details", {}, h("summary", {}, say("log")), this.log));
     this.files = [];
     this.update(job);
   }
@@ -209,9 +217,9 @@ class Details {
       ]);
       if (this.closed) return;
       const column = metrics.columns.indexOf("loss");
-      chart(this.loss, "loss", metrics.rows.map((row) => row[0]), { loss: metrics.rows.map((row) => row[column]) });
-      chart(this.error, "distance to the teacher", metrics.errors.map((row) => row[0]), Object.fromEntries(
-        ["1 step", "2 steps", "4 steps"].map((name, i) => [name, metrics.errors.map((row) => row[i + 1])])));
+      chart(this.loss, say("loss"), metrics.rows.map((row) => row[0]), { [say("loss")]: metrics.rows.map((row) => row[column]) });
+      chart(this.error, say("distance to the teacher"), metrics.errors.map((row) => row[0]), Object.fromEntries(
+        columns().map((name, i) => [name, metrics.errors.map((row) => row[i + 1])])));
       this.pictures(job, told.samples);
       await this.more(job);
     } catch (error) {
@@ -237,8 +245,8 @@ class Details {
     if (!file) return;
     const url = this.server.fileURL(`/lcm_lora/jobs/${this.id}/samples/${file.name}`);
     if (this.picture.src !== new URL(url, location.href).href) this.picture.src = url;
-    this.picture.alt = `sample pictures after step ${file.step}: teacher, 1, 2 and 4 steps`;
-    this.caption.textContent = `after step ${file.step}`;
+    this.picture.alt = say("sample pictures after step {step}: teacher, 1, 2 and 4 steps", file);
+    this.caption.textContent = say("after step {step}", file);
   }
 
   async more(job) {

@@ -66,6 +66,13 @@ def test_the_help_pages_are_served(client):
             assert page.read().startswith(b"# ")
 
 
+def test_the_languages_are_served(client):
+    served = client.get("/i18n")
+    for language in (path.name for path in (ROOT / "locales").iterdir()):
+        assert GOLDEN.keys() <= served[language]["nodeDefs"].keys()
+        assert served[language]["commands"]["lcm_lora_jobs"]["label"]
+
+
 def test_the_workflows_are_offered_as_templates(client):
     offered = client.get("/workflow_templates")["lcm-lora"]
     shipped = {path.stem for path in (ROOT / "workflows").glob("*.json")}

@@ -173,3 +173,24 @@ def test_it_fits_in_both_themes_and_on_a_phone(page):
             assert wide <= 0, f"{theme}, {width}: the page is too wide for its tab"
             words, ground = page.evaluate(LIGHTNESS)
             assert abs(words - ground) > 300, f"{theme}: words can hardly be told from the ground"
+
+
+def test_it_speaks_the_language_of_the_front_end(page, client):
+    client.post("/settings", {"Comfy.Locale": "ko"})
+    try:
+        opened(page, client)
+        page.evaluate(
+            f"""async () => {{
+                const answer = await fetch('{TEMPLATES}/Distil_an_LCM-LoRA.json');
+                await app.loadGraphData(await answer.json(), true, true, 'korean');
+            }}"""
+        )
+        show_tab(page)
+        pictured(page, "korean")
+        assert page.locator(".lcm-panel h2").inner_text() == "LCM-LoRA 작업"
+        node = """app.graph.nodes.find((node) => node.type === 'LCMDistillData')"""
+        assert page.evaluate(f"{node}.constructor.title") == "증류 데이터"
+        labels = page.evaluate(f"{node}.widgets.map((widget) => widget.label)")
+        assert {"출처", "프롬프트", "이미지 수"} <= set(labels)
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})

@@ -1,0 +1,88 @@
+"""Every word of every node in every language of locales/; the English is the schemas' own."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+LOCALES = Path(__file__).resolve().parents[2] / "locales"
+LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
+# What is called the same everywhere.
+PROPER = {"LCM KSampler", "cfg", "eta", "clip", "CLIP"}
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+SYNTAX = re.compile(r"[{}|@]")  # has a meaning for the front end's translator
+
+
+def said(language: str, file: str) -> dict:
+    return json.loads((LOCALES / language / f"{file}.json").read_text(encoding="utf-8"))
+
+
+def of_inputs(inputs, before="") -> dict:
+    """By the front end's keys: an input of a dynamic combo has its combo's name before its own."""
+    words = {}
+    for item in inputs:
+        words[before + item.id] = {"name": item.display_name or item.id, "tooltip": item.tooltip}
+        if item.get_io_type() == "COMFY_DYNAMICCOMBO_V3":
+            for option in item.options:
+                words |= of_inputs(option.inputs, f"{before}{item.id}_")
+    return words
+
+
+def english() -> dict:
+    """As a nodeDefs.json has it."""
+    from lcm_lora.nodes.catalogue import NODES
+
+    schemas = [node.define_schema() for node in NODES]
+    return {
+        schema.node_id: {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": of_inputs(schema.inputs),
+            "outputs": {
+                str(place): {"name": output.display_name, "tooltip": output.tooltip}
+                for place, output in enumerate(schema.outputs)
+            },
+        }
+        for schema in schemas
+    }
+
+
+def flat(words: dict, before="") -> dict[str, str]:
+    found = {}
+    for key, value in words.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = value
+    return found
+
+
+def test_there_are_languages():
+    assert {"ko", "ja", "zh"} <= set(LANGUAGES)
+    assert "en" not in LANGUAGES, "it would hide the schemas' words"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_word_of_the_nodes_is_there(comfy, language):
+    ours, theirs = flat(english()), flat(said(language, "nodeDefs"))
+    assert sorted(ours.keys() - theirs.keys()) == [], "not translated"
+    assert sorted(theirs.keys() - ours.keys()) == [], "of no node"
+    for key, text in theirs.items():
+        kept = text in PROPER or (key.endswith(".name") and text.isupper())  # a wire's type
+        assert text.strip() and (kept or text != ours[key]), f"{key} is still English"
+        assert not SYNTAX.search(text), key
+        missing = set(NUMBER.findall(ours[key])) - set(NUMBER.findall(text))
+        assert key.endswith(".name") or not missing, f"{key} does not say {missing}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_folders_and_wires_have_names(comfy, language):
+    from lcm_lora.nodes.catalogue import NODES
+
+    schemas = [node.define_schema() for node in NODES]
+    main = said(language, "main")
+    folders = {folder for schema in schemas for folder in schema.category.split("/")[1:]}
+    types = {output.get_io_type() for schema in schemas for output in schema.outputs}
+    assert set(main["nodeCategories"]) == folders
+    assert set(main["dataTypes"]) == {each for each in types if each.startswith("LCM_")}
