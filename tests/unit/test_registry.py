@@ -1,0 +1,102 @@
+"""What the registry and managers of packs read: metadata, requirements, and the archive."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from lcm_lora.dev.environment import HOSTS
+from PIL import Image
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, COMFY = METADATA["project"], METADATA["tool"]["comfy"]
+TOP = {
+    "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "locales", "lora", "nodes",
+    "pyproject.toml", "requirements.txt", "samplers", "training", "web", "workflows",
+}  # fmt: skip
+
+
+def tracked(*options: str) -> set[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("this is no git checkout, and the archive is made of what git tracks")
+    return set(filter(None, listed.stdout.split("\0")))
+
+
+@pytest.fixture
+def archived() -> set[str]:
+    """What the archive holds: it is made of what git tracks, less what .comfyignore names."""
+    return tracked() - tracked("--cached", "--ignored", "--exclude-from=.comfyignore")
+
+
+def test_the_archive_holds_what_a_user_needs(archived):
+    assert {path.partition("/")[0] for path in archived} == TOP
+    for folder in ("web", "locales", "workflows", "nodes", "lora", "samplers", "training"):
+        assert {path for path in tracked() if path.startswith(f"{folder}/")} <= archived
+    assert sum((ROOT / path).stat().st_size for path in archived) < 2_000_000
+
+
+def test_nothing_is_installed():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("#") for line in lines)
+    assert PROJECT["dependencies"] == []
+    assert not (ROOT / "install.py").exists()
+
+
+def test_versions_agree():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
+    assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    oldest = min(HOSTS, key=lambda version: [int(part) for part in version.split(".")])
+    assert COMFY["requires-comfyui"] == f">={oldest}"
+    for path in (ROOT / "workflows").glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            told = node["properties"]
+            if node["type"].startswith("LCM"):
+                assert (told["cnr_id"], told["ver"]) == (PROJECT["name"], PROJECT["version"])
+
+
+@pytest.mark.parametrize(("key", "shape"), [("Icon", (1, 1)), ("Banner", (21, 9))])
+def test_pictures_have_the_shape_that_the_registry_shows(key, shape):
+    path = ROOT / COMFY[key].partition("/main/")[2]
+    assert path.stat().st_size < 100_000
+    with Image.open(path) as picture:
+        width, height = picture.size
+    assert width * shape[1] == height * shape[0]
+    assert key != "Icon" or width <= 400
+
+
+@pytest.mark.faults  # it installs the registry's tool, and the tests must do without a network
+def test_the_registrys_own_tool_finds_nothing(archived, tmp_path):
+    venv.create(tmp_path / "tool", with_pip=True)
+    scripts = tmp_path / "tool" / ("Scripts" if sys.platform == "win32" else "bin")
+    subprocess.run([scripts / "python", "-m", "pip", "install", "-q", "comfy-cli"], check=True)
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"  # of its ruff, too
+    copy = tmp_path / "pack"
+    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
+
+    def comfy(*words: str) -> str:
+        told = subprocess.run(
+            [scripts / "comfy", "--skip-prompt", *words], cwd=copy, capture_output=True, text=True,
+            env=os.environ | {"HOME": str(tmp_path), "PATH": path},
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+        return told.stdout
+
+    comfy("tracking", "disable")
+    assert "warning" not in comfy("node", "validate").lower()
+    comfy("node", "pack")
+    with zipfile.ZipFile(copy / "node.zip") as made:
+        assert set(made.namelist()) == archived
