@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 log = logging.getLogger("lcm_lora")
-PACKAGES = ("chromium", "fonts-dejavu-core")
+PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-wqy-microhei")  # the last for Korean too
 
 
 def chromium() -> str | None:
