@@ -25,30 +25,37 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCALE = 0.18215  # of the SD1.5 latent format
 
 
-def build(prediction: str = "eps", zsnr: bool = False):
+def build(prediction: str = "eps", zsnr: bool = False, seed: int = 0, **unet):
     """A ModelPatcher around a random UNet that answers everywhere with numbers of about 1."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD15(dict(UNET))
+    config = comfy.supported_models.SD15(UNET | unet)
     config.manual_cast_dtype = None
     config.sampling_settings = {"zsnr": zsnr}
     kind = comfy.model_base.ModelType.V_PREDICTION if prediction == "v" else None
     model = comfy.model_base.BaseModel(config, kind or comfy.model_base.ModelType.EPS)
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.diffusion_model.named_parameters():
+    if config.inpaint_model():
+        model.set_inpaint()
+    randomise(model.diffusion_model, seed)
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    if prediction == "x0":
+        patcher = core_patch(patcher, "x0")
+    return patcher
+
+
+def randomise(network: torch.nn.Module, seed: int) -> None:
+    """Weights with which every layer gives numbers of about 1, where the host leaves them empty."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in network.named_parameters():
         if weight.dim() > 1:
             bound = weight[0].numel() ** -0.5
             weight.data = torch.randn(weight.shape, generator=generator) * bound
         else:
             norm = name.endswith("weight")
             weight.data = torch.ones_like(weight) if norm else torch.zeros_like(weight)
-    cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-    if prediction == "x0":
-        patcher = core_patch(patcher, "x0")
-    return patcher
 
 
 def core_patch(model, sampling: str, zsnr: bool = False):
@@ -71,13 +78,15 @@ def picture(batch: int = 1) -> dict:
     return {"samples": torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 5}
 
 
-def ours(model, steps=4, seed=11, cfg=1.0, latent=None, denoise=1.0, **advanced) -> dict:
+def ours(
+    model, steps=4, seed=11, cfg=1.0, latent=None, denoise=1.0, positive=None, **advanced
+) -> dict:
     """LCMKSampler, as the graph calls it."""
     from lcm_lora.nodes.sampling import LCMKSampler
 
     output = LCMKSampler.execute(
-        model, seed, steps, cfg, conditioning(1), conditioning(2), latent or empty(), denoise,
-        **advanced,
+        model, seed, steps, cfg, positive or conditioning(1), conditioning(2), latent or empty(),
+        denoise, **advanced,
     )  # fmt: skip
     return output.result[0]
 
