@@ -77,6 +77,7 @@ class LCMLoRACombine(io.ComfyNode):
                     min=0.0,
                     max=0.99,
                     step=0.001,
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "svd: the relative error to allow over all modules together, another way "
@@ -90,6 +91,7 @@ class LCMLoRACombine(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
+                    optional=True,
                     advanced=True,
                     tooltip=f"{', '.join(RULES)}: the share of each vector's numbers to keep.",
                 ),
@@ -98,6 +100,7 @@ class LCMLoRACombine(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
+                    optional=True,
                     advanced=True,
                     tooltip="dare, della: of what is left out at random.",
                 ),
