@@ -100,6 +100,7 @@ class LCMLoRACombine(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
+                    control_after_generate=False,  # a new seed each time would merge each time
                     optional=True,
                     advanced=True,
                     tooltip="dare, della: of what is left out at random.",
