@@ -33,6 +33,10 @@ def run(verb: str, arguments: list[str], host: str) -> int:
         from . import serve
 
         return serve.main(arguments, folder, LOCAL)
+    if verb == "pictures":
+        from . import pictures
+
+        return pictures.main(arguments, folder, LOCAL)
     if verb == "bench":
         from .bench import run as bench
 

@@ -52,12 +52,12 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
         if node["class_type"] == "CheckpointLoaderSimple":
             inputs["ckpt_name"] = subject.checkpoint
         elif "lora_name" in inputs:
-            # The official LCM-LoRA is named so in both workflows; the other one is the style.
+            # The official LCM-LoRA is named so in all workflows; any other one is a style.
             official = inputs["lora_name"].startswith("lcm-lora")
             inputs["lora_name"] = subject.lcm_lora if official else subject.style_lora
         elif node["class_type"] == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = subject.captions[0]
-        elif node["class_type"] == "EmptyLatentImage":
+        elif "width" in inputs:
             inputs["width"] = inputs["height"] = subject.size
     return prompt
 

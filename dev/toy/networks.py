@@ -6,6 +6,7 @@ import math
 
 import comfy.ops
 import torch
+from comfy.cldm.cldm import ControlNet
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.taesd.taesd import TAESD
 from torch import nn
@@ -13,16 +14,23 @@ from torch import nn
 VAE_SCALE = 0.18215  # SD1.5's latent scale; the TAESD class multiplies by it before decoding
 
 
+SHAPE = {
+    "image_size": 32, "in_channels": 4, "model_channels": 320, "num_res_blocks": [1],
+    "channel_mult": [1], "transformer_depth": [1], "transformer_depth_output": [1, 1],
+    "transformer_depth_middle": -2, "use_spatial_transformer": True, "context_dim": 768,
+    "legacy": False, "num_heads": 8, "num_head_channels": -1, "dtype": torch.float32,
+    "operations": comfy.ops.disable_weight_init,
+}  # fmt: skip
+
+
 def unet() -> UNetModel:
     """The smallest UNet the host takes for SD1.5: 320 channels, one level, no middle (18.7 M)."""
-    return UNetModel(
-        image_size=32, in_channels=4, out_channels=4, model_channels=320,
-        num_res_blocks=[1], channel_mult=[1], transformer_depth=[1],
-        transformer_depth_output=[1, 1], transformer_depth_middle=-2,
-        use_spatial_transformer=True, context_dim=768, legacy=False,
-        num_heads=8, num_head_channels=-1,
-        dtype=torch.float32, operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
+    return UNetModel(**SHAPE, out_channels=4)
+
+
+def control_net() -> ControlNet:
+    """A ControlNet for that UNet."""
+    return ControlNet(**SHAPE, hint_channels=3)
 
 
 def vae() -> TAESD:

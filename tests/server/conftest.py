@@ -11,7 +11,7 @@ def server(tmp_path_factory, host_folder):
     from lcm_lora.dev import in_process
     from lcm_lora.dev.commands import LOCAL
     from lcm_lora.dev.server import Server, install
-    from lcm_lora.dev.toy import assemble
+    from lcm_lora.dev.toy import assemble, stand_ins
 
     local = tmp_path_factory.mktemp("server")
     in_process.enter(host_folder, local / "in-process")
@@ -20,6 +20,7 @@ def server(tmp_path_factory, host_folder):
     install(assemble.checkpoint(LOCAL / "models"), models / "checkpoints")
     for lora in (assemble.LCM_LORA, assemble.STYLE_LORA):
         install(lora, models / "loras")
+    stand_ins.lay_out(running.base)
     with running:
         yield running
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-ALL = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
-WORKFLOWS = [path for path in ALL if path.stem.startswith("LCM-LoRA")]  # those that draw
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+ALL = sorted(FOLDER.glob("*.json"))
+OF_TEXT = [path for path in ALL if path.stem.startswith("LCM-LoRA")]
+DRAWING = [path for path in ALL if not path.stem.startswith("Distil")]
 
 
 def images(paths) -> torch.Tensor:
@@ -24,25 +26,110 @@ def fitted(path, subject):
     return fitted(json.loads(path.read_text(encoding="utf-8")), subject)
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_it_draws_the_caption(path, client, subject):
+def inputs_of(prompt: dict, kind: str) -> dict:
+    """Of the one node of a class."""
+    (inputs,) = (node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+    return inputs
+
+
+def pictures(client, prompt: dict) -> torch.Tensor:
+    """What the one SaveImage of a prompt saves."""
+    (paths,) = client.pictures(client.run(prompt)).values()
+    return images(paths)
+
+
+def boots(drawn: torch.Tensor) -> float:
+    """The share that shows what the caption asks for."""
     from lcm_lora.dev.toy.judge import Judge
 
+    judge = Judge()
+    return (judge.model.garment(judge.features(drawn)).argmax(1) == 9).float().mean()
+
+
+@pytest.mark.parametrize("path", OF_TEXT, ids=lambda path: path.stem)
+def test_it_draws_the_caption(path, client, subject):
     prompt = fitted(path, subject)
-    for node in prompt.values():
-        if node["class_type"] == "EmptyLatentImage":
-            node["inputs"]["batch_size"] = 12
-    (paths,) = client.pictures(client.run(prompt)).values()
-    drawn = images(paths)
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 12
+    drawn = pictures(client, prompt)
     assert drawn.shape == (12, 3, 64, 64)
     if "style" in path.stem:
         # Blue paper in every picture, where photos have backdrops of all hues.
         assert (drawn[:, 2] - drawn[:, 0]).mean((1, 2)).min() > 0.15
     else:
         assert (drawn[:, 2] - drawn[:, 0]).mean((1, 2)).min() < 0.05
-        judge = Judge()
-        boots = judge.model.garment(judge.features(drawn)).argmax(1) == 9
-        assert boots.float().mean() >= 0.75
+        assert boots(drawn) >= 0.75
+
+
+def given_picture(server) -> torch.Tensor:
+    return images([server.base / "input" / "example.png"])
+
+
+def test_image_to_image_starts_from_the_picture(client, server, subject):
+    prompt = fitted(FOLDER / "Image_to_image_in_four_steps.json", subject)
+    given = given_picture(server)
+    drawn = pictures(client, prompt)
+    assert drawn.shape == given.shape
+    inputs_of(prompt, "LCMKSampler")["denoise"] = 1.0
+    anew = pictures(client, prompt)
+    near, far = ((picture - given).abs().mean() for picture in (drawn, anew))
+    assert 0.01 < near < 0.75 * far
+
+
+def test_inpainting_changes_only_the_hole(client, server, subject):
+    from lcm_lora.dev.toy.stand_ins import HOLE
+
+    prompt = fitted(FOLDER / "Inpaint_in_four_steps.json", subject)
+    left, top, right, bottom = HOLE
+    hole = torch.zeros(64, 64, dtype=torch.bool)
+    hole[top : bottom + 1, left : right + 1] = True
+    changed = (pictures(client, prompt) - given_picture(server)).abs()
+    assert changed[..., ~hole].max() <= 1 / 255
+    assert changed[..., hole].mean() > 0.02
+
+
+def test_the_control_net_has_a_say(client, subject):
+    prompt = fitted(FOLDER / "ControlNet_in_four_steps.json", subject)
+    drawn = pictures(client, prompt)
+    inputs_of(prompt, "ControlNetApplyAdvanced")["strength"] = 0.0
+    plain = pictures(client, prompt)
+    assert (drawn - plain).abs().mean() > 0.01
+    # With none it is text to image.
+    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    assert (pictures(client, prompt) - plain).abs().max() <= 1 / 255
+
+
+def test_hires_fix_draws_the_same_larger(client, subject):
+    prompt = fitted(FOLDER / "Hires_fix.json", subject)
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 6
+    drawn = pictures(client, prompt)
+    assert drawn.shape == (6, 3, 96, 96)
+    small = torch.nn.functional.interpolate(drawn, size=(64, 64), mode="area")
+    assert boots(small) >= 0.5
+    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 6
+    first = pictures(client, prompt)
+    own = (small - first).abs().mean()
+    assert own < 0.75 * (small - first.roll(1, 0)).abs().mean()
+
+
+def test_what_combine_saves_draws_the_same_in_the_hosts_loader(client, server, subject):
+    prompt = fitted(FOLDER / "Combine_three_vectors_and_save.json", subject)
+    drawn = pictures(client, prompt)
+    saved = inputs_of(prompt, "LCMLoRASave")["filename"] + ".safetensors"
+    assert (server.base / "models" / "loras" / saved).is_file()
+    applied = inputs_of(prompt, "LCMLoRAApply")
+    (apply,) = (key for key, node in prompt.items() if node["class_type"] == "LCMLoRAApply")
+    prompt[apply] = {
+        "class_type": "LoraLoader",
+        "inputs": {
+            "model": applied["model"], "clip": applied["clip"], "lora_name": saved,
+            "strength_model": 1.0, "strength_clip": 1.0,
+        },
+    }  # fmt: skip
+    vectors = ("LCMLoRAVectorLoader", "LCMLoRACombine", "LCMLoRASave", "PreviewAny")
+    alone = {key: node for key, node in prompt.items() if node["class_type"] not in vectors}
+    assert (pictures(client, alone) - drawn).abs().max() <= 1 / 255
+    assert (drawn[:, 2] - drawn[:, 0]).mean() > 0.15  # in the style
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -58,7 +145,7 @@ def test_its_nodes_and_inputs_exist(path, client):
         assert set(spec["required"]) <= set(node["inputs"])
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRAWING, ids=lambda path: path.stem)
 def test_it_names_the_official_file(path):
     assert "lcm-lora-sdv1-5.safetensors" in path.read_text(encoding="utf-8")
 
@@ -70,12 +157,10 @@ def test_it_has_a_picture(path):
 
 
 def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
-    prompt = fitted(WORKFLOWS[0], subject)
-    (size,) = (n for n in prompt.values() if n["class_type"] == "EmptyLatentImage")
-    size["inputs"]["batch_size"] = 3
-    (batch,) = client.pictures(client.run(prompt)).values()
-    size["inputs"]["batch_size"] = 1
-    (alone,) = client.pictures(client.run(prompt)).values()
-    difference = (images(batch[:1]) - images(alone)).abs().max()
+    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 3
+    batch = pictures(client, prompt)
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 1
+    difference = (batch[:1] - pictures(client, prompt)).abs().max()
     # The noise is the same; products in a batch round differently, by one grey level at most.
     assert difference <= 2 / 255
