@@ -156,6 +156,29 @@ def test_it_has_a_picture(path):
         assert min(picture.size) >= 256
 
 
+def test_an_interruption_leaves_the_server_ready(client, subject):
+    from lcm_lora.dev.client import PromptError
+
+    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    expected = pictures(client, prompt)
+    inputs_of(prompt, "LCMKSampler").update(steps=50, seed=8)
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 32
+    shares = []
+
+    def interrupt(done: float, total: int) -> None:
+        shares.append(done % 1)  # of the node that runs, and only the sampler tells
+        if shares[-1]:
+            client.post("/interrupt", {})
+
+    with pytest.raises(PromptError, match="interrupted"):
+        client.run(prompt, on_progress=interrupt)
+    assert 0 < max(shares) < 0.5
+    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    # Two pictures, so that the host has no answer in its cache.
+    inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 2
+    assert (pictures(client, prompt)[:1] - expected).abs().max() <= 2 / 255
+
+
 def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
     prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 3
