@@ -76,10 +76,10 @@ def test_it_finds_the_family_and_says_why(
 
 
 def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, shown):
+    from lcm_lora.nodes.combine import LCMLoRACombine
     from lcm_lora.nodes.loader import LCMLoRALoader
     from lcm_lora.nodes.vectors import (
         LCMLoRAApply,
-        LCMLoRACombine,
         LCMLoRASave,
         LCMLoRAVectorLoader,
     )

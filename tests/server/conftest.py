@@ -53,9 +53,9 @@ def ground(host_folder, tmp_path, server, subject):
     made.server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, for all tests of the page."""
+    """Chromium, for the tests of one file: while it is there, no other event loop can run."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     from lcm_lora.dev.browser import chromium
 
