@@ -34,10 +34,11 @@ def read(path: Path) -> Vector:
         ValueError: the file is empty, truncated, a pickle, no safetensors, or holds no plain LoRA.
     """
     with open(path, "rb") as file:
-        start = file.read(2)
+        start = file.read(9)
     if not start:
         raise ValueError(f"{path.name} is empty (0 bytes); expected a safetensors LoRA.")
-    if start == b"PK" or start[:1] == b"\x80":
+    # A header's length may begin with the same bytes; after it comes the header's brace.
+    if start.startswith((b"PK", b"\x80")) and not start.endswith(b"{"):
         raise ValueError(
             f"{path.name} is a pickle (a .pt or .ckpt file, whatever its name); expected "
             "safetensors. Pickles can run code and are not opened here."

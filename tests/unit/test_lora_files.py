@@ -211,3 +211,14 @@ def test_ranks_that_differ_are_called_as_kohya_does(tmp_path):
     two = Vector({NAME: vector().deltas[NAME], "other": Delta(torch.ones(3, 2), torch.ones(2, 3))})
     write(tmp_path / "a.safetensors", two, "fp16", overwrite=False)
     assert read(tmp_path / "a.safetensors").metadata["ss_network_dim"] == "Dynamic"
+
+
+@pytest.mark.parametrize("low", range(0, 256, 8))
+def test_a_header_of_any_length_is_no_pickle(tmp_path, low):
+    """Pickles begin with 0x80, and so does every 32nd length of a header."""
+    path, note = tmp_path / "a.safetensors", ""
+    write(path, vector(metadata={"note": note}), "fp16", overwrite=False)
+    while (length := path.read_bytes()[0]) != low:
+        note += "x" * ((low - length) % 256)
+        write(path, vector(metadata={"note": note}), "fp16", overwrite=True)
+    assert read(path).metadata["note"] == note
