@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io
 
 from ..training.jobs import host
 from ..training.jobs.store import POLICIES
-from ..training.spec import PRECISIONS, build
+from ..training.spec import OBJECTIVES, PRECISIONS, build
 from .host import checkpoint_names, lora_names, show
 
 CATEGORY = "LCM-LoRA/distil"
@@ -245,6 +245,31 @@ class LCMDistill(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "overwrite", default=False, tooltip="Replace a LoRA file of the same name."
+                ),
+                io.Combo.Input(
+                    "objective",
+                    options=list(OBJECTIVES),
+                    default=OBJECTIVES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What it learns. lcm: to leap to the picture from anywhere, for 1 to 8 "
+                        "steps. phased: to follow the teacher in exactly 4 steps without fresh "
+                        "noise, which is better there and worse everywhere else."
+                    ),
+                ),
+                io.Int.Input(
+                    "passes",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How many passes over the training pictures use the same answers of the "
+                        "teacher, which are kept on disk. 8 makes a step about a quarter cheaper; "
+                        "then give it a third more steps."
+                    ),
                 ),
             ],
             outputs=[LCMJob.Output(display_name="LCM_JOB", tooltip="The job's id.")],

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from .disk import whole_file
 
+FOLDER = "answers"  # in the job's folder
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -28,9 +30,16 @@ class Answers:
         return load_file(file)["z_s"] if file.exists() else None
 
     def write(self, step: int, z_s: torch.Tensor) -> None:
+        """Raises OSError when the disk is full."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self._file(step)) as new:
             save_file({"z_s": z_s.cpu().contiguous()}, new)
+
+    def forget_before(self, step: int) -> None:
+        """Removes the files of earlier steps, which no later pass uses."""
+        for file in self.folder.glob(f"{self.rank}-*.safetensors"):
+            if int(file.stem.partition("-")[2]) < step:
+                file.unlink()
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{self.rank}-{step}.safetensors"

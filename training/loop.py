@@ -15,7 +15,7 @@ from torch import nn
 
 from . import checkpoints, disk, draws
 from .adapter import Adapter
-from .answers import Answers
+from .answers import FOLDER, Answers
 from .bank import Bank
 from .journal import Journal
 from .memory import compile_blocks, is_out_of_memory, memory, recompute_blocks
@@ -83,7 +83,7 @@ class Run:
         self.step = 0
         self.answers = None
         if spec.passes > 1:
-            self.answers = Answers(self.job / "answers", self.processes.rank)
+            self.answers = Answers(self.job / FOLDER, self.processes.rank)
 
     def train(self) -> str:
         """Runs to the last step, or until something is asked; -> "done", "pause" or "finish".
@@ -190,6 +190,8 @@ class Run:
             total += loss.detach()
         if self.answers and known is None:
             self.answers.write(step, torch.cat(answers))
+            if step % (spec.passes * self.order.per_epoch) == 0:
+                self.answers.forget_before(step)
         return total
 
     def _use_less_memory(self) -> None:

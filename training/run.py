@@ -189,6 +189,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     import torch
     from lcm_lora.training import bank, result, sources
     from lcm_lora.training.adapter import Adapter
+    from lcm_lora.training.answers import FOLDER as ANSWERS
     from lcm_lora.training.loop import Run
     from lcm_lora.training.plan import plan
     from lcm_lora.training.watch import Samples
@@ -199,6 +200,8 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         print(plan(spec, teacher, adapter, len(source)))  # noqa: T201 (the plan is asked for)
         return 0
     needed = 12 * sum(p.numel() for p in adapter.parameters()) * (spec.keep + 2)
+    if spec.passes > 1:
+        needed += 4 * len(source) * teacher.channels * (spec.resolution // 8) ** 2
     _room(job, needed, "checkpoints")
     samples = None
     if processes.first and spec.sample_every:
@@ -242,6 +245,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     if processes.first:
         about = result.about(spec, teacher, run.step, base_hash, folder.name)
         result.write(job, Path(spec.output), adapter, about, teacher.untaken)
+        shutil.rmtree(job / ANSWERS, ignore_errors=True)
         journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")
     processes.wait()
     return 0

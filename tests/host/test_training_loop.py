@@ -153,3 +153,8 @@ def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
     _, always = trained(steps=8, passes=3)
     assert len(asked) == 12
     assert all(torch.equal(kept[name], always[name]) for name in kept)
+
+
+def test_answers_of_earlier_passes_go(trained):
+    run, _ = trained(steps=7, passes=3)
+    assert sorted(file.name for file in run.answers.folder.iterdir()) == ["0-6.safetensors"]

@@ -237,14 +237,16 @@ def test_no_better_for_long_enough_ends_with_the_best(job):
 
 
 def test_finish_writes_what_there_is(job):
-    spec = job(steps=1000)
+    spec = job(steps=1000, passes=4)
     process = start(spec)
     reached(spec, 3, process)
+    assert any((spec.parent / "answers").iterdir())
     (spec.parent / "control.json").write_text('{"action": "finish"}')
     assert process.wait(timeout=60) == 0
     assert status(spec)["state"] == "done"
     found = files.read(Path(json.loads(spec.read_text())["output"]))
     assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
+    assert not (spec.parent / "answers").exists()
     assert acceleration(found.metadata, "x") == ("lcm", "its metadata, lcm_lora.family")
 
 

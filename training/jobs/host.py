@@ -77,6 +77,8 @@ class Order:
     policy: str = "yield"
     device: str = ""
     overwrite: bool = False
+    objective: str = "lcm"
+    passes: int = 1
 
 
 def store() -> Store:
@@ -144,7 +146,7 @@ def _spec(order: Order, banks: Path) -> Spec:
         data=_data(order.data), resolution=order.data.resolution, steps=order.steps,
         batch=order.batch, rank=order.rank, guidance=(order.guidance,), lr=order.lr,
         seed=order.seed, precision=order.precision, checkpoint_every=order.checkpoint_every,
-        sample_every=order.sample_every,
+        sample_every=order.sample_every, objective=order.objective, passes=order.passes,
     )  # fmt: skip
 
 
