@@ -63,3 +63,14 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, here,
         )
         assert again == saved
     assert not page.wrong and not page.foreign
+
+
+def test_files_that_are_missing_are_offered(page):
+    """What a person sees who has neither the checkpoint nor an LCM-LoRA."""
+    path = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
+    page.evaluate(OPENED, [json.loads(path.read_text(encoding="utf-8")), path.stem, False])
+    page.get_by_text("View details").click()
+    offered = page.get_by_text("Download", exact=True)
+    offered.nth(1).wait_for()
+    pictured(page, "missing files")
+    assert offered.count() == 2

@@ -187,3 +187,17 @@ def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
     difference = (batch[:1] - pictures(client, prompt)).abs().max()
     # The noise is the same; products in a batch round differently, by one grey level at most.
     assert difference <= 2 / 255
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_it_says_where_its_files_come_from(path):
+    """All but the styles, which are anybody's own."""
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        values = [value for value in node.get("widgets_values") or [] if isinstance(value, str)]
+        named = {value for value in values if value.endswith(".safetensors")}
+        named -= {"papercut_sd15.safetensors", "add_detail.safetensors"}
+        told = node["properties"].get("models", [])
+        assert {each["name"] for each in told} == named
+        for each in told:
+            assert each["url"].startswith("https://huggingface.co/")
+            assert each["directory"] in ("checkpoints", "loras", "controlnet")
