@@ -12,6 +12,11 @@ from pathlib import Path
 TEMPORARY = ".tmp-"
 
 
+def temporary_beside(path: Path) -> Path:
+    """A new name in the same folder, which tells the process that works on it."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the body ends well.
@@ -19,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     It lies in the same folder, for a rename is atomic only within one file system. Raises OSError
     when the disk is full or may not be written; an old file is then left as it was.
     """
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         sync(temporary)

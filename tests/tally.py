@@ -1,5 +1,7 @@
 """The table of faults: how often each was tried, and what it cost."""
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +54,10 @@ def same(one: Path, other: Path) -> bool:
 def half_files(*folders: Path, working: bool = False) -> int:
     """What is not whole: JSON and LoRAs that cannot be read, and temporary files, which only while
     something works on them may be there."""
+    return settled(lambda: _half_files(folders, working), 0 if working else 20)
+
+
+def _half_files(folders: Sequence[Path], working: bool) -> int:
     found = 0
     for file in (file for folder in folders for file in folder.rglob("*")):
         if any(part.startswith(TEMPORARY) for part in file.parts):
@@ -71,8 +77,20 @@ def _reads(file: Path) -> bool:
     return True
 
 
+def settled(count: Callable[[], int], seconds: float = 20) -> int:
+    """What is left when whoever just ended has ended, and the supervisor has looked at it."""
+    until = time.monotonic() + seconds
+    while (found := count()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return found
+
+
 def orphans(store: Store, job: str) -> int:
-    """Processes of a job that has ended, and supervisors beyond one."""
+    """Processes that a job leaves behind which has ended, and supervisors beyond one."""
+    return settled(lambda: _orphans(store, job))
+
+
+def _orphans(store: Store, job: str) -> int:
     known = processes.of_job("supervisor")
     supervisors = [each for each in known if str(store.folder) in each.cmdline()]
     return len(processes.of_job(job)) + max(0, len(supervisors) - 1)

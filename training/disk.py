@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..lora.whole import TEMPORARY, sync, whole_file
+import psutil
+
+from ..lora.whole import TEMPORARY, sync, temporary_beside, whole_file
 from ..lora.whole import sha256 as sha256
 
 
@@ -25,7 +26,7 @@ def replace(path: Path, content: str | bytes) -> None:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the body ends well. `path` must not exist."""
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    temporary = temporary_beside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -55,7 +56,20 @@ def read_object(path: Path) -> dict[str, Any]:
 def clear_torn(folder: Path) -> None:
     """Removes what an interrupted writer left. Only where no other process writes."""
     for left in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        _remove(left)
+
+
+def clear_dead(folder: Path, deep: bool = False) -> None:
+    """Removes what writers left that are no more, while others may be writing; this process must
+    not. deep: in the folders within too."""
+    for left in folder.glob(f"{'**/' if deep else ''}{TEMPORARY}*"):
+        pid = left.name.removeprefix(TEMPORARY).partition("-")[0]
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            _remove(left)
+
+
+def _remove(left: Path) -> None:
+    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def name_of(text: str) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from lcm_lora.training import run
+from lcm_lora.training import disk, run
 from lcm_lora.training.jobs import processes
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
@@ -228,3 +228,23 @@ def test_what_a_cluster_s_storage_holds_of_a_job_goes_with_it(store, tmp_path, i
     (store.folder / job / "ray.json").write_text(json.dumps({"remote": str(there)}))
     store.delete(job)
     assert there.exists() is not its_own and there.parent.exists()
+
+
+def test_what_dead_writers_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        for folder in (tmp_path, tmp_path / "deeper"):
+            folder.mkdir(exist_ok=True)
+            for pid in (gone.pid, os.getpid(), living.pid):
+                (folder / f".tmp-{pid}-0a1b").write_text("half")
+            (folder / "whole.json").write_text("{}")
+        kept = {f".tmp-{living.pid}-0a1b", "whole.json"}
+        disk.clear_dead(tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == kept | {"deeper"}
+        assert len(list((tmp_path / "deeper").iterdir())) == 4
+        disk.clear_dead(tmp_path, deep=True)
+        assert {file.name for file in (tmp_path / "deeper").iterdir()} == kept
+    finally:
+        living.communicate(b"\n")

@@ -159,6 +159,7 @@ class Supervisor:
         child = self.children.pop(job.id, None)
         code = child.wait() if child else None
         processes.end(job.id, kill=True)  # workers that torchrun may have left
+        self._sweep(job)
         self.asked_since.pop(job.id, None)
         known = self._known(job)
         status = disk.read_object(self.store.path(job.id) / "status.json")
@@ -188,6 +189,14 @@ class Supervisor:
                 }  # fmt: skip
         log.info("%s ended with status %s: %s", job.name, code, outcome)
         self._tell(job, **known | outcome)
+
+    def _sweep(self, job: Job) -> None:
+        """Half files of processes that were killed, wherever a job writes."""
+        disk.clear_dead(self.store.path(job.id), deep=True)
+        spec = disk.read_object(self.store.path(job.id) / "spec.json")
+        for place in (Path(str(spec.get("output", ""))).parent, Path(str(spec.get("banks", "")))):
+            if place.is_absolute() and place.is_dir():
+                disk.clear_dead(place)
 
     def _escalate(self, job: Job) -> None:
         """A stop that is not followed: asked to terminate, and then its whole tree is killed."""
