@@ -267,8 +267,12 @@ class Run:
         if self.processes.first:
             disk.clear_torn(self.folder)
         found = checkpoints.newest(self.folder)
-        if found is None:
-            return
+        if found is not None:
+            self._take_over(found)
+        if self.journal is not None:
+            self.journal.forget_after(self.step)
+
+    def _take_over(self, found: checkpoints.Checkpoint) -> None:
         self.adapter.restore(found.adapter)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in found.optimiser.items():
@@ -278,8 +282,6 @@ class Run:
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         self.progress = Progress(**found.state)
         self.step = found.step
-        if self.journal is not None:
-            self.journal.forget_after(self.step)
         log.info("going on after step %d", self.step)
 
     def settle(self) -> str:

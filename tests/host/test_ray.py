@@ -73,15 +73,16 @@ def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
     storage = settings(cluster)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray gives a worker of one processor
     local, _ = store.create(job("local"), "local", processes=2)
-    remote, _ = store.create(job("remote", sample_every=6), "remote", "ray:2", 2)
     supervisor.ensure(store.folder)
-    until(lambda: store.job(remote).step >= 2, "it trains on the cluster")
-    os.kill(trainer(store, remote), signal.SIGKILL)
     until(lambda: store.job(local).step >= 4, "it trains here")
     first = trainer(store, local)
     workers = [each for each in processes.of_job(local) if each.pid != first]
     assert len(workers) == 2
     workers[-1].kill()
+    remote, _ = store.create(job("remote", sample_every=6), "remote", "ray:2", 2)
+    supervisor.ensure(store.folder)
+    until(lambda: store.job(remote).step >= 2, "it trains on the cluster")
+    os.kill(trainer(store, remote), signal.SIGKILL)
     ended(store, local, "done")
     ended(store, remote, "done")
     outputs = [

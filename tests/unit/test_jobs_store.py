@@ -248,3 +248,12 @@ def test_what_dead_writers_left_is_removed_and_what_living_ones_write_is_not(tmp
         assert {file.name for file in (tmp_path / "deeper").iterdir()} == kept
     finally:
         living.communicate(b"\n")
+
+
+def test_a_torn_control_file_is_whole_again(store, tmp_path):
+    jobs = [store.create(spec(tmp_path, name), name)[0] for name in "ab"]
+    torn, whole = (store.folder / job / "control.json" for job in jobs)
+    before = whole.read_text()
+    torn.write_text('{"order": 1')
+    store.clean(10, 1e9)
+    assert json.loads(torn.read_text()) == {} and whole.read_text() == before

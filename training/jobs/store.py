@@ -204,10 +204,13 @@ class Store:
         shutil.rmtree(gone, ignore_errors=True)
 
     def clean(self, keep: int, room: float) -> None:
-        """Removes what a crash left half removed, and the oldest ended jobs: those beyond `keep`,
-        and those beyond `room` bytes in all. The LoRAs they made stay."""
+        """Removes what a crash left half removed, mends what it tore, and removes the oldest ended
+        jobs: beyond `keep`, and beyond `room` bytes in all. The LoRAs they made stay."""
         with self._changing():  # so that it is not what another process is just writing
             disk.clear_torn(self.folder)
+            for path in self._folders():
+                if (path / "control.json").exists() and not _whole(path / "control.json"):
+                    self._write_control(path, {})
         ended = [job for job in self.jobs() if job.state in ("done", "failed")]
         taken = 0
         for number, job in enumerate(ended):
@@ -314,3 +317,7 @@ def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
 
 def _is_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None
+
+
+def _whole(file: Path) -> bool:
+    return isinstance(disk.read_json(file), dict)
