@@ -34,7 +34,7 @@ log = logging.getLogger("lcm_lora")
 RUN = environment.ROOT / "training" / "run.py"
 CAPTIONS = [data.TEMPLATES[0].format(name) for name in data.NAMES]
 LATENTS, PICTURES = 600, 3000
-STEPS, LONG, MINUTES = 560, 1400, 15
+STEPS, LONG, MINUTES = 700, 1400, 15
 PASSES = 8
 # A step is some 6 times a forward (backward counts twice), 4 of it without the teacher.
 COST = (4 + 2 / PASSES) / 6
