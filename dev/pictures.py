@@ -1,4 +1,8 @@
-"""`python3 dev pictures [NAME ...]`: the .jpg beside each workflow, its own result on the toy."""
+"""`python3 dev pictures [NAME ...]`: what the toy draws for people to look at.
+
+The .jpg beside each workflow, its own result; and for the help pages of nodes a setting at several
+values.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from . import strips
 from .demo import WORKFLOWS, draw, fitted, toy_subject
 from .server import Server, install
 from .toy import assemble, stand_ins
@@ -17,6 +22,7 @@ ENLARGED = 6  # times: 64 pixels become 384
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
     drawing = [path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")]
+    drawing += strips.STRIPS
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(sorted(drawing))}; default: all")
     names = parser.parse_args(arguments).names or sorted(drawing)
@@ -28,13 +34,19 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
         install(lora, models / "loras")
     stand_ins.lay_out(server.base)
     with server:
+        client, subject = server.client(), toy_subject(checkpoint)
         for name in names:
+            if name in strips.STRIPS:
+                prompt, cells = strips.prompt(name, subject)
+                shown = draw(client, name, prompt)[0]
+                strips.compose(name, {cell: shown[key][0] for key, cell in cells.items()})
+                continue
             path = WORKFLOWS / f"{name}.json"
-            prompt = fitted(json.loads(path.read_text(encoding="utf-8")), toy_subject(checkpoint))
+            prompt = fitted(json.loads(path.read_text(encoding="utf-8")), subject)
             for node in prompt.values():
                 if "seed" in node["inputs"]:
                     node["inputs"]["seed"] += 1  # as the demo's pictures have it
-            ((drawn, *_),) = draw(server.client(), name, prompt)[0].values()
+            ((drawn, *_),) = draw(client, name, prompt)[0].values()
             with Image.open(drawn) as picture:
                 size = [side * ENLARGED for side in picture.size]
                 large = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

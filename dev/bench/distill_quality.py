@@ -117,8 +117,7 @@ def deterministic(
 ) -> None:
     """Both objectives at four steps without fresh noise between them."""
     columns = {
-        f"{name}, eta 0": subjects.accelerated(toy, loras[name], 0.0)
-        for name in (PLAIN, PHASED)
+        f"{name}, eta 0": subjects.accelerated(toy, loras[name], 0.0) for name in (PLAIN, PHASED)
     }
     figures = measure(columns, (4,))
     quality.rows(report, {key: each for key, each in figures.items() if key[1] in columns})

@@ -23,7 +23,7 @@ from ...training.disk import replace, whole_file
 from .. import commands
 from ..toy import assemble, data
 from ..toy.judge import Judge
-from . import subjects
+from . import stabilisers, subjects
 from .report import Report
 
 log = logging.getLogger("lcm_lora")
@@ -40,6 +40,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bf16", action="store_true", help="the network in bfloat16: half the time"
     )
+    parser.add_argument(
+        "--stabilisers", action="store_true", help="eta and other options of the LCM-LoRA, no bars"
+    )
 
 
 Figures = dict[tuple[str, str, str], list[float]]
@@ -53,11 +56,16 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     seeds = chosen.seeds or (3 if chosen.full else 2)
     dtype = torch.bfloat16 if chosen.bf16 else torch.float32
     toy = subjects.Toy.load(checkpoint, dtype)
-    kept = Kept(commands.LOCAL / "quality", f"{dtype} {pictures} {checkpoint.name}")
-    figures = measure(toy, subjects.subjects(toy), STEPS, pictures, seeds, kept)
+    files = [Path(stabilisers.__file__)] if chosen.stabilisers else []
+    kept = Kept(commands.LOCAL / "quality", f"{dtype} {pictures} {checkpoint.name}", files)
+    columns = stabilisers.columns(toy) if chosen.stabilisers else subjects.subjects(toy)
+    figures = measure(toy, columns, STEPS, pictures, seeds, kept)
     kept.forget()
     report = Report("quality")
     rows(report, figures)
+    if chosen.stabilisers:
+        gains(report, figures)
+        return report
     lcm_bars(report, figures, worst=1.5)
     report.bar(
         "frechet, teacher at 50 steps / base DDIM at 4 (the toy needs the LoRA)",
@@ -90,17 +98,22 @@ class Kept:
             replace(self.file, json.dumps(self.cells))
         return self.cells[name]
 
-    def latents(self, name: str, drawn: Callable[[], torch.Tensor]) -> torch.Tensor:
-        file = self.folder / f"{self.stem} {name}.safetensors"
-        if not file.exists():
-            latents = drawn()
-            with whole_file(file) as new:
-                save_file({"latents": latents}, new)
-        return load_file(file)["latents"]
-
     def forget(self) -> None:
-        for file in self.folder.glob(f"{self.stem}*"):
-            file.unlink()
+        self.file.unlink(missing_ok=True)
+
+
+def endpoints(
+    toy: subjects.Toy, pictures: int, seed: int, drawn: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """The teacher's latents, which take most of the time, drawn once for all benches."""
+    told = f"{toy.name} {pictures} {seed}".encode() + Path(subjects.__file__).read_bytes()
+    file = commands.LOCAL / "teacher" / f"{hashlib.sha256(told).hexdigest()[:12]}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        latents = drawn()
+        with whole_file(file) as new:
+            save_file({"latents": latents}, new)
+    return load_file(file)["latents"]
 
 
 def measure(
@@ -135,7 +148,8 @@ def measure(
     figures: Figures = {}
 
     def of_seed(seed: int) -> None:
-        endpoint = kept.latents(f"seed {seed}", lambda: draw(subjects.teacher(toy), 0, seed))
+        teacher = partial(draw, subjects.teacher(toy), 0, seed)
+        endpoint = endpoints(toy, pictures, seed, teacher)
         cells = {TEACHER: lambda: endpoint}
         for count in steps:
             for name, sample in columns.items():
@@ -156,6 +170,15 @@ def rows(report: Report, figures: Figures) -> None:
     """A row of the report for each figure."""
     for (case, name, metric), values in figures.items():
         report.add(case, name, metric, "share" if metric == "accuracy" else "", values)
+
+
+def gains(report: Report, figures: Figures) -> None:
+    """Each option's ratio to the LCM-LoRA without it, seed by seed; below 1 is better."""
+    for (case, name, metric), values in figures.items():
+        plain = figures.get((case, stabilisers.PLAIN, metric))
+        if plain and name != stabilisers.PLAIN and metric != "accuracy":
+            ratios = [a / b for a, b in zip(values, plain, strict=True)]
+            report.add(case, f"{name} / {stabilisers.PLAIN}", metric, "", ratios)
 
 
 def ratio(figures: Figures, above: tuple[str, str, str], below: tuple[str, str, str]) -> float:

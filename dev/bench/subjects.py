@@ -27,6 +27,7 @@ TEACHER_STEPS = 50
 class Toy:
     """The toy as the host loads it, plain, accelerated, and accelerated with the style."""
 
+    name: str
     base: object
     clip: object
     vae: object
@@ -46,7 +47,7 @@ class Toy:
         style = files.read(assemble.STYLE_LORA)
         both, _ = combine.exact([lcm, style], [1.0, 0.8])
         return cls(
-            base, clip, vae, patch_sampling(base),
+            f"{checkpoint.name} {dtype}", base, clip, vae, patch_sampling(base),
             *(patch_sampling(apply(base, None, vector, 1.0, 0.0)[0]) for vector in (lcm, both)),
         )  # fmt: skip
 

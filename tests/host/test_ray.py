@@ -13,6 +13,7 @@ from lcm_lora.tests.host.queued import ended, gone, kill_supervisor, trainer, un
 from lcm_lora.training.jobs import processes, ray_job, supervisor
 
 pytest.importorskip("ray", reason="ray is not installed")
+TOKEN = "0123456789abcdef" * 4
 CLUSTER = """
 import json
 import sys
@@ -38,6 +39,9 @@ def cluster():
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": folder,
+            # It lets nobody in who does not bring the token.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
         }
         process = subprocess.Popen(
             [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -53,12 +57,13 @@ def cluster():
 
 @pytest.fixture
 def settings(store, comfy, tmp_path):
-    """settings(address) writes the cluster's settings beside the store; -> the storage."""
+    """settings(address, token) writes the cluster's beside the store; -> the storage."""
 
-    def write(address: str) -> Path:
+    def write(address: str, token: str = TOKEN) -> Path:
         storage = tmp_path / "storage"
         storage.mkdir(exist_ok=True)
         told = {"address": address, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
+        told["token"] = token
         (store.folder.parent / ray_job.SETTINGS).write_text(json.dumps(told))
         return storage
 
@@ -126,6 +131,17 @@ def test_stop_and_resume_on_a_cluster(store, job, cluster, settings):
     supervisor.ensure(store.folder)
     ended(store, running, "done")
     gone(store)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("token", ["", "f" * 64])
+def test_a_cluster_that_wants_another_token(store, job, cluster, settings, token):
+    settings(cluster, token)
+    refused, _ = store.create(job("a"), "a", "ray")
+    supervisor.ensure(store.folder)
+    found = ended(store, refused, "failed")
+    assert "The cluster refuses" in found.message
+    assert TOKEN not in found.message
 
 
 def test_a_cluster_that_is_not_there_is_told_and_asked_again(store, job, settings):
