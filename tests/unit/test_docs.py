@@ -15,3 +15,9 @@ def test_links_lead_somewhere(page):
     for link in links:
         if not link.startswith(("http", "#")):
             assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+def test_every_picture_of_a_help_page_is_shown():
+    pages = ROOT / "web" / "docs"
+    shown = re.findall(r"\]\((\w+\.jpg)\)", "".join(p.read_text() for p in pages.glob("*.md")))
+    assert sorted(shown) == sorted(file.name for file in pages.glob("*.jpg"))
