@@ -1,7 +1,7 @@
 """`python3 dev pictures [NAME ...]`: what the toy draws for people to look at.
 
 The .jpg beside each workflow, its own result; and for the help pages of nodes a setting at several
-values.
+values, or how nodes are wired.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import strips
+from . import strips, wiring
 from .demo import WORKFLOWS, draw, fitted, toy_subject
 from .server import Server, install
 from .toy import assemble, stand_ins
@@ -22,7 +22,7 @@ ENLARGED = 6  # times: 64 pixels become 384
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
     drawing = [path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")]
-    drawing += strips.STRIPS
+    drawing += [*strips.STRIPS, *wiring.WIRINGS]
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(sorted(drawing))}; default: all")
     names = parser.parse_args(arguments).names or sorted(drawing)
@@ -40,6 +40,9 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
                 prompt, cells = strips.prompt(name, subject)
                 shown = draw(client, name, prompt)[0]
                 strips.compose(name, {cell: shown[key][0] for key, cell in cells.items()})
+                continue
+            if name in wiring.WIRINGS:
+                wiring.take(name, server.url, subject, strips.PAGES)
                 continue
             path = WORKFLOWS / f"{name}.json"
             prompt = fitted(json.loads(path.read_text(encoding="utf-8")), subject)
