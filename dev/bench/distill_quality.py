@@ -33,8 +33,8 @@ from .report import Report
 log = logging.getLogger("lcm_lora")
 RUN = environment.ROOT / "training" / "run.py"
 CAPTIONS = [data.TEMPLATES[0].format(name) for name in data.NAMES]
-LATENTS, PICTURES = 600, 3000
-STEPS, LONG, MINUTES = 700, 1400, 15
+LATENTS, LONG_LATENTS, PICTURES = 600, 1500, 3000
+STEPS, LONG, MINUTES = 700, 2000, 15
 PASSES = 8
 # A step is some 6 times a forward (backward counts twice), 4 of it without the teacher.
 COST = (4 + 2 / PASSES) / 6
@@ -54,7 +54,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     work = commands.LOCAL / "distill"
     write_pictures(work / "pictures")
-    prompts = {"prompts": CAPTIONS, "count": LATENTS, "draw_steps": 20}
+    count = LONG_LATENTS if chosen.long else LATENTS
+    prompts = {"prompts": CAPTIONS, "count": count, "draw_steps": 20}
     pictures = {"kind": "pictures", "path": str(work / "pictures")}
     steps = LONG if chosen.long else STEPS
     jobs = {
