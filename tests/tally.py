@@ -1,5 +1,6 @@
 """The table of faults: how often each was tried, and what it cost."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,9 @@ def half_files(*folders: Path, working: bool = False) -> int:
 
 def _half_files(folders: Sequence[Path], working: bool) -> int:
     found = 0
-    for file in (file for folder in folders for file in folder.rglob("*")):
+    # Not rglob, which gives up where a folder that it looks into is removed meanwhile.
+    walked = (each for folder in folders for each in os.walk(folder))
+    for file in (Path(at, name) for at, inside, names in walked for name in (*inside, *names)):
         if any(part.startswith(TEMPORARY) for part in file.parts):
             found += not working
         elif file.suffix == ".json":
