@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("markexpr") != "faults":
         for item in items:
             if item.get_closest_marker("faults"):
-                reason = "takes minutes: run it with `python3 dev faults`"
+                reason = "takes minutes, or needs a network: run it with `python3 dev faults`"
                 item.add_marker(pytest.mark.skip(reason=reason))
     if torch.cuda.is_available():
         return
