@@ -175,6 +175,20 @@ def test_it_fits_in_both_themes_and_on_a_phone(page):
             assert abs(words - ground) > 300, f"{theme}: words can hardly be told from the ground"
 
 
+def test_a_nodes_help_is_one_click_away(page):
+    page.evaluate(
+        f"""async () => {{
+            const answer = await fetch('{TEMPLATES}/LCM-LoRA_text_to_image.json');
+            await app.loadGraphData(await answer.json(), true, true, 'help');
+            const sampler = app.graph.nodes.find((node) => node.type === 'LCMKSampler');
+            app.canvas.selectNode(sampler);
+        }}"""
+    )
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name="What goes wrong").wait_for()  # of web/docs/LCMKSampler.md
+    pictured(page, "help")
+
+
 def test_it_speaks_the_language_of_the_front_end(page, client):
     client.post("/settings", {"Comfy.Locale": "ko"})
     try:
