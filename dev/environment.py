@@ -88,6 +88,24 @@ def prepare(version: str) -> tuple[Path, Path]:
         return _environment(requirements.read_text(encoding="utf-8")), host
 
 
+def tool(*packages: str) -> Path:
+    """The folder of the programs of these packages, in an environment of their own: what they
+    require would change ours. Made once. Raises SetupError as `prepare` does.
+    """
+    named = "\n".join([*packages, sys.implementation.cache_tag])
+    folder = cache() / "tools" / hashlib.sha256(named.encode()).hexdigest()[:12]
+    python = _python_of(folder)
+    cache().mkdir(parents=True, exist_ok=True)
+    with _lock(cache() / "lock"):
+        if not ((folder / "complete").exists() and python.exists()):
+            _wipe(folder)
+            _make_venv(folder)
+            install = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+            _step(f"Installing {', '.join(packages)}", [*install, *packages])
+            (folder / "complete").touch()
+    return python.parent
+
+
 def _host(version: str) -> Path:
     release, digest = HOSTS[version]
     folder = cache() / "hosts" / f"{version}-{digest[:8]}"

@@ -24,12 +24,17 @@ STARTS_IN = 240  # seconds
 class Server:
     """`base` is the server's own folder (models, outputs, log), kept from run to run.
 
+    installed: the host has a copy of the pack, and all else that a server needs, in its own folder.
+    python: of the environment that it runs in.
     Raises RuntimeError with the end of the log when the server does not come up.
     """
 
-    def __init__(self, host: Path, local: Path, port: int = 0) -> None:
-        self.host = host
-        self.base = local / f"server-{host.parent.name}"
+    def __init__(
+        self, host: Path, local: Path, port: int = 0,
+        *, installed: bool = False, python: Path = Path(sys.executable),
+    ) -> None:  # fmt: skip
+        self.host, self.installed, self.python = host, installed, python
+        self.base = host if installed else local / f"server-{host.parent.name}"
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = self.base / "server.log"
@@ -38,9 +43,10 @@ class Server:
     def __enter__(self) -> Server:
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        _link(ROOT, self.base / "custom_nodes" / FOLDER)
+        if not self.installed:
+            _link(ROOT, self.base / "custom_nodes" / FOLDER)
         command = [
-            sys.executable, str(self.host / "main.py"), "--listen", "127.0.0.1",
+            str(self.python), str(self.host / "main.py"), "--listen", "127.0.0.1",
             "--port", str(self.port), "--base-directory", str(self.base),
             "--disable-auto-launch", *device_flags(), *self._known_flags(),
         ]  # fmt: skip

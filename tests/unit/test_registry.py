@@ -1,16 +1,13 @@
 """What the registry and managers of packs read: metadata, requirements, and the archive."""
 
 import json
-import os
 import re
 import subprocess
-import sys
-import venv
-import zipfile
 from pathlib import Path
 
 import pytest
 from lcm_lora.dev.environment import HOSTS
+from lcm_lora.tests import tools
 from PIL import Image
 
 try:
@@ -80,23 +77,7 @@ def test_pictures_have_the_shape_that_the_registry_shows(key, shape):
 
 @pytest.mark.faults  # it installs the registry's tool, and the tests must do without a network
 def test_the_registrys_own_tool_finds_nothing(archived, tmp_path):
-    venv.create(tmp_path / "tool", with_pip=True)
-    scripts = tmp_path / "tool" / ("Scripts" if sys.platform == "win32" else "bin")
-    subprocess.run([scripts / "python", "-m", "pip", "install", "-q", "comfy-cli"], check=True)
-    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"  # of its ruff, too
-    copy = tmp_path / "pack"
-    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
-
-    def comfy(*words: str) -> str:
-        told = subprocess.run(
-            [scripts / "comfy", "--skip-prompt", *words], cwd=copy, capture_output=True, text=True,
-            env=os.environ | {"HOME": str(tmp_path), "PATH": path},
-        )  # fmt: skip
-        assert told.returncode == 0, told.stderr
-        return told.stdout
-
-    comfy("tracking", "disable")
-    assert "warning" not in comfy("node", "validate").lower()
-    comfy("node", "pack")
-    with zipfile.ZipFile(copy / "node.zip") as made:
+    told = tools.comfy("node", "validate", cwd=tools.clone(tmp_path / "pack"))
+    assert "warning" not in told.lower()
+    with tools.archive(tmp_path) as made:
         assert set(made.namelist()) == archived

@@ -1,0 +1,49 @@
+"""Programs of other people that the tests run: the registry's tool and checkers of packs.
+
+Their versions are fixed, so that such a test fails because of the pack and of nothing else.
+"""
+
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from lcm_lora.dev.environment import ROOT, tool
+
+COMFY_CLI = "comfy-cli==1.23.0"
+
+
+def run(package: str, *command, cwd: Path) -> subprocess.CompletedProcess:
+    """What a program of a package prints, and how it ends. Its home is beside cwd."""
+    programs = tool(package)
+    home = cwd.parent / "home"
+    home.mkdir(exist_ok=True)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # for the programs that it starts itself
+    return subprocess.run(
+        [programs / command[0], *command[1:]], cwd=cwd, capture_output=True, text=True,
+        env=os.environ | {"HOME": str(home), "USERPROFILE": str(home), "PATH": path},
+    )  # fmt: skip
+
+
+def comfy(*words: str, cwd: Path) -> str:
+    """What the registry's own tool prints."""
+    off = run(COMFY_CLI, "comfy", "--skip-prompt", "tracking", "disable", cwd=cwd)
+    told = run(COMFY_CLI, "comfy", "--skip-prompt", *words, cwd=cwd) if not off.returncode else off
+    assert told.returncode == 0, told.stdout + told.stderr
+    return told.stdout
+
+
+def clone(folder: Path) -> Path:
+    """The last commit as `git clone` brings it."""
+    made = subprocess.run(["git", "clone", "-q", ROOT, folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip("this is no git checkout, and what users get is made of what git tracks")
+    return folder
+
+
+def archive(scratch: Path) -> zipfile.ZipFile:
+    """What the registry would give to users, of the last commit."""
+    copy = clone(scratch / "for the registry")
+    comfy("node", "pack", cwd=copy)
+    return zipfile.ZipFile(copy / "node.zip")
