@@ -85,17 +85,13 @@ async function useInGraph(name) {
 }
 
 app.registerExtension({
-  name: "lcm_lora.jobs",
+  name: "lcmlora.jobs",
   commands: [{
     id: "lcm_lora.jobs", label: "Show the LCM-LoRA jobs", icon: "pi pi-bolt",
     function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
   }],
   setup() {
     listen();
-    const link = document.createElement("link");
-    link.rel = "stylesheet";
-    link.href = new URL("./jobs.css", import.meta.url).href;
-    document.head.append(link);
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-bolt",

@@ -38,7 +38,9 @@ export class Panel {
     this.note = h("p", { class: "lcm-note", role: "status" });
     this.list = h("ul", { class: "lcm-jobs", "aria-label": say("LCM-LoRA jobs") });
     this.root = h("div", { class: "lcm-panel" }, h("h2", {}, say("LCM-LoRA jobs")), this.note, this.list);
-    element.replaceChildren(this.root);
+    // Within the tab, for the page's head belongs to all packs.
+    const style = new URL("./jobs.css", import.meta.url).href;
+    element.replaceChildren(h("link", { rel: "stylesheet", href: style }), this.root);
   }
 
   close() {
