@@ -78,6 +78,6 @@ def test_its_sampler_takes_our_model(beside, prompt):
 def test_both_pages_are_there(browser, beside):
     page = new_page(browser, beside)
     assert page.evaluate("document.body.dataset.neighbour") == "here"
-    assert page.evaluate("app.extensions.some((each) => each.name.startsWith('lcm'))")
+    assert page.evaluate("app.extensions.some((each) => each.name === 'lcmlora.jobs')")
     assert not page.wrong and not page.foreign
     page.context.close()

@@ -1,0 +1,81 @@
+"""What other people's checkers of packs and workflows say of this one."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from lcm_lora.dev import environment
+from lcm_lora.tests import tools
+from lcm_lora.tests.server.test_workflows import ALL, fitted
+
+pytestmark = pytest.mark.faults  # the checkers have to be installed, and that takes a network
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory) -> Path:
+    """The files that users get, in a ComfyUI's folder for packs."""
+    scratch = tmp_path_factory.mktemp("checked")
+    with tools.archive(scratch) as made:
+        made.extractall(scratch / "custom_nodes" / "lcm-lora")
+    return scratch / "custom_nodes" / "lcm-lora"
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory) -> Path:
+    """A folder with a repository in which each ComfyUI that we support is a tag."""
+    made = tmp_path_factory.mktemp("history") / "ComfyUI"
+    made.mkdir()
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+        subprocess.run(["git", *who, *words], cwd=made, check=True, capture_output=True)
+
+    git("init", "-q")
+    for version in reversed(environment.HOSTS):  # the oldest first
+        _, host = environment.prepare(version)
+        for part in made.iterdir():
+            if part.name != ".git":
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        shutil.copytree(host, made, dirs_exist_ok=True)
+        git("add", "--all", "--force")
+        git("commit", "-q", "-m", version)
+        git("tag", f"v{version}")
+    git("update-ref", "refs/remotes/origin/master", "HEAD")
+    return made.parent
+
+
+def test_comfy_test_finds_nothing(pack):
+    """Nothing but a warning: of training/loop.py, which runs in a process without ComfyUI and so
+    empties CUDA's cache itself."""
+    told = tools.run("comfy-test==0.4.15", "comfy-test", "lint", "--strict", ".", cwd=pack)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+@pytest.mark.parametrize("version", environment.HOSTS)
+def test_comfy_import_guard_finds_all_that_we_use(version, pack, history):
+    told = tools.run(
+        "comfy-import-guard==1.3.0", "comfy-import-guard",
+        "--cache-dir", history, "--offline", "check", "--comfy-dir", pack.parents[1],
+        "--pack", pack.name, "--target", f"v{version}", "--strict", cwd=pack,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "1 pack(s): 0 will break, 1 safe, 0 warn, 0 skipped" in told.stdout
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_comfy_cli_takes_the_workflow(path, client, subject, tmp_path):
+    prompt = fitted(path, subject)
+    for node in prompt.values():
+        if "checkpoint" in node["inputs"]:
+            node["inputs"]["checkpoint"] = subject.checkpoint
+    files = tmp_path / "prompt.json", tmp_path / "known.json"
+    for file, content in zip(files, (prompt, client.get("/object_info")), strict=True):
+        file.write_text(json.dumps(content), encoding="utf-8")
+    told = tools.comfy(
+        "--json", "workflow", "validate", "--workflow", str(files[0]), "--input", str(files[1]),
+        cwd=tmp_path,
+    )  # fmt: skip
+    found = json.loads(told.splitlines()[-1])["data"]
+    assert found["valid"] and not found["warning_count"], found
