@@ -1,7 +1,11 @@
-"""Beside other packs: each does what it does alone."""
+"""Beside other packs each does what it does alone."""
 
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,22 +15,38 @@ from lcm_lora.tests.server.test_workflows import FOLDER, fitted, inputs_of, pict
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE.parent / "golden" / "nodes.json").read_text(encoding="utf-8"))
-PACKS = HERE / "neighbours"
 
 
-@pytest.fixture(scope="module")
-def beside(host_folder, server, tmp_path_factory):
-    """A client of a server with the toy, our pack, and two that do as well-known ones do."""
+# Of comfyui-tooling-nodes and ComfyUI_Ib_CustomNodes, which PyPI has whole.
+KNOWN = """
+comfyui-tooling-nodes==0.1.0 \
+    --hash=sha256:a67723c739a75f167c1c6ec02e6179f70a023afab4ec96b1165018bc011a4e7a
+comfyui-ib-customnodes==0.2.3 \
+    --hash=sha256:b07597426ec895d98a8e4a5865857b69d6c64238da989431125e921ff564e8a9
+"""
+
+
+@contextmanager
+def started(host_folder, server, scratch: Path, packs: Iterable[Path]):
+    """A client of a server with the toy, our pack and others."""
     from lcm_lora.dev.server import Server, install
 
-    made = Server(host_folder, tmp_path_factory.mktemp("beside"))
-    for pack in PACKS.iterdir():
+    made = Server(host_folder, scratch)
+    for pack in packs:
         shutil.copytree(pack, made.base / "custom_nodes" / pack.name)
     for kind in ("checkpoints", "loras"):
         for file in (server.base / "models" / kind).glob("toy-*"):
             install(file.resolve(), made.base / "models" / kind)
     with made:
         yield made.client()
+
+
+@pytest.fixture(scope="module")
+def beside(host_folder, server, tmp_path_factory):
+    """Two packs that make the same calls of ComfyUI as well-known ones do."""
+    scratch = tmp_path_factory.mktemp("beside")
+    with started(host_folder, server, scratch, (HERE / "neighbours").iterdir()) as client:
+        yield client
 
 
 @pytest.fixture
@@ -75,6 +95,25 @@ def test_its_sampler_takes_our_model(beside, prompt):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.faults  # they have to be downloaded
+def test_the_picture_is_the_same_beside_packs_of_others(
+    host_folder, server, client, prompt, tmp_path
+):
+    (tmp_path / "known.txt").write_text(KNOWN, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:",
+         "--target", tmp_path / "packs", "-r", tmp_path / "known.txt"], check=True,
+    )  # fmt: skip
+    packs = [path.parent for path in (tmp_path / "packs").glob("*/__init__.py")]
+    assert len(packs) == 2
+    with started(host_folder, server, tmp_path, packs) as its:
+        theirs = {"ETN_CropImage", "LoadImageFromPath"}
+        assert GOLDEN.keys() | theirs <= its.get("/object_info").keys()
+        assert torch.equal(pictures(its, prompt), pictures(client, prompt))
+        assert "error" not in its.get("/etn/model_info")
+
+
+# The last one: while there is a browser, nothing else can be run.
 def test_both_pages_are_there(browser, beside):
     page = new_page(browser, beside)
     assert page.evaluate("document.body.dataset.neighbour") == "here"
