@@ -59,7 +59,8 @@ spec.loader.exec_module(pack)
 
 async def count():
     extension = await pack.comfy_entrypoint()
-    return len(await extension.get_node_list())
+    await extension.on_load()
+    return len([node.GET_SCHEMA() for node in await extension.get_node_list()])
 
 counted = asyncio.run(count())
 seconds = time.process_time() - begun
@@ -111,6 +112,7 @@ def imported(folder: Path) -> dict:
     result = subprocess.run(
         [sys.executable, "-c", IMPORT, os.environ["LCM_LORA_TEST_HOST"], str(folder), str(ROOT)],
         capture_output=True, text=True, timeout=240, cwd=folder,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
