@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 from lcm_lora.dev import environment
+from lcm_lora.dev.workflow import to_api
 from lcm_lora.tests import tools
 from lcm_lora.tests.server.test_workflows import ALL, fitted
+
+CONVERT = """
+import json, sys
+from comfy_cli.workflow_to_api import convert_ui_to_api
+workflow, known = (json.load(open(path, encoding="utf-8")) for path in sys.argv[1:])
+print(json.dumps(convert_ui_to_api(workflow, known)))
+"""
 
 pytestmark = pytest.mark.faults  # the checkers have to be installed, and that takes a network
 
@@ -25,16 +33,19 @@ def pack(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def history(tmp_path_factory) -> Path:
     """A folder with a repository in which each ComfyUI that we support is a tag."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COMFYUI_PATH", raising=False)  # which would take the place of them all
+        oldest_first = reversed(environment.HOSTS)
+        hosts = [(version, environment.prepare(version)[1]) for version in oldest_first]
     made = tmp_path_factory.mktemp("history") / "ComfyUI"
     made.mkdir()
 
     def git(*words: str) -> None:
-        who = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+        who = "-c user.name=test -c user.email=test@localhost -c commit.gpgsign=false".split()
         subprocess.run(["git", *who, *words], cwd=made, check=True, capture_output=True)
 
     git("init", "-q")
-    for version in reversed(environment.HOSTS):  # the oldest first
-        _, host = environment.prepare(version)
+    for version, host in hosts:
         for part in made.iterdir():
             if part.name != ".git":
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -79,3 +90,13 @@ def test_comfy_cli_takes_the_workflow(path, client, subject, tmp_path):
     )  # fmt: skip
     found = json.loads(told.splitlines()[-1])["data"]
     assert found["valid"] and not found["warning_count"], found
+
+    # It reads the workflow as we do, too.
+    read = tools.run(tools.COMFY_CLI, "python", "-c", CONVERT, path, files[1], cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    theirs, ours = json.loads(read.stdout), to_api(json.loads(path.read_text(encoding="utf-8")))
+    assert theirs.keys() == ours.keys()
+    for key, node in ours.items():
+        assert theirs[key]["class_type"] == node["class_type"]
+        # As the front end does, it adds what a workflow is too old to hold.
+        assert theirs[key]["inputs"] == theirs[key]["inputs"] | node["inputs"]

@@ -15,8 +15,6 @@ from lcm_lora.tests.server.test_workflows import FOLDER, fitted, inputs_of, pict
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE.parent / "golden" / "nodes.json").read_text(encoding="utf-8"))
-
-
 # Of comfyui-tooling-nodes and ComfyUI_Ib_CustomNodes, which PyPI has whole.
 KNOWN = """
 comfyui-tooling-nodes==0.1.0 \
