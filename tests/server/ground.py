@@ -9,6 +9,27 @@ STEPS = 30
 ENDED = ("done", "failed", "paused")
 
 
+def order(client, name: str, **changes) -> str:
+    """-> the id of a small job, which is queued; `checkpoint` has to be among the changes."""
+    told = {
+        "name": name, "steps": STEPS, "batch": 2,
+        "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
+        "sample_every": 10, "policy": "share", "precision": "fp32",
+        "data": {"prompts": "a photo of a bag", "count": 8, "draw_steps": 4, "resolution": 64},
+    }  # fmt: skip
+    return client.post("/lcm_lora/jobs", told | changes)["id"]
+
+
+def done(store, job: str, seconds: float) -> bool:
+    """Waits for a job's end; -> whether it came in time and was a good one."""
+    until = time.monotonic() + seconds
+    while (state := store.job(job).state) not in ENDED:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return state == "done"
+
+
 class Ground:
     """A user folder with the toy in it, a server, and what is killed there."""
 
@@ -32,22 +53,11 @@ class Ground:
 
     def order(self, name: str, **changes) -> str:
         """-> the id of a queued job."""
-        told = {
-            "checkpoint": self.subject.checkpoint, "name": name, "steps": STEPS, "batch": 2,
-            "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
-            "sample_every": 10, "policy": "share", "precision": "fp32",
-            "data": {"prompts": "a photo of a bag", "count": 8, "draw_steps": 4, "resolution": 64},
-        }  # fmt: skip
-        return self.server.client().post("/lcm_lora/jobs", told | changes)["id"]
+        told = {"checkpoint": self.subject.checkpoint} | changes
+        return order(self.server.client(), name, **told)
 
     def done(self, job: str, seconds: float = 300) -> bool:
-        """Waits for a job's end; -> whether it came in time and was a good one."""
-        until = time.monotonic() + seconds
-        while (state := self.store.job(job).state) not in ENDED:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
-        return state == "done"
+        return done(self.store, job, seconds)
 
     def spared(self, job: str) -> None:
         """Lets a job come on that fails, by its rules, at the next crash without a new step."""

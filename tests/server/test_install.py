@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from lcm_lora.tests import tools
+from lcm_lora.tests.server.ground import done, order
 from lcm_lora.tests.server.test_workflows import FOLDER, fitted, pictures
+from lcm_lora.training.jobs.store import Store
 
 pytestmark = pytest.mark.faults  # the Manager has to be installed, and that takes a network
 
@@ -103,9 +105,12 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
         offered = its.get("/workflow_templates")[folder]
         assert set(offered) == {path.stem for path in FOLDER.glob("*.json")}
         served(its, f"/api/workflow_templates/{folder}", FOLDER)
-        assert its.get("/lcm_lora/jobs")
         prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
         assert torch.equal(pictures(its, prompt), pictures(client, prompt))
+        store = Store(clean / "user" / "__lcm_lora" / "jobs")
+        job = order(its, "installed", checkpoint=subject.checkpoint, steps=3)
+        assert done(store, job, 300)
+        assert (clean / "models" / "loras" / "installed.safetensors").is_file()
     assert packages(python) == before
 
 
