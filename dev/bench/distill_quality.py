@@ -56,7 +56,8 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     write_pictures(work / "pictures")
     count = LONG_LATENTS if chosen.long else LATENTS
     prompts = {"prompts": CAPTIONS, "count": count, "draw_steps": 20}
-    pictures = {"kind": "pictures", "path": str(work / "pictures")}
+    # Not mirrored, for these garments all face one way.
+    pictures = {"kind": "pictures", "path": str(work / "pictures"), "flip": False}
     steps = LONG if chosen.long else STEPS
     jobs = {
         "from prompts": {"data": prompts, "steps": steps, "passes": PASSES},
