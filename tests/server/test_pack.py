@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "nodes.json").read_text(encoding="utf-8"))
 
 IMPORT = """
-import asyncio, importlib.util, json, sys, time
+import asyncio, importlib.util, json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 base, root = sys.argv[2:4]
 sys.argv = ["comfyui", "--cpu", "--base-directory", base]
@@ -45,9 +45,12 @@ found = host()
 def watch(event, arguments):
     if event.startswith(("socket.connect", "socket.getaddrinfo", "subprocess", "os.system")):
         touched.append(event)
-    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-        if not str(arguments[0]).endswith((".pyc",)) and "__pycache__" not in str(arguments[0]):
-            touched.append(f"open {arguments[0]}")
+    if event == "open":
+        path, mode, flags = arguments
+        writes = set(mode) & set("wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR)
+        # A number is a file that was opened by name before; Python keeps what it compiles.
+        if writes and not isinstance(path, int) and "__pycache__" not in str(path):
+            touched.append(f"open {path}")
 
 sys.addaudithook(watch)
 spec = importlib.util.spec_from_file_location(
