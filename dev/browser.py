@@ -7,6 +7,10 @@ import os
 import shutil
 import subprocess
 
+# True in the page once the front end and our nodes are there.
+READY = """() => window.app?.vueAppReady && window.app.extensionManager
+    && !document.querySelector('.p-blockui-mask')
+    && window.LiteGraph?.registered_node_types?.['LCMDistill']"""
 log = logging.getLogger("lcm_lora")
 PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-wqy-microhei")  # the last for Korean too
 

@@ -38,6 +38,13 @@ class Graph:
         self.nodes[key] = {"class_type": kind, "inputs": inputs}
         return key
 
+    def sum(self, one: list, weight_1: float, two: list, weight_2: float) -> list:
+        """The wire of two vectors' exact sum."""
+        inputs = {"vector_1": one, "weight_1": weight_1, "vector_2": two, "weight_2": weight_2}
+        nested = {f"count.{name}": value for name, value in inputs.items()}
+        exact = {"method": "exact", "rank": 0, "keep_energy": 1.0}
+        return [self.add("LCMLoRACombine", count="2", **exact, **nested), 0]
+
 
 Cell = tuple[int | None, str, int]
 """(steps or None for the teacher, column, which caption)"""
@@ -97,17 +104,12 @@ def _loaded(graph: Graph, base: list, subject: Subject) -> str:
 
 
 def _combined(graph: Graph, base: list, clip: list, subject: Subject) -> str:
-    vectors = {}
-    for place, (name, weight) in enumerate(
-        ((subject.lcm_lora, 1.0), (subject.style_lora, 0.8)), start=1
-    ):
-        vectors[f"count.vector_{place}"] = [graph.add("LCMLoRAVectorLoader", lora_name=name), 0]
-        vectors[f"count.weight_{place}"] = weight
-    combined = graph.add(
-        "LCMLoRACombine", count="2", method="exact", rank=0, keep_energy=1.0, **vectors
+    lcm, style = (
+        [graph.add("LCMLoRAVectorLoader", lora_name=name), 0]
+        for name in (subject.lcm_lora, subject.style_lora)
     )
     applied = graph.add(
-        "LCMLoRAApply", model=base, clip=clip, vector=[combined, 0],
+        "LCMLoRAApply", model=base, clip=clip, vector=graph.sum(lcm, 1.0, style, 0.8),
         strength_model=1.0, strength_clip=1.0,
     )  # fmt: skip
     return graph.add("LCMModelSampling", model=[applied, 0])

@@ -11,8 +11,7 @@ from .sheet import Graph, Subject
 
 PAGES = Path(__file__).parents[1] / "web" / "docs"
 TILE, TOP, ROWS = 144, 26, 2
-LORA = {"strength": 1.0, "family": "auto"}
-BLOCKS = {"whole": "", "input=0": "input=0", "output=0": "output=0", "attention=0": "attention=0"}
+BLOCKS = ("", "input=0", "output=0", "attention=0")
 
 
 def sampled(**settings) -> Callable[[Graph, list, Subject], dict]:
@@ -41,13 +40,9 @@ def styled(
         if blocks:
             weighed = {"preset": "all", "weights": blocks, "text_encoder": 1.0}
             style = [graph.add("LCMLoRABlocks", vector=style, **weighed), 0]
-        both = graph.add(
-            "LCMLoRACombine", method="exact", rank=0, keep_energy=1.0, count="2",
-            **{"count.vector_1": lcm, "count.weight_1": 1.0},
-            **{"count.vector_2": style, "count.weight_2": weight},
-        )  # fmt: skip
+        both = graph.sum(lcm, 1.0, style, weight)
         model = graph.add(
-            "LCMLoRAApply", model=base, vector=[both, 0], strength_model=applied, strength_clip=1.0
+            "LCMLoRAApply", model=base, vector=both, strength_model=applied, strength_clip=1.0
         )
         return {"model": [graph.add("LCMModelSampling", model=[model, 0]), 0]} | settings
 
@@ -66,7 +61,7 @@ STRIPS = {
     "LCMLoRAProtect": {
         f"share {share:g}": styled(1.2, share, steps=2) for share in (0.0, 0.5, 1.0)
     },
-    "LCMLoRABlocks": {title: styled(1.0, blocks=text) for title, text in BLOCKS.items()},
+    "LCMLoRABlocks": {text or "whole": styled(1.0, blocks=text) for text in BLOCKS},
 }
 """Node -> title of a column -> what is drawn in it"""
 
@@ -111,6 +106,6 @@ def compose(node: str, pictures: dict[tuple[str, int], Path]) -> Path:
     return file
 
 
-def _loaded(graph: Graph, base: list, subject: Subject, **changes) -> list:
-    given = LORA | changes
-    return [graph.add("LCMLoRALoader", model=base, lora_name=subject.lcm_lora, **given), 0]
+def _loaded(graph: Graph, base: list, subject: Subject, strength: float = 1.0) -> list:
+    given = {"lora_name": subject.lcm_lora, "strength": strength, "family": "auto"}
+    return [graph.add("LCMLoRALoader", model=base, **given), 0]

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .browser import chromium
+from .browser import READY, chromium
 from .sheet import Graph, Subject
 
-READY = "() => window.app?.vueAppReady && window.LiteGraph?.registered_node_types?.['LCMDistill']"
 # Left to right by how far a node is from the beginning, as people lay them out.
 LAID_OUT = """async ([prompt, title]) => {
     await app.loadApiJson(prompt, title);
@@ -43,13 +42,9 @@ def vectors(graph: Graph, subject: Subject) -> None:
         [graph.add("LCMLoRAVectorLoader", lora_name=name), 0]
         for name in (subject.lcm_lora, subject.style_lora)
     )
-    both = graph.add(
-        "LCMLoRACombine", method="exact", rank=0, keep_energy=1.0, count="2",
-        **{"count.vector_1": one, "count.weight_1": 1.0},
-        **{"count.vector_2": two, "count.weight_2": 0.8},
-    )  # fmt: skip
+    both = graph.sum(one, 1.0, two, 0.8)
     graph.add(
-        "LCMLoRASave", vector=[both, 0], filename="lcm-lora-combined", dtype="fp16", overwrite=False
+        "LCMLoRASave", vector=both, filename="lcm-lora-combined", dtype="fp16", overwrite=False
     )
 
 
@@ -88,11 +83,7 @@ def stacked(graph: Graph, subject: Subject) -> None:
     stack = graph.add("LCMLoRAToStack", file_name=subject.style_lora, **strengths)
     styles = graph.add("LCMLoRAFromStack", lora_stack=[stack, 0])
     lcm = graph.add("LCMLoRAVectorLoader", lora_name=subject.lcm_lora)
-    graph.add(
-        "LCMLoRACombine", method="exact", rank=0, keep_energy=1.0, count="2",
-        **{"count.vector_1": [styles, 0], "count.weight_1": 1.0},
-        **{"count.vector_2": [lcm, 0], "count.weight_2": 1.0},
-    )  # fmt: skip
+    graph.sum([styles, 0], 1.0, [lcm, 0], 1.0)
 
 
 WIRINGS = {

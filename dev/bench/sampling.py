@@ -22,9 +22,8 @@ from ...samplers.host import patch_sampling
 from ..toy import assemble
 from . import sampling_full, subjects
 from .report import Report
+from .sampling_full import HOST, OURS
 from .turns import take_turns
-
-OURS, HOST = "LCMKSampler", "host KSampler"
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,8 @@
 
 import os
 
-READY = """() => window.app?.vueAppReady && window.app.extensionManager
-    && !document.querySelector('.p-blockui-mask')
-    && window.LiteGraph?.registered_node_types?.['LCMDistill']"""
+from lcm_lora.dev.browser import READY
+
 TEMPLATES = "/api/workflow_templates/lcm-lora"
 
 
