@@ -24,10 +24,13 @@ class Grams:
         """Counts a module in, which the terms `holders` have, with these ranks."""
         up, down = stacked.up.flatten(1), stacked.down.flatten(1)
         products = (up.T @ up).double() * (down @ down.T).double()
-        owners = [term for term, rank in zip(holders, ranks, strict=True) for _ in range(rank)]
-        owner = torch.tensor(owners, device=up.device)
-        sums = products.new_zeros(self.terms, self.terms)
-        sums.index_put_((owner[:, None], owner[None]), products, accumulate=True)
+        # Of which term each row of the factors is, as ones and zeros.
+        owners = products.new_zeros(len(products), self.terms)
+        begin = 0
+        for term, rank in zip(holders, ranks, strict=True):
+            owners[begin : begin + rank, term] = 1
+            begin += rank
+        sums = owners.T @ products @ owners
         self.of[place] = self.of[place] + sums if place in self.of else sums
 
     def __str__(self) -> str:

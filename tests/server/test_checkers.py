@@ -18,7 +18,7 @@ workflow, known = (json.load(open(path, encoding="utf-8")) for path in sys.argv[
 print(json.dumps(convert_ui_to_api(workflow, known)))
 """
 
-pytestmark = pytest.mark.faults  # the checkers have to be installed, and that takes a network
+pytestmark = pytest.mark.usefixtures("network")
 
 
 @pytest.fixture(scope="module")

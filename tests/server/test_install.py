@@ -19,7 +19,7 @@ from lcm_lora.tests.server.ground import done, order
 from lcm_lora.tests.server.test_workflows import FOLDER, fitted, pictures
 from lcm_lora.training.jobs.store import Store
 
-pytestmark = pytest.mark.faults  # the Manager has to be installed, and that takes a network
+pytestmark = pytest.mark.usefixtures("network")
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "nodes.json").read_text(encoding="utf-8"))

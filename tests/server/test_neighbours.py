@@ -93,7 +93,7 @@ def test_its_sampler_takes_our_model(beside, prompt):
     assert torch.equal(*drawn)
 
 
-@pytest.mark.faults  # they have to be downloaded
+@pytest.mark.usefixtures("network")
 def test_the_picture_is_the_same_beside_packs_of_others(
     host_folder, server, client, prompt, tmp_path
 ):

@@ -75,7 +75,7 @@ def test_pictures_have_the_shape_that_the_registry_shows(key, shape):
     assert key != "Icon" or width <= 400
 
 
-@pytest.mark.faults  # it installs the registry's tool, and the tests must do without a network
+@pytest.mark.usefixtures("network")
 def test_the_registrys_own_tool_finds_nothing(archived, tmp_path):
     told = tools.comfy("node", "validate", cwd=tools.clone(tmp_path / "pack"))
     assert "warning" not in told.lower()
