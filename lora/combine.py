@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .acceleration import FAMILY, SEVERAL, joined
+from .acceleration import FAMILY, ONE_STEP, SEVERAL, joined
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector
@@ -125,10 +125,12 @@ def _stack(parts: Sequence[tuple[Delta, float]]) -> Delta:
     # Some tools keep a convolution's factors as matrices, others with their kernel: keep a kernel.
     columns = max((delta.down.shape[1:] for delta, _ in plain), key=len)
     kernel = [1] * (len(columns) - 1)
-    ups = [d.up.float().flatten(1) * (weight * d.scale) for d, weight in plain]
-    downs = [d.down.float().flatten(1) for d, _ in plain]
-    up, down = torch.cat(ups, dim=1), torch.cat(downs, dim=0)
-    rank = down.shape[0]
+    # Stacked first, for half precision is half the memory to go through.
+    up = torch.cat([delta.up.flatten(1) for delta, _ in plain], dim=1).float()
+    down = torch.cat([delta.down.flatten(1) for delta, _ in plain], dim=0).float()
+    scales = sum(([weight * delta.scale] * delta.rank for delta, weight in plain), [])
+    up *= torch.tensor(scales, device=up.device)
+    rank = len(scales)
     return Delta(up.reshape(*up.shape, *kernel), down.reshape(rank, *columns), None, float(rank))
 
 
@@ -178,7 +180,9 @@ def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
     """What all agree on, the acceleration that one of them brings, and how it was made of them."""
     vectors = [vector for vector, _ in terms]
-    return agreed(vectors) | joined([v.metadata for v in vectors]) | recipe(terms, method)
+    told = agreed(vectors) | joined([v.metadata for v in vectors]) | recipe(terms, method)
+    told.pop(ONE_STEP, None)
+    return told
 
 
 def _source(terms: Sequence[tuple[Vector, float]]) -> str:

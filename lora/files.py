@@ -103,10 +103,11 @@ def _header(
 
 def _bytes(key: str, tensor: torch.Tensor, kind: torch.dtype) -> memoryview:
     cast = tensor.detach().cpu().to(kind).contiguous()
-    if cast.isinf().any() and not tensor.isinf().any():
-        raise ValueError(f"{key} has values too large for fp16; save as bf16 or fp32.")
-    if not cast.any() and tensor.any():
-        logger.warning("%s is so small that fp16 makes it 0; bf16 or fp32 would keep it.", key)
+    if torch.promote_types(kind, tensor.dtype) != kind:  # not every number fits
+        if cast.isinf().any() and not tensor.isinf().any():
+            raise ValueError(f"{key} has values too large for fp16; save as bf16 or fp32.")
+        if not cast.any() and tensor.any():
+            logger.warning("%s is so small that fp16 makes it 0; bf16 or fp32 would keep it.", key)
     return memoryview(cast.reshape(-1).view(torch.uint8).numpy())
 
 

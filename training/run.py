@@ -190,6 +190,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     from lcm_lora.training import bank, result, sources
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.answers import FOLDER as ANSWERS
+    from lcm_lora.training.correction import correction
     from lcm_lora.training.loop import Run
     from lcm_lora.training.plan import plan
     from lcm_lora.training.watch import Samples
@@ -244,6 +245,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         return 0
     if processes.first:
         about = result.about(spec, teacher, run.step, base_hash, folder.name)
+        about |= correction(teacher, run.bank, spec.seed)
         result.write(job, Path(spec.output), adapter, about, teacher.untaken)
         shutil.rmtree(job / ANSWERS, ignore_errors=True)
         journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")

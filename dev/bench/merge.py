@@ -1,7 +1,8 @@
 """LoRA arithmetic on the real layers of SD1.5 and SDXL, against peft and the least there is to do.
 
 Exact sums of two whole files, and reductions to rank 64 of the same layers that peft reduces, one
-layer of each shape. Factors are random with singular values that fall off as k^-0.7.
+layer of each shape; beside them the plain way, which forms the changes and decomposes them whole.
+Factors are random with singular values that fall off as k^-0.7.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .report import Report
 log = logging.getLogger("lcm_lora")
 RANKS, WEIGHTS, REDUCED = (64, 32), (1.0, 0.8), 64
 FALL = 0.7
+PADDED = "padded"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -146,9 +148,9 @@ def reductions(report: Report, case: str, shapes: dict[str, tuple[int, ...]], ru
         combined, _ = exact(vectors, WEIGHTS)
         return list(truncated(combined, REDUCED)[0].deltas.values())
 
-    def theirs(kind: str, **options) -> Callable[[], list[Delta]]:
+    def theirs(kind: str, other: str = "", **options) -> Callable[[], list[Delta]]:
         def merge() -> list[Delta]:
-            names = [f"rank{rank}" for rank in RANKS]
+            names = [f"rank{RANKS[0]}", other or f"rank{RANKS[1]}"]
             model.add_weighted_adapter(names, list(WEIGHTS), "sum", kind, **options)
             found = [
                 Delta(
@@ -167,11 +169,17 @@ def reductions(report: Report, case: str, shapes: dict[str, tuple[int, ...]], ru
         "peft, svd": theirs("svd", svd_rank=REDUCED),
         "peft, cat": theirs("cat"),
         "peft, ties_svd": theirs("ties_svd", svd_rank=REDUCED, density=0.5),
+        "peft, ties": theirs("ties", PADDED, density=0.5),
+        "peft, dare_linear": theirs("dare_linear", PADDED, density=0.5),
     }
     one, other = (vector.deltas for vector in vectors)
     wholes = [WEIGHTS[0] * product(one[n]) + WEIGHTS[1] * product(other[n]) for n in shapes]
-    best = sum(float(torch.linalg.svdvals(w)[REDUCED:].square().sum()) for w in wholes)
     total = sum(float(whole.square().sum()) for whole in wholes)
+    begun = time.perf_counter()
+    spectra = [torch.linalg.svd(whole.float(), full_matrices=False)[1] for whole in wholes]
+    report.add(case, "whole SVD", "time", "s", [time.perf_counter() - begun])  # once, for minutes
+    best = sum(float(values[REDUCED:].double().square().sum()) for values in spectra)
+    report.add(case, "whole SVD", "relative error", "", [(best / total) ** 0.5])
     took: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(runs + 1):
         for name, merge in list(subjects.items())[:: 1 if number % 2 else -1]:
@@ -193,7 +201,8 @@ def reductions(report: Report, case: str, shapes: dict[str, tuple[int, ...]], ru
 
 
 def peft_model(shapes: dict[str, tuple[int, ...]], made: dict):
-    """A module with these layers and both adapters on it."""
+    """A module with these layers and both adapters on it; the second also with zeros up to the rank
+    of the first, for what peft does with adapters of one rank only."""
     from peft import LoraConfig, LoraModel
 
     class Net(nn.Module):
@@ -206,16 +215,21 @@ def peft_model(shapes: dict[str, tuple[int, ...]], made: dict):
             )  # fmt: skip
 
     names = [f"layers.{i}" for i in range(len(shapes))]
+    wide, narrow = RANKS
+    adapters = {f"rank{rank}": (rank, made[rank]) for rank in RANKS}
+    adapters[PADDED] = wide, made[narrow]
     configs = {
-        f"rank{rank}": LoraConfig(r=rank, lora_alpha=rank, target_modules=names) for rank in RANKS
+        name: LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        for name, (rank, _) in adapters.items()
     }
-    first, second = configs
+    first, *others = configs
     model = LoraModel(Net(), {first: configs[first]}, first)
-    model.peft_config[second] = configs[second]
-    model.inject_adapter(model.model, second)
+    for name in others:
+        model.peft_config[name] = configs[name]
+        model.inject_adapter(model.model, name)
     with torch.no_grad():
-        for rank, of in made.items():
+        for name, (_, of) in adapters.items():
             for layer, (up, down) in zip(model.model.layers, of.values(), strict=True):
-                layer.lora_B[f"rank{rank}"].weight.copy_(up)
-                layer.lora_A[f"rank{rank}"].weight.copy_(down)
+                layer.lora_B[name].weight.zero_()[:, : up.shape[1]] = up
+                layer.lora_A[name].weight.zero_()[: down.shape[0]] = down
     return model

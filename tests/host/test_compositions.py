@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.tests.host.test_sampling import (
-    SCALE,
+from lcm_lora.tests.host.random_unet import (
     UNET,
     Calls,
-    assert_same,
     build,
     conditioning,
     empty,
@@ -16,8 +14,8 @@ from lcm_lora.tests.host.test_sampling import (
     patched,
     picture,
     randomise,
-    reference,
 )
+from lcm_lora.tests.host.reference import SCALE, assert_same, reference
 
 pytestmark = pytest.mark.usefixtures("comfy")
 LEFT = torch.cat([torch.ones(1, 64, 64), torch.zeros(1, 64, 64)], -1)  # of a picture 128 wide

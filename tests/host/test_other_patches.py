@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.tests.host.test_sampling import (
+from lcm_lora.tests.host.random_unet import (
     Calls,
-    assert_same,
     build,
     conditioning,
     core_patch,
@@ -17,6 +16,7 @@ from lcm_lora.tests.host.test_sampling import (
     ours,
     patched,
 )
+from lcm_lora.tests.host.reference import assert_same
 
 pytestmark = pytest.mark.usefixtures("comfy")
 

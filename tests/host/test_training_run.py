@@ -102,6 +102,46 @@ def test_a_job_leaves_a_lora_that_the_host_takes_whole(job, comfy, toy_checkpoin
     assert not list(spec.parent.rglob(".tmp-*"))
 
 
+def test_the_correction_in_its_file_brings_one_step_to_the_banks_statistics(
+    job, toy_checkpoint, banks
+):
+    import comfy.sd
+    from lcm_lora.lora.acceleration import ONE_STEP
+    from lcm_lora.lora.host import apply
+    from lcm_lora.samplers import host
+    from lcm_lora.samplers.correction import parse
+    from lcm_lora.training.bank import Bank
+
+    vector = files.read(done(job(data={"prompts": PROMPTS, "count": 32, "draw_steps": 4})))
+    model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(toy_checkpoint))[:3]
+    model, _, _ = apply(model, None, vector, 1.0, 0.0)
+    model = host.patch_sampling(model, "lcm", parse(vector.metadata[ONE_STEP]))
+    bank = Bank(banks / vector.metadata["lcm_lora.bank"])
+    scale = model.model.latent_format.scale_factor
+    wanted = bank.batch(range(len(bank)))[0] / scale
+    prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in PROMPTS]
+
+    def off(correct: bool) -> list[float]:
+        """How far means and deviations of one step's pictures are from the bank's."""
+        empty = {"samples": torch.zeros(32, 4, 8, 8)}
+        drawn = torch.cat([
+            host.sample(model, i, 1, 1.0, text, text, empty, correct_channels=correct)["samples"]
+            for i, text in enumerate(prompts)
+        ])  # fmt: skip
+        return [float((f(drawn) - f(wanted)).abs().mean()) for f in (means, deviations)]
+
+    plain, corrected = off(False), off(True)
+    assert all(new < old / 2 for new, old in zip(corrected, plain, strict=True)), (plain, corrected)
+
+
+def means(latents: torch.Tensor) -> torch.Tensor:
+    return latents.mean((0, 2, 3))
+
+
+def deviations(latents: torch.Tensor) -> torch.Tensor:
+    return latents.std((0, 2, 3))
+
+
 def resumed(job, unbroken: bytes, kills: int, seed: int) -> None:
     """A job killed at random points, each time started again, against one that ran through."""
     spec = job("killed")
