@@ -121,18 +121,18 @@ def corrected(
     report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
 ) -> None:  # fmt: skip
     """One step with what the files know of it (samplers/correction.py) and without."""
-    names = {f"{name}, corrected": name for name in loras}
-    figures = measure(
-        {title: subjects.accelerated(toy, loras[name], corrected=True)
-         for title, name in names.items()}
-        | {name: subjects.accelerated(toy, path) for name, path in loras.items()}, (1,),
-    )  # fmt: skip
-    quality.rows(report, {key: each for key, each in figures.items() if key[1] in names})
-    for title, name in names.items():
+    columns = {name: subjects.accelerated(toy, path) for name, path in loras.items()}
+    titles = {name: f"{name}, corrected" for name in loras}
+    columns |= {
+        titles[name]: subjects.accelerated(toy, path, corrected=True)
+        for name, path in loras.items()
+    }
+    figures = measure(columns, (1,))
+    quality.rows(report, {key: each for key, each in figures.items() if key[1] in titles.values()})
+    for name, title in titles.items():
         pair = (("1 steps", each, "frechet") for each in (title, name))
-        report.bar(
-            f"frechet at 1 step, {name}, corrected / not", quality.ratio(figures, *pair), 1.0
-        )  # fmt: skip
+        ratio = quality.ratio(figures, *pair)
+        report.bar(f"frechet at 1 step, {name}, corrected / not", ratio, 1.0)
 
 
 def deterministic(

@@ -59,7 +59,8 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     files = [Path(stabilisers.__file__)] if chosen.stabilisers else []
     kept = Kept(commands.LOCAL / "quality", f"{dtype} {pictures} {checkpoint.name}", files)
     columns = stabilisers.columns(toy) if chosen.stabilisers else subjects.subjects(toy)
-    figures = measure(toy, columns, STEPS, pictures, seeds, kept)
+    steps = STEPS[:3] if chosen.stabilisers else STEPS
+    figures = measure(toy, columns, steps, pictures, seeds, kept)
     kept.forget()
     report = Report("quality")
     rows(report, figures)
