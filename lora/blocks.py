@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+from .acceleration import ONE_STEP
 from .delta import Vector
+from .metadata import recipe
 from .names import UNET
 
 # By what a canonical name begins with, or holds; the first that fits counts.
@@ -109,11 +111,14 @@ def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vecto
         )
     if not any(of.values()):
         raise ValueError(f"No module of {vector.source} has a weight other than 0.")
+    metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {told}")}
+    metadata.pop(ONE_STEP, None)
     diffs = {key: (diff, of[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(
         vector,
         deltas={name: delta.scaled(of[name]) for name, delta in vector.deltas.items() if of[name]},
         diffs={key: diff * factor for key, (diff, factor) in diffs.items() if factor},
         opaque={name: parts for name, parts in vector.opaque.items() if of[name]},
+        metadata=metadata,
         source=f"{vector.source} [{told}]",
     )

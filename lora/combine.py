@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from .elementwise.rule import Rule
 from .family import family_of, has_two_text_encoders
 from .loss import Loss
 from .metadata import agreed, recipe
-from .names import text_encoder_prefix
 from .nearest import nearest
+from .wire import respelled
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:
@@ -80,7 +80,7 @@ def elementwise(
         merged = rule.merge(changes, density, generator)
         before = sum(delta.rank for delta, _ in parts)
         deltas[name], left_out = nearest(merged, rank or before, seed)
-        energies[name] = left_out, float(merged.double().square().sum())
+        energies[name] = left_out, float(merged.square().sum())
         ranks[name] = before, deltas[name].rank
     metadata = _metadata(terms, f"{rule.name}, density {density:g}, seed {seed}")
     combined = Vector(deltas, _sum_diffs(terms), metadata, f"{rule.name} of {_source(terms)}")
@@ -147,18 +147,12 @@ def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
 def _same_spelling(terms: Sequence[tuple[Vector, float]]) -> list[tuple[Vector, float]]:
     """The first text encoder's prefix depends on the family, which a file of text encoder modules
     alone does not tell; the other files do."""
-    two = any(has_two_text_encoders(vector.deltas) for vector, _ in terms)
-
-    def respell(vector: Vector) -> Vector:
-        deltas = {text_encoder_prefix(name, two): d for name, d in vector.deltas.items()}
-        diffs = {text_encoder_prefix(name, two): d for name, d in vector.diffs.items()}
-        return replace(vector, deltas=deltas, diffs=diffs)
-
-    return [(respell(vector), weight) for vector, weight in terms]
+    two = any(has_two_text_encoders(vector.shapes) for vector, _ in terms)
+    return [(respelled(vector, two), weight) for vector, weight in terms]
 
 
 def _require_one_family(vectors: Sequence[Vector]) -> None:
-    known = [(v.source, kind) for v in vectors if (kind := family_of(v.deltas))]
+    known = [(v.source, kind) for v in vectors if (kind := family_of(v.shapes))]
     for source, kind in known[1:]:
         if kind.width != known[0][1].width:
             raise ValueError(
@@ -194,10 +188,11 @@ def _report(terms: Sequence[tuple[Vector, float]], combined: Vector) -> str:
         f"{weight:g} x {vector.source}: {len(vector.modules())} modules, rank {vector.ranks()}"
         for vector, weight in terms
     ]
-    shared = [n for n in combined.modules() if sum(n in v.modules() for v, _ in terms) > 1]
+    holders = Counter(module for vector, _ in terms for module in vector.modules())
+    shared = sum(count > 1 for count in holders.values())
     lines.append(
-        f"Sum: {len(combined.modules())} modules, rank {combined.ranks()}; {len(shared)} in more "
-        f"than one vector, {len(combined.modules()) - len(shared)} in one only."
+        f"Sum: {len(holders)} modules, rank {combined.ranks()}; {shared} in more than one vector, "
+        f"{len(holders) - shared} in one only."
     )
     if SEVERAL in (families := combined.metadata.get(FAMILY, "")):
         lines.append(

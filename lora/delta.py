@@ -136,6 +136,20 @@ class Vector:
         parts = {part for module in self.opaque.values() for part in module}
         return " and ".join(sorted({NOT_LINEAR[part] for part in parts & NOT_LINEAR.keys()}))
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each module's whole change, [out, in, ...], where its tensors tell it."""
+        told = {
+            key.removesuffix(".diff"): tuple(diff.shape)
+            for key, diff in self.diffs.items()
+            if key.endswith(".diff")
+        }
+        for name, parts in self.opaque.items():
+            up, down = (parts.get(f"lora_{part}.weight") for part in ("up", "down"))
+            if up is not None and down is not None and min(up.dim(), down.dim()) > 1:
+                told[name] = (up.shape[0], *down.shape[1:])
+        return told | {name: delta.shape for name, delta in self.deltas.items()}
+
     def modules(self) -> set[str]:
         """Names of the modules that this vector changes."""
         return {*self.deltas, *self.opaque, *(key.rpartition(".")[0] for key in self.diffs)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .delta import Delta
+Shapes = Mapping[str, Sequence[int]]
+"""Of each module's change, by its canonical name: [out, in, ...]"""
 
 # Cross-attention width: the text features' size, the input of every attn2.to_k.
 _BY_WIDTH = {768: "SD1.5", 1024: "SD2", 1280: "SDXL refiner"}
@@ -37,21 +38,21 @@ def family(width: int | None, depth: int | None = None) -> Family | None:
     return Family(_BY_WIDTH[width], width) if width in _BY_WIDTH else None
 
 
-def cross_attention_width(deltas: Mapping[str, Delta]) -> int | None:
+def cross_attention_width(shapes: Shapes) -> int | None:
     """Columns of the first cross-attention key or value projection, or None where there is none."""
-    widths = (d.shape[1] for name, d in deltas.items() if _CROSS_ATTENTION.fullmatch(name))
+    widths = (s[1] for name, s in shapes.items() if _CROSS_ATTENTION.fullmatch(name) and s[1:])
     return next(widths, None)
 
 
-def family_of(deltas: Mapping[str, Delta]) -> Family | None:
-    """Family that deltas in canonical names were made for, or None where they do not tell."""
-    blocks = [int(m[1]) for name in deltas if (m := _DEEPEST_BLOCK.fullmatch(name))]
-    return family(cross_attention_width(deltas), max(blocks) + 1 if blocks else None)
+def family_of(shapes: Shapes) -> Family | None:
+    """Family that the modules were made for, or None where they do not tell."""
+    blocks = [int(m[1]) for name in shapes if (m := _DEEPEST_BLOCK.fullmatch(name))]
+    return family(cross_attention_width(shapes), max(blocks) + 1 if blocks else None)
 
 
-def has_two_text_encoders(deltas: Mapping[str, Delta]) -> bool:
-    """Whether these deltas belong to a model with two text encoders, as the SDXL type has."""
-    return cross_attention_width(deltas) == 2048 or any(map(is_second_encoder, deltas))
+def has_two_text_encoders(shapes: Shapes) -> bool:
+    """Whether the modules belong to a model with two text encoders, as the SDXL type has."""
+    return cross_attention_width(shapes) == 2048 or any(map(is_second_encoder, shapes))
 
 
 def is_second_encoder(module: str) -> bool:

@@ -6,15 +6,17 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .acceleration import FAMILY, acceleration
 from .delta import Vector
 from .metadata import standard
-from .whole import whole_file
+from .whole import sha256, whole_file
 from .wire import parse, to_wire
 
 logger = logging.getLogger("lcm_lora")
@@ -56,6 +58,14 @@ def read(path: Path) -> Vector:
     return parse(tensors, metadata, path.name)
 
 
+def read_named(path: Path, name: str) -> Vector:
+    """A file for sums: with its hash, and with the family in its metadata where only `name`, the
+    user's name of the file, tells it, for a sum has another name. Raises as `read`."""
+    vector = replace(read(path), sha256=sha256(path))
+    found, _ = acceleration(vector.metadata, name)
+    return replace(vector, metadata={**vector.metadata, FAMILY: found}) if found else vector
+
+
 def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     """Writes a vector in kohya names with alphas: the file is there whole, or not at all.
 
@@ -74,7 +84,9 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     order = sorted(tensors, key=lambda key: (-kinds[key].itemsize, key))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new, open(new, "wb") as file:
-        metadata = {**vector.metadata, **standard(vector)}
+        # Not kohya's checksums, which are of the tensors of another file.
+        told = {k: v for k, v in vector.metadata.items() if not k.startswith("sshs_")}
+        metadata = told | standard(vector)
         file.write(_header({key: (kinds[key], tensors[key].shape) for key in order}, metadata))
         for key in order:  # one by one, so that no second copy of them all is ever in memory
             file.write(_bytes(key, tensors[key], kinds[key]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .delta import Vector
 from .extract import Layer
-from .family import SDXL_TYPE, Family, family, family_of
+from .family import SDXL_TYPE, Family, Shapes, family, family_of
 from .names import UNET
 from .wire import to_wire
 
@@ -72,7 +72,8 @@ def apply(
         ValueError: the vector was made for another family, or none of its modules fits.
     """
     model, clip = model.clone(), clip.clone() if clip is not None else None
-    made_for, found = family_of(vector.deltas), detect(model)
+    shapes = vector.shapes
+    made_for, found = family_of(shapes), detect(model)
     parts = []
     if strength_model != 0:
         _require_family(vector.source, made_for, found)
@@ -95,7 +96,7 @@ def apply(
         for module in modules - skipped:
             if module not in keys or keys[module] not in weights:
                 continue
-            if wrong := _misfit(vector, module, keys[module], weights):
+            if wrong := _misfit(shapes, vector.diffs, module, keys[module], weights):
                 reasons[module] = wrong
             else:
                 taken.add(module)
@@ -189,17 +190,19 @@ def _is_text(module: str) -> bool:
     return module.startswith(("lora_te_", "lora_te1_", "lora_te2_", "text_encoder"))
 
 
-def _misfit(vector: Vector, module: str, key: str, weights: dict[str, Any]) -> str:
+def _misfit(
+    shapes: Shapes, diffs: Mapping[str, Tensor], module: str, key: str, weights: dict[str, Any]
+) -> str:
     """Why a module cannot be added to the weight `key`; empty where it can.
 
-    Asked before patching, for the host notices at sampling only and then merely logs it.
+    Asked before patching, for the host notices at sampling only and then merely logs it. shapes,
+    diffs: the vector's.
     """
-    changes = [
-        (vector.deltas.get(module), key),
-        (vector.diffs.get(f"{module}.diff"), key),
-        (vector.diffs.get(f"{module}.diff_b"), key.removesuffix(".weight") + ".bias"),
-    ]
-    for shape, name in [(tuple(change.shape), n) for change, n in changes if change is not None]:
+    changes = [(shapes[module], key)] if module in shapes else []
+    for part, name in (("diff", key), ("diff_b", key.removesuffix(".weight") + ".bias")):
+        if (diff := diffs.get(f"{module}.{part}")) is not None:
+            changes.append((tuple(diff.shape), name))
+    for shape, name in changes:
         if name not in weights:
             return f"the model has no {name}"
         there = tuple(weights[name].shape)

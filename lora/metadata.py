@@ -7,6 +7,7 @@ browsers of LoRAs read, and our own recipe of how a vector was made.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,19 +22,22 @@ _ARCHITECTURES = {
     1024: ("sd_v2", "stable-diffusion-v2-512/lora"),
     2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
 }
+_FAMILY = re.compile(r"sd_v\d|sdxl|stable-diffusion-(?:v\d|xl)")
 
 
 def standard(vector: Vector) -> dict[str, str]:
-    """The keys that follow from the tensors; what does not is left to the vector's own metadata."""
+    """The keys that follow from the tensors, as far as the vector's own metadata does not tell them
+    more precisely (SD2 with v-prediction, say)."""
     told = {"ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0"}
     if vector.deltas:
         told["ss_network_dim"] = _one([delta.rank for delta in vector.deltas.values()])
         alphas = [delta.scale * delta.rank for delta in vector.deltas.values()]
         told["ss_network_alpha"] = _one([f"{alpha:g}" for alpha in alphas])
-    kind = family_of(vector.deltas)
+    kind = family_of(vector.shapes)
     if kind and kind.width in _ARCHITECTURES:
         version, architecture = _ARCHITECTURES[kind.width]
-        told |= {"ss_base_model_version": version, "modelspec.architecture": architecture}
+        found = {"ss_base_model_version": version, "modelspec.architecture": architecture}
+        told |= {key: _finer(vector.metadata.get(key, ""), value) for key, value in found.items()}
         if kind.width == 2048 and kind.name not in ("SDXL", SDXL_TYPE):  # those have no names there
             told["modelspec.usage_hint"] = f"Made for {kind.name}."
     return told
@@ -57,6 +61,12 @@ def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]
             term["recipe"] = _parsed(vector.metadata[RECIPE])
         told.append(term)
     return {RECIPE: json.dumps(told), METHOD: method}
+
+
+def _finer(told: str, found: str) -> str:
+    """What a file told of its family, if it is the family found: `sd_v2_v` for `sd_v2`, say."""
+    family = _FAMILY.match(found)
+    return told if family and told.startswith(family[0]) else found
 
 
 def _one(values: Sequence[object]) -> str:

@@ -49,7 +49,7 @@ _TEXT_ENCODERS = (
     ("text_encoder_2.", "lora_te2_"),
     ("text_encoders.clip_l.transformer.", "lora_te_"),
     ("text_encoders.clip_g.transformer.", "lora_te2_"),
-    ("text_model.", "lora_te_text_model_"),
+    ("text_model.", "lora_te_"),
 )
 # transformers 5 dropped the `text_model.` level that all other tools keep.
 _TEXT_MODEL_ROOTS = ("encoder.", "embeddings.", "final_layer_norm.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta
+from .reduce import Decomposed
 
 OVERSAMPLING, POWERS = 16, 2
 
@@ -26,15 +27,9 @@ def nearest(weight: Tensor, rank: int, seed: int) -> tuple[Delta, float]:
         basis = _basis(matrix, rank + OVERSAMPLING, seed)
         left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         left = basis @ left
-    root = values[:rank].sqrt()
-    up, down = left[:, :rank] * root, right[:rank] * root[:, None]
-    left_out = float((matrix - up @ down).double().square().sum())
-    up, down = up.cpu(), down.cpu()
-    kernel = [1] * (weight.dim() - 2)
-    delta = Delta(
-        up.reshape(*up.shape, *kernel), down.reshape(rank, *weight.shape[1:]), None, float(rank)
-    )
-    return delta, left_out
+    rest = matrix - (left[:, :rank] * values[:rank]) @ right[:rank]
+    found = Decomposed(left.cpu(), values.cpu(), right.cpu(), tuple(weight.shape))
+    return found.cut(rank), float(rest.square().sum())
 
 
 def _basis(matrix: Tensor, columns: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
+from .metadata import recipe
 from .reduce import decomposed
 
 ENERGY = 0.9  # main directions are the fewest that hold this share of a layer's squared norm
@@ -37,11 +38,15 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
             shared += 1
             plain = delta.plain()
             removed = _removed(name, plain, acceleration.deltas[name], share)
-            taken += (part := replace(plain, down=removed)).inner(part)
+            before = delta.inner(delta)
             delta = replace(plain, down=plain.down.float() - removed)
+            taken += before - delta.inner(delta)
         deltas[name] = delta
     percent = 100 * taken / whole if whole else 0.0
-    return replace(style, deltas=deltas, source=f"{style.source}, protected"), (
+    method = f"protected from {acceleration.source}, share {share:g}"
+    metadata = {**style.metadata, **recipe([(style, 1.0)], method)}
+    made = replace(style, deltas=deltas, metadata=metadata, source=f"{style.source}, protected")
+    return made, (
         f"{percent:.2f} % of the energy of {style.source} taken away, in {shared} of "
         f"{len(style.deltas)} modules that {acceleration.source} changes too."
     )

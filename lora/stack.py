@@ -9,7 +9,7 @@ from typing import Any
 from .blocks import place_of, weighted
 from .combine import exact
 from .delta import Vector
-from .files import read
+from .files import read_named
 
 
 def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vector, str]:
@@ -25,7 +25,7 @@ def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vect
         raise ValueError("The LoRA stack is empty, or all its strengths are 0; add a LoRA to it.")
     vectors = []
     for name, model, clip in entries:
-        vector = read(path_of(name))
+        vector = read_named(path_of(name), name)
         of = {module: clip if place_of(module) == "text" else model for module in vector.modules()}
         if any(of.values()):
             vectors.append(weighted(vector, of.__getitem__, f"model {model:g}, CLIP {clip:g}"))

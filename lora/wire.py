@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
-from .family import family_of, has_two_text_encoders, is_second_encoder
+from .family import family_of, has_two_text_encoders
 from .lycoris import loha, lokr
 from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
 
@@ -36,9 +36,16 @@ class LoraModel(dict[str, Tensor]):
 
 
 def to_wire(vector: Vector) -> LoraModel:
-    """A vector as tensors in kohya names; every delta gets its alpha written out."""
+    """A vector as tensors in kohya names; every delta gets its alpha written out.
+
+    The host takes one change of a weight: a delta beside a full one goes into that.
+    """
     tensors: dict[str, Tensor] = {}
+    diffs = dict(vector.diffs)
     for module, delta in vector.deltas.items():
+        if (full := diffs.get(f"{module}.diff")) is not None:
+            diffs[f"{module}.diff"] = full.float() + delta.matrix().reshape(full.shape)
+            continue
         tensors[f"{module}.lora_up.weight"] = delta.up
         tensors[f"{module}.lora_down.weight"] = delta.down
         if delta.mid is not None:
@@ -47,7 +54,7 @@ def to_wire(vector: Vector) -> LoraModel:
         tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
     for module, parts in vector.opaque.items():
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    return LoraModel(tensors | dict(vector.diffs), vector)
+    return LoraModel(tensors | diffs, vector)
 
 
 def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
@@ -101,15 +108,23 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
 
     if ignored:
         logger.warning("%s: %d keys are no part of a LoRA: %s", source, len(ignored), ignored[:10])
-    two_encoders = has_two_text_encoders(deltas) or any(map(is_second_encoder, opaque))
-    return Vector(
-        {text_encoder_prefix(name, two_encoders): delta for name, delta in deltas.items()},
-        {text_encoder_prefix(name, two_encoders): diff for name, diff in diffs.items()},
-        {key: value for key, value in metadata.items() if key != PEFT_METADATA},
-        source,
-        tuple(ignored),
-        {text_encoder_prefix(name, two_encoders): parts for name, parts in opaque.items()},
-    )
+    found = Vector(
+        deltas, diffs, {key: value for key, value in metadata.items() if key != PEFT_METADATA},
+        source, tuple(ignored), opaque,
+    )  # fmt: skip
+    return respelled(found, has_two_text_encoders(found.shapes))
+
+
+def respelled(vector: Vector, two_encoders: bool) -> Vector:
+    """The vector with the modules of its first text encoder spelled for one encoder, or for two."""
+
+    def spelled(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {text_encoder_prefix(name, two_encoders): value for name, value in of.items()}
+
+    return replace(
+        vector, deltas=spelled(vector.deltas), diffs=spelled(vector.diffs),
+        opaque=spelled(vector.opaque),
+    )  # fmt: skip
 
 
 def describe(vector: Vector) -> str:
@@ -117,7 +132,7 @@ def describe(vector: Vector) -> str:
     text = sum(name.startswith("lora_te") for name in vector.modules())
     scales = sorted({round(delta.scale, 4) for delta in vector.deltas.values()})
     lines = [
-        f"{vector.source}: made for {family_of(vector.deltas) or 'an unknown base model'}",
+        f"{vector.source}: made for {family_of(vector.shapes) or 'an unknown base model'}",
         f"{len(vector.modules())} modules, {text} of them in text encoders",
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]

@@ -78,7 +78,8 @@ class LCMLoRALoader(io.ComfyNode):
         family, why = _chosen(family, vector, lora_name)
         model, _, coverage = apply(model, None, vector, strength, 0.0)
         show(f"{coverage} Sampled as {family}: {why}.")
-        return io.NodeOutput(patch_sampling(model, family, _correction(vector, lora_name)))
+        correction = _correction(vector, lora_name) if strength == 1 else None
+        return io.NodeOutput(patch_sampling(model, family, correction))
 
 
 def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:

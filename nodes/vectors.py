@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import FAMILY, acceleration
-from ..lora.files import DTYPES, fingerprint, read, write
+from ..lora.acceleration import FAMILY
+from ..lora.files import DTYPES, fingerprint, read_named, write
 from ..lora.host import apply
-from ..lora.whole import sha256
 from ..lora.wire import describe, from_wire, to_wire
 from .host import lora_names, lora_path, new_lora_path, show
 
@@ -51,11 +48,7 @@ class LCMLoRAVectorLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name: str) -> io.NodeOutput:
-        path = lora_path(lora_name)
-        vector = replace(read(path), sha256=sha256(path))
-        # Where only the name tells it, a sum with other files would not know it any more.
-        if family := acceleration(vector.metadata, lora_name)[0]:
-            vector = replace(vector, metadata={**vector.metadata, FAMILY: family})
+        vector = read_named(lora_path(lora_name), lora_name)
         return io.NodeOutput(to_wire(vector), describe(vector))
 
 

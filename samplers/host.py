@@ -247,8 +247,9 @@ def sample_lcm_exact(
                 callback(state)
 
         done = lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept)
-    if correct_channels and _is_one_step_of_noise(sampling, sigmas):
-        return _corrected(done, sampling.correction, extra_args.get("denoise_mask"))
+    correction = sampling.correction if isinstance(sampling, LCMSampling) else None
+    if correct_channels and correction and _is_one_step_of_noise(sampling, sigmas):
+        return _corrected(done, correction, extra_args.get("denoise_mask"))
     return done
 
 
@@ -256,15 +257,14 @@ def _is_one_step_of_noise(sampling: ms.ModelSamplingDiscrete, sigmas: torch.Tens
     """Whether this is what corrections are measured on: later steps put right what the first has
     wrong, and a picture that is kept in part has colours of its own."""
     last = sampling.num_timesteps - 1
-    return len(sigmas) == 2 and round(sampling.timestep(sigmas[:1]).item()) == last
+    whole = len(sigmas) == 2 and not sigmas[-1]
+    return whole and round(sampling.timestep(sigmas[:1]).item()) == last
 
 
 def _corrected(
-    latent: torch.Tensor, correction: Correction | None, mask: torch.Tensor | None
+    latent: torch.Tensor, correction: Correction, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """A latent with the correction of its MODEL, if it has one; what the mask keeps stays."""
-    if correction is None:
-        return latent
+    """A latent with the correction of its MODEL; what the mask keeps stays."""
     moved = correction(latent)
     return moved if mask is None else latent + (moved - latent) * mask
 

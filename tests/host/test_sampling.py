@@ -157,6 +157,10 @@ def test_the_correction_is_of_one_step_of_a_whole_new_picture():
         return (on - off).abs()
 
     assert difference(1).min() > 1e-6
+    # Half of a run is none: what is left of the noise has to keep its deviation.
+    for of, steps in ((model, 4), (build("v"), 1)):
+        pair = [one_by_one(of, empty(), steps, 1, correct_channels=on) for on in (True, False)]
+        assert torch.equal(*pair)
     for nothing in (
         difference(2), difference(1, denoise=0.5, latent=picture()),
         difference(1, at=patched(build("v"))), difference(1, at=build("v")),

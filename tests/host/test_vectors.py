@@ -126,12 +126,21 @@ def test_a_sum_with_factors_and_a_full_difference_of_one_module_adds_both(model)
     patched, _, _ = apply(model, tensors)
     expected = model.model.state_dict()[f"{key}.weight"] + 2
     torch.testing.assert_close(patched_weights(patched)[f"{key}.weight"], expected)
+    # The host's own loader keeps one change a weight.
+    from comfy.sd import load_lora_for_models
+    from lcm_lora.lora.wire import to_wire
+
+    theirs, _ = load_lora_for_models(model, None, to_wire(vector(tensors)), 1.0, 0)
+    torch.testing.assert_close(patched_weights(theirs)[f"{key}.weight"], expected)
 
 
-def test_a_lora_of_another_family_is_refused_by_name(model):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_of_another_family_is_refused_by_name(model, dora):
     name = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_9_attn2_to_k"
     tensors = {f"{name}.lora_up.weight": torch.ones(1280, 2)}
     tensors[f"{name}.lora_down.weight"] = torch.ones(2, 2048)
+    if dora:
+        tensors[f"{name}.dora_scale"] = torch.ones(1280, 1)
     words = r"a.safetensors was made for SDXL \(.*2048\), but the model is SD1.5 \(.*768\)"
     with pytest.raises(ValueError, match=words):
         apply(model, tensors)
@@ -368,6 +377,19 @@ def test_a_stack_does_what_its_loras_do_one_after_the_other(model, loras, comfy)
         assert found.keys() == expected.keys() and found
         for key, weight in expected.items():
             torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_what_only_a_name_tells_of_a_stacks_lora_goes_into_the_sum(model, loras):
+    from lcm_lora.lora.acceleration import FAMILY
+    from lcm_lora.lora.metadata import RECIPE
+    from lcm_lora.lora.whole import sha256
+    from lcm_lora.nodes.stack import LCMLoRAFromStack
+
+    path = loras / "hyper-sd-8steps.safetensors"
+    save_file(dialects(model)["kohya"], path)
+    wire, _ = LCMLoRAFromStack.execute([(path.name, 1.0, 1.0)]).args
+    assert wire.metadata[FAMILY] == "hyper-sd"
+    assert sha256(path) in wire.metadata[RECIPE]
 
 
 @pytest.mark.parametrize(

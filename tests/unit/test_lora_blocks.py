@@ -1,9 +1,13 @@
 """Weights by the place and the kind of a module."""
 
+import json
+
 import pytest
 import torch
+from lcm_lora.lora.acceleration import ONE_STEP
 from lcm_lora.lora.blocks import PRESETS, group_of, parse_weights, weighted
 from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.metadata import METHOD, RECIPE
 
 DOWN = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 FEED = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
@@ -79,6 +83,7 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
     vector = Vector(
         {DOWN: delta(0, 1.0), UP: delta(1), TEXT: delta(2)},
         {"lora_unet_up_blocks_0_resnets_0_norm1.diff_b": torch.ones(3)},
+        {"note": "kept", ONE_STEP: "of all of it", RECIPE: "[]"},
         source="style",
     )
     found = weighted(vector, parse_weights("input=0.5, output=-2, text=0"), "so")
@@ -86,6 +91,9 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
     for name, factor in ((DOWN, 0.5), (UP, -2.0)):
         expected = factor * vector.deltas[name].matrix()
         torch.testing.assert_close(found.deltas[name].matrix(), expected)
+    assert found.metadata["note"] == "kept" and ONE_STEP not in found.metadata
+    assert json.loads(found.metadata[RECIPE]) == [{"source": "style", "weight": 1.0, "recipe": []}]
+    assert found.metadata[METHOD] == "by blocks, so"
     (diff,) = found.diffs.values()
     assert diff.equal(torch.full((3,), -2.0))
     with pytest.raises(ValueError, match="No module of style"):

@@ -172,7 +172,7 @@ def test_only_safetensors_are_offered():
 def test_the_family_is_told_by_width_and_depth(width, depth, name):
     block = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_{}_attn2_to_k"
     delta = vector(columns=width).deltas[NAME]
-    found = family_of({block.format(i): delta for i in range(depth)})
+    found = family_of({block.format(i): delta.shape for i in range(depth)})
     assert (found and found.name) == name
 
 
@@ -200,10 +200,17 @@ def test_the_same_vector_is_the_same_file(tmp_path):
 )
 def test_other_tools_read_what_the_file_is(tmp_path, width, version, architecture):
     stale = {"ss_network_dim": "64", "ss_base_model_version": "sd_v9", "note": "kept"}
+    stale["sshs_model_hash"] = "of other tensors"
     write(tmp_path / "a.safetensors", vector(width, metadata=stale), "fp16", overwrite=False)
     told = read(tmp_path / "a.safetensors").metadata
     assert told["ss_network_dim"] == "4" and told["ss_network_alpha"] == "2"
     assert told["ss_base_model_version"] == version and told["note"] == "kept"
+    assert told["modelspec.architecture"] == architecture
+    assert "sshs_model_hash" not in told
+    finer = {"ss_base_model_version": f"{version}_v", "modelspec.architecture": "stable-diffusion"}
+    write(tmp_path / "a.safetensors", vector(width, metadata=finer), "fp16", overwrite=True)
+    told = read(tmp_path / "a.safetensors").metadata
+    assert told["ss_base_model_version"] == f"{version}_v"
     assert told["modelspec.architecture"] == architecture
 
 

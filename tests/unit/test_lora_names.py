@@ -38,6 +38,11 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
             TEXT,
             "up",
         ),
+        (
+            "base_model.model.text_model.encoder.layers.3.self_attn.q_proj.lora_A.weight",
+            TEXT,
+            "down",
+        ),
         ("text_encoder.encoder.layers.3.self_attn.q_proj.lora_A.weight", TEXT, "down"),
         ("text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.up.weight", TEXT, "up"),
         (

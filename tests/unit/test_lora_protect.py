@@ -6,6 +6,7 @@ import pytest
 import torch
 from lcm_lora.lora.combine import exact
 from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.metadata import METHOD
 from lcm_lora.lora.protect import ENERGY, protected
 
 IN = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -64,7 +65,8 @@ def test_the_share_of_what_meets_the_main_directions_is_gone(share):
             pair = after @ directions, factor * before @ directions
             torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
         assert found.deltas[name].rank == STYLE.deltas[name].rank
-        lost += float((after - before).square().sum())
+        lost += float(before.square().sum() - after.square().sum())
+    assert found.metadata[METHOD] == f"protected from lcm, share {share:g}"
     whole = sum(float(d.matrix().square().sum()) for d in STYLE.deltas.values())
     assert float(report.split()[0]) == pytest.approx(100 * lost / whole, abs=0.01)
 
