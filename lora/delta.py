@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -153,6 +153,15 @@ class Vector:
     def modules(self) -> set[str]:
         """Names of the modules that this vector changes."""
         return {*self.deltas, *self.opaque, *(key.rpartition(".")[0] for key in self.diffs)}
+
+    def only(self, modules: Collection[str]) -> Vector:
+        """The vector without what it changes elsewhere."""
+        return replace(
+            self,
+            deltas={name: delta for name, delta in self.deltas.items() if name in modules},
+            diffs={k: diff for k, diff in self.diffs.items() if k.rpartition(".")[0] in modules},
+            opaque={name: parts for name, parts in self.opaque.items() if name in modules},
+        )
 
     def ranks(self) -> str:
         """The ranks in words: "64", or "4 to 64"."""

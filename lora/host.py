@@ -39,6 +39,7 @@ class Coverage:
             connected, or of a part whose strength is 0.
         left_over: modules that have no place in the model, each with the reason.
         doubt: a sentence where the families differ in depth only, else empty.
+        applied: the modules that were patched.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Coverage:
     skipped: int
     left_over: tuple[str, ...]
     doubt: str = ""
+    applied: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.taken} of {self.total} modules applied"
@@ -110,7 +112,9 @@ def apply(
     if not taken and (modules - skipped or (strength_model != 0 and clip is None)):
         raise ValueError(_nothing_taken(vector, made_for, found, left_over))
     doubt = _doubt(made_for, found) if strength_model != 0 else ""
-    coverage = Coverage(vector.source, len(taken), len(modules), len(skipped), left_over, doubt)
+    coverage = Coverage(
+        vector.source, len(taken), len(modules), len(skipped), left_over, doubt, frozenset(taken)
+    )  # fmt: skip
     if left_over or doubt:
         logger.warning("%s", coverage)
     return model, clip, coverage

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from .disk import whole_file
+from .tensors import save
 
 FOLDER = "answers"  # in the job's folder
 
@@ -32,8 +32,7 @@ class Answers:
     def write(self, step: int, z_s: torch.Tensor) -> None:
         """Raises OSError when the disk is full."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._file(step)) as new:
-            save_file({"z_s": z_s.cpu().contiguous()}, new)
+        save(self._file(step), {"z_s": z_s})
 
     def forget_before(self, step: int) -> None:
         """Removes the files of earlier steps, which no later pass uses."""

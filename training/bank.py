@@ -24,10 +24,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from . import disk
 from .processes import Processes
+from .tensors import save
 
 log = logging.getLogger("lcm_lora")
 VERSION = 1
@@ -111,8 +111,7 @@ def _files(folder, kind, count, size, processes, progress, make) -> None:
         path = folder / f"{kind}-{number:05d}.safetensors"
         if not path.exists():
             tensors, metadata = make(range(number * size, min(count, (number + 1) * size)))
-            with disk.whole_file(path) as new:
-                save_file(tensors, new, metadata)
+            save(path, tensors, metadata)
         progress(kind, min(count, (number + 1) * size), count)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from . import disk
+from . import disk, tensors
 
 log = logging.getLogger("lcm_lora")
 MANIFEST = "manifest.json"
@@ -34,14 +34,17 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `folder`/step-N. Raises OSError when the disk is full; nothing is then left of it."""
+    """Writes `folder`/step-N where it is not there whole. Raises OSError when the disk is full;
+    nothing is then left of it."""
     path = folder / f"step-{checkpoint.step:08d}"
     if path.exists():
-        shutil.rmtree(path)  # a torn or an older one, which the run has gone past
+        if not _torn(path):
+            return path  # the same step has the same state, and it may be the only one
+        shutil.rmtree(path)
     folder.mkdir(parents=True, exist_ok=True)
     with disk.whole_folder(path) as new:
-        _save_tensors(checkpoint.adapter, new / "adapter.safetensors")
-        _save_tensors(checkpoint.optimiser, new / "optimiser.safetensors")
+        tensors.save(new / "adapter.safetensors", checkpoint.adapter)
+        tensors.save(new / "optimiser.safetensors", checkpoint.optimiser)
         state = {"step": checkpoint.step, **checkpoint.state}
         (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {
@@ -81,13 +84,6 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     for path in paths[:-keep]:
         if path.name != f"step-{best or 0:08d}":
             shutil.rmtree(path)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-    except Exception as error:  # safetensors wraps the disk's own error
-        raise OSError(f"{path.name} could not be written: {error}") from error
 
 
 def _torn(path: Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from ..lora.combine import exact
 from ..lora.delta import Vector
 from ..lora.wire import parse
 
@@ -24,3 +26,13 @@ def vector(
         tensors[f"{module}.lora_{kind}.weight"] = factor.detach().float().cpu().clone()
         tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
     return parse(tensors, metadata, source)
+
+
+def with_styles(made: Vector, styles: Sequence[tuple[Vector, float]]) -> Vector:
+    """The exact sum with the LoRAs that were baked into the teacher, at their strengths, under the
+    same name and metadata: an accelerated style in one file."""
+    if not styles:
+        return made
+    vectors, strengths = zip(*styles, strict=True)
+    whole, _ = exact([made, *vectors], [1.0, *strengths])
+    return replace(whole, metadata={**whole.metadata, **made.metadata}, source=made.source)

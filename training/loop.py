@@ -83,7 +83,7 @@ class Run:
         self.step = 0
         self.answers = None
         if spec.passes > 1:
-            self.answers = Answers(self.job / FOLDER, self.processes.rank)
+            self.answers = Answers(self.job / FOLDER / self.bank.folder.name, self.processes.rank)
 
     def train(self) -> str:
         """Runs to the last step, or until something is asked; -> "done", "pause" or "finish".
@@ -239,12 +239,19 @@ class Run:
         progress, error = self.progress, torch.full((), math.nan, device=self.teacher.device)
         if self.samples is not None:
             cfg = sum(self.spec.guidance) / len(self.spec.guidance)
-            errors = self.samples.draw(self.adapter, self.step, cfg)
-            self.journal.metrics(step=self.step, endpoint_error=errors)
-            log.info("step %d: endpoint error %s", self.step, errors)
-            error.fill_(errors["1"])
+            try:
+                errors = self.samples.draw(self.adapter, self.step, cfg)
+                self.journal.metrics(step=self.step, endpoint_error=errors)
+                log.info("step %d: endpoint error %s", self.step, errors)
+                error.fill_(errors["1"])
+            except RuntimeError as found:
+                if not is_out_of_memory(found):
+                    raise
+                log.warning("out of memory: no sample pictures of step %d", self.step)
         error = self._from_first(error)
-        if math.isfinite(error) and (progress.best is None or error < progress.best):
+        if math.isnan(error):
+            return False
+        if progress.best is None or error < progress.best:
             progress.best, progress.best_step, progress.waited = error, self.step, 0
         else:
             progress.waited += 1

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import logging
+import math
 import sys
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+log = logging.getLogger("lcm_lora")
+
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """The GPU's own error, or the CPU allocator's, which is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """A CUDA device's own error, or a plain RuntimeError with the words of a Mac's or the CPU's
+    allocator, which on Windows has others."""
+    words = "allocate memory", "out of memory", "not enough memory"
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in words)
+
+
+def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> list:
+    """make(part) of each part of `size` items, joined; half as many at once when memory runs out,
+    down to one. Raises what make raises otherwise."""
+    made: list = []
+    while len(made) < len(items):
+        try:
+            made += make(items[len(made) : len(made) + size])
+            continue
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        # Outside the handler, whose traceback would keep the tensors that did not fit.
+        size = math.ceil(size / 2)
+        log.warning("out of memory: going on with %d at a time", size)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return made
 
 
 def keep_freed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from . import draws
 from .adapter import Adapter
 from .loop import loss_of
+from .memory import is_out_of_memory, recompute_blocks
 from .spec import Spec
 
-CALLS = "3 network calls a step (teacher: 2 pictures in one, no gradient; target; student)"
+TEACHER = "teacher: 2 pictures in one, no gradient"
 
 
 def plan(spec: Spec, teacher, adapter: Adapter, examples: int) -> str:
@@ -20,7 +22,18 @@ def plan(spec: Spec, teacher, adapter: Adapter, examples: int) -> str:
     parameters = sum(p.numel() for p in adapter.parameters())
     network = sum(p.numel() * p.element_size() for p in teacher.network.parameters())
     checkpoint = 12 * parameters  # the layers and AdamW's two moments, float32
-    seconds = _seconds_a_step(spec, teacher, adapter)
+    if spec.checkpointing == "on":
+        recompute_blocks(teacher.network)
+    seconds, count = _measured(spec, teacher, adapter, known=False)
+    calls = f"3 network calls a step ({TEACHER}; target; student)"
+    if spec.passes > 1:
+        kept, count = _measured(spec, teacher, adapter, known=True)
+        seconds = (seconds + (spec.passes - 1) * kept) / spec.passes
+        calls = (
+            f"2 network calls a step (target; student), and one more ({TEACHER}) in one of "
+            f"{spec.passes} passes over the bank"
+        )
+    at_once = f", {count} pictures at a time" if count < spec.batch else ""
     lines = [
         f"teacher: {Path(spec.checkpoint).name}, {teacher.family}, {teacher.schedule.prediction} "
         f"prediction, {network / 1e9:.2f} GB as {str(teacher.dtype).removeprefix('torch.')} "
@@ -30,26 +43,43 @@ def plan(spec: Spec, teacher, adapter: Adapter, examples: int) -> str:
         f"checkpoints: {checkpoint / 1e9:.2f} GB each, the last {spec.keep} and the best are kept",
         f"bank: {examples} latents from {spec.data.kind}",
         f"steps: {spec.steps} of {spec.batch} pictures at {spec.resolution} pixels, objective "
-        f"{spec.objective}, guidance {' to '.join(f'{w:g}' for w in spec.guidance)}; {CALLS}",
-        f"time: {seconds:.2f} s a step as measured here, {seconds * spec.steps / 60:.0f} minutes "
-        "in all, the bank and the samples apart",
+        f"{spec.objective}, guidance {' to '.join(f'{w:g}' for w in spec.guidance)}; {calls}",
+        f"time: {seconds:.2f} s a step as measured here{at_once}, "
+        f"{seconds * spec.steps / 60:.0f} minutes in all, the bank and the samples apart",
     ]
     return "\n".join(lines)
 
 
-def _seconds_a_step(spec: Spec, teacher, adapter: Adapter) -> float:
-    side, count = spec.resolution // 8, spec.micro_batch or spec.batch
+def _measured(spec: Spec, teacher, adapter: Adapter, known: bool) -> tuple[float, int]:
+    """(seconds a step, pictures at a time): as many as the job is told, or as memory has room for.
+
+    known: the teacher's answers are.
+    """
+    count = min(spec.micro_batch or spec.batch, spec.batch)
+    while True:
+        try:
+            return _seconds(spec, teacher, adapter, count, known) * spec.batch / count, count
+        except RuntimeError as error:
+            if count == 1 or not is_out_of_memory(error):
+                raise
+        count = math.ceil(count / 2)
+
+
+def _seconds(spec: Spec, teacher, adapter: Adapter, count: int, known: bool) -> float:
+    """Of `count` pictures, the second time."""
+    side = spec.resolution // 8
     eps, index, cfg = draws.draw(0, 0, range(count), (teacher.channels, side, side), spec.guidance)
     about = {name: torch.stack([value] * count) for name, value in teacher.uncond.items()}
     size = spec.resolution
     about["sizes"] = torch.tensor([(size, size, 0, 0, size, size)] * count)
     cond, uncond = teacher.conditions(about)
     eps, index, cfg = (x.to(teacher.device) for x in (eps, index, cfg))
+    answer = [eps] if known else []
     for _ in range(2):
         begun = time.monotonic()
-        loss = loss_of(spec, teacher, adapter, eps, eps, index, cond, uncond, cfg)
+        loss = loss_of(spec, teacher, adapter, eps, eps, index, cond, uncond, cfg, *answer)
         loss.backward()
         float(loss.detach())  # waits for the device
         seconds = time.monotonic() - begun
         adapter.zero_grad()
-    return seconds * spec.batch / count
+    return seconds

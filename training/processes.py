@@ -19,13 +19,14 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """Reads torchrun's environment; NCCL where there is CUDA, else gloo."""
+        """Reads torchrun's environment; NCCL where there is CUDA and it, else gloo."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not in builds for Windows
+        backend = "nccl" if nccl else "gloo"
         # Long, for one process may draw a bank or samples while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
         return cls(dist.get_rank(), world)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..lora import files
 from ..lora.acceleration import FAMILY
-from . import disk, export
-from .adapter import Adapter
+from ..lora.delta import Vector
+from . import disk
 from .spec import Spec
 
 VERSION = "1"
@@ -43,30 +43,25 @@ def about(spec: Spec, teacher, steps: int, base_hash: str, bank: str) -> dict[st
 
 
 def write(
-    job: Path, output: Path, adapter: Adapter, metadata: dict[str, str],
-    untaken: Callable[[Path], list[str]],
+    job: Path, output: Path, vector: Vector, untaken: Callable[[Path], list[str]]
 ) -> None:  # fmt: skip
     """Raises ValueError when the host does not map every module of the file; output is then as it
     was. untaken(file) names the modules that it does not map."""
     made = job / MADE
-    files.write(
-        made,
-        export.vector(adapter.state(), adapter.alpha, metadata, output.stem),
-        "fp16",
-        overwrite=True,
-    )
+    files.write(made, vector, "fp16", overwrite=True)
     if left := untaken(made):
         raise ValueError(
-            f"ComfyUI does not take {len(left)} of the {len(adapter.names)} modules of the result, "
-            f"which is a fault of this pack: {', '.join(left[:5])}. The result is in {made}."
+            f"ComfyUI does not take {len(left)} of the {len(vector.modules())} modules of the "
+            f"result, which is a fault of this pack: {', '.join(left[:5])}. It is in {made}."
         )
-    if found := len(files.read(made).deltas) - len(adapter.names):
-        raise ValueError(f"The result has {found:+d} modules more than were trained: {made}.")
+    if apart := files.read(made).modules() ^ vector.modules():
+        raise ValueError(f"The result's modules are not those of the training: {sorted(apart)[:5]}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with disk.whole_file(output) as new:
         shutil.copyfile(made, new)
     told = {"file": str(output), "sha256": disk.sha256(output), "made": time.time()}
-    disk.replace(job / "result.json", json.dumps(told | {"metadata": metadata}, indent=1))
+    told["metadata"] = dict(vector.metadata)
+    disk.replace(job / "result.json", json.dumps(told, indent=1))
     made.unlink()
 
 

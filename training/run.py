@@ -11,6 +11,7 @@ import errno
 import getpass
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,8 +29,14 @@ _held: list = []  # locks of the devices
 log = logging.getLogger("lcm_lora")
 
 
+def disk_is_full(error: OSError) -> bool:
+    """Told by its number, or by the words of a library that hides it (Windows has 112)."""
+    words = r"No space left|os error (28|112)\b"
+    return error.errno == errno.ENOSPC or bool(re.search(words, str(error)))
+
+
 class Paused(Exception):
-    """The job was asked to end before its training began; what the bank has is kept."""
+    """The job was asked to end before or after its training; what is done is kept."""
 
 
 def main(arguments: list[str]) -> int:
@@ -68,11 +75,13 @@ def main(arguments: list[str]) -> int:
     try:
         return _job(chosen.spec, job, processes, journal, chosen.dry_run)
     except Paused:
-        state, message, status = "paused", "paused before the training began", 0
+        # A launcher of several processes ends them all when one fails; else some would wait for it.
+        status = int(processes.world > 1)
+        state, message = "paused", "paused outside the training; what is done is kept"
     except (ValueError, MemoryError) as error:
         state, message, status = "failed", str(error), 1
     except OSError as error:
-        full = error.errno == errno.ENOSPC or "No space left" in str(error)
+        full = disk_is_full(error)
         state, status = ("paused", DISK_FULL) if full else ("failed", 1)
         message = (
             f"The disk is full ({error}). Nothing is lost: make room and start the job again, it "
@@ -120,6 +129,8 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     asked = _Asked(job / "control.json")
     output, banks = Path(spec.output), Path(spec.banks)
     if result.finished(job, output):
+        if journal is not None:
+            journal.state("done", message=f"{output.name} is ready")
         log.info("%s is done already", output.name)
         return 0
     if output.exists() and not spec.overwrite and not result.interrupted(job, output):
@@ -156,7 +167,9 @@ def _wait_for_device(journal, asked) -> None:
     from filelock import FileLock, Timeout
 
     for device in sorted(set((os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(","))):
-        name = f"lcm_lora-{getpass.getuser()}-{device}.lock"
+        # A container's user may have no name.
+        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+        name = f"lcm_lora-{user}-{device}.lock"
         _held.append(FileLock(Path(tempfile.gettempdir()) / name))
         while True:
             try:
@@ -187,7 +200,7 @@ def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) 
 
 def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) -> int:
     import torch
-    from lcm_lora.training import bank, result, sources
+    from lcm_lora.training import bank, export, result, sources
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.answers import FOLDER as ANSWERS
     from lcm_lora.training.correction import correction
@@ -203,20 +216,23 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     needed = 12 * sum(p.numel() for p in adapter.parameters()) * (spec.keep + 2)
     if spec.passes > 1:
         needed += 4 * len(source) * teacher.channels * (spec.resolution // 8) ** 2
-    _room(job, needed, "checkpoints")
+    _room(job, needed - _bytes(job / "checkpoints", job / ANSWERS), "checkpoints")
     samples = None
     if processes.first and spec.sample_every:
         prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
         samples = Samples(job, teacher, prompts, spec.resolution, spec.seed)
+    paths = [Path(path) for path in (spec.checkpoint, *(lora.path for lora in spec.loras))]
     if processes.first:
-        result.file_hash(Path(spec.checkpoint), Path(spec.banks))
+        [result.file_hash(path, Path(spec.banks)) for path in paths]
     processes.wait()  # the others read what the first has remembered
-    base_hash = result.file_hash(Path(spec.checkpoint), Path(spec.banks))
-    told = source.settings() | {"loras": [[lora.path, lora.strength] for lora in spec.loras]}
+    base_hash, *styles = [result.file_hash(path, Path(spec.banks)) for path in paths]
+    strengths = [lora.strength for lora in spec.loras]
+    told = source.settings() | {"loras": list(zip(styles, strengths, strict=True))}
     folder = Path(spec.banks) / bank.key(base_hash, told)
 
     if not (folder / bank.INDEX).exists():
-        _room(Path(spec.banks), _bank_bytes(spec, teacher, source), "the latent bank")
+        needed = _bank_bytes(spec, teacher, source) - _bytes(folder)
+        _room(Path(spec.banks), needed, "the latent bank")
     shown = [0.0]
 
     def progress(what: str, done: int, of: int) -> None:
@@ -226,7 +242,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         if journal is not None and (now - shown[0] > 2 or done == of):
             shown[0] = now
             journal.state("preparing", message=f"{what}: {done} of {of}")
-            log.info("bank, %s: %d of %d", what, done, of)
+            log.info("%s: %d of %d", what, done, of)
 
     with adapter.off():
         bank.build(
@@ -245,8 +261,10 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         return 0
     if processes.first:
         about = result.about(spec, teacher, run.step, base_hash, folder.name)
-        about |= correction(teacher, run.bank, spec.seed)
-        result.write(job, Path(spec.output), adapter, about, teacher.untaken)
+        about |= correction(teacher, run.bank, spec.seed, progress)
+        made = export.vector(adapter.state(), adapter.alpha, about, Path(spec.output).stem)
+        made = export.with_styles(made, teacher.styles)
+        result.write(job, Path(spec.output), made, teacher.untaken)
         shutil.rmtree(job / ANSWERS, ignore_errors=True)
         journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")
     processes.wait()
@@ -259,6 +277,12 @@ def _room(folder: Path, needed: float, what: str) -> None:
         raise OSError(
             errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed for {what}, {free / 1e9:.1f} are free"
         )
+
+
+def _bytes(*folders: Path) -> int:
+    """What is there already, of a run that goes on."""
+    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files)
 
 
 def _bank_bytes(spec, teacher, source) -> int:

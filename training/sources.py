@@ -13,6 +13,7 @@ import torch
 
 from ..samplers.noise import picture_seed
 from . import bank
+from .memory import in_parts
 from .pictures import Example, Pictures
 from .solver import ddim
 from .spec import Spec
@@ -45,16 +46,13 @@ class Drawn:
         spec = self.spec
         return {
             "prompts": told, "count": len(self), "steps": spec.data.draw_steps, "cfg": self.cfg,
-            "resolution": spec.resolution, "seed": spec.seed,
+            "resolution": spec.resolution, "seed": spec.seed, "dtype": str(self.teacher.dtype),
         }  # fmt: skip
 
     def rows(
         self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]]
     ) -> list[bank.Row]:
-        found: list[bank.Row] = []
-        for start in range(0, len(numbers), AT_ONCE):
-            found += self._drawn(numbers[start : start + AT_ONCE], text)
-        return found
+        return in_parts(numbers, AT_ONCE, lambda part: self._drawn(part, text))
 
     def _drawn(self, numbers, text) -> list[bank.Row]:
         side, teacher = self.spec.resolution, self.teacher

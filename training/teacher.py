@@ -8,6 +8,7 @@ student, its schedule, and its text and picture encoders.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from ..lora import files
+from ..lora.delta import Vector
 from ..samplers.guidance import refuse_guidance_embedding
 from .solver import Schedule
 from .spec import StyleLoRA
@@ -42,7 +44,10 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     if str(host) not in sys.path:
         sys.path.insert(0, str(host))
     kept = [flag for flag in flags if flag not in _NO_BACKWARD | _ATTENTION]
-    has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
+    kinds = torch.cuda, torch.backends.mps, torch.xpu
+    has_device = any(kind.is_available() for kind in kinds)
+    if not has_device and (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        log.warning("there is no device %s here: training on the processor", chosen)
     cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
     before = sys.argv
     sys.argv = ["lcm-lora", "--use-pytorch-cross-attention", *cpu, *kept]
@@ -72,6 +77,7 @@ class Teacher:
         family: "SD1.5", "SDXL", ... channels: of a latent.
         uncond: the unconditional input, as `text` gives it: encode("") for SD1 and 2, zeros for
             the SDXL kinds.
+        styles: the LoRAs baked into the network, as far as it took them, and their strengths.
     """
 
     network: nn.Module
@@ -81,6 +87,7 @@ class Teacher:
     device: torch.device
     dtype: torch.dtype
     uncond: dict[str, torch.Tensor]
+    styles: tuple[tuple[Vector, float], ...]
     _patcher: Any
     _clip: Any
     _vae: Any
@@ -109,15 +116,17 @@ class Teacher:
                 f"{checkpoint.name} is not a checkpoint that ComfyUI can load: {error}"
             ) from error
         family, prediction = _checked(checkpoint.name, patcher, clip, vae)
+        styles = []
         for lora in loras:
-            patcher = _with_style(patcher, lora)
+            patcher, style = _with_style(patcher, lora)
+            styles.append((style, lora.strength))
         management.load_models_gpu([patcher], force_full_load=True)
         network = patcher.model.diffusion_model.requires_grad_(False).eval()
         sigmas = patcher.model.model_sampling.sigmas.float().to(device)
         teacher = cls(
             network, Schedule(1 / (1 + sigmas.square()), prediction), family,
             patcher.model.model_config.unet_config["in_channels"], device, dtype, {},
-            patcher, clip, vae,
+            tuple(styles), patcher, clip, vae,
         )  # fmt: skip
         empty = teacher.text("")
         if teacher.has_sizes:
@@ -223,7 +232,9 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
         return DTYPES[precision]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Emulated it is slower than float16, which such devices multiply fast.
+    supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if supported else torch.float16
 
 
 def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
@@ -266,11 +277,18 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
     return family.name, kinds[model.model_type]
 
 
-def _with_style(patcher: Any, lora: StyleLoRA) -> Any:
-    """The model with a LoRA's weights added, which the host bakes in as it loads the model."""
+def _with_style(patcher: Any, lora: StyleLoRA) -> tuple[Any, Vector]:
+    """The model with a LoRA's weights added, which the host bakes in as it loads the model, and
+    what of the LoRA it took. Raises ValueError for a LoRA that is no sum."""
     from ..lora.host import apply
 
     vector = files.read(Path(lora.path))
+    if vector.opaque:
+        raise ValueError(
+            f"The style {vector.source} holds {vector.opaque_kinds} weights, which no file can "
+            "hold together with an LCM-LoRA. Choose a LoRA of another kind, or a checkpoint that "
+            "has the style in it."
+        )
     model, _, coverage = apply(patcher, None, vector, lora.strength, 0.0)
     log.info("baked into the teacher: %s", coverage)
-    return model
+    return model, vector.only(coverage.applied)

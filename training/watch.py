@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..samplers.consistency import consistency
 from ..samplers.noise import picture_noise
@@ -16,6 +16,7 @@ from ..samplers.timesteps import timesteps
 from . import disk
 from .bank import together
 from .solver import ddim
+from .tensors import save
 
 log = logging.getLogger("lcm_lora")
 TEACHER_STEPS = 50
@@ -68,8 +69,7 @@ class Samples:
                 "The teacher's own pictures are not finite numbers: its precision is too low for "
                 "it. Choose precision bf16 or fp32."
             )
-        with disk.whole_file(path) as new:
-            save_file({"latents": latents.cpu().contiguous()}, new)
+        save(path, {"latents": latents})
         return latents
 
 

@@ -122,9 +122,11 @@ class Row {
     if (place >= 0 && place < waiting.length - 1) {
       offers.push(["down", () => this.ask("move", { before: waiting[place + 2]?.id ?? null })]);
     }
-    if (["queued", "preparing", "running"].includes(job.state)) offers.push(["pause", () => this.ask("pause")]);
+    // One that has stepped aside comes back by itself, unless it is paused for good.
+    const pausable = job.aside || ["queued", "preparing", "running"].includes(job.state);
+    if (pausable) offers.push(["pause", () => this.ask("pause")]);
     if (job.state === "running") offers.push(["finish now", () => this.ask("finish")]);
-    if (["paused", "failed"].includes(job.state)) offers.push(["resume", () => this.ask("resume")]);
+    if (["paused", "failed"].includes(job.state) && !job.aside) offers.push(["resume", () => this.ask("resume")]);
     if (ACTIVE.includes(job.state)) offers.push(["stop", () => this.ask("stop")]);
     else offers.push(["delete", () => this.remove()]);
     this.actions = Object.fromEntries(offers);
@@ -133,11 +135,16 @@ class Row {
     this.shown = names;
     const focused = document.activeElement?.closest?.("button")?.dataset.action;
     const had = this.buttons.contains(document.activeElement);
-    this.buttons.replaceChildren(...offers.map(([name]) => h("button", {
-      type: "button", "data-action": name, onclick: () => this.act(name),
-      "aria-label": `${say(name)}: ${job.name}`,
-    }, say(name))));
+    this.buttons.replaceChildren(...offers.map(([name]) => this.labelled(
+      h("button", { type: "button", "data-action": name, onclick: () => this.act(name) }), say(name))));
     if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
+  }
+
+  /** The button with these words; who only hears it is told the job too. */
+  labelled(button, words) {
+    button.textContent = words;
+    button.setAttribute("aria-label", `${words}: ${this.job.name}`);
+    return button;
   }
 
   async act(name) {
@@ -158,10 +165,10 @@ class Row {
     const button = this.buttons.querySelector('[data-action="delete"]');
     if (button.dataset.sure) return this.ask("delete");
     button.dataset.sure = "yes";
-    button.textContent = say("really delete?");
+    this.labelled(button, say("really delete?"));
     setTimeout(() => {
       delete button.dataset.sure;
-      button.textContent = say("delete");
+      this.labelled(button, say("delete"));
     }, 4000);
   }
 
@@ -188,6 +195,7 @@ class Details {
     this.server = server;
     this.offset = null;
     this.seen = "";
+    this.wrong = h("div", { class: "lcm-line", role: "status" });
     this.loss = h("figure", { class: "lcm-chart" });
     this.error = h("figure", { class: "lcm-chart" });
     this.picture = h("img", { alt: "" });
@@ -197,7 +205,7 @@ class Details {
       h("div", { class: "lcm-columns", "aria-hidden": "true" }, ...[say("teacher"), ...columns()].map((word) => h("span", {}, word))),
       this.picture, this.slider, this.caption);
     this.log = h("pre", { tabindex: "0", "aria-label": say("log") });
-    this.element = h("div", { class: "lcm-details" }, this.loss, this.error, this.samples,
+    this.element = h("div", { class: "lcm-details" }, this.wrong, this.loss, this.error, this.samples,
       h("details", {}, h("summary", {}, say("log")), this.log));
     this.files = [];
     this.update(job);
@@ -224,9 +232,10 @@ class Details {
         columns().map((name, i) => [name, metrics.errors.map((row) => row[i + 1])])));
       this.pictures(job, told.samples);
       await this.more(job);
+      this.wrong.textContent = "";
     } catch (error) {
       this.seen = "";
-      this.log.textContent ||= error.message;
+      this.wrong.textContent = error.message;
     } finally {
       this.busy = false;
     }

@@ -33,7 +33,7 @@ def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
         uncond["pooled"] = torch.zeros_like(made["pooled"][0])
     teacher = Teacher(
         network, Schedule(acp(), "eps"), settings["family"], 4, torch.device("cpu"),
-        DTYPES[settings["dtype"]], uncond, _Sizes(), None, None,
+        DTYPES[settings["dtype"]], uncond, (), _Sizes(), None, None,
     )  # fmt: skip
     build(folder / "bank", _Rows(made, side), _texts(made), 0.0, Processes(), lambda *_: None)
     spec = Spec(

@@ -17,6 +17,7 @@ import torch
 from lcm_lora.lora import files
 from lcm_lora.lora.acceleration import acceleration
 from lcm_lora.tests.host.queued import PROMPTS
+from lcm_lora.training import export
 from safetensors.torch import load_file, save_file
 
 RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
@@ -100,6 +101,34 @@ def test_a_job_leaves_a_lora_that_the_host_takes_whole(job, comfy, toy_checkpoin
     assert (spec.parent / "samples" / "step-00000012.png").stat().st_size > 1000
     assert status(spec)["state"] == "done"
     assert not list(spec.parent.rglob(".tmp-*"))
+
+
+def test_a_baked_in_style_is_in_the_file(job):
+    from lcm_lora.dev.toy import assemble
+    from safetensors.torch import load_file
+
+    style = {"path": str(assemble.STYLE_LORA), "strength": 0.8}
+    spec = job("styled", loras=[style], steps=3)
+    made, baked = files.read(done(spec)), files.read(assemble.STYLE_LORA)
+    trained = load_file(spec.parent / "checkpoints" / "step-00000003" / "adapter.safetensors")
+    alone = export.vector(trained, 4.0, {}, "adapter")
+    assert baked.deltas and made.modules() == baked.modules() | alone.modules()
+    for name, delta in made.deltas.items():
+        parts = [(alone.deltas.get(name), 1.0), (baked.deltas.get(name), 0.8)]
+        wanted = sum(part.matrix() * weight for part, weight in parts if part)
+        torch.testing.assert_close(delta.matrix(), wanted, rtol=5e-3, atol=1e-4)
+    told = made.metadata
+    assert told["lcm_lora.family"] == "lcm" and "lcm_lora.one_step" in told
+    assert json.loads(told["lcm_lora.style_loras"]) == [[assemble.STYLE_LORA.name, 0.8]]
+
+
+def test_a_job_whose_last_word_was_lost_is_done_all_the_same(job):
+    spec = job("lost", steps=3)
+    output = done(spec)
+    before = output.read_bytes()
+    (spec.parent / "status.json").write_text('{"state": "running"}')
+    assert done(spec).read_bytes() == before
+    assert status(spec)["state"] == "done"
 
 
 def test_the_correction_in_its_file_brings_one_step_to_the_banks_statistics(
@@ -398,6 +427,19 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(job, capsys):
     spec = job("plan")
     assert run.main([str(spec), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for words in ("SD1.5", "modules of rank 4", "12 of 2 pictures", "s a step as measured"):
+    for words in ("SD1.5", "modules of rank 4", "12 of 2 pictures", "3 network calls a step"):
         assert words in printed
+    spec = job("plan", passes=4)
+    assert run.main([str(spec), "--dry-run"]) == 0
+    assert "2 network calls a step" in capsys.readouterr().out
     assert [path.name for path in spec.parent.iterdir()] == ["spec.json"]
+
+
+def test_a_pause_before_the_training_ends_every_process(job, tmp_path):
+    spec = job("early", banks=str(tmp_path / "own-banks"))
+    (spec.parent / "control.json").write_text('{"action": "pause"}')
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    begun = time.monotonic()
+    assert start(spec, *launcher, OMP_NUM_THREADS="1").wait(timeout=300) != 0
+    assert time.monotonic() - begun < 200
+    assert status(spec)["state"] == "paused"

@@ -75,3 +75,10 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, small_files):
         save(tmp_path, big)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     same(newest(tmp_path), made(1))
+
+
+def test_a_whole_one_of_the_same_step_stays_on_the_disk(tmp_path):
+    path = save(tmp_path, made(3))
+    before = path.stat()
+    assert save(tmp_path, made(3)) == path
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

@@ -5,6 +5,7 @@ A user names things as the host lists them, in nodes and over HTTP alike; every 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -186,7 +187,8 @@ def _listed(kind: str, name: str) -> str:
     """Path of a file that the host offers under this name."""
     if name not in folder_paths.get_filename_list(kind):
         raise ValueError(f"ComfyUI lists no {name!r} among its {kind}.")
-    return str(Path(folder_paths.get_full_path_or_raise(kind, name)).resolve())
+    # As it is called there: what a link leads to may have no suffix, which tells how to read it.
+    return os.path.abspath(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def _loras() -> Path:

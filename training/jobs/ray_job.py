@@ -32,7 +32,7 @@ from typing import Any
 
 from .. import disk
 from ..journal import Journal
-from ..run import DISK_FULL, ROOT
+from ..run import DISK_FULL, ROOT, disk_is_full
 from ..spec import Spec, build, read
 
 log = logging.getLogger("lcm_lora")
@@ -158,6 +158,12 @@ def main(spec_file: Path, settings: Path) -> int:
         log.error("%s", error)
         journal.state("failed", message=str(error))
         return 1
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        log.error("%s", error)
+        journal.state("paused", message=f"The disk here is full ({error}).", disk_full=True)
+        return DISK_FULL
 
 
 class Follower:

@@ -78,8 +78,9 @@ class Job:
         return self.device.startswith("ray")
 
     def told(self) -> dict[str, Any]:
-        """For a page: all but the inner workings."""
-        return {k: v for k, v in vars(self).items() if k not in ("order", "key", "aside")}
+        """For a page: all but the inner workings. aside: whether it comes back by itself."""
+        told = {k: v for k, v in vars(self).items() if k not in ("order", "key")}
+        return told | {"aside": bool(self.aside)}
 
 
 class Store:

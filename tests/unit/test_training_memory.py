@@ -1,0 +1,62 @@
+"""What is done when memory runs out, and how a full disk is told."""
+
+import errno
+
+import pytest
+import torch
+from lcm_lora.training.memory import in_parts, is_out_of_memory
+from lcm_lora.training.run import disk_is_full
+
+
+@pytest.mark.parametrize(
+    ("error", "so"),
+    [
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_running_out_of_memory_is_known_by_its_words(error, so):
+    assert is_out_of_memory(error) == so
+
+
+def test_parts_become_smaller_until_they_fit():
+    asked = []
+
+    def make(part):
+        asked.append(len(part))
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("too many")
+        return [2 * each for each in part]
+
+    assert in_parts(range(10), 8, make) == list(range(0, 20, 2))
+    assert asked == [8, 4, 2, 2, 2, 2, 2]
+
+
+def test_one_that_does_not_fit_and_other_errors_are_raised():
+    def full(part):
+        raise torch.OutOfMemoryError("nothing fits")
+
+    def wrong(part):
+        raise RuntimeError("a fault")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(range(4), 4, full)
+    with pytest.raises(RuntimeError, match="a fault"):
+        in_parts(range(4), 4, wrong)
+
+
+@pytest.mark.parametrize(
+    ("error", "so"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError("a.safetensors could not be written: I/O error (os error 28)"), True),
+        (OSError("a.safetensors could not be written: I/O error (os error 112)"), True),
+        (OSError("a.safetensors could not be written: I/O error (os error 2)"), False),
+        (OSError(errno.EACCES, "No"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_its_number_or_its_words(error, so):
+    assert disk_is_full(error) == so
