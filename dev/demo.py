@@ -1,4 +1,4 @@
-"""`python3 dev demo`: the shipped workflows and a contact sheet, drawn by a real ComfyUI server."""
+"""`python3 dev demo`: two of the shipped workflows and a contact sheet, drawn by a real ComfyUI."""
 
 from __future__ import annotations
 
@@ -94,6 +94,11 @@ def options(arguments: list[str]) -> argparse.Namespace:
     for path in (chosen.checkpoint, chosen.lcm_lora, chosen.style_lora):
         if path and not path.is_file():
             parser.error(f"there is no file {path}")
+    if chosen.style_lora and chosen.style_lora.name == chosen.lcm_lora.name:
+        parser.error(
+            f"both LoRAs are called {chosen.lcm_lora.name}, and ComfyUI tells them apart by their "
+            "names: rename one"
+        )
     return chosen
 
 

@@ -142,7 +142,7 @@ def _host(version: str) -> Path:
 
 def _environment(requirements: str) -> Path:
     wanted = [line.strip() for line in requirements.splitlines() if line.strip() and line[0] != "#"]
-    others = [w for w in wanted if not re.match(r"torch(vision|audio)?\b(?!sde)", w)]
+    others = [w for w in wanted if not re.match(r"torch(vision|audio)?\b", w)]
     others += _developer_packages()
     # Not the patch release nor the kernel: an update of the system would build it all anew.
     machine = f"{sys.implementation.cache_tag} {sys.platform} {platform.machine()}"

@@ -1,7 +1,7 @@
 """`python3 dev pictures [NAME ...]`: what the toy draws for people to look at.
 
-The .jpg beside each workflow, its own result; and for the help pages of nodes a setting at several
-values, or how nodes are wired.
+The .jpg beside each workflow, its own result (but for `Distil*`, whose picture is one of the page);
+and for the help pages of nodes a setting at several values, or how nodes are wired.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(sorted(drawing))}; default: all")
     names = parser.parse_args(arguments).names or sorted(drawing)
+    if unknown := sorted(set(names) - set(drawing)):
+        parser.error(f"unknown: {', '.join(unknown)}; it draws {', '.join(sorted(drawing))}")
     server = Server(host, local)
     models = server.base / "models"
     checkpoint = assemble.checkpoint(local / "models")

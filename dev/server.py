@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import signal
@@ -134,14 +135,21 @@ def _link(source: Path, target: Path) -> None:
     target.symlink_to(source, target_is_directory=True)
 
 
-def install(source: Path, folder: Path) -> str:
-    """Puts a model file where the host looks for it, as a link where links can be; -> its name."""
+def install(source: Path, folder: Path) -> None:
+    """Puts a model file where the host looks for it, as a link where links can be.
+
+    What another file of its name left there goes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.name
-    if not (target.exists() and target.stat().st_size == source.stat().st_size):
-        target.unlink(missing_ok=True)
-        try:
-            target.symlink_to(source.resolve())
-        except OSError:
-            shutil.copyfile(source, target)
-    return source.name
+    if target.is_symlink():
+        there = target.resolve() == source.resolve()
+    else:
+        there = target.is_file() and filecmp.cmp(source, target, shallow=False)
+    if there:
+        return
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, target)

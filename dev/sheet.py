@@ -45,6 +45,16 @@ class Graph:
         exact = {"method": "exact", "rank": 0, "keep_energy": 1.0}
         return [self.add("LCMLoRACombine", count="2", **exact, **nested), 0]
 
+    def accelerated(self, base: list, subject: Subject, strength: float = 1.0) -> list:
+        """The wire of a MODEL with the LCM-LoRA."""
+        given = {"lora_name": subject.lcm_lora, "strength": strength, "family": "auto"}
+        return [self.add("LCMLoRALoader", model=base, **given), 0]
+
+    def vectors(self, subject: Subject) -> list[list]:
+        """The wires of the LCM-LoRA's and the style's vectors."""
+        names = subject.lcm_lora, subject.style_lora
+        return [[self.add("LCMLoRAVectorLoader", lora_name=name), 0] for name in names]
+
 
 Cell = tuple[int | None, str, int]
 """(steps or None for the teacher, column, which caption)"""
@@ -63,7 +73,7 @@ def prompt(subject: Subject) -> tuple[dict, dict[str, Cell]]:
     empty = texts.pop()
     models = {
         "base, LCM sampler": [graph.add("LCMModelSampling", model=base), 0],
-        "LCM-LoRA": [_loaded(graph, base, subject), 0],
+        "LCM-LoRA": graph.accelerated(base, subject),
     }
     if subject.style_lora:
         models["LCM-LoRA + style"] = [_combined(graph, base, clip, subject), 0]
@@ -97,17 +107,8 @@ def prompt(subject: Subject) -> tuple[dict, dict[str, Cell]]:
     return graph.nodes, cells
 
 
-def _loaded(graph: Graph, base: list, subject: Subject) -> str:
-    return graph.add(
-        "LCMLoRALoader", model=base, lora_name=subject.lcm_lora, strength=1.0, family="auto"
-    )
-
-
 def _combined(graph: Graph, base: list, clip: list, subject: Subject) -> str:
-    lcm, style = (
-        [graph.add("LCMLoRAVectorLoader", lora_name=name), 0]
-        for name in (subject.lcm_lora, subject.style_lora)
-    )
+    lcm, style = graph.vectors(subject)
     applied = graph.add(
         "LCMLoRAApply", model=base, clip=clip, vector=graph.sum(lcm, 1.0, style, 0.8),
         strength_model=1.0, strength_clip=1.0,

@@ -16,12 +16,12 @@ BLOCKS = ("", "input=0", "output=0", "attention=0")
 
 def sampled(**settings) -> Callable[[Graph, list, Subject], dict]:
     """LCM KSampler's inputs on a MODEL with the LCM-LoRA."""
-    return lambda graph, base, subject: {"model": _loaded(graph, base, subject)} | settings
+    return lambda graph, base, subject: {"model": graph.accelerated(base, subject)} | settings
 
 
 def strength(value: float) -> Callable[[Graph, list, Subject], dict]:
     """Load LCM-LoRA at this strength."""
-    return lambda graph, base, subject: {"model": _loaded(graph, base, subject, strength=value)}
+    return lambda graph, base, subject: {"model": graph.accelerated(base, subject, value)}
 
 
 def styled(
@@ -30,10 +30,7 @@ def styled(
     """The LCM-LoRA and a style of this weight, which goes through the node in question."""
 
     def inputs(graph: Graph, base: list, subject: Subject) -> dict:
-        lcm, style = (
-            [graph.add("LCMLoRAVectorLoader", lora_name=name), 0]
-            for name in (subject.lcm_lora, subject.style_lora)
-        )
+        lcm, style = graph.vectors(subject)
         if share:
             protect = graph.add("LCMLoRAProtect", style=style, acceleration=lcm, share=share)
             style = [protect, 0]
@@ -90,8 +87,8 @@ def prompt(node: str, subject: Subject) -> tuple[dict, dict[str, tuple[str, int]
     return graph.nodes, cells
 
 
-def compose(node: str, pictures: dict[tuple[str, int], Path]) -> Path:
-    """The columns side by side under their titles, as the page's picture; -> its file."""
+def compose(node: str, pictures: dict[tuple[str, int], Path]) -> None:
+    """Writes the page's picture: the columns side by side under their titles."""
     titles = list(STRIPS[node])
     strip = Image.new("RGB", (TILE * len(titles), TOP + TILE * ROWS), "white")
     pen, font = ImageDraw.Draw(strip), ImageFont.load_default(14)
@@ -101,11 +98,4 @@ def compose(node: str, pictures: dict[tuple[str, int], Path]) -> Path:
             with Image.open(pictures[title, row]) as picture:
                 small = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
             strip.paste(small, (TILE * column, TOP + TILE * row))
-    file = PAGES / f"{node}.jpg"
-    strip.save(file, quality=88)
-    return file
-
-
-def _loaded(graph: Graph, base: list, subject: Subject, strength: float = 1.0) -> list:
-    given = {"lora_name": subject.lcm_lora, "strength": strength, "family": "auto"}
-    return [graph.add("LCMLoRALoader", model=base, **given), 0]
+    strip.save(PAGES / f"{node}.jpg", quality=88)

@@ -38,11 +38,8 @@ LAID_OUT = """async ([prompt, title]) => {
 
 def vectors(graph: Graph, subject: Subject) -> None:
     """Two vectors, combined and saved."""
-    one, two = (
-        [graph.add("LCMLoRAVectorLoader", lora_name=name), 0]
-        for name in (subject.lcm_lora, subject.style_lora)
-    )
-    both = graph.sum(one, 1.0, two, 0.8)
+    lcm, style = graph.vectors(subject)
+    both = graph.sum(lcm, 1.0, style, 0.8)
     graph.add(
         "LCMLoRASave", vector=both, filename="lcm-lora-combined", dtype="fp16", overwrite=False
     )
@@ -92,8 +89,8 @@ WIRINGS = {
 }  # fmt: skip
 
 
-def take(name: str, address: str, subject: Subject, folder: Path) -> Path:
-    """-> the picture's file."""
+def take(name: str, address: str, subject: Subject, folder: Path) -> None:
+    """Writes the picture of that wiring into the folder."""
     from playwright.sync_api import sync_playwright
 
     graph = Graph()
@@ -107,7 +104,5 @@ def take(name: str, address: str, subject: Subject, folder: Path) -> Path:
         frame = page.evaluate(LAID_OUT, [graph.nodes, name])
         shot = page.screenshot(clip=frame)
         browser.close()
-    file = folder / f"{name}.jpg"
     with Image.open(io.BytesIO(shot)) as picture:
-        picture.convert("RGB").save(file, quality=85)
-    return file
+        picture.convert("RGB").save(folder / f"{name}.jpg", quality=85)

@@ -12,12 +12,12 @@ GROUND, AXIS, LINE, WORDS = "#1e1e1e", "#606060", "#4ea8de", "#d0d0d0"
 
 
 def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Image:
-    """(x, y) of finite positive y as a line on a logarithmic scale; without points, the title."""
+    """(x, y) of finite positive y as a line on a logarithmic scale; below two, the title alone."""
     picture = Image.new("RGB", SIZE, GROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     draw.text((SIZE[0] / 2, 8), title[:80], fill=WORDS, font=font, anchor="ma")
     known = [(x, math.log10(y)) for x, y in points if y is not None and y > 0]
-    if not known:
+    if len(known) < 2:
         return picture
     (left, right), (low, high) = _ends(x for x, _ in known), _ends(y for _, y in known)
 

@@ -46,7 +46,7 @@ class LCMLoRACombine(io.ComfyNode):
                         "exact: the true weighted sum, with no error. Its rank is the sum of the "
                         "ranks, so the file grows accordingly. svd: the same sum, reduced to what "
                         "rank, keep_energy and max_error allow, with the least error there is. "
-                        f"{rules}; these four take minutes for SDXL, and are reduced to a rank."
+                        f"{rules}; these rules take minutes for SDXL, and are reduced to a rank."
                     ),
                 ),
                 io.Int.Input(
@@ -113,8 +113,8 @@ class LCMLoRACombine(io.ComfyNode):
                 io.String.Output(
                     display_name="report",
                     tooltip=(
-                        "Modules and ranks of every input and of the result, the angles between "
-                        "the inputs, and what a reduction loses where."
+                        "Modules and ranks of every input and of the result, for exact and svd the "
+                        "angles between the inputs, and what a reduction loses where."
                     ),
                 ),
             ],

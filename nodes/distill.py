@@ -103,7 +103,10 @@ def _drawn() -> list[io.Input]:
             default=1000,
             min=1,
             max=1_000_000,
-            tooltip="Pictures the checkpoint draws, once; later jobs use the same ones.",
+            tooltip=(
+                "Pictures the checkpoint draws, once: later jobs with the same checkpoint, data, "
+                "guidance, seed, resolution, precision and style LoRA use them again."
+            ),
         ),
         io.Int.Input(
             "draw_steps",
@@ -203,8 +206,9 @@ class LCMDistill(io.ComfyNode):
                     default=POLICIES[0],
                     tooltip=(
                         "Beside your prompts. yield: the job saves, ends, and comes back when the "
-                        "queue is empty. exclusive: it goes on, and ComfyUI unloads its models "
-                        "after each prompt. share: both simply go on."
+                        "queue is empty; ComfyUI unloads its models each time the job starts. "
+                        "exclusive: the job goes on, and ComfyUI unloads its models when it starts "
+                        "and each time the queue has run empty. share: both simply go on."
                     ),
                 ),
                 io.Combo.Input(

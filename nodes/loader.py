@@ -38,7 +38,9 @@ class LCMLoRALoader(io.ComfyNode):
                     options=lora_names(),
                     tooltip=(
                         "The LCM-LoRA, or another one for few steps, made for this kind of model "
-                        "(SD1.5, SDXL, SSD-1B). Files of another kind are refused."
+                        "(SD1.5, SDXL, SSD-1B). Among SD1.5, SD2 and SDXL one of another kind is "
+                        "refused; between SDXL and its relatives (SSD-1B, Vega, KOALA) it is "
+                        "applied as far as it fits, with a warning."
                     ),
                 ),
                 io.Float.Input(

@@ -115,8 +115,9 @@ class LCMSampler(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "The few-step sampler of latent consistency models, for SamplerCustom and "
-                "SamplerCustomAdvanced. Its noise belongs to each picture: the same picture comes "
-                "out alone or in a batch."
+                "SamplerCustomAdvanced. Its noise between steps depends on the seed, the step and "
+                "the picture's place in the batch, counted from 0; the first noise comes from "
+                "those nodes. For the same picture alone or in a batch, take LCM KSampler."
             ),
             search_aliases=["lcm", "tcd", "sampler", "eta", "gamma", "consistency"],
             inputs=[

@@ -21,6 +21,7 @@ from pathlib import Path
 from .. import commands
 from . import distill_quality, networks
 from .report import Report
+from .turns import in_turn
 
 log = logging.getLogger("lcm_lora")
 WORKER = Path(__file__).with_name("worker.py")
@@ -83,10 +84,9 @@ def compare(
     try:
         workers["reference"] = Worker("reference", reference)  # first, for it writes the bank
         workers["ours"] = Worker("engine", settings)
-        for number in range(steps + 1):
-            for name in list(workers) if number % 2 else list(workers)[::-1]:
-                told[name].append(workers[name].step())
-                log.info("step %d, %s: %s", number, name, told[name][-1])
+        for number, name in in_turn(workers, steps):
+            told[name].append(workers[name].step())
+            log.info("step %d, %s: %s", number, name, told[name][-1])
     finally:
         for worker in workers.values():
             worker.close()

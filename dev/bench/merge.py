@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from .. import commands
 from . import networks
 from .distill import Worker
 from .report import Report
+from .turns import in_turn
 
 log = logging.getLogger("lcm_lora")
 RANKS, WEIGHTS, REDUCED = (64, 32), (1.0, 0.8), 64
@@ -93,9 +95,8 @@ def whole_files(
         for how, path in outputs.items()
     }
     told: dict[str, list[dict]] = {how: [] for how in workers}
-    for number in range(runs + 1):
-        for how in list(workers)[:: 1 if number % 2 else -1]:
-            told[how].append(workers[how].step())
+    for _, how in in_turn(workers, runs):
+        told[how].append(workers[how].step())
     for worker in workers.values():
         worker.close()
     for how, steps in told.items():
@@ -104,10 +105,8 @@ def whole_files(
         used = [(steps[-1]["peak"] - workers[how].start) / 1e9]
         report.add(f"{family}, exact", name, "peak memory", "GB", used)
     pairs = zip(told["ours"][1:], told["plain"][1:], strict=True)
-    ratios = sorted(a["seconds"] / b["seconds"] for a, b in pairs)
-    report.bar(
-        f"{family}: time of an exact sum / of reading and writing", ratios[len(ratios) // 2], 2
-    )
+    ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+    report.bar(f"{family}: time of an exact sum / of reading and writing", ratio, 2)
     size = sum(path.stat().st_size for path in (*paths, outputs["ours"]))
     peak = told["ours"][-1]["peak"] - workers["ours"].start
     report.bar(f"{family}: peak memory / size of all three files", peak / size, 1.1)
@@ -181,23 +180,22 @@ def reductions(report: Report, case: str, shapes: dict[str, tuple[int, ...]], ru
     best = sum(float(values[REDUCED:].double().square().sum()) for values in spectra)
     report.add(case, "whole SVD", "relative error", "", [(best / total) ** 0.5])
     took: dict[str, list[float]] = {name: [] for name in subjects}
-    for number in range(runs + 1):
-        for name, merge in list(subjects.items())[:: 1 if number % 2 else -1]:
-            begun = time.perf_counter()
-            found = merge()
-            took[name].append(time.perf_counter() - begun)
-            log.info("%s, %s: %.2f s", case, name, took[name][-1])
-            if number == runs:
-                pairs = zip(found, wholes, strict=True)
-                lost = sum(float((product(a) - b).square().sum()) for a, b in pairs)
-                report.add(case, name, "relative error", "", [(lost / total) ** 0.5])
-                if name == "this pack":
-                    report.bar(f"{case}: error / the least there is", (lost / best) ** 0.5, 1.01)
+    for number, name in in_turn(subjects, runs):
+        begun = time.perf_counter()
+        found = subjects[name]()
+        took[name].append(time.perf_counter() - begun)
+        log.info("%s, %s: %.2f s", case, name, took[name][-1])
+        if number == runs:
+            pairs = zip(found, wholes, strict=True)
+            lost = sum(float((product(a) - b).square().sum()) for a, b in pairs)
+            report.add(case, name, "relative error", "", [(lost / total) ** 0.5])
+            if name == "this pack":
+                report.bar(f"{case}: error / the least there is", (lost / best) ** 0.5, 1.01)
     for name, seconds in took.items():
         report.add(case, name, "time", "s", seconds[1:])
     pairs = zip(took["this pack"][1:], took["peft, svd"][1:], strict=True)
-    ratios = sorted(a / b for a, b in pairs)
-    report.bar(f"{case}: time to rank {REDUCED} / peft's svd", ratios[len(ratios) // 2], 1 / 40)
+    ratio = statistics.median(a / b for a, b in pairs)
+    report.bar(f"{case}: time to rank {REDUCED} / peft's svd", ratio, 1 / 40)
 
 
 def peft_model(shapes: dict[str, tuple[int, ...]], made: dict):

@@ -51,7 +51,8 @@ class Report:
         ]
         for bar in self.bars:
             verdict = "holds" if bar["holds"] else "DOES NOT HOLD"
-            lines.append(f"{bar['name']}: {bar['value']:.3f}, at most {bar['limit']}: {verdict}")
+            held = f"{bar['value']:.3g}, at most {bar['limit']:.3g}"
+            lines.append(f"{bar['name']}: {held}: {verdict}")
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .worker import forget_peak, memory
@@ -27,15 +27,23 @@ class Turn:
         return statistics.median(self.ratios(above, below))
 
 
+def in_turn(names: Iterable[str], runs: int) -> Iterator[tuple[int, str]]:
+    """(number of the run, whose it is): run 0, which warms up, and `runs` counted ones of each, in
+    an order that turns round each time."""
+    known = list(names)
+    for number in range(runs + 1):
+        for name in known[:: 1 if number % 2 else -1]:
+            yield number, name
+
+
 def take_turns(subjects: dict[str, Callable[[], object]], runs: int) -> Turn:
-    """One warming and `runs` counted runs of each, in an order that turns round each time."""
+    """Runs the subjects in turn; what the warming took is left out."""
     turns = Turn({name: [] for name in subjects}, {name: [] for name in subjects})
-    for index in range(runs + 1):
-        for name in list(subjects)[:: 1 if index % 2 else -1]:
-            forget_peak()
-            begun = time.perf_counter()
-            subjects[name]()
-            if index:
-                turns.seconds[name].append(time.perf_counter() - begun)
-                turns.peaks[name].append(memory("VmHWM"))
+    for number, name in in_turn(subjects, runs):
+        forget_peak()
+        begun = time.perf_counter()
+        subjects[name]()
+        if number:
+            turns.seconds[name].append(time.perf_counter() - begun)
+            turns.peaks[name].append(memory("VmHWM"))
     return turns

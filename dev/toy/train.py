@@ -279,9 +279,9 @@ def style_lora(
     return adapter
 
 
-def exported(adapter: Adapter, path: Path, **about: str) -> dict[str, torch.Tensor]:
+def exported(adapter: Adapter, path: Path) -> dict[str, torch.Tensor]:
     """Writes the adapter to `path` as an ordinary kohya file; -> the file's tensors."""
-    metadata = {"ss_base_model_version": "sd_v1", "ss_output_name": path.stem, **about}
+    metadata = {"ss_base_model_version": "sd_v1", "ss_output_name": path.stem}
     files.write(
         path,
         export.vector(adapter.state(), adapter.alpha, metadata, path.stem),

@@ -18,6 +18,7 @@ from lcm_lora.lora import files
 from lcm_lora.lora.acceleration import acceleration
 from lcm_lora.tests.host.queued import PROMPTS
 from lcm_lora.training import export
+from lcm_lora.training.bank import ROWS
 from safetensors.torch import load_file, save_file
 
 RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
@@ -436,7 +437,9 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(job, capsys):
 
 
 def test_a_pause_before_the_training_ends_every_process(job, tmp_path):
-    spec = job("early", banks=str(tmp_path / "own-banks"))
+    # A file of the bank for each: the second process, which has the last, then waits for the first.
+    data = {"prompts": PROMPTS, "count": ROWS + 1, "draw_steps": 1}
+    spec = job("early", banks=str(tmp_path / "own-banks"), data=data)
     (spec.parent / "control.json").write_text('{"action": "pause"}')
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     begun = time.monotonic()

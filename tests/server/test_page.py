@@ -133,6 +133,8 @@ def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
     press("stop")
     reaches(page, "page keys", "paused")
     press("delete")
+    # Who only hears the page is asked too.
+    job(page, "page keys").get_by_role("button", name="really delete?: page keys").wait_for()
     press("delete")
     page.wait_for_function(
         "![...document.querySelectorAll('.lcm-name')].some((e) => e.textContent === 'page keys')"

@@ -78,7 +78,7 @@ class Beside:
         self._tell(jobs)
 
     def _hand_over(self, jobs: list[Job], busy: bool) -> None:
-        """Asks for the models' memory where a job starts, and after each prompt beside one."""
+        """Asks for the models' memory where a job starts, and when prompts beside one are done."""
         active = {job.id for job in jobs if job.state in ACTIVE and job.policy != "share"}
         if active - self._active or (active and self._was_busy and not busy):
             self.free()
