@@ -36,7 +36,8 @@ def disk_is_full(error: OSError) -> bool:
 
 
 class Paused(Exception):
-    """The job was asked to end before or after its training; what is done is kept."""
+    """The job was asked to end before or after its training, as the message says; what is done is
+    kept."""
 
 
 def main(arguments: list[str]) -> int:
@@ -74,10 +75,10 @@ def main(arguments: list[str]) -> int:
     journal = Journal(job) if processes.first and not chosen.dry_run else None
     try:
         return _job(chosen.spec, job, processes, journal, chosen.dry_run)
-    except Paused:
+    except Paused as paused:
         # A launcher of several processes ends them all when one fails; else some would wait for it.
         status = int(processes.world > 1)
-        state, message = "paused", "paused outside the training; what is done is kept"
+        state, message = "paused", str(paused)
     except (ValueError, MemoryError) as error:
         state, message, status = "failed", str(error), 1
     except OSError as error:
@@ -179,7 +180,7 @@ def _wait_for_device(journal, asked) -> None:
                 message = "waits for another ComfyUI's job on this device"
                 journal.state("preparing", message=message)
             if asked():
-                raise Paused
+                raise Paused("paused before the training began")
 
 
 def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) -> None:
@@ -189,7 +190,7 @@ def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) 
     until = time.monotonic() + PATIENCE
     while (left := free()) < needed and time.monotonic() < until:
         if asked():
-            raise Paused
+            raise Paused("paused before the training began")
         if journal is not None:
             journal.state(
                 "preparing",
@@ -237,7 +238,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
 
     def progress(what: str, done: int, of: int) -> None:
         if asked() == "pause" and done < of:
-            raise Paused
+            raise Paused(f"paused at {what}: {done} of {of}")
         now = time.monotonic()
         if journal is not None and (now - shown[0] > 2 or done == of):
             shown[0] = now

@@ -121,7 +121,7 @@ def test_a_stop_is_followed_while_the_bank_is_made(store, job, banks):
     until(lambda: "rows" in store.job(making).message, "the bank is being made")
     store.ask(making, "stop")
     ended(store, making, "paused")
-    assert "before the training" in store.job(making).message
+    assert "paused at rows" in store.job(making).message
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):
