@@ -175,7 +175,8 @@ class LCMDistill(io.ComfyNode):
                     min=1.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="The cfg scale that is distilled in: what you draw this model with.",
+                    tooltip="The cfg scale that is distilled in: what you draw this model with, or "
+                    "somewhat less, since each of several steps guides anew.",
                 ),
                 io.Float.Input(
                     "lr",

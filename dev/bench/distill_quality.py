@@ -1,8 +1,8 @@
 """The distillation engine on the toy: the real program, then the quality of what it made.
 
-An LCM-LoRA is distilled twice, from prompts alone and from pictures with captions, and held against
-the bars of `bench quality`: with as many steps as fit into 15 minutes, bank and all, on two cores;
-with --long, as many as it takes. The teacher's answers are kept over PASSES passes over the bank.
+An LCM-LoRA is distilled twice, from prompts alone and from pictures with captions, with as many
+steps as fit into 15 minutes, bank and all, on two cores, and held against the bars of `bench
+quality`. The teacher's answers are kept over PASSES passes over the bank.
 --plain and --phased distil once more each, from the same prompts in the same time: with the teacher
 asked in every pass, and so with the other objective too; those two are judged at four steps without
 fresh noise. What is done is kept, so that a run that was ended goes on where it was.
@@ -33,8 +33,9 @@ from .report import Report
 log = logging.getLogger("lcm_lora")
 RUN = environment.ROOT / "training" / "run.py"
 CAPTIONS = [data.TEMPLATES[0].format(name) for name in data.NAMES]
-LATENTS, LONG_LATENTS, PICTURES = 600, 1500, 3000
-STEPS, LONG, MINUTES = 600, 2000, 15
+LATENTS, PICTURES = 600, 3000
+STEPS, MINUTES = 600, 15
+WORST = 1.3  # times as far from real pictures as the teacher, at 4 steps
 PASSES = 8
 # Less than the teacher's, for LCM sampling guides again after each fresh noise: what is right at
 # one step is too much at four.
@@ -47,7 +48,6 @@ Measure = Callable[[dict[str, subjects.Sample], tuple[int, ...]], quality.Figure
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--long", action="store_true", help=f"--quality: {LONG} steps, not {STEPS}")
     parser.add_argument("--pictures", type=int, default=500, help="--quality: judged, a seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--phased", action="store_true", help='--quality: "phased" beside "lcm"')
@@ -57,16 +57,14 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     work = commands.LOCAL / "distill"
     write_pictures(work / "pictures")
-    count = LONG_LATENTS if chosen.long else LATENTS
-    prompts = {"prompts": CAPTIONS, "count": count, "draw_steps": 20}
+    prompts = {"prompts": CAPTIONS, "count": LATENTS, "draw_steps": 20}
     # Not mirrored, for these garments all face one way.
     pictures = {"kind": "pictures", "path": str(work / "pictures"), "flip": False}
-    steps = LONG if chosen.long else STEPS
     jobs = {
-        "from prompts": {"data": prompts, "steps": steps, "passes": PASSES},
-        "from pictures": {"data": pictures, "steps": steps, "passes": PASSES},
+        "from prompts": {"data": prompts, "steps": STEPS, "passes": PASSES},
+        "from pictures": {"data": pictures, "steps": STEPS, "passes": PASSES},
     }
-    plain = {"data": prompts, "steps": round(steps * COST)}
+    plain = {"data": prompts, "steps": round(STEPS * COST)}
     if chosen.plain or chosen.phased:
         jobs[PLAIN] = plain
     if chosen.phased:
@@ -90,19 +88,18 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         return quality.measure(toy, columns, steps, chosen.pictures, chosen.seeds, kept)
 
     loras = {name: Path(spec["output"]) for name, spec in specs.items()}
-    accelerated(report, toy, loras, measure, worst=1.3 if chosen.long else 1.5)
+    accelerated(report, toy, loras, measure)
     corrected(report, toy, loras, measure)
     if chosen.phased:
         deterministic(report, toy, loras, measure)
-    if not chosen.long:
-        report.bar("minutes of the longest distillation", max(minutes), MINUTES)
+    report.bar("minutes of the longest distillation", max(minutes), MINUTES)
     kept.forget()
     return report
 
 
 def accelerated(
-    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure, worst: float
-) -> None:
+    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
+) -> None:  # fmt: skip
     """Each LoRA against the base with the same sampler and the teacher."""
     known = subjects.subjects(toy)
     columns = {name: known[name] for name in ("base, DDIM", "base, LCM sampler")}
@@ -110,7 +107,7 @@ def accelerated(
     figures = measure(columns, (1, 2, 4))
     quality.rows(report, figures)
     for name in (each for each in loras if each not in (PLAIN, PHASED)):
-        quality.lcm_bars(report, figures, worst, name)
+        quality.lcm_bars(report, figures, WORST, name)
     if PLAIN in loras:
         for case, metric in (("1 steps", "endpoint_error"), ("4 steps", "frechet")):
             pair = ((case, name, metric) for name in ("from prompts", PLAIN))
