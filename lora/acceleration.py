@@ -8,8 +8,6 @@ from collections.abc import Mapping
 # In a file's header, as this pack writes it: a family's name, or several where they are summed.
 FAMILY = "lcm_lora.family"
 SEVERAL = " + "
-# What one step of it lacks (samplers/correction.py), of this LoRA at strength 1 and of no sum.
-ONE_STEP = "lcm_lora.one_step"
 
 _TITLES = ("modelspec.title", "ss_output_name")  # where other trainers keep a file's first name
 _ONE_STEP = r".*(?<!\d)1[-_ ]?step"

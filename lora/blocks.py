@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from .acceleration import ONE_STEP
 from .delta import Vector
 from .metadata import recipe
 from .names import UNET
@@ -112,7 +111,6 @@ def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vecto
     if not any(of.values()):
         raise ValueError(f"No module of {vector.source} has a weight other than 0.")
     metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {told}")}
-    metadata.pop(ONE_STEP, None)
     diffs = {key: (diff, of[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(
         vector,

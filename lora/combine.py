@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .acceleration import FAMILY, ONE_STEP, SEVERAL, joined
+from .acceleration import FAMILY, SEVERAL, joined
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector
@@ -174,9 +174,7 @@ def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
     """What all agree on, the acceleration that one of them brings, and how it was made of them."""
     vectors = [vector for vector, _ in terms]
-    told = agreed(vectors) | joined([v.metadata for v in vectors]) | recipe(terms, method)
-    told.pop(ONE_STEP, None)
-    return told
+    return agreed(vectors) | joined([v.metadata for v in vectors]) | recipe(terms, method)
 
 
 def _source(terms: Sequence[tuple[Vector, float]]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import ONE_STEP, acceleration
+from ..lora.acceleration import acceleration
 from ..lora.delta import Vector
 from ..lora.files import fingerprint, read
 from ..lora.host import apply
-from ..samplers.correction import Correction, parse
 from ..samplers.families import FAMILIES
 from ..samplers.host import patch_sampling
 from .host import lora_names, lora_path, show
@@ -80,8 +79,7 @@ class LCMLoRALoader(io.ComfyNode):
         family, why = _chosen(family, vector, lora_name)
         model, _, coverage = apply(model, None, vector, strength, 0.0)
         show(f"{coverage} Sampled as {family}: {why}.")
-        correction = _correction(vector, lora_name) if strength == 1 else None
-        return io.NodeOutput(patch_sampling(model, family, correction))
+        return io.NodeOutput(patch_sampling(model, family))
 
 
 def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:
@@ -97,13 +95,3 @@ def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:
             f"{', '.join(FAMILIES)}. Choose the family on the node."
         )
     return found, f"says {where}"
-
-
-def _correction(vector: Vector, lora_name: str) -> Correction | None:
-    """That of a single step, where the file has one. ValueError where it cannot be read."""
-    if not (told := vector.metadata.get(ONE_STEP)):
-        return None
-    try:
-        return parse(told)
-    except ValueError as error:
-        raise ValueError(f"{lora_name}, {ONE_STEP} in its metadata: {error}") from None

@@ -136,12 +136,6 @@ class LCMSampler(io.ComfyNode):
                     tooltip="Take the eta that the MODEL's family wants in place of the number "
                     "above.",
                 ),
-                io.Boolean.Input(
-                    "correct_channels", default=False, optional=True, advanced=True,
-                    tooltip="At a single step of a whole new picture: move colours and contrast to "
-                    "the teacher's, as the LoRA's file knows them. Distill LCM-LoRA writes them; "
-                    "with other files nothing is moved.",
-                ),
             ],
             outputs=[
                 io.Sampler.Output(display_name="SAMPLER", tooltip="The sampler with its settings."),
@@ -149,13 +143,8 @@ class LCMSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(
-        cls, eta, noise_device, family_eta=False, correct_channels=False
-    ) -> io.NodeOutput:  # fmt: skip
-        eta = None if family_eta else eta
-        return io.NodeOutput(
-            host.sampler(eta, noise_device, correct_channels=correct_channels)
-        )  # fmt: skip
+    def execute(cls, eta, noise_device, family_eta=False) -> io.NodeOutput:
+        return io.NodeOutput(host.sampler(None if family_eta else eta, noise_device))
 
 
 class LCMKSampler(io.ComfyNode):
@@ -215,12 +204,6 @@ class LCMKSampler(io.ComfyNode):
                     tooltip="Where noise between steps is drawn. cpu gives the same noise on "
                     "every machine; gpu draws on the device that samples.",
                 ),
-                io.Boolean.Input(
-                    "correct_channels", default=False, optional=True, advanced=True,
-                    tooltip="At a single step of a whole new picture: move colours and contrast to "
-                    "the teacher's, as the LoRA's file knows them. Distill LCM-LoRA writes them; "
-                    "with other files nothing is moved.",
-                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent.")],
         )  # fmt: skip
@@ -228,10 +211,10 @@ class LCMKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, positive, negative, latent, denoise,
-        eta=-1.0, noise_device="cpu", correct_channels=False,
+        eta=-1.0, noise_device="cpu",
     ) -> io.NodeOutput:  # fmt: skip
         result = host.sample(
             model, seed, steps, cfg, positive, negative, latent, denoise,
-            None if eta < 0 else eta, noise_device, correct_channels,
+            None if eta < 0 else eta, noise_device,
         )  # fmt: skip
         return io.NodeOutput(result)

@@ -15,7 +15,6 @@ from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
 from .consistency import consistency
-from .correction import Correction
 from .families import FAMILIES, ORIGIN_STEPS, Family
 from .guidance import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
@@ -32,14 +31,11 @@ class LCMSampling(ms.ModelSamplingDiscrete):
     reaches the network with the (perhaps fractional) timestep that belongs to it.
     """
 
-    def __init__(
-        self, model_config: object, own: ms.ModelSamplingDiscrete, family: Family,
-        correction: Correction | None,
-    ):  # fmt: skip
+    def __init__(self, model_config: object, own: ms.ModelSamplingDiscrete, family: Family):
         """Takes over the schedule of `own`, the model's sampling so far, and the family's grid."""
         super().__init__(model_config, zsnr=own.zsnr)
         table = full_table(own).float()
-        self.family, self.correction = family, correction
+        self.family = family
         self.num_timesteps = len(table)
         self.sigma_data = own.sigma_data
         self.register_buffer("table", table)
@@ -141,13 +137,10 @@ def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
     return own
 
 
-def patch_sampling(
-    model: ModelPatcher, family: str = "lcm", correction: Correction | None = None
-) -> ModelPatcher:
+def patch_sampling(model: ModelPatcher, family: str = "lcm") -> ModelPatcher:
     """A clone of MODEL that samples as `family` was distilled; its weights are untouched.
 
-    correction: of a single step, for samplers that are asked to make it. Raises ValueError for an
-    unknown family, and as `own_sampling` does.
+    Raises ValueError for an unknown family, and as `own_sampling` does.
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
@@ -155,7 +148,7 @@ def patch_sampling(
     kind = sampling_class(own, type(model.model).__name__)
     patched = model.clone()
     patched.add_object_patch(
-        "model_sampling", kind(model.model.model_config, own, FAMILIES[family], correction)
+        "model_sampling", kind(model.model.model_config, own, FAMILIES[family])
     )
     return patched
 
@@ -210,25 +203,20 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
 
 
 def sampler(
-    eta: float | None = 1.0, noise_device: str = "cpu", batch_index: Sequence[int] | None = None,
-    correct_channels: bool = False,
-) -> FewStepSampler:  # fmt: skip
+    eta: float | None = 1.0, noise_device: str = "cpu", batch_index: Sequence[int] | None = None
+) -> FewStepSampler:
     """The few-step SAMPLER.
 
     eta: that of the MODEL's family when None. batch_index: numbers of the pictures in their batch,
-    0..B-1 when None. correct_channels: make the correction of a single step that the MODEL has.
+    0..B-1 when None.
     """
-    options = {
-        "eta": eta, "noise_device": noise_device, "batch_index": batch_index,
-        "correct_channels": correct_channels,
-    }  # fmt: skip
+    options = {"eta": eta, "noise_device": noise_device, "batch_index": batch_index}
     return FewStepSampler(sample_lcm_exact, options)
 
 
 def sample_lcm_exact(
     model, x, sigmas, extra_args=None, callback=None, disable=None,
     *, eta: float | None, noise_device: str, batch_index: Sequence[int] | None,
-    correct_channels: bool,
 ) -> torch.Tensor:  # fmt: skip
     """samplers/lcm.py in the shape the host's KSAMPLER calls."""
     extra_args = extra_args or {}
@@ -246,27 +234,7 @@ def sample_lcm_exact(
             if callback is not None:
                 callback(state)
 
-        done = lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept)
-    correction = sampling.correction if isinstance(sampling, LCMSampling) else None
-    if correct_channels and correction and _is_one_step_of_noise(sampling, sigmas):
-        return _corrected(done, correction, extra_args.get("denoise_mask"))
-    return done
-
-
-def _is_one_step_of_noise(sampling: ms.ModelSamplingDiscrete, sigmas: torch.Tensor) -> bool:
-    """Whether this is what corrections are measured on: later steps put right what the first has
-    wrong, and a picture that is kept in part has colours of its own."""
-    last = sampling.num_timesteps - 1
-    whole = len(sigmas) == 2 and not sigmas[-1]
-    return whole and round(sampling.timestep(sigmas[:1]).item()) == last
-
-
-def _corrected(
-    latent: torch.Tensor, correction: Correction, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """A latent with the correction of its MODEL; what the mask keeps stays."""
-    moved = correction(latent)
-    return moved if mask is None else latent + (moved - latent) * mask
+        return lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept)
 
 
 def sample(
@@ -280,13 +248,12 @@ def sample(
     denoise: float = 1.0,
     eta: float | None = None,
     noise_device: str = "cpu",
-    correct_channels: bool = False,
 ) -> dict:
     """A whole run on a LATENT: schedule, noise and sampler as the MODEL's family wants them.
 
-    A MODEL without our patch is taken for an LCM one; eta: that of the family when None;
-    correct_channels: as in `sampler`. Raises ValueError for steps and denoise that do not fit
-    together and for a model that cannot be sampled so.
+    A MODEL without our patch is taken for an LCM one; eta: that of the family when None. Raises
+    ValueError for steps and denoise that do not fit together and for a model that cannot be
+    sampled so.
     """
     if not isinstance(model.get_model_object("model_sampling"), LCMSampling):
         model = patch_sampling(model)
@@ -300,7 +267,7 @@ def sample(
         model,
         comfy.sample.prepare_noise(image, seed, batch_index),
         cfg,
-        sampler(eta, noise_device, batch_index, correct_channels),
+        sampler(eta, noise_device, batch_index),
         sigmas,
         positive,
         negative,

@@ -36,8 +36,7 @@ def disk_is_full(error: OSError) -> bool:
 
 
 class Paused(Exception):
-    """The job was asked to end before or after its training, as the message says; what is done is
-    kept."""
+    """The job was asked to end before its training began; what the bank has is kept."""
 
 
 def main(arguments: list[str]) -> int:
@@ -204,7 +203,6 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     from lcm_lora.training import bank, export, result, sources
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.answers import FOLDER as ANSWERS
-    from lcm_lora.training.correction import correction
     from lcm_lora.training.loop import Run
     from lcm_lora.training.plan import plan
     from lcm_lora.training.watch import Samples
@@ -243,7 +241,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         if journal is not None and (now - shown[0] > 2 or done == of):
             shown[0] = now
             journal.state("preparing", message=f"{what}: {done} of {of}")
-            log.info("%s: %d of %d", what, done, of)
+            log.info("bank, %s: %d of %d", what, done, of)
 
     with adapter.off():
         bank.build(
@@ -262,7 +260,6 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         return 0
     if processes.first:
         about = result.about(spec, teacher, run.step, base_hash, folder.name)
-        about |= correction(teacher, run.bank, spec.seed, progress)
         made = export.vector(adapter.state(), adapter.alpha, about, Path(spec.output).stem)
         made = export.with_styles(made, teacher.styles)
         result.write(job, Path(spec.output), made, teacher.untaken)

@@ -89,7 +89,6 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
 
     loras = {name: Path(spec["output"]) for name, spec in specs.items()}
     accelerated(report, toy, loras, measure)
-    corrected(report, toy, loras, measure)
     if chosen.phased:
         deterministic(report, toy, loras, measure)
     report.bar("minutes of the longest distillation", max(minutes), MINUTES)
@@ -112,24 +111,6 @@ def accelerated(
         for case, metric in (("1 steps", "endpoint_error"), ("4 steps", "frechet")):
             pair = ((case, name, metric) for name in ("from prompts", PLAIN))
             report.bar(f"{metric} at {case}, kept / plain", quality.ratio(figures, *pair), 1.0)
-
-
-def corrected(
-    report: Report, toy: subjects.Toy, loras: dict[str, Path], measure: Measure
-) -> None:  # fmt: skip
-    """One step with what the files know of it (samplers/correction.py) and without."""
-    columns = {name: subjects.accelerated(toy, path) for name, path in loras.items()}
-    titles = {name: f"{name}, corrected" for name in loras}
-    columns |= {
-        titles[name]: subjects.accelerated(toy, path, corrected=True)
-        for name, path in loras.items()
-    }
-    figures = measure(columns, (1,))
-    quality.rows(report, {key: each for key, each in figures.items() if key[1] in titles.values()})
-    for name, title in titles.items():
-        pair = (("1 steps", each, "frechet") for each in (title, name))
-        ratio = quality.ratio(figures, *pair)
-        report.bar(f"frechet at 1 step, {name}, corrected / not", ratio, 1.0)
 
 
 def deterministic(

@@ -2,8 +2,7 @@
 
 All begin with a mild guidance of the LCM-LoRA's own prediction, except eta and the last, which
 costs no guidance: it moves each channel's mean and deviation to the teacher's, as measured on other
-pictures. What helps by more than its deviation over the seeds is in samplers/: eta, and the last at
-one step.
+pictures. What helps by more than its deviation over the seeds is in samplers/: eta alone.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...nodes.sampling import LCMKSampler
-from ...samplers.correction import fitted
 from ..toy import data
 from . import subjects
 
@@ -108,17 +106,24 @@ def first_only(model: ModelPatcher) -> ModelPatcher:
 
 
 def moved(toy: subjects.Toy, sample: subjects.Sample) -> subjects.Sample:
-    """Each channel's mean and deviation moved to the teacher's, as samplers/correction.py does it,
-    but at every count of steps; measured on pictures of seeds that nobody judges."""
+    """Each channel's mean and deviation over all pictures moved from the student's to the
+    teacher's; both are measured on pictures of seeds that nobody judges."""
     prompts = [toy.encode(data.TEMPLATES[0].format(name)) for name in data.NAMES]
     empty = toy.encode("")
 
-    def latents(drawing: subjects.Sample, steps: int) -> list[torch.Tensor]:
-        return [
+    @functools.cache
+    def statistics(drawing: subjects.Sample, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = torch.cat([
             drawing(steps, 10**6 + i, prompt, empty, CALIBRATED)
             for i, prompt in enumerate(prompts)
-        ]
+        ])  # fmt: skip
+        return latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
 
-    wanted = functools.cache(lambda: latents(subjects.teacher(toy), 0))
-    correction = functools.cache(lambda steps: fitted(latents(sample, steps), wanted()))
-    return lambda steps, *rest: correction(steps)(sample(steps, *rest))
+    teacher = subjects.teacher(toy)
+
+    def corrected(steps, seed, positive, negative, count):
+        (goal, spread), (mean, deviation) = statistics(teacher, 0), statistics(sample, steps)
+        latents = sample(steps, seed, positive, negative, count)
+        return (latents - mean) * (spread / deviation) + goal
+
+    return corrected

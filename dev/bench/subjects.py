@@ -14,10 +14,8 @@ import torch
 import nodes
 
 from ...lora import combine, files
-from ...lora.acceleration import ONE_STEP
 from ...lora.host import apply
 from ...nodes.sampling import LCMKSampler
-from ...samplers.correction import parse
 from ...samplers.host import patch_sampling, sampler, schedule
 from ..toy import assemble
 from ..toy.command import GUIDANCE
@@ -95,20 +93,16 @@ def quick_dtype() -> torch.dtype:
     return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
 
 
-def accelerated(toy: Toy, lora: Path, eta: float = 1.0, corrected: bool = False) -> Sample:
-    """The base with the LCM-LoRA of a file; eta: share of fresh noise between the steps; corrected:
-    by what the file knows of a single step."""
-    vector = files.read(lora)
-    correction = parse(vector.metadata[ONE_STEP]) if corrected else None
-    model = apply(toy.base, None, vector, 1.0, 0.0)[0]
-    model = patch_sampling(model, correction=correction)
+def accelerated(toy: Toy, lora: Path, eta: float = 1.0) -> Sample:
+    """The base with the LCM-LoRA of a file; eta: share of fresh noise between the steps."""
+    model = patch_sampling(apply(toy.base, None, files.read(lora), 1.0, 0.0)[0])
 
     def sample(steps, seed, positive, negative, count):
         latent, numbers = torch.zeros(count, 4, 8, 8), list(range(count))
         return comfy.sample.sample_custom(
             model, comfy.sample.prepare_noise(latent, seed, numbers), 1.0,
-            sampler(eta, batch_index=numbers, correct_channels=corrected),
-            schedule(model, steps), positive, negative, latent, seed=seed,
+            sampler(eta, batch_index=numbers), schedule(model, steps), positive, negative, latent,
+            seed=seed,
         )  # fmt: skip
 
     return sample

@@ -95,14 +95,12 @@ def host_ksampler(model, scheduler: str, steps: int = 4, sampler: str = "lcm") -
     )[0]["samples"]  # fmt: skip
 
 
-def one_by_one(
-    model, latent: dict, steps: int = 4, first: int | None = None, **settings
-) -> torch.Tensor:
-    """LCMSchedule and LCMSampler in the host's SamplerCustom; the `first` steps only."""
+def one_by_one(model, latent: dict, steps: int = 4, **settings) -> torch.Tensor:
+    """LCMSchedule and LCMSampler in the host's SamplerCustom."""
     from comfy_extras.nodes_custom_sampler import SamplerCustom
     from lcm_lora.nodes.sampling import LCMSampler, LCMSchedule
 
-    sigmas = LCMSchedule.execute(model, steps, 1.0, 50).result[0][: (first or steps) + 1]
+    sigmas = LCMSchedule.execute(model, steps, 1.0, 50).result[0]
     sampler = LCMSampler.execute(**{"eta": 1.0, "noise_device": "cpu"} | settings).result[0]
     output = SamplerCustom.execute(
         model, True, 11, 1.0, conditioning(1), conditioning(2), sampler, sigmas, latent

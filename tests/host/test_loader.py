@@ -178,17 +178,3 @@ def test_only_files_it_can_read_are_offered(comfy, model, path):
     path.with_suffix(".ckpt").write_bytes(b"")
     options = LCMLoRALoader.INPUT_TYPES()["required"]["lora_name"][1]["options"]
     assert NAME in options and not any(name.endswith(".ckpt") for name in options)
-
-
-def test_the_correction_of_one_step_comes_out_of_the_file(model, path):
-    from lcm_lora.nodes.loader import LCMLoRALoader
-
-    def loaded(told: str | None):
-        save_file(dialects(model)["kohya"], path, {"lcm_lora.one_step": told} if told else None)
-        (found,) = LCMLoRALoader.execute(model, NAME, 1.0, "auto").result
-        return found.get_model_object("model_sampling").correction
-
-    assert loaded(None) is None
-    assert loaded('{"scale": [1, 2, 3, 4], "shift": [0, 0, 0, 1]}').shift == (0, 0, 0, 1)
-    with pytest.raises(ValueError, match=f"{NAME}, lcm_lora.one_step in its metadata: expected"):
-        loaded("seven")

@@ -17,7 +17,7 @@ from lcm_lora.tests.host.random_unet import (
     patched,
     picture,
 )
-from lcm_lora.tests.host.reference import SCALE, assert_same
+from lcm_lora.tests.host.reference import assert_same
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -139,39 +139,6 @@ def test_a_noise_mask_keeps_what_it_covers():
         assert torch.equal(result["noise_mask"], mask)
 
 
-def test_the_correction_is_of_one_step_of_a_whole_new_picture():
-    from lcm_lora.samplers.correction import Correction
-    from lcm_lora.samplers.host import patch_sampling
-
-    correction = Correction((1.1, 0.9, 2.0, 1.0), (0.1, 0.0, -0.2, 0.3))
-    model = patch_sampling(build("v"), "lcm", correction)
-
-    def difference(steps: int, at=model, **settings) -> torch.Tensor:
-        on, off = (
-            ours(at, steps, correct_channels=switch, **settings)["samples"]
-            for switch in (True, False)
-        )
-        if steps == 1 and not settings and at is model:  # the LATENT's scale is not the model's
-            torch.testing.assert_close(on * SCALE, correction(off * SCALE))
-            assert torch.equal(on, one_by_one(model, empty(), 1, correct_channels=True))
-        return (on - off).abs()
-
-    assert difference(1).min() > 1e-6
-    # Half of a run is none: what is left of the noise has to keep its deviation.
-    for of, steps in ((model, 4), (build("v"), 1)):
-        pair = [one_by_one(of, empty(), steps, 1, correct_channels=on) for on in (True, False)]
-        assert torch.equal(*pair)
-    for nothing in (
-        difference(2), difference(1, denoise=0.5, latent=picture()),
-        difference(1, at=patched(build("v"))), difference(1, at=build("v")),
-    ):  # fmt: skip
-        assert not nothing.any()
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., :4] = 1
-    kept = difference(1, latent={**picture(), "noise_mask": mask})
-    assert kept[..., :4].min() > 1e-6 and not kept[..., 4:].any()
-
-
 def test_inputs_stay_as_they_were():
     model = build("v")
     own = model.get_model_object("model_sampling")
@@ -275,5 +242,5 @@ def test_the_schemas_load():
     ports = sampling.LCMKSampler.GET_SCHEMA().inputs
     ids = [port.id for port in ports]
     assert ids[:8] == ["model", "seed", "steps", "cfg", "positive", "negative", "latent", "denoise"]
-    assert ids[8:] == ["eta", "noise_device", "correct_channels"]
+    assert ids[8:] == ["eta", "noise_device"]
     assert all(port.advanced and port.optional for port in ports[8:])

@@ -55,7 +55,7 @@ def run(family: str, prediction: str, eta: float | None = None, left: str = ""):
     with torch.no_grad(), ReadBack() as read:
         result = sample_lcm_exact(
             model, x, sigmas, {"seed": 1}, disable=True,
-            eta=eta, noise_device="cpu", batch_index=None, correct_channels=False,
+            eta=eta, noise_device="cpu", batch_index=None,
         )  # fmt: skip
     return result, read.count
 

@@ -119,7 +119,7 @@ def test_a_baked_in_style_is_in_the_file(job):
         wanted = sum(part.matrix() * weight for part, weight in parts if part)
         torch.testing.assert_close(delta.matrix(), wanted, rtol=5e-3, atol=1e-4)
     told = made.metadata
-    assert told["lcm_lora.family"] == "lcm" and "lcm_lora.one_step" in told
+    assert told["lcm_lora.family"] == "lcm"
     assert json.loads(told["lcm_lora.style_loras"]) == [[assemble.STYLE_LORA.name, 0.8]]
 
 
@@ -130,46 +130,6 @@ def test_a_job_whose_last_word_was_lost_is_done_all_the_same(job):
     (spec.parent / "status.json").write_text('{"state": "running"}')
     assert done(spec).read_bytes() == before
     assert status(spec)["state"] == "done"
-
-
-def test_the_correction_in_its_file_brings_one_step_to_the_banks_statistics(
-    job, toy_checkpoint, banks
-):
-    import comfy.sd
-    from lcm_lora.lora.acceleration import ONE_STEP
-    from lcm_lora.lora.host import apply
-    from lcm_lora.samplers import host
-    from lcm_lora.samplers.correction import parse
-    from lcm_lora.training.bank import Bank
-
-    vector = files.read(done(job(data={"prompts": PROMPTS, "count": 32, "draw_steps": 4})))
-    model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(toy_checkpoint))[:3]
-    model, _, _ = apply(model, None, vector, 1.0, 0.0)
-    model = host.patch_sampling(model, "lcm", parse(vector.metadata[ONE_STEP]))
-    bank = Bank(banks / vector.metadata["lcm_lora.bank"])
-    scale = model.model.latent_format.scale_factor
-    wanted = bank.batch(range(len(bank)))[0] / scale
-    prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in PROMPTS]
-
-    def off(correct: bool) -> list[float]:
-        """How far means and deviations of one step's pictures are from the bank's."""
-        empty = {"samples": torch.zeros(32, 4, 8, 8)}
-        drawn = torch.cat([
-            host.sample(model, i, 1, 1.0, text, text, empty, correct_channels=correct)["samples"]
-            for i, text in enumerate(prompts)
-        ])  # fmt: skip
-        return [float((f(drawn) - f(wanted)).abs().mean()) for f in (means, deviations)]
-
-    plain, corrected = off(False), off(True)
-    assert all(new < old / 2 for new, old in zip(corrected, plain, strict=True)), (plain, corrected)
-
-
-def means(latents: torch.Tensor) -> torch.Tensor:
-    return latents.mean((0, 2, 3))
-
-
-def deviations(latents: torch.Tensor) -> torch.Tensor:
-    return latents.std((0, 2, 3))
 
 
 def resumed(job, unbroken: bytes, kills: int, seed: int) -> None:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from lcm_lora.lora.acceleration import ONE_STEP
 from lcm_lora.lora.blocks import PRESETS, group_of, parse_weights, weighted
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.metadata import METHOD, RECIPE
@@ -83,7 +82,7 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
     vector = Vector(
         {DOWN: delta(0, 1.0), UP: delta(1), TEXT: delta(2)},
         {"lora_unet_up_blocks_0_resnets_0_norm1.diff_b": torch.ones(3)},
-        {"note": "kept", ONE_STEP: "of all of it", RECIPE: "[]"},
+        {"note": "kept", RECIPE: "[]"},
         source="style",
     )
     found = weighted(vector, parse_weights("input=0.5, output=-2, text=0"), "so")
@@ -91,7 +90,7 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
     for name, factor in ((DOWN, 0.5), (UP, -2.0)):
         expected = factor * vector.deltas[name].matrix()
         torch.testing.assert_close(found.deltas[name].matrix(), expected)
-    assert found.metadata["note"] == "kept" and ONE_STEP not in found.metadata
+    assert found.metadata["note"] == "kept"
     assert json.loads(found.metadata[RECIPE]) == [{"source": "style", "weight": 1.0, "recipe": []}]
     assert found.metadata[METHOD] == "by blocks, so"
     (diff,) = found.diffs.values()
