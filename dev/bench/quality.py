@@ -38,8 +38,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, help="pictures a seed, a multiple of 10")
     parser.add_argument("--seeds", type=int)
     parser.add_argument(
-        "--bf16", action="store_true", help="the network in bfloat16: half the time"
-    )
+        "--bf16", action="store_true",
+        help="the network in bfloat16: half the time where the processor has it",
+    )  # fmt: skip
     parser.add_argument(
         "--stabilisers", action="store_true", help="eta and other options of the LCM-LoRA, no bars"
     )
