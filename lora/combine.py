@@ -125,12 +125,17 @@ def _stack(parts: Sequence[tuple[Delta, float]]) -> Delta:
     # Some tools keep a convolution's factors as matrices, others with their kernel: keep a kernel.
     columns = max((delta.down.shape[1:] for delta, _ in plain), key=len)
     kernel = [1] * (len(columns) - 1)
-    # Stacked first, for half precision is half the memory to go through.
-    up = torch.cat([delta.up.flatten(1) for delta, _ in plain], dim=1).float()
-    down = torch.cat([delta.down.flatten(1) for delta, _ in plain], dim=0).float()
-    scales = sum(([weight * delta.scale] * delta.rank for delta, weight in plain), [])
-    up *= torch.tensor(scales, device=up.device)
-    rank = len(scales)
+    rank = sum(delta.rank for delta, _ in plain)
+    first = plain[0][0]
+    # Written into place, for time and memory go into copies here.
+    up = first.up.new_empty(first.up.shape[0], rank, dtype=torch.float32)
+    down = first.down.new_empty(rank, math.prod(columns), dtype=torch.float32)
+    begin = 0
+    for delta, weight in plain:
+        rows = slice(begin, begin := begin + delta.rank)
+        up[:, rows] = delta.up.flatten(1)
+        up[:, rows] *= weight * delta.scale
+        down[rows] = delta.down.flatten(1)
     return Delta(up.reshape(*up.shape, *kernel), down.reshape(rank, *columns), None, float(rank))
 
 
