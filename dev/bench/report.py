@@ -51,7 +51,7 @@ class Report:
         ]
         for bar in self.bars:
             verdict = "holds" if bar["holds"] else "DOES NOT HOLD"
-            held = f"{bar['value']:.3g}, at most {bar['limit']:.3g}"
+            held = f"{bar['value']:.4g}, at most {bar['limit']:.4g}"
             lines.append(f"{bar['name']}: {held}: {verdict}")
         return "\n".join(lines)
 
