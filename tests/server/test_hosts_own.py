@@ -47,7 +47,7 @@ def test_what_passes_without_the_pack_passes_with_it(host_folder, tmp_path):
     host = shutil.copytree(host_folder, tmp_path / "ComfyUI")
     pack = tools.clone(host / "custom_nodes" / "comfyui-lcm-lora")
     beside = outcomes(host, plugins, tmp_path / "beside.xml", ["tests-unit"])
-    assert sum(beside.values()) > 500
+    assert sum(beside.values()) > 300
     broken = {case for case, passed in beside.items() if not passed}
     if not broken:
         return
