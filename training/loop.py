@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -18,7 +17,7 @@ from .adapter import Adapter
 from .answers import FOLDER, Answers
 from .bank import Bank
 from .journal import Journal
-from .memory import compile_blocks, is_out_of_memory, memory, recompute_blocks
+from .memory import compile_blocks, give_back, is_out_of_memory, memory, recompute_blocks
 from .objective import lcm_loss, teacher_step
 from .phased import phased_loss
 from .processes import Processes
@@ -196,9 +195,7 @@ class Run:
 
     def _use_less_memory(self) -> None:
         self.optimiser.zero_grad()
-        gc.collect()
-        if self.teacher.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
         progress = self.progress
         if progress.micro_batch > 1:
             progress.micro_batch = math.ceil(progress.micro_batch / 2)

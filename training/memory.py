@@ -39,10 +39,15 @@ def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> li
         # Outside the handler, whose traceback would keep the tensors that did not fit.
         size = math.ceil(size / 2)
         log.warning("out of memory: going on with %d at a time", size)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
     return made
+
+
+def give_back() -> None:
+    """Frees what no tensor holds any more, on the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def keep_freed() -> None:

@@ -221,8 +221,8 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
         samples = Samples(job, teacher, prompts, spec.resolution, spec.seed)
     paths = [Path(path) for path in (spec.checkpoint, *(lora.path for lora in spec.loras))]
-    if processes.first:
-        [result.file_hash(path, Path(spec.banks)) for path in paths]
+    for path in paths if processes.first else ():
+        result.file_hash(path, Path(spec.banks))
     processes.wait()  # the others read what the first has remembered
     base_hash, *styles = [result.file_hash(path, Path(spec.banks)) for path in paths]
     strengths = [lora.strength for lora in spec.loras]

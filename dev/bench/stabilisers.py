@@ -14,9 +14,9 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...nodes.sampling import LCMKSampler
 from ..toy import data
 from . import subjects
+from .subjects import drawn
 
 PLAIN = "LCM-LoRA"
 ETAS = (0.0, 0.3, 0.7)
@@ -40,15 +40,6 @@ def columns(toy: subjects.Toy) -> dict[str, subjects.Sample]:
         **{f"cfg {GUIDED}, {name}": drawn(model, GUIDED) for name, model in guided.items()},
         "mean and deviation moved": moved(toy, drawn(toy.lcm)),
     }
-
-
-def drawn(model: ModelPatcher, cfg: float = 1.0, eta: float = -1.0) -> subjects.Sample:
-    def sample(steps, seed, positive, negative, count):
-        latent = {"samples": torch.zeros(count, 4, 8, 8)}
-        done = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0, eta)
-        return done.result[0]["samples"]
-
-    return sample
 
 
 def after(model: ModelPatcher, change: Change) -> ModelPatcher:

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import comfy.sample
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
 import nodes
 
 from ...lora import combine, files
 from ...lora.host import apply
 from ...nodes.sampling import LCMKSampler
-from ...samplers.host import patch_sampling, sampler, schedule
+from ...samplers.host import patch_sampling
 from ..toy import assemble
 from ..toy.command import GUIDANCE
 
@@ -79,9 +79,9 @@ def subjects(toy: Toy) -> dict[str, Sample]:
     return {
         "base, DDIM": host("ddim"),
         "base, DPM++ 2M": host("dpmpp_2m"),
-        "base, LCM sampler": _few_steps(toy.unlearned, GUIDANCE),
-        "LCM-LoRA": _few_steps(toy.lcm, 1.0),
-        "LCM-LoRA + style": _few_steps(toy.styled, 1.0),
+        "base, LCM sampler": drawn(toy.unlearned, GUIDANCE),
+        "LCM-LoRA": drawn(toy.lcm),
+        "LCM-LoRA + style": drawn(toy.styled),
     }
 
 
@@ -95,24 +95,16 @@ def quick_dtype() -> torch.dtype:
 
 def accelerated(toy: Toy, lora: Path, eta: float = 1.0) -> Sample:
     """The base with the LCM-LoRA of a file; eta: share of fresh noise between the steps."""
-    model = patch_sampling(apply(toy.base, None, files.read(lora), 1.0, 0.0)[0])
-
-    def sample(steps, seed, positive, negative, count):
-        latent, numbers = torch.zeros(count, 4, 8, 8), list(range(count))
-        return comfy.sample.sample_custom(
-            model, comfy.sample.prepare_noise(latent, seed, numbers), 1.0,
-            sampler(eta, batch_index=numbers), schedule(model, steps), positive, negative, latent,
-            seed=seed,
-        )  # fmt: skip
-
-    return sample
+    return drawn(patch_sampling(apply(toy.base, None, files.read(lora), 1.0, 0.0)[0]), eta=eta)
 
 
-def _few_steps(model, cfg: float) -> Sample:
+def drawn(model: ModelPatcher, cfg: float = 1.0, eta: float = -1.0) -> Sample:
+    """LCM KSampler's; eta as that node has it."""
+
     def sample(steps, seed, positive, negative, count):
         latent = {"samples": torch.zeros(count, 4, 8, 8)}
-        result = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
-        return result.result[0]["samples"]
+        done = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0, eta)
+        return done.result[0]["samples"]
 
     return sample
 
