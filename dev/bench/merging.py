@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ...lora import files
 from ...lora.combine import exact
@@ -21,19 +22,27 @@ def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
         combined, _ = exact([files.read(one), files.read(other)], settings["weights"])
         files.write(output, combined, "fp32", overwrite=True)
 
-    def reading_and_writing() -> None:
-        """No arithmetic at all: both files read, and as many numbers written as the sum has, until
-        they are on the disk, in a file that is there whole or not at all."""
+    def reading() -> dict[str, Tensor]:
+        """No arithmetic at all: both files, and as many numbers to write as the sum has."""
         a, b = load_file(one), load_file(other)
         made = {}
         for key in a.keys() | b.keys():
             parts = [each[key] for each in (a, b) if key in each]
             size = sum(part.numel() for part in parts) if parts[0].dim() else 1
             made[key] = torch.zeros(size)
+        return made
+
+    def safely() -> None:
+        """Until they are on the disk, in a file that is there whole or not at all."""
+        made = reading()
         with whole_file(output) as new:
             save_file(made, new)
 
-    merge = ours if settings["how"] == "ours" else reading_and_writing
+    def plainly() -> None:
+        """Until the system has them, over what was there."""
+        save_file(reading(), output)
+
+    merge = {"ours": ours, "safely": safely, "plainly": plainly}[settings["how"]]
 
     def step() -> tuple[float, int, float]:
         merge()
