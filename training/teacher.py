@@ -37,7 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     """Puts the host on the import path with its flags set. Call before any import of the host.
 
-    Raises ValueError when the folder holds no ComfyUI.
+    Raises ValueError when the folder holds no ComfyUI, or the device that the job asks for is not
+    there: a ComfyUI without --cpu has one, so that nobody means the processor.
     """
     if not (host / "comfy" / "sd.py").is_file():
         raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
@@ -46,8 +47,12 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     kept = [flag for flag in flags if flag not in _NO_BACKWARD | _ATTENTION]
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
-    if not has_device and (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")):
-        log.warning("there is no device %s here: training on the processor", chosen)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen and not has_device and "--cpu" not in kept and "--directml" not in " ".join(kept):
+        raise ValueError(
+            f"There is no device {chosen} here for PyTorch. Set `device` to the number of one that "
+            "there is, 0 for the first, or leave it empty."
+        )
     cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
     before = sys.argv
     sys.argv = ["lcm-lora", "--use-pytorch-cross-attention", *cpu, *kept]
