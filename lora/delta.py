@@ -81,7 +81,8 @@ class Delta:
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def plain(self) -> Delta:
-        """The same delta without a Tucker core: mid is folded into down, exactly, in float32."""
+        """The same delta as two factors that are there: a Tucker core is folded into down, exactly,
+        in float32."""
         if self.mid is None:
             return self
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
@@ -106,6 +107,15 @@ class Delta:
         return (product * self.scale).reshape(self.shape)
 
 
+class Opaque(dict[str, Tensor]):
+    """A module that is no sum: its tensors by the rest of their kohya keys, and the `shape` of what
+    it changes, [out, in, ...], or [out] alone where they tell no more (OFT)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]):
+        super().__init__(tensors)
+        self.shape = shape
+
+
 @dataclass(frozen=True)
 class Vector:
     """A whole LoRA, a vector in weight space: `theta' = theta + vector` (2311.05556, equation 3).
@@ -114,8 +124,7 @@ class Vector:
         deltas: canonical module name (kohya spelling, see names.py) to its delta.
         diffs: full-rank changes that the host's own trainer writes for norms and biases:
             `<module>.diff` for the weight, `<module>.diff_b` for the bias.
-        opaque: modules that are no sum of anything (DoRA, OFT, GLoRA), for the host to apply: their
-            tensors by the rest of the key, `dora_scale` and `lora_up.weight` say.
+        opaque: modules that are no sum of anything (DoRA, OFT, GLoRA), for the host to apply.
         metadata: strings of the file's header.
         source: what to call this vector in messages: a file name, or how it was made.
         ignored: keys of the file that are no part of a LoRA we know.
@@ -127,7 +136,7 @@ class Vector:
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = "LoRA"
     ignored: tuple[str, ...] = ()
-    opaque: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    opaque: Mapping[str, Opaque] = field(default_factory=dict)
     sha256: str = ""
 
     @property
@@ -138,16 +147,14 @@ class Vector:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each module's whole change, [out, in, ...], where its tensors tell it."""
+        """Of each module's whole change, [out, in, ...], or [out] where its tensors tell no more;
+        modules that only a bias tells of are not here."""
         told = {
             key.removesuffix(".diff"): tuple(diff.shape)
             for key, diff in self.diffs.items()
             if key.endswith(".diff")
         }
-        for name, parts in self.opaque.items():
-            up, down = (parts.get(f"lora_{part}.weight") for part in ("up", "down"))
-            if up is not None and down is not None and min(up.dim(), down.dim()) > 1:
-                told[name] = (up.shape[0], *down.shape[1:])
+        told |= {name: module.shape for name, module in self.opaque.items()}
         return told | {name: delta.shape for name, delta in self.deltas.items()}
 
     def modules(self) -> set[str]:

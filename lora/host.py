@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .delta import Vector
 from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
-from .names import UNET
+from .names import canonical_names
 from .wire import to_wire
 
 logger = logging.getLogger("lcm_lora")
@@ -95,16 +95,27 @@ def apply(
     taken: set[str] = set()
     reasons = dict.fromkeys(vector.ignored, "unknown key")
     for target, weights, keys, strength in parts:
-        for module in modules - skipped:
+        chosen: dict[str, str] = {}
+        layers: dict[str, str] = {}
+        for module in sorted(modules - skipped):
             if module not in keys or keys[module] not in weights:
                 continue
-            if wrong := _misfit(shapes, vector.diffs, module, keys[module], weights):
+            key = keys[module]
+            if wrong := _misfit(vector, shapes, module, key, weights):
                 reasons[module] = wrong
+            elif (other := layers.setdefault(key, module)) != module:
+                reasons[module] = f"the same layer as {other}, which is applied"
             else:
+                chosen[module] = key
+        read = [comfy.lora.load_lora(tensors, chosen, log_missing=False) for tensors in wires]
+        for patches in read:
+            target.add_patches(patches, strength)
+        known = {key for patches in read for key in patches}
+        for module, key in chosen.items():
+            if known & {key, _bias(key)}:
                 taken.add(module)
-        chosen = {m: keys[m] for m in taken if m in keys}
-        for tensors in wires:
-            target.add_patches(comfy.lora.load_lora(tensors, chosen, log_missing=False), strength)
+            else:
+                reasons[module] = "ComfyUI's loader does not read it"
 
     for module in modules - skipped - taken:
         reasons.setdefault(module, "not in the model")
@@ -135,15 +146,13 @@ def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
         )
     there = [model.get_key_patches("diffusion_model.") for model in (distilled, base)]
     paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
-    # Some native names have two paths; the first is the one that LoRA files use.
-    of = {native: path for path, native in reversed(paths.items()) if native.endswith(".weight")}
+    # Some native names have two paths, in an order of chance, but one canonical name.
+    of = {native: path for path, native in paths.items() if native.endswith(".weight")}
     for native in watched(list(of)):
-        path = of[native]
-        name = UNET + path.removesuffix(".weight").replace(".", "_")
+        (name,) = canonical_names([f"unet.{of[native].removesuffix('.weight')}"]).values()
         weight = f"diffusion_model.{native}"
-        bias = f"{weight.removesuffix('.weight')}.bias"
         if weight in there[0] and weight in there[1]:
-            yield name, _difference(*there, weight), _difference(*there, bias)
+            yield name, _difference(*there, weight), _difference(*there, _bias(weight))
 
 
 def _difference(ours: dict[str, list], theirs: dict[str, list], key: str) -> Tensor | None:
@@ -195,25 +204,32 @@ def _is_text(module: str) -> bool:
 
 
 def _misfit(
-    shapes: Shapes, diffs: Mapping[str, Tensor], module: str, key: str, weights: dict[str, Any]
-) -> str:
+    vector: Vector, shapes: Shapes, module: str, key: str, weights: dict[str, Any]
+) -> str:  # fmt: skip
     """Why a module cannot be added to the weight `key`; empty where it can.
 
-    Asked before patching, for the host notices at sampling only and then merely logs it. shapes,
-    diffs: the vector's.
+    Asked before patching, for the host notices at sampling only and then merely logs it. shapes:
+    the vector's, which are worked out once.
     """
     changes = [(shapes[module], key)] if module in shapes else []
-    for part, name in (("diff", key), ("diff_b", key.removesuffix(".weight") + ".bias")):
-        if (diff := diffs.get(f"{module}.{part}")) is not None:
+    for part, name in (("diff", key), ("diff_b", _bias(key))):
+        if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
             changes.append((tuple(diff.shape), name))
     for shape, name in changes:
         if name not in weights:
             return f"the model has no {name}"
         there = tuple(weights[name].shape)
+        if module in vector.opaque and len(shape) == 1:
+            there = there[:1]
         # The host reshapes, so [out, in] is as good as [out, in, 1, 1].
         if shape[0] != there[0] or math.prod(shape[1:]) != math.prod(there[1:]):
             return f"shape {list(shape)}, the model has {list(there)}"
     return ""
+
+
+def _bias(weight: str) -> str:
+    """The key of the bias beside a weight."""
+    return weight.removesuffix(".weight") + ".bias"
 
 
 def _require_family(source: str, made_for: Family | None, found: Family | None) -> None:

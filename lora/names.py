@@ -31,7 +31,8 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.(dora_scale|oft_blocks|rescale|[ab][12]\.weight)$"), None),
 )
 NOT_LINEAR = {
-    "dora_scale": "DoRA", "magnitude": "DoRA", "oft_blocks": "OFT", "rescale": "OFT",
+    "dora_scale": "DoRA", "magnitude": "DoRA",
+    "oft_blocks": "OFT or BOFT", "rescale": "OFT or BOFT",
     "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
 }  # fmt: skip
 """Parts by which a module is told to be more than a sum, and what it then is."""
@@ -39,6 +40,12 @@ NOT_LINEAR = {
 # What the host may know and we do not, by a piece of its keys.
 _UNKNOWN_ADAPTERS = (
     ("oft_diag", "OFT of the kohya kind"),
+    (".oft_r", "OFT of the PEFT kind"),
+    (".oft_R", "OFT of the PEFT kind"),
+    (".boft_", "BOFT of the PEFT kind"),
+    (".hra_u", "HRA"),
+    (".vera_lambda_", "VeRA"),
+    (".ia3_l", "IA3"),
     (".on_input", "IA3"),
     (".set_weight", "set_weight"),
     (".reshape_weight", "reshape_weight"),
@@ -50,14 +57,15 @@ _TEXT_ENCODERS = (
     ("text_encoders.clip_l.transformer.", "lora_te_"),
     ("text_encoders.clip_g.transformer.", "lora_te2_"),
     ("text_model.", "lora_te_"),
+    ("lycoris_text_model_", "lora_te_text_model_"),
 )
 # transformers 5 dropped the `text_model.` level that all other tools keep.
 _TEXT_MODEL_ROOTS = ("encoder.", "embeddings.", "final_layer_norm.")
 _OLD_TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 _UNET_ROOTS = re.compile(
-    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding"
-    r"|input_blocks|middle_block|output_blocks|time_embed|label_emb)\."
+    r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding"
+    r"|class_embedding|input_blocks|middle_block|output_blocks|time_embed|label_emb)(\.|$)"
 )
 
 _NATIVE_BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_(.+)")
@@ -75,6 +83,9 @@ _NATIVE_BASIC = {
     "lora_unet_time_embed_2": "lora_unet_time_embedding_linear_2",
     "lora_unet_label_emb_0_0": "lora_unet_add_embedding_linear_1",
     "lora_unet_label_emb_0_2": "lora_unet_add_embedding_linear_2",
+    # Another name that diffusers and the host have for the same layers.
+    "lora_unet_class_embedding_linear_1": "lora_unet_add_embedding_linear_1",
+    "lora_unet_class_embedding_linear_2": "lora_unet_add_embedding_linear_2",
     "lora_unet_out_0": "lora_unet_conv_norm_out",
     "lora_unet_out_2": "lora_unet_conv_out",
 }

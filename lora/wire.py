@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import Delta, Vector
+from .delta import Delta, Opaque, Vector
 from .family import family_of, has_two_text_encoders
-from .lycoris import loha, lokr
+from .lycoris import CORE, Product, product, rank_of, without_core
 from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
+from .opaque import opaque
 
 logger = logging.getLogger("lcm_lora")
 
@@ -45,6 +46,9 @@ def to_wire(vector: Vector) -> LoraModel:
     for module, delta in vector.deltas.items():
         if (full := diffs.get(f"{module}.diff")) is not None:
             diffs[f"{module}.diff"] = full.float() + delta.matrix().reshape(full.shape)
+            continue
+        if isinstance(delta, Product):
+            tensors |= {f"{module}.{part}": tensor for part, tensor in delta.wire().items()}
             continue
         tensors[f"{module}.lora_up.weight"] = delta.up
         tensors[f"{module}.lora_down.weight"] = delta.down
@@ -87,22 +91,22 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     config = _peft_config(metadata)
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
-    opaque: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Opaque] = {}
     for module, name in canonical_names(modules).items():
         parts = modules[module]
         if parts.keys() == {"alpha"}:
             ignored.append(f"{module}.alpha")
             continue
-        if name in deltas or name in opaque or {f"{name}.diff", f"{name}.diff_b"} & diffs.keys():
+        if name in deltas or name in others or {f"{name}.diff", f"{name}.diff_b"} & diffs.keys():
             raise ValueError(f"{source} holds two LoRAs for the module {name}; expected one.")
         try:
             for part in ("diff", "diff_b"):
                 if part in parts:
                     diffs[f"{name}.{part}"] = _diff(part, parts[part])
             if parts.keys() & NOT_LINEAR.keys():
-                opaque[name] = _as_the_host_reads(parts, _peft_alpha(config, module, parts))
+                others[name] = _opaque(parts, _peft_alpha(config, module, parts))
             elif parts.keys() - {"alpha", "diff", "diff_b"}:
-                deltas[name] = _delta(parts, _peft_alpha(config, module, parts))
+                deltas[name] = _delta(name, parts, _peft_alpha(config, module, parts))
         except ValueError as error:
             raise ValueError(f"{source}, module {name}: {error}.") from None
 
@@ -110,7 +114,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         logger.warning("%s: %d keys are no part of a LoRA: %s", source, len(ignored), ignored[:10])
     found = Vector(
         deltas, diffs, {key: value for key, value in metadata.items() if key != PEFT_METADATA},
-        source, tuple(ignored), opaque,
+        source, tuple(ignored), others,
     )  # fmt: skip
     return respelled(found, has_two_text_encoders(found.shapes))
 
@@ -142,16 +146,22 @@ def describe(vector: Vector) -> str:
     return "\n".join(lines + [f"{key}: {value[:120]}" for key, value in vector.metadata.items()])
 
 
-def _as_the_host_reads(parts: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
-    """A module's tensors by the rest of their kohya keys."""
+def _opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
+    """A module that is no sum, by the rest of its tensors' kohya keys."""
     spelled = {f"lora_{part}.weight" if part in ("up", "down", "mid") else part: tensor
                for part, tensor in parts.items() if part not in ("diff", "diff_b")}  # fmt: skip
     if (magnitude := spelled.pop("magnitude", None)) is not None:
         kernel = [1] * (parts["down"].dim() - 1 if "down" in parts else 1)
         spelled["dora_scale"] = magnitude.reshape(-1, *kernel)
+    if "alpha" in spelled:
+        alpha = _alpha(spelled["alpha"])
     if alpha is not None:
-        spelled.setdefault("alpha", torch.tensor(float(alpha)))
-    return spelled
+        spelled["alpha"] = torch.tensor(float(alpha))
+    made = opaque(spelled)
+    if CORE in made:
+        scale = 1.0 if alpha is None else alpha / rank_of(made)
+        made = Opaque(without_core(made, scale), made.shape)
+    return made
 
 
 def _diff(part: str, change: Tensor) -> Tensor:
@@ -163,19 +173,23 @@ def _diff(part: str, change: Tensor) -> Tensor:
     return change
 
 
-def _delta(parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
-    alpha = peft_alpha
-    if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
-            raise ValueError(f"its alpha has {parts['alpha'].numel()} values; expected one")
-        alpha = parts["alpha"].item()
-    for kind, read in (("hada_", loha), ("lokr_", lokr)):
-        if any(part.startswith(kind) for part in parts):
-            return read(parts, alpha)
+def _delta(name: str, parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
+    alpha = _alpha(parts["alpha"]) if "alpha" in parts else peft_alpha
+    if small := {k: part for k, part in parts.items() if k.startswith(("hada_", "lokr_"))}:
+        return product(small, alpha, name)
     for part, other in (("up", "down"), ("down", "up")):
         if part not in parts:
             raise ValueError(f"it has no {part} factor beside its {other} or mid factor")
     return Delta(parts["up"], parts["down"], parts.get("mid"), alpha)
+
+
+def _alpha(tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise ValueError(f"its alpha has {tensor.numel()} values; expected one")
+    try:
+        return float(tensor.item())
+    except (TypeError, NotImplementedError):
+        raise ValueError(f"its alpha is of {tensor.dtype}; expected a real number") from None
 
 
 def _peft_alpha(
@@ -185,7 +199,7 @@ def _peft_alpha(
     prefix = module.partition(".")[0] + "."
     if f"{prefix}lora_alpha" not in config:
         prefix = ""
-    alpha = config.get(f"{prefix}lora_alpha")
+    alpha, inner = config.get(f"{prefix}lora_alpha"), module.removeprefix(prefix)
     patterns = config.get(f"{prefix}alpha_pattern") or {}
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if not _PLAIN_PATTERN.fullmatch(pattern):
@@ -193,9 +207,10 @@ def _peft_alpha(
                 f"its header gives alpha by the regular expression {pattern[:80]!r}; expected the "
                 "name of a module"
             )
-        # PEFT reads it as a regular expression for the end of the module's path, or all of it.
+        # PEFT reads it as a regular expression for the end of the module's path, or all of it, and
+        # the path is that within the UNet or text encoder.
         name = pattern.removeprefix("^")
-        if module == name or (name == pattern and module.endswith(f".{name}")):
+        if inner == name or (name == pattern and inner.endswith(f".{name}")):
             alpha = value
             break
     if alpha is None or "down" not in parts or parts["down"].dim() == 0:

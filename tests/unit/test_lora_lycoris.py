@@ -1,5 +1,7 @@
 """LoHa, LoKr and LoCon files made by LyCORIS, against the weights that LyCORIS itself makes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lcm_lora.lora.wire import from_wire, parse, to_wire
@@ -59,6 +61,35 @@ def test_a_file_of_lycoris_is_read_exactly(kind, shape, options):
     torch.testing.assert_close(found.matrix().reshape(delta.shape), delta, rtol=1e-5, atol=1e-6)
     again = from_wire(to_wire(vector)).deltas[NAME]
     torch.testing.assert_close(again.matrix(), found.matrix())
+
+
+def test_a_product_is_kept_as_its_factors_and_scaled_with_them():
+    """LoKr is not formed before it is added up: whole it is a thousand times as large."""
+    tensors = {f"{NAME}.lokr_w1": torch.randn(64, 64), f"{NAME}.lokr_w2": torch.randn(128, 128)}
+    vector = parse(tensors, {}, "a")
+    delta = vector.deltas[NAME]
+    assert delta.up.is_meta and delta.down.is_meta and delta.shape == (8192, 8192)
+    half = to_wire(replace(vector, deltas={NAME: delta.scaled(0.5)}))
+    assert sum(tensor.numel() for tensor in half.values()) == 64**2 + 128**2
+    torch.testing.assert_close(half[f"{NAME}.lokr_w1"], tensors[f"{NAME}.lokr_w1"] / 2)
+    for part in (1, 2):
+        tensors[f"{NAME}.lokr_w{part}"] = torch.ones(500, 500)
+    with pytest.raises(ValueError, match=r"product is \[250000, 250000\]; no layer"):
+        parse(tensors, {}, "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("loha", {"use_tucker": True}), ("lokr", {"use_tucker": True, "factor": 4}), ("lokr", {})],
+)
+def test_a_kernel_is_kept_where_parts_or_name_tell_it(kind, options):
+    """Other programs want a convolution's factors with their kernel."""
+    tensors, delta = made(kind, CONV, lora_dim=2, **options)
+    name = NAME.replace("attentions_0_proj_in", "resnets_0_conv1")
+    tensors = {key.replace(NAME, name): tensor for key, tensor in tensors.items()}
+    found = parse(tensors, {}, "a").deltas[name]
+    assert found.shape == found.plain().shape == CONV
+    torch.testing.assert_close(found.matrix(), delta, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,9 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
             "up",
         ),
         ("diffusion_model.out.0.diff_b", "lora_unet_conv_norm_out", "diff_b"),
+        ("base_model.model.conv_in.lora_A.weight", "lora_unet_conv_in", "down"),
+        ("conv_norm_out.diff", "lora_unet_conv_norm_out", "diff"),
+        ("unet.class_embedding.linear_1.alpha", "lora_unet_add_embedding_linear_1", "alpha"),
         (
             "diffusion_model.middle_block.2.in_layers.0.diff",
             "lora_unet_mid_block_resnets_1_norm1",
@@ -169,19 +172,23 @@ def test_adapters_that_are_not_known_are_named_and_refused(piece):
 
 
 @pytest.mark.parametrize(
-    ("piece", "kind"),
+    ("pieces", "kind"),
     [
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector", "DoRA"),
-        ("lora_magnitude_vector.default.weight", "DoRA"),
-        ("oft_blocks", "OFT"),
-        ("a1.weight", "GLoRA"),
+        ({"dora_scale": (8,)}, "DoRA"),
+        ({"lora_magnitude_vector": (8,)}, "DoRA"),
+        ({"lora_magnitude_vector.default.weight": (8,)}, "DoRA"),
+        ({"oft_blocks": (2, 4, 4), "rescale": (8, 1)}, "OFT or BOFT"),
+        (
+            {"a1.weight": (9, 2), "a2.weight": (2, 9), "b1.weight": (8, 2), "b2.weight": (2, 9)},
+            "GLoRA",
+        ),
     ],
 )
-def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(piece, kind):
+def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(pieces, kind):
     from lcm_lora.lora.combine import exact
 
-    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.{piece}": torch.ones(2)}
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight")
+    tensors |= {f"{Q}.{piece}": torch.ones(shape) for piece, shape in pieces.items()}
     vector = parse(tensors, {}, "a")
     assert vector.opaque_kinds == kind and vector.modules() == {Q} and not vector.deltas
     wire = to_wire(vector)
@@ -190,6 +197,30 @@ def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(piece, kind):
     assert from_wire(wire).opaque.keys() == {Q}
     with pytest.raises(ValueError, match=f"a holds {kind} weights.*Apply it alone"):
         exact([vector], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "says"),
+    [
+        ({"dora_scale": (8,)}, "no lora_up.weight beside it"),
+        ({"dora_scale": (7,), "lora_up.weight": (8, 2), "lora_down.weight": (2, 6)}, "7 numbers"),
+        ({"dora_scale": (8,), "hada_w1_a": (8, 2)}, "it has no hada_w1_b"),
+        ({"rescale": (8,)}, "its oft_blocks are none"),
+        ({"oft_blocks": (8, 1)}, r"its oft_blocks are \[8, 1\]"),
+        ({"a1.weight": (9, 2)}, "a2.weight missing"),
+    ],
+)
+def test_half_of_a_module_that_is_no_sum_is_refused(pieces, says):
+    tensors = {f"{Q}.{piece}": torch.ones(shape) for piece, shape in pieces.items()}
+    with pytest.raises(ValueError, match=f"a, module {Q}: .*{says}"):
+        parse(tensors, {}, "a")
+
+
+def test_the_shape_of_a_dora_is_that_of_what_it_scales():
+    core = {"lora_up.weight": (8, 2, 1, 1), "lora_down.weight": (2, 6, 1, 1)}
+    core |= {"lora_mid.weight": (2, 2, 3, 3), "dora_scale": (8, 1, 1, 1)}
+    vector = parse({f"{Q}.{piece}": torch.ones(shape) for piece, shape in core.items()}, {}, "a")
+    assert vector.shapes == {Q: (8, 6, 3, 3)}
 
 
 def test_two_spellings_of_one_module_in_one_file_are_refused():
