@@ -115,7 +115,7 @@ def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vecto
     return replace(
         vector,
         deltas={name: delta.scaled(of[name]) for name, delta in vector.deltas.items() if of[name]},
-        diffs={key: diff * factor for key, (diff, factor) in diffs.items() if factor},
+        diffs={key: diff.float() * factor for key, (diff, factor) in diffs.items() if factor},
         opaque={name: parts for name, parts in vector.opaque.items() if of[name]},
         metadata=metadata,
         source=f"{vector.source} [{told}]",

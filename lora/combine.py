@@ -19,7 +19,7 @@ from .family import family_of, has_two_text_encoders
 from .loss import Loss
 from .metadata import agreed, recipe
 from .nearest import nearest
-from .wire import respelled
+from .wire import left_out, respelled
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:
@@ -41,7 +41,9 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
     for name, holders in _holders(terms).items():
         deltas[name] = _stack([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
         ranks = [terms[i][0].deltas[name].rank for i in holders]
-        grams.add(place_of(name), deltas[name], holders, ranks)
+        inner = grams.add(place_of(name), deltas[name], holders, ranks)
+        if not inner.isfinite().all():
+            _require_finite(name, [terms[i][0] for i in holders])
     metadata = _metadata(terms, "exact")
     combined = Vector(deltas, _sum_diffs(terms), metadata, _source(terms))
     return combined, f"{_report(terms, combined)}\n{grams}".rstrip()
@@ -76,6 +78,8 @@ def elementwise(
         parts = [(terms[i][0].deltas[name], terms[i][1]) for i in of[name]]
         shape = max((delta.shape for delta, _ in parts), key=len)
         changes = torch.stack([weight * d.matrix().view(shape) for d, weight in parts]).to(device)
+        if not changes.isfinite().all():
+            _require_finite(name, [terms[i][0] for i in of[name]])
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         merged = rule.merge(changes, density, generator)
         before = sum(delta.rank for delta, _ in parts)
@@ -114,9 +118,11 @@ def _holders(terms: Sequence[tuple[Vector, float]]) -> dict[str, list[int]]:
         for name in vector.deltas:
             found.setdefault(name, []).append(place)
     for name, places in found.items():
-        _require_one_shape(
-            name, [(terms[i][0].source, terms[i][0].deltas[name].shape) for i in places]
-        )
+        shapes = [(terms[i][0].source, terms[i][0].deltas[name].shape) for i in places]
+        # A full difference of the same weight is added to it.
+        key = f"{name}.diff"
+        shapes += [(v.source, v.diffs[key].shape) for v, _ in terms if key in v.diffs]
+        _require_one_shape(name, shapes)
     return found
 
 
@@ -176,6 +182,15 @@ def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -
         )
 
 
+def _require_finite(name: str, vectors: Sequence[Vector]) -> None:
+    for vector in vectors:
+        if not vector.deltas[name].matrix().isfinite().all():
+            raise ValueError(
+                f"{vector.source} has numbers in {name} that are not finite, so that no sum of it "
+                "is: the file is broken or its training was. Leave it out."
+            )
+
+
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
     """What all agree on, the acceleration that one of them brings, and how it was made of them."""
     vectors = [vector for vector, _ in terms]
@@ -189,6 +204,7 @@ def _source(terms: Sequence[tuple[Vector, float]]) -> str:
 def _report(terms: Sequence[tuple[Vector, float]], combined: Vector) -> str:
     lines = [
         f"{weight:g} x {vector.source}: {len(vector.modules())} modules, rank {vector.ranks()}"
+        + (f"; {told}" if (told := left_out(vector)) else "")
         for vector, weight in terms
     ]
     holders = Counter(module for vector, _ in terms for module in vector.modules())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .delta import Delta
 
@@ -20,8 +21,11 @@ class Grams:
         self.terms = terms
         self.of: dict[str, torch.Tensor] = {}
 
-    def add(self, place: str, stacked: Delta, holders: Sequence[int], ranks: Sequence[int]) -> None:
-        """Counts a module in, which the terms `holders` have, with these ranks."""
+    def add(
+        self, place: str, stacked: Delta, holders: Sequence[int], ranks: Sequence[int]
+    ) -> Tensor:  # fmt: skip
+        """Counts a module in, which the terms `holders` have, with these ranks; -> its terms' inner
+        products [terms, terms]."""
         up, down = stacked.up.flatten(1), stacked.down.flatten(1)
         products = (up.T @ up).double() * (down @ down.T).double()
         # Of which term each row of the factors is, as ones and zeros.
@@ -32,6 +36,7 @@ class Grams:
             begin += rank
         sums = owners.T @ products @ owners
         self.of[place] = self.of[place] + sums if place in self.of else sums
+        return sums
 
     def __str__(self) -> str:
         """A line for each pair of terms: the cosine of the angle between them, as weighted."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .acceleration import FAMILY, acceleration
-from .delta import Vector
+from .delta import Delta, Vector
 from .metadata import standard
 from .whole import sha256, whole_file
-from .wire import parse, to_wire
+from .wire import PEFT_METADATA, one_change, parse
 
 logger = logging.getLogger("lcm_lora")
 
 SUFFIX = ".safetensors"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LOST = 0.02  # of a tensor's norm, by rounding to fewer bits, is worth a word; bf16 loses 0.002
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a file's header
 
 _WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -47,7 +50,7 @@ def read(path: Path) -> Vector:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = (file.metadata() or {}) | _beside(path)
             # Copies, for a mapped file that is overwritten later would change or crash under us.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (SafetensorError, ValueError) as error:
@@ -56,6 +59,15 @@ def read(path: Path) -> Vector:
             "It may be truncated; download or save it again."
         ) from error
     return parse(tensors, metadata, path.name)
+
+
+def _beside(path: Path) -> dict[str, str]:
+    """What PEFT keeps in a second file beside its own: the alphas, without which its strength is
+    lost."""
+    config = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not config.is_file():
+        return {}
+    return {PEFT_METADATA: config.read_text("utf-8", errors="replace")}
 
 
 def read_named(path: Path, name: str) -> Vector:
@@ -78,23 +90,70 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise ValueError(f"{path.name} exists already; choose another name or switch overwrite on.")
-    tensors = to_wire(vector)
-    kinds = {key: torch.float32 if key.endswith(".alpha") else DTYPES[dtype] for key in tensors}
+    tensors = _tensors(vector, DTYPES[dtype])
     # Wide numbers first, so that every tensor begins at a multiple of its numbers' size.
-    order = sorted(tensors, key=lambda key: (-kinds[key].itemsize, key))
+    order = sorted(tensors, key=lambda key: (-tensors[key].kind.itemsize, key))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new, open(new, "wb") as file:
         # Not kohya's checksums, which are of the tensors of another file.
         told = {k: v for k, v in vector.metadata.items() if not k.startswith("sshs_")}
-        metadata = told | standard(vector)
-        file.write(_header({key: (kinds[key], tensors[key].shape) for key in order}, metadata))
+        file.write(_header({key: tensors[key] for key in order}, told | standard(vector)))
         for key in order:  # one by one, so that no second copy of them all is ever in memory
-            file.write(_bytes(key, tensors[key], kinds[key]))
+            file.write(_bytes(key, tensors[key].make(), tensors[key].kind))
 
 
-def _header(
-    entries: Mapping[str, tuple[torch.dtype, torch.Size]], metadata: Mapping[str, str]
-) -> bytes:
+@dataclass(frozen=True)
+class _Tensor:
+    """One of a file: its number type, its shape, and what gives it."""
+
+    kind: torch.dtype
+    shape: Sequence[int]
+    make: Callable[[], torch.Tensor]
+
+
+def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
+    """All of a vector's, in kohya names. Every delta is a plain pair of factors and its alpha, as
+    every program reads it, and is formed when its turn comes."""
+    vector = one_change(vector)
+
+    @lru_cache(maxsize=1)  # for up and down are written one after the other
+    def formed(name: str) -> Delta:
+        plain = vector.deltas[name].plain()
+        return balanced(plain) if kind == torch.float16 else plain
+
+    found = {}
+    for name, delta in vector.deltas.items():
+        down = delta.rank, *delta.shape[1:]
+        alpha = torch.tensor(float(delta.scale * delta.rank))
+        found |= {
+            f"{name}.lora_up.weight": _Tensor(kind, delta.up.shape, lambda n=name: formed(n).up),
+            f"{name}.lora_down.weight": _Tensor(kind, down, lambda n=name: formed(n).down),
+            f"{name}.alpha": _Tensor(torch.float32, (), lambda a=alpha: a),
+        }
+    whole = {f"{n}.{part}": t for n, module in vector.opaque.items() for part, t in module.items()}
+    for key, tensor in (whole | vector.diffs).items():
+        width = torch.float32 if key.endswith(".alpha") else kind
+        found[key] = _Tensor(width, tensor.shape, lambda t=tensor: t)
+    return found
+
+
+def balanced(delta: Delta) -> Delta:
+    """The same delta with each rank's row and column about equally large, which fp16 likes best.
+
+    By powers of two, so that the product stays the same to the bit: an alpha of 1 at rank 128 in
+    the up factor leaves numbers that fp16 keeps in part only. Factors in fp16 stay as they are.
+    """
+    if delta.up.dtype == delta.down.dtype == torch.float16:
+        return delta
+    up, down = delta.up.float(), delta.down.float()
+    columns, rows = up.flatten(1).abs().amax(0), down.flatten(1).abs().amax(1)
+    shift = ((rows.log2() - columns.log2()) / 2).round().nan_to_num(0, 0, 0)
+    up = up * 2.0 ** shift.reshape(1, -1, *[1] * (up.dim() - 2))
+    down = down * 2.0 ** -shift.reshape(-1, *[1] * (down.dim() - 1))
+    return replace(delta, up=up, down=down)
+
+
+def _header(entries: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> bytes:
     """How a safetensors file begins: the length of a JSON text, and the text.
 
     Our own, for the library writes the metadata in an order of chance, and from a copy of all the
@@ -102,10 +161,10 @@ def _header(
     """
     told: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     begin = 0
-    for key, (kind, shape) in entries.items():
-        end = begin + shape.numel() * kind.itemsize
+    for key, each in entries.items():
+        end = begin + math.prod(each.shape) * each.kind.itemsize
         told[key] = {
-            "dtype": NAMES[kind], "shape": list(shape), "data_offsets": [begin, end]
+            "dtype": NAMES[each.kind], "shape": list(each.shape), "data_offsets": [begin, end]
         }  # fmt: skip
         begin = end
     text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
@@ -114,13 +173,26 @@ def _header(
 
 
 def _bytes(key: str, tensor: torch.Tensor, kind: torch.dtype) -> memoryview:
-    cast = tensor.detach().cpu().to(kind).contiguous()
-    if torch.promote_types(kind, tensor.dtype) != kind:  # not every number fits
-        if cast.isinf().any() and not tensor.isinf().any():
-            raise ValueError(f"{key} has values too large for fp16; save as bf16 or fp32.")
-        if not cast.any() and tensor.any():
-            logger.warning("%s is so small that fp16 makes it 0; bf16 or fp32 would keep it.", key)
+    given = tensor.detach().cpu()
+    if given.itemsize == 1:  # fp8, which PyTorch neither compares nor promotes
+        given = given.float()
+    cast = given.to(kind).contiguous()
+    if torch.promote_types(kind, given.dtype) != kind:  # not every number fits
+        if (cast.isinf() & given.isfinite()).any():
+            raise ValueError(
+                f"{key} has values too large for {_called(kind)}; save as bf16 or fp32."
+            )
+        lost, whole = (float(each.float().norm()) for each in (cast - given, given))
+        if lost > LOST * whole:
+            logger.warning(
+                "%s is so small that %s keeps it with an error of %.0f %%; bf16 or fp32 would keep "
+                "it.", key, _called(kind), 100 * lost / whole,
+            )  # fmt: skip
     return memoryview(cast.reshape(-1).view(torch.uint8).numpy())
+
+
+def _called(kind: torch.dtype) -> str:
+    return next(name for name, each in DTYPES.items() if each == kind)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,37 +35,46 @@ class LoraModel(dict[str, Tensor]):
         self.metadata = dict(vector.metadata)
         self.source = vector.source
         self.sha256 = vector.sha256
+        self.ignored = vector.ignored
 
 
 def to_wire(vector: Vector) -> LoraModel:
-    """A vector as tensors in kohya names; every delta gets its alpha written out.
-
-    The host takes one change of a weight: a delta beside a full one goes into that.
-    """
+    """A vector as tensors in kohya names; every LoRA gets its alpha written out."""
+    vector = one_change(vector)
     tensors: dict[str, Tensor] = {}
-    diffs = dict(vector.diffs)
     for module, delta in vector.deltas.items():
-        if (full := diffs.get(f"{module}.diff")) is not None:
-            diffs[f"{module}.diff"] = full.float() + delta.matrix().reshape(full.shape)
-            continue
-        if isinstance(delta, Product):
-            tensors |= {f"{module}.{part}": tensor for part, tensor in delta.wire().items()}
-            continue
-        tensors[f"{module}.lora_up.weight"] = delta.up
-        tensors[f"{module}.lora_down.weight"] = delta.down
-        if delta.mid is not None:
-            tensors[f"{module}.lora_mid.weight"] = delta.mid
-        alpha = delta.rank if delta.alpha is None else delta.alpha
-        tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+        parts = delta.wire() if isinstance(delta, Product) else _lora(delta)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
     for module, parts in vector.opaque.items():
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    return LoraModel(tensors | diffs, vector)
+    return LoraModel(tensors | vector.diffs, vector)
+
+
+def one_change(vector: Vector) -> Vector:
+    """The vector with one change of each weight, as the host's loader takes no more: a delta beside
+    a full difference goes into that."""
+    diffs = dict(vector.diffs)
+    deltas = dict(vector.deltas)
+    for key in diffs:
+        module, _, part = key.rpartition(".")
+        if part == "diff" and module in deltas:
+            diffs[key] = diffs[key].float() + deltas.pop(module).matrix().reshape(diffs[key].shape)
+    return replace(vector, deltas=deltas, diffs=diffs)
+
+
+def _lora(delta: Delta) -> dict[str, Tensor]:
+    parts = {"lora_up.weight": delta.up, "lora_down.weight": delta.down}
+    if delta.mid is not None:
+        parts["lora_mid.weight"] = delta.mid
+    return parts | {"alpha": torch.tensor(float(delta.scale * delta.rank))}
 
 
 def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
     """A LORA_MODEL of any node, the host's own trainer included, as a vector."""
     metadata, source = getattr(tensors, "metadata", {}), getattr(tensors, "source", "LORA_MODEL")
-    return replace(parse(tensors, metadata, source), sha256=getattr(tensors, "sha256", ""))
+    vector = parse(tensors, metadata, source)
+    ignored = (*getattr(tensors, "ignored", ()), *vector.ignored)
+    return replace(vector, sha256=getattr(tensors, "sha256", ""), ignored=ignored)
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Vector:
@@ -107,6 +117,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
                 others[name] = _opaque(parts, _peft_alpha(config, module, parts))
             elif parts.keys() - {"alpha", "diff", "diff_b"}:
                 deltas[name] = _delta(name, parts, _peft_alpha(config, module, parts))
+                _require_same_layer(deltas[name], diffs.get(f"{name}.diff"))
         except ValueError as error:
             raise ValueError(f"{source}, module {name}: {error}.") from None
 
@@ -131,6 +142,12 @@ def respelled(vector: Vector, two_encoders: bool) -> Vector:
     )  # fmt: skip
 
 
+def left_out(vector: Vector) -> str:
+    """How many keys of its file are no part of it; empty where there are none."""
+    count = len(vector.ignored)
+    return f"{count} keys are no part of a LoRA and left out" if count else ""
+
+
 def describe(vector: Vector) -> str:
     """What a vector holds, for people."""
     text = sum(name.startswith("lora_te") for name in vector.modules())
@@ -140,6 +157,8 @@ def describe(vector: Vector) -> str:
         f"{len(vector.modules())} modules, {text} of them in text encoders",
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]
+    if vector.ignored:
+        lines.append(f"{left_out(vector)}: {', '.join(vector.ignored[:10])}")
     if vector.opaque:
         kinds = vector.opaque_kinds
         lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")
@@ -183,6 +202,17 @@ def _delta(name: str, parts: Mapping[str, Tensor], peft_alpha: float | None) -> 
     return Delta(parts["up"], parts["down"], parts.get("mid"), alpha)
 
 
+def _require_same_layer(delta: Delta, diff: Tensor | None) -> None:
+    if diff is None:
+        return
+    (out, *columns), (wanted, *others) = delta.shape, diff.shape
+    if (out, math.prod(columns)) != (wanted, math.prod(others)):
+        raise ValueError(
+            f"its factors make {list(delta.shape)} and its full difference is {list(diff.shape)}; "
+            "expected one shape"
+        )
+
+
 def _alpha(tensor: Tensor) -> float:
     if tensor.numel() != 1:
         raise ValueError(f"its alpha has {tensor.numel()} values; expected one")
@@ -199,7 +229,8 @@ def _peft_alpha(
     prefix = module.partition(".")[0] + "."
     if f"{prefix}lora_alpha" not in config:
         prefix = ""
-    alpha, inner = config.get(f"{prefix}lora_alpha"), module.removeprefix(prefix)
+    alpha = config.get(f"{prefix}lora_alpha")
+    inner = module.removeprefix(prefix).removeprefix("base_model.model.")
     patterns = config.get(f"{prefix}alpha_pattern") or {}
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if not _PLAIN_PATTERN.fullmatch(pattern):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from lcm_lora.lora.acceleration import FAMILY
-from lcm_lora.lora.combine import exact
+from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.elementwise.table import RULES
 from lcm_lora.lora.metadata import METHOD, RECIPE
+from lcm_lora.lora.wire import describe, from_wire, parse, to_wire
 from torch import nn
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -184,3 +187,35 @@ def test_modules_of_different_shapes_are_refused_by_name():
 def test_weights_that_give_no_sum_are_refused(weights, words):
     with pytest.raises(ValueError, match=words):
         exact([Vector({LINEAR: linear(4)})] * 2, weights)
+
+
+def test_a_full_difference_and_factors_of_other_shapes_are_refused():
+    """As conv_in of a model and of its inpainting relative."""
+    whole = Vector({}, {f"{CONV}.diff": rand(20, 4, 3, 3)}, source="A")
+    with pytest.raises(ValueError, match=r"\[20, 12, 3, 3\] in B, \[20, 4, 3, 3\] in A"):
+        exact([whole, Vector({CONV: conv(2)}, source="B")], [1.0, 1.0])
+    tensors = {f"{CONV}.lora_up.weight": rand(20, 2), f"{CONV}.lora_down.weight": rand(2, 12)}
+    with pytest.raises(ValueError, match=r"factors make \[20, 12\].*difference is \[20, 4, 3, 3\]"):
+        parse(tensors | whole.diffs, {}, "a")
+
+
+@pytest.mark.parametrize("rule", [None, *RULES])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_told_by_file_and_module(rule, number):
+    good, bad = linear(2), linear(2)
+    bad = replace(bad, up=bad.up.index_fill(0, torch.tensor([3]), number))
+    vectors = Vector({LINEAR: good}, source="good"), Vector({LINEAR: bad}, source="bad")
+    with pytest.raises(ValueError, match=f"^bad has numbers in {LINEAR} that are not finite"):
+        if rule is None:
+            exact(vectors, [1.0, 1.0])
+        else:
+            cpu = torch.device("cpu")
+            elementwise(vectors, [1.0, 1.0], RULES[rule], 0.5, 2, 0, cpu)
+
+
+def test_keys_that_are_no_part_of_a_lora_are_told():
+    tensors = {f"{LINEAR}.lora_up.weight": rand(20, 2), f"{LINEAR}.lora_down.weight": rand(2, 12)}
+    vector = from_wire(to_wire(parse(tensors | {"bundle_emb.x": torch.ones(2)}, {}, "a")))
+    assert vector.ignored == ("bundle_emb.x",)
+    assert "1 keys are no part of a LoRA and left out: bundle_emb.x" in describe(vector)
+    assert "1 keys are no part of a LoRA" in exact([vector], [1.0])[1]

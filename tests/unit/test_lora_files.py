@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
+from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.family import family_of
-from lcm_lora.lora.files import DTYPES, fingerprint, inside, offered, read, write
+from lcm_lora.lora.files import DTYPES, balanced, fingerprint, inside, offered, read, write
 from safetensors.torch import load_file, save_file
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -66,18 +67,94 @@ def test_a_failing_write_leaves_everything_as_it_was(tmp_path, small_files, old)
 
 
 def test_values_too_small_for_fp16_are_told(tmp_path, caplog):
-    small = Vector({NAME: Delta(torch.full((20, 4), 1e-12), torch.ones(4, 768))})
+    small = Vector({NAME: Delta(torch.full((20, 4), 1e-20), torch.ones(4, 768))})
     write(tmp_path / "a.safetensors", small, "fp16", False)
-    assert "lora_up.weight is so small that fp16 makes it 0" in caplog.text
+    assert "lora_up.weight is so small that fp16 keeps it with an error of 100 %" in caplog.text
     write(tmp_path / "b.safetensors", small, "bf16", False)
     assert read(tmp_path / "b.safetensors").deltas[NAME].up.any()
 
 
 def test_values_too_large_for_fp16_are_refused(tmp_path):
-    big = Vector({NAME: Delta(torch.full((20, 4), 1e6), torch.ones(4, 768))})
+    up = torch.full((20, 4), 1e12)
+    up[0] = torch.inf  # which hides nothing
+    big = Vector({NAME: Delta(up, torch.ones(4, 768))})
     with pytest.raises(ValueError, match="too large for fp16; save as bf16 or fp32"):
         write(tmp_path / "a.safetensors", big, "fp16", overwrite=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_a_small_factor_keeps_its_precision_in_fp16(tmp_path, size):
+    """Alpha and weight go into the up factor of a sum, other ones for each of its terms."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(*s, generator=generator) for s in ((20, 4), (4, 768)))
+    whole = Delta(up * size * torch.tensor([1, 1e-3, 1, 1e3]), down)
+    assert torch.equal(balanced(whole).matrix(), whole.matrix())
+    write(tmp_path / "a.safetensors", Vector({NAME: whole}), "fp16", False)
+    found = read(tmp_path / "a.safetensors").deltas[NAME]
+    for rank in range(4):  # each by itself, for the largest would hide the others
+        made = found.up[:, rank, None].float() @ found.down[None, rank].float()
+        expected = whole.up[:, rank, None] @ whole.down[None, rank]
+        assert (made - expected).norm() <= 5e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_of_8_bits_are_written_and_weighted(tmp_path, kind):
+    factors = vector().deltas[NAME]
+    tensors = {f"{NAME}.lora_up.weight": factors.up, f"{NAME}.lora_down.weight": factors.down}
+    tensors |= {f"{NAME}.diff_b": torch.ones(20)}
+    save_file({key: t.to(kind) for key, t in tensors.items()}, tmp_path / "a.safetensors")
+    given = read(tmp_path / "a.safetensors")
+    half = weighted(given, lambda _: 0.5, "half")
+    write(tmp_path / "b.safetensors", half, "fp16", False)
+    found = read(tmp_path / "b.safetensors")
+    torch.testing.assert_close(
+        found.deltas[NAME].matrix(), given.deltas[NAME].matrix() / 2, rtol=1e-3, atol=1e-3
+    )
+    assert (found.diffs[f"{NAME}.diff_b"] == 0.5).all()
+
+
+def test_products_and_cores_are_written_as_two_factors(tmp_path):
+    """Other programs read no LoHa, LoKr or Tucker core in a file of kohya's kind."""
+    conv = NAME.replace("attentions_0_transformer_blocks_0_attn2_to_k", "resnets_0_conv1")
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        f"{NAME}.lokr_w1": (2, 4), f"{NAME}.lokr_w2": (10, 192),
+        f"{conv}.lora_up.weight": (8, 2, 1, 1), f"{conv}.lora_down.weight": (2, 6, 1, 1),
+        f"{conv}.lora_mid.weight": (2, 2, 3, 3),
+    }  # fmt: skip
+    tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    given = read(tmp_path / "a.safetensors")
+    write(tmp_path / "b.safetensors", given, "fp32", False)
+    written = load_file(tmp_path / "b.safetensors")
+    assert {key.rpartition(f"{NAME}.")[2].rpartition(f"{conv}.")[2] for key in written} == {
+        "lora_up.weight", "lora_down.weight", "alpha"
+    }  # fmt: skip
+    found = read(tmp_path / "b.safetensors")
+    for name, delta in given.deltas.items():
+        assert found.deltas[name].shape == delta.shape
+        torch.testing.assert_close(found.deltas[name].matrix(), delta.matrix())
+
+
+@pytest.mark.parametrize("pattern", [{}, {"to_k": 2}, {"^down_blocks.0.to_k": 2}])
+def test_alphas_in_the_file_beside_pefts_own_are_used(tmp_path, pattern):
+    peft = pytest.importorskip("peft", reason="peft is a developer's package")
+    layers = torch.nn.ModuleDict({name: torch.nn.Linear(6, 8) for name in ("to_q", "to_k")})
+    net = torch.nn.ModuleDict({"down_blocks": torch.nn.ModuleList([layers])})
+    before = {name: weight.clone() for name, weight in net.state_dict().items()}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["to_q", "to_k"], alpha_pattern=pattern,
+        init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.get_peft_model(net, config)
+    model.save_pretrained(tmp_path)
+    vector = read(tmp_path / "adapter_model.safetensors")
+    merged = model.merge_and_unload().state_dict()
+    for name in ("to_q", "to_k"):
+        key = f"down_blocks.0.{name}.weight"
+        found = vector.deltas[f"lora_unet_down_blocks_0_{name}"].matrix()
+        torch.testing.assert_close(found, merged[key] - before[key], rtol=1e-5, atol=1e-6)
 
 
 def whole_file() -> bytes:

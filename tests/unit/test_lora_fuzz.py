@@ -29,8 +29,8 @@ MODULES = (
 PARTS = (
     ".lora_up.weight", ".lora_down.weight", ".lora_mid.weight", ".alpha", ".lora_A.weight",
     ".lora_B.weight", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".lokr_w1",
-    ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2", ".diff", ".diff_b", ".dora_scale", ".oft_blocks",
-    ".lora_magnitude_vector", ".a1.weight", "",
+    ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2", ".rescale", ".diff", ".diff_b",
+    ".dora_scale", ".oft_blocks", ".lora_magnitude_vector", ".a1.weight", "",
 )  # fmt: skip
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
 NUMBERS = (0, 1, -1, 2**31, 2**63 - 1, 2**64, -(2**63), 1.5, None, "1", [], True)

@@ -70,6 +70,25 @@ def test_nothing_is_lost_where_nothing_is_to_be_lost():
         assert (dense(found.deltas[name]) - dense(old)).norm() <= 2e-6 * dense(old).norm()
 
 
+def test_equal_singular_values_are_enough_for_a_share():
+    same = Delta(torch.eye(64)[:, :16].contiguous(), torch.eye(48)[:16].contiguous())
+    found, kept = truncated(Vector({"same": same}), keep_energy=0.9)
+    assert kept.energy >= 0.9 and found.deltas["same"].rank >= 15
+
+
+def test_small_values_of_a_wide_layer_are_no_rounding():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(10240, 32, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(1280, 32, generator=generator)).Q
+    values = torch.full((32,), 1e-3)
+    values[0] = 1
+    wide = Vector({"wide": Delta(left * values, right.T.contiguous())})
+    found, kept = truncated(wide)
+    assert found.deltas["wide"].rank == 32 and kept.error < 1e-6
+    _, kept = truncated(wide, keep_energy=1 - 1e-3**2)
+    assert kept.error <= 1e-3
+
+
 def test_a_vector_of_zeros_stays_one():
     zero = Delta(torch.zeros(4, 2), torch.ones(2, 5))
     found, kept = truncated(Vector({"zero": zero}), rank=1)
