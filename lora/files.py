@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .acceleration import FAMILY, acceleration
 from .delta import Delta, Vector
+from .family import cross_attention_width
 from .metadata import standard
 from .whole import sha256, whole_file
 from .wire import PEFT_METADATA, one_change, parse
@@ -28,6 +29,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOST = 0.02  # of a tensor's norm, by rounding to fewer bits, is worth a word; bf16 loses 0.002
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a file's header
 
+# SD1 leads into its transformers by convolutions; LyCORIS' products do not tell that.
+_PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
 _WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
@@ -115,6 +118,7 @@ def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
     """All of a vector's, in kohya names. Every delta is a plain pair of factors and its alpha, as
     every program reads it, and is formed when its turn comes."""
     vector = one_change(vector)
+    width = cross_attention_width(vector.shapes)
 
     @lru_cache(maxsize=1)  # for up and down are written one after the other
     def formed(name: str) -> Delta:
@@ -123,10 +127,13 @@ def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
 
     found = {}
     for name, delta in vector.deltas.items():
-        down = delta.rank, *delta.shape[1:]
+        out, columns, *kernel = delta.shape
+        if not kernel and width == 768 and _PROJECTION.fullmatch(name):
+            kernel = [1, 1]
+        up, down = (out, delta.rank, *[1] * len(kernel)), (delta.rank, columns, *kernel)
         alpha = torch.tensor(float(delta.scale * delta.rank))
         found |= {
-            f"{name}.lora_up.weight": _Tensor(kind, delta.up.shape, lambda n=name: formed(n).up),
+            f"{name}.lora_up.weight": _Tensor(kind, up, lambda n=name: formed(n).up),
             f"{name}.lora_down.weight": _Tensor(kind, down, lambda n=name: formed(n).down),
             f"{name}.alpha": _Tensor(torch.float32, (), lambda a=alpha: a),
         }

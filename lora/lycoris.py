@@ -29,8 +29,11 @@ Parts = Mapping[str, Tensor]
 
 CORE = "lokr_t2"
 LARGEST = 1 << 28  # numbers of a layer; the largest of these models, a text encoder's, has 2^26
-# Layers of these names have a kernel of 3 x 3, which flat factors do not tell.
-_THREE = re.compile(r".*(_conv[12]|_conv_in|_conv_out|samplers_0_conv)")
+# Convolutions by their names, whose kernels flat factors do not tell.
+_KERNELS = (
+    (re.compile(r".*(_conv[12]|_conv_in|_conv_out|samplers_0_conv)"), (3, 3)),
+    (re.compile(r".*_conv_shortcut"), (1, 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def product(parts: Parts, alpha: float | None, name: str = "") -> Product:
         ValueError: a factor is missing, shapes do not multiply, or the product is larger than any
             layer.
     """
-    kernel = (3, 3) if _THREE.fullmatch(name) else ()
+    kernel = next((kernel for pattern, kernel in _KERNELS if pattern.fullmatch(name)), ())
     shapes = {part: tensor.to("meta") for part, tensor in parts.items()}
     outline, rank = _formed(shapes, kernel), rank_of(parts)
     size = outline.shape[0] * outline.down[0].numel()

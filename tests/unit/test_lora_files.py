@@ -117,24 +117,27 @@ def test_factors_of_8_bits_are_written_and_weighted(tmp_path, kind):
 def test_products_and_cores_are_written_as_two_factors(tmp_path):
     """Other programs read no LoHa, LoKr or Tucker core in a file of kohya's kind."""
     conv = NAME.replace("attentions_0_transformer_blocks_0_attn2_to_k", "resnets_0_conv1")
+    proj = "lora_unet_down_blocks_0_attentions_0_proj_in"  # a convolution in SD1
     generator = torch.Generator().manual_seed(0)
     shapes = {
         f"{NAME}.lokr_w1": (2, 4), f"{NAME}.lokr_w2": (10, 192),
         f"{conv}.lora_up.weight": (8, 2, 1, 1), f"{conv}.lora_down.weight": (2, 6, 1, 1),
         f"{conv}.lora_mid.weight": (2, 2, 3, 3),
+        f"{proj}.lokr_w1": (2, 2), f"{proj}.lokr_w2": (3, 3),
     }  # fmt: skip
     tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     save_file(tensors, tmp_path / "a.safetensors")
     given = read(tmp_path / "a.safetensors")
     write(tmp_path / "b.safetensors", given, "fp32", False)
     written = load_file(tmp_path / "b.safetensors")
-    assert {key.rpartition(f"{NAME}.")[2].rpartition(f"{conv}.")[2] for key in written} == {
-        "lora_up.weight", "lora_down.weight", "alpha"
-    }  # fmt: skip
+    parts = {"lora_up.weight", "lora_down.weight", "alpha"}
+    assert written.keys() == {f"{name}.{part}" for name in (NAME, conv, proj) for part in parts}
     found = read(tmp_path / "b.safetensors")
+    assert written[f"{proj}.lora_down.weight"].dim() == 4
     for name, delta in given.deltas.items():
-        assert found.deltas[name].shape == delta.shape
-        torch.testing.assert_close(found.deltas[name].matrix(), delta.matrix())
+        matrix = found.deltas[name].matrix()
+        assert matrix.shape == ((6, 6, 1, 1) if name == proj else delta.shape)
+        torch.testing.assert_close(matrix.reshape(delta.shape), delta.matrix())
 
 
 @pytest.mark.parametrize("pattern", [{}, {"to_k": 2}, {"^down_blocks.0.to_k": 2}])
