@@ -43,15 +43,13 @@ class Product(Delta):
 
     Attributes:
         parts: the factors as a file holds them, by LyCORIS' names.
-        kernel: of a convolution, where it is known; () else.
     """
 
     parts: Parts = field(default_factory=dict)
-    kernel: tuple[int, ...] = ()
 
     def plain(self) -> Delta:
-        formed = _formed(self.parts, self.kernel)
-        return Delta(formed.up, formed.down, None, self.alpha)
+        up, down = _formed(self.parts, self.rank)
+        return Delta(up.reshape(self.up.shape), down.reshape(self.down.shape), None, self.alpha)
 
     def wire(self) -> dict[str, Tensor]:
         """The parts for the host, with the alpha, or the factor, that gives this delta's scale."""
@@ -65,7 +63,7 @@ class Product(Delta):
 def without_core(parts: Parts, scale: float) -> dict[str, Tensor]:
     """A LoKr's parts with its Tucker core and the scale multiplied into a whole lokr_w2: ComfyUI
     0.30 fails at the core, with no more than a line in its log."""
-    a, b = _pair(parts, "lokr_w2", CORE)
+    a, b = _pair(parts, 2)
     whole = (a @ b * scale).unflatten(1, (-1, *parts[CORE].shape[2:]))
     told = {part: t for part, t in parts.items() if part not in ("lokr_w2_a", "lokr_w2_b", CORE)}
     # Of a w1 in two factors the host would take the rank: an alpha that is the rank is no scale.
@@ -74,23 +72,41 @@ def without_core(parts: Parts, scale: float) -> dict[str, Tensor]:
 
 
 def product(parts: Parts, alpha: float | None, name: str = "") -> Product:
-    """The delta of a module's `hada_...` or `lokr_...` parts; name: the module's.
+    """The delta of a module's parts; name: the module's.
+
+    parts: of a Hadamard product (LoHa) `hada_w1_a` [out, r], `hada_w1_b` [r, columns] and the same
+    of w2; with Tucker cores `hada_t1` and `hada_t2` [r, r, kh, kw] they are [r, out] and [r, in].
+    Of a Kronecker product (LoKr) `lokr_w1` [p, q] or its factors, and `lokr_w2` [s, t, ...] or its
+    factors, with or without the core `lokr_t2`.
 
     Raises:
         ValueError: a factor is missing, shapes do not multiply, or the product is larger than any
             layer.
     """
-    kernel = next((kernel for pattern, kernel in _KERNELS if pattern.fullmatch(name)), ())
-    shapes = {part: tensor.to("meta") for part, tensor in parts.items()}
-    outline, rank = _formed(shapes, kernel), rank_of(parts)
-    size = outline.shape[0] * outline.down[0].numel()
-    if size > LARGEST:
+    one, two = (_side(parts, i) for i in (1, 2))
+    if _is_loha(parts):
+        if (one.rows, one.columns) != (two.rows, two.columns):
+            raise ValueError(
+                f"its Hadamard factors are of [{one.rows}, {one.columns}] and "
+                f"[{two.rows}, {two.columns}]; expected the same shape"
+            )
+        rows, columns = one.rows, one.columns
+    else:
+        rows, columns = one.rows * two.rows, one.columns * two.columns
+    kernel = two.kernel or one.kernel
+    if not kernel:
+        kernel = next((kernel for pattern, kernel in _KERNELS if pattern.fullmatch(name)), ())
+        kernel = kernel if columns % math.prod(kernel) == 0 else ()
+    if rows * columns > LARGEST:
         raise ValueError(
-            f"its product is {list(outline.shape)}; no layer of these models has more than "
-            f"{LARGEST} numbers"
+            f"its product is [{rows}, {columns}]; no layer of these models has more than {LARGEST} "
+            "numbers"
         )
-    scale = alpha / rank if rank is not None and alpha is not None else 1.0
-    return Product(outline.up, outline.down, None, scale * outline.rank, dict(parts), kernel)
+    rank, divisor = min(one.rank * two.rank, rows, columns), rank_of(parts)
+    scale = alpha / divisor if divisor is not None and alpha is not None else 1.0
+    shapes = (rows, rank, *[1] * len(kernel)), (rank, columns // math.prod(kernel), *kernel)
+    up, down = (torch.empty(shape, device="meta") for shape in shapes)
+    return Product(up, down, None, scale * rank, dict(parts))
 
 
 def rank_of(parts: Parts) -> int | None:
@@ -99,75 +115,40 @@ def rank_of(parts: Parts) -> int | None:
     return next((factor.shape[0] for factor in found), None)
 
 
-def _formed(parts: Parts, kernel: tuple[int, ...]) -> Delta:
-    """Both factors, without a scale."""
-    known = _loha if any(part.startswith("hada_") for part in parts) else _lokr
-    up, down, told = known(parts)
-    kernel = told or kernel
-    if kernel and down.shape[1] % math.prod(kernel) == 0:
-        up, down = up.unflatten(1, (-1, *[1] * len(kernel))), down.unflatten(1, (-1, *kernel))
-    return Delta(up, down)
+def _is_loha(parts: Parts) -> bool:
+    return any(part.startswith("hada_") for part in parts)
 
 
-def _loha(parts: Parts) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """A Hadamard product of two products (FedPara, arXiv 2108.06098, proposition 2); -> (up, down,
-    the kernel where the parts tell it).
+@dataclass(frozen=True)
+class _Side:
+    """One of the two matrices of a product: its size, its rank, and the kernel if it tells one."""
 
-    parts: hada_w1_a [out, r], hada_w1_b [r, columns], the same of w2; with Tucker cores hada_t1 and
-    hada_t2 [r, r, kh, kw], where hada_w1_a is [r, out] and hada_w1_b [r, in].
-    """
-    pairs = [_pair(parts, f"hada_w{i}", f"hada_t{i}") for i in (1, 2)]
-    (a1, b1), (a2, b2) = pairs
-    if a1.shape[0] != a2.shape[0] or b1.shape[1] != b2.shape[1]:
-        raise ValueError(
-            f"its Hadamard factors are of [{a1.shape[0]}, {b1.shape[1]}] and "
-            f"[{a2.shape[0]}, {b2.shape[1]}]; expected the same shape"
-        )
-    kernel = tuple(parts["hada_t1"].shape[2:]) if "hada_t1" in parts else ()
-    if b1.shape[0] * b2.shape[0] >= min(a1.shape[0], b1.shape[1]):
-        return *_identity((a1 @ b1) * (a2 @ b2)), kernel
-    up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-    return up, (b1[:, None] * b2[None]).flatten(0, 1), kernel
+    rows: int
+    columns: int
+    rank: int
+    kernel: tuple[int, ...] = ()
 
 
-def _lokr(parts: Parts) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """A Kronecker product, each side whole or a product (KronA, arXiv 2212.10650, section 4.2); ->
-    (up, down, the kernel where the parts tell it).
-
-    parts: lokr_w1 [p, q], or lokr_w1_a [p, r] and lokr_w1_b [r, q]; lokr_w2 [s, t, ...], or the
-    same two, or with the Tucker core lokr_t2 [r, r, kh, kw] lokr_w2_a [r, s] and lokr_w2_b [r, t].
-    """
-    (a1, b1), (a2, b2) = (
-        _identity(_matrix(parts, f"lokr_w{i}").flatten(1)) if f"lokr_w{i}" in parts
-        else _pair(parts, f"lokr_w{i}", f"lokr_t{i}")
-        for i in (1, 2)
-    )  # fmt: skip
-    told = [parts[name].shape[2:] for name in ("lokr_w2", "lokr_t2") if name in parts]
-    kernel = tuple(told[0]) if told else ()
-    out, columns = a1.shape[0] * a2.shape[0], b1.shape[1] * b2.shape[1]
-    if b1.shape[0] * b2.shape[0] >= min(out, columns):
-        return *_identity(torch.kron(a1 @ b1, a2 @ b2)), kernel
-    return torch.kron(a1, a2), torch.kron(b1, b2), kernel
-
-
-def _pair(parts: Parts, side: str, core: str) -> Pair:
-    a, b = (_matrix(parts, f"{side}_{each}").flatten(1) for each in "ab")
+def _side(parts: Parts, i: int) -> _Side:
+    """Raises ValueError where it is not whole."""
+    kind = "hada" if _is_loha(parts) else "lokr"
+    side, core = f"{kind}_w{i}", f"{kind}_t{i}"
+    if side in parts:
+        rows, *columns = _checked(parts, side).shape
+        return _Side(rows, math.prod(columns), min(rows, math.prod(columns)), tuple(columns[1:]))
+    a, b = (_checked(parts, f"{side}_{each}").flatten(1).shape for each in "ab")
     if core in parts:
-        tucker = parts[core].float()
-        if tucker.dim() != 4 or tucker.shape[0] != a.shape[0] or tucker.shape[1] != b.shape[0]:
-            raise ValueError(
-                f"its {core} is {list(tucker.shape)}; expected [{a.shape[0]}, {b.shape[0]}, kh, kw]"
-            )
-        a, b = a.T.contiguous(), torch.einsum("ijkl,jn->inkl", tucker, b).flatten(1)
-    if a.shape[1] != b.shape[0]:
-        raise ValueError(
-            f"its factors do not multiply: {side}_a {list(a.shape)}, {side}_b {list(b.shape)}"
-        )
-    return a, b
+        tucker = parts[core].shape
+        if len(tucker) != 4 or tucker[0] != a[0] or tucker[1] != b[0]:
+            raise ValueError(f"its {core} is {list(tucker)}; expected [{a[0]}, {b[0]}, kh, kw]")
+        return _Side(a[1], b[1] * math.prod(tucker[2:]), a[0], tuple(tucker[2:]))
+    if a[1] != b[0]:
+        raise ValueError(f"its factors do not multiply: {side}_a {list(a)}, {side}_b {list(b)}")
+    return _Side(a[0], b[1], a[1])
 
 
-def _matrix(parts: Parts, name: str) -> Tensor:
-    """A factor in float32, with at least 2 dimensions and a number."""
+def _checked(parts: Parts, name: str) -> Tensor:
+    """A factor with at least 2 dimensions and a number."""
     if name not in parts:
         raise ValueError(f"it has no {name} beside its {', '.join(sorted(parts))}")
     factor = parts[name]
@@ -176,12 +157,36 @@ def _matrix(parts: Parts, name: str) -> Tensor:
             f"its {name} is {list(factor.shape)} of {factor.dtype}; expected a matrix of floating "
             "point numbers"
         )
-    return factor.float()
+    return factor
+
+
+def _formed(parts: Parts, rank: int) -> Pair:
+    """Both factors of a product that is whole, without a scale (FedPara, arXiv 2108.06098,
+    proposition 2; KronA, arXiv 2212.10650, section 4.2)."""
+    (a1, b1), (a2, b2) = (_pair(parts, i) for i in (1, 2))
+    if _is_loha(parts):
+        if b1.shape[0] * b2.shape[0] > rank:
+            return _identity((a1 @ b1) * (a2 @ b2))
+        return (a1[:, :, None] * a2[:, None, :]).flatten(1), (b1[:, None] * b2[None]).flatten(0, 1)
+    if b1.shape[0] * b2.shape[0] > rank:
+        return _identity(torch.kron(a1 @ b1, a2 @ b2))
+    return torch.kron(a1, a2), torch.kron(b1, b2)
+
+
+def _pair(parts: Parts, i: int) -> Pair:
+    """One side of a product as two factors."""
+    side, core = (f"{'hada' if _is_loha(parts) else 'lokr'}_{kind}{i}" for kind in "wt")
+    if side in parts:
+        return _identity(parts[side].float().flatten(1))
+    a, b = (parts[f"{side}_{each}"].float().flatten(1) for each in "ab")
+    if core in parts:
+        return a.T.contiguous(), torch.einsum("ijkl,jn->inkl", parts[core].float(), b).flatten(1)
+    return a, b
 
 
 def _identity(matrix: Tensor) -> Pair:
     """A whole matrix as a pair, with the smaller identity."""
     rows, columns = matrix.shape
     if rows <= columns:
-        return torch.eye(rows, device=matrix.device), matrix
-    return matrix, torch.eye(columns, device=matrix.device)
+        return torch.eye(rows), matrix
+    return matrix, torch.eye(columns)
