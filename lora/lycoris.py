@@ -53,11 +53,16 @@ class Product(Delta):
 
     def wire(self) -> dict[str, Tensor]:
         """The parts for the host, with the alpha, or the factor, that gives this delta's scale."""
-        if CORE in self.parts:
+        if has_core(self.parts):
             return without_core(self.parts, self.scale)
         if (rank := rank_of(self.parts)) is not None:
             return {**self.parts, "alpha": torch.tensor(float(self.scale * rank))}
         return {**self.parts, "lokr_w1": self.parts["lokr_w1"].float() * self.scale}
+
+
+def has_core(parts: Parts) -> bool:
+    """Whether a LoKr is in need of its Tucker core."""
+    return CORE in parts and "lokr_w2" not in parts
 
 
 def without_core(parts: Parts, scale: float) -> dict[str, Tensor]:
@@ -138,7 +143,7 @@ def _side(parts: Parts, i: int) -> _Side:
         return _Side(rows, math.prod(columns), min(rows, math.prod(columns)), tuple(columns[1:]))
     a, b = (_checked(parts, f"{side}_{each}").flatten(1).shape for each in "ab")
     if core in parts:
-        tucker = parts[core].shape
+        tucker = _checked(parts, core).shape
         if len(tucker) != 4 or tucker[0] != a[0] or tucker[1] != b[0]:
             raise ValueError(f"its {core} is {list(tucker)}; expected [{a[0]}, {b[0]}, kh, kw]")
         return _Side(a[1], b[1] * math.prod(tucker[2:]), a[0], tuple(tucker[2:]))

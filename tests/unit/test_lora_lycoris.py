@@ -101,6 +101,7 @@ def test_a_kernel_is_kept_where_parts_or_name_tell_it(kind, options):
         ("loha", {"hada_t1": torch.ones(3, 4, 3, 3)}, r"expected \[24, 4, kh, kw\]"),
         ("lokr", {"lokr_w2_a": None}, "has no lokr_w2_a"),
         ("lokr", {"lokr_w2_b": torch.ones(0, 3)}, "expected a matrix"),
+        ("loha", {"hada_t1": torch.ones(24, 4, 0, 3)}, "expected a matrix"),
     ],
 )
 def test_broken_factors_are_told_by_name(kind, hurt, says):
