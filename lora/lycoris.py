@@ -71,7 +71,7 @@ def without_core(parts: Parts, scale: float) -> dict[str, Tensor]:
     a, b = _pair(parts, 2)
     whole = (a @ b * scale).unflatten(1, (-1, *parts[CORE].shape[2:]))
     told = {part: t for part, t in parts.items() if part not in ("lokr_w2_a", "lokr_w2_b", CORE)}
-    # Of a w1 in two factors the host would take the rank: an alpha that is the rank is no scale.
+    # Of a w1 in two factors the host takes the rank: an alpha that is the rank is no scale.
     alpha = {"alpha": torch.tensor(float(rank))} if (rank := rank_of(told)) is not None else {}
     return {**told, "lokr_w2": whole, **alpha}
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from .delta import Delta, Opaque
-from .lycoris import product
+from .lycoris import has_core, product, rank_of, without_core
 
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
-def opaque(parts: Mapping[str, Tensor]) -> Opaque:
+def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
     """A module of DoRA (arXiv 2402.09353), OFT or BOFT (2306.07280, 2311.06243), or GLoRA
-    (2306.07967), by the parts that the host reads.
+    (2306.07967), by the parts that the host reads, of which alpha is one where it is known.
 
     Raises:
         ValueError: a part is missing, or shapes do not fit each other.
@@ -25,13 +26,17 @@ def opaque(parts: Mapping[str, Tensor]) -> Opaque:
         shape = _oft(parts)
     else:
         shape = _base(parts)
+        if has_core(parts):
+            parts = without_core(parts, 1.0 if alpha is None else alpha / rank_of(parts))
+            alpha = rank_of(parts)
     for part in ("dora_scale", "rescale"):
         if part in parts and parts[part].numel() not in shape[:2]:
             raise ValueError(
                 f"its {part} has {parts[part].numel()} numbers; expected one for each of the "
                 f"{shape[0]} outputs"
             )
-    return Opaque(parts, shape)
+    known = {} if alpha is None else {"alpha": torch.tensor(float(alpha))}
+    return Opaque({**parts, **known}, shape)
 
 
 def _base(parts: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .delta import Delta, Opaque, Vector
 from .family import family_of, has_two_text_encoders
-from .lycoris import Product, has_core, product, rank_of, without_core
+from .lycoris import Product, product
 from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
 from .opaque import opaque
 
@@ -174,13 +174,7 @@ def _opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
         spelled["dora_scale"] = magnitude.reshape(-1, *kernel)
     if "alpha" in spelled:
         alpha = _alpha(spelled["alpha"])
-    if alpha is not None:
-        spelled["alpha"] = torch.tensor(float(alpha))
-    made = opaque(spelled)
-    if has_core(made):
-        scale = 1.0 if alpha is None else alpha / rank_of(made)
-        made = Opaque(without_core(made, scale), made.shape)
-    return made
+    return opaque(spelled, alpha)
 
 
 def _diff(part: str, change: Tensor) -> Tensor:
