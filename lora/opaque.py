@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,10 +31,11 @@ def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
             parts = without_core(parts, 1.0 if alpha is None else alpha / rank_of(parts))
             alpha = rank_of(parts)
     for part in ("dora_scale", "rescale"):
-        if part in parts and parts[part].numel() not in shape[:2]:
+        count = parts[part].numel() if part in parts else shape[0]
+        # LyCORIS can scale the inputs instead, one number for each, whatever the kernel.
+        if count != shape[0] and (part == "rescale" or math.prod(shape[1:]) % max(1, count)):
             raise ValueError(
-                f"its {part} has {parts[part].numel()} numbers; expected one for each of the "
-                f"{shape[0]} outputs"
+                f"its {part} has {count} numbers; expected one for each of the {shape[0]} outputs"
             )
     known = {} if alpha is None else {"alpha": torch.tensor(float(alpha))}
     return Opaque({**parts, **known}, shape)
