@@ -15,7 +15,7 @@ from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector
 from .elementwise.rule import Rule
-from .family import family_of, has_two_text_encoders
+from .family import has_two_text_encoders, require_one_family
 from .loss import Loss
 from .metadata import agreed, recipe
 from .nearest import nearest
@@ -107,7 +107,7 @@ def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Ve
                 "alone, with Apply LoRA Vector, and add the others after it."
             )
     terms = _same_spelling(terms)
-    _require_one_family([vector for vector, _ in terms])
+    require_one_family((vector.source, vector.shapes) for vector, _ in terms)
     return terms
 
 
@@ -160,16 +160,6 @@ def _same_spelling(terms: Sequence[tuple[Vector, float]]) -> list[tuple[Vector, 
     alone does not tell; the other files do."""
     two = any(has_two_text_encoders(vector.shapes) for vector, _ in terms)
     return [(respelled(vector, two), weight) for vector, weight in terms]
-
-
-def _require_one_family(vectors: Sequence[Vector]) -> None:
-    known = [(v.source, kind) for v in vectors if (kind := family_of(v.shapes))]
-    for source, kind in known[1:]:
-        if kind.width != known[0][1].width:
-            raise ValueError(
-                f"{known[0][0]} was made for {known[0][1]} and {source} for {kind}; vectors add up "
-                "only within one family of models."
-            )
 
 
 def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Shapes = Mapping[str, Sequence[int]]
@@ -48,6 +48,18 @@ def family_of(shapes: Shapes) -> Family | None:
     """Family that the modules were made for, or None where they do not tell."""
     blocks = [int(m[1]) for name in shapes if (m := _DEEPEST_BLOCK.fullmatch(name))]
     return family(cross_attention_width(shapes), max(blocks) + 1 if blocks else None)
+
+
+def require_one_family(made_for: Iterable[tuple[str, Shapes]]) -> None:
+    """Raises ValueError where two of the vectors, (what it is called, its shapes), are known to be
+    made for different base models."""
+    known = [(source, kind) for source, shapes in made_for if (kind := family_of(shapes))]
+    for source, kind in known[1:]:
+        if kind.width != known[0][1].width:
+            raise ValueError(
+                f"{known[0][0]} was made for {known[0][1]} and {source} for {kind}; vectors add up "
+                "only within one family of models."
+            )
 
 
 def has_two_text_encoders(shapes: Shapes) -> bool:

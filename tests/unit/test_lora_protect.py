@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from lcm_lora.lora.combine import exact
-from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.delta import Delta, Opaque, Vector
 from lcm_lora.lora.metadata import METHOD
 from lcm_lora.lora.protect import ENERGY, protected
 
@@ -71,9 +71,45 @@ def test_the_share_of_what_meets_the_main_directions_is_gone(share):
     assert float(report.split()[0]) == pytest.approx(100 * lost / whole, abs=0.01)
 
 
+def test_an_acceleration_of_zeros_takes_nothing():
+    zero = Vector({IN: Delta(torch.zeros(20, 3), torch.ones(3, 12))}, source="zero")
+    found, report = protected(STYLE, zero, 1.0)
+    torch.testing.assert_close(found.deltas[IN].matrix(), STYLE.deltas[IN].matrix())
+    assert report.startswith("0.00 % of the energy of style taken away, in 1 of 3 modules")
+
+
+def test_what_is_held_without_factors_is_told():
+    assert "\n" not in protected(STYLE, LCM, 1.0)[1]
+    whole = Vector({}, {f"{IN}.diff": torch.ones(20, 12)}, source="whole",
+                   opaque={OUT: Opaque({"dora_scale": torch.ones(20)}, (20,))})  # fmt: skip
+    found, report = protected(STYLE, whole, 1.0)
+    assert found.deltas == STYLE.deltas
+    assert "In 2 modules whole holds whole differences and DoRA, not factors, and" in report
+    styles = Vector({}, {f"{IN}.diff": torch.ones(20, 12), "norm.diff": torch.ones(4)}, source="s")
+    both = Vector(LCM.deltas, {"norm.diff": torch.ones(4)})
+    report = protected(styles, both, 1.0)[1]
+    assert "In 1 modules s holds whole differences, not factors, which stay" in report
+
+
+CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
 def test_what_cannot_be_protected_is_told():
     with pytest.raises(ValueError, match="share must be between 0 and 1"):
         protected(STYLE, LCM, 1.5)
-    wide = Vector({IN: Delta(torch.ones(20, 2), torch.ones(2, 13))})
-    with pytest.raises(ValueError, match="different base models"):
-        protected(wide, LCM, 1.0)
+    sd15, sdxl = (
+        Vector({each: Delta(torch.ones(20, 2), torch.ones(2, width))}, source=source)
+        for each, width, source in ((CROSS, 768, "a"), (f"{CROSS[:-1]}v", 2048, "b"))
+    )
+    with pytest.raises(ValueError, match="a was made for SD1.5 .* and b for SDXL"):
+        protected(sd15, sdxl, 1.0)
+    for shape in ((20, 13), (21, 12)):
+        other = Delta(torch.ones(shape[0], 2), torch.ones(2, shape[1]))
+        wide = Vector({IN: other, **sd15.deltas}, source="wide")
+        words = rf"{IN} is \[{shape[0]}, {shape[1]}\] in wide \(made for SD1.5 .*\[20, 12\] in lcm"
+        with pytest.raises(ValueError, match=f"{words} .made for an unknown base model"):
+            protected(wide, LCM, 1.0)
+    scale = Opaque({"dora_scale": torch.ones(20)}, (20,))
+    dora = Vector(STYLE.deltas, opaque={"x": scale}, source="dora")
+    with pytest.raises(ValueError, match="dora holds DoRA weights.* with Apply LoRA Vector"):
+        protected(dora, LCM, 1.0)
