@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from .delta import Vector
 from .metadata import recipe
@@ -24,6 +26,10 @@ _KINDS = (
 )
 REST = "rest"
 NAMES = tuple(name for name, _ in (*_PLACES, *_KINDS))
+_OWN_NAME = re.compile(r"(down_blocks|up_blocks|mid_block)(_\w+)?")
+# A part of a block, to name what there is: up_blocks_0_attentions_1.
+_BLOCK = re.compile(rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+)_")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
 PRESETS = {
     "all": "",
@@ -53,7 +59,39 @@ def group_of(module: str) -> str:
     return f"{place_of(module)} {kind_of(module)}"
 
 
-def parse_weights(text: str) -> Callable[[str], float]:
+@dataclass(frozen=True)
+class Weights:
+    """The weight of a module, by its name: the product of all in `of` that fit it, else `rest`."""
+
+    of: Mapping[str, float]
+    rest: float
+
+    def __call__(self, module: str) -> float:
+        fitting = [value for name, value in self.of.items() if _fits(name, module)]
+        return math.prod(fitting) if fitting else self.rest
+
+    def idle(self, modules: Collection[str]) -> list[str]:
+        """The names that fit none of the modules."""
+        return [name for name in self.of if not any(_fits(name, module) for module in modules)]
+
+    def require_blocks(self, vector: Vector) -> None:
+        """Raises ValueError where a block's own name fits no module of the vector, for it may be
+        misspelt. Places and kinds cannot be, and a LoRA may lack one."""
+        modules = vector.modules()
+        for name in self.idle(modules):
+            if name not in NAMES:
+                blocks = sorted({match[1] for each in modules if (match := _BLOCK.match(each))})
+                near = get_close_matches(name, blocks, 3, 0.0)
+                has = f"the nearest that it has are {', '.join(near)}" if near else "it has no such"
+                raise ValueError(f"{name} fits no module of {vector.source}; {has}.")
+
+
+def _fits(name: str, module: str) -> bool:
+    known = name in (place_of(module), kind_of(module))
+    return known or f"{module}_".startswith(f"{UNET}{name}_")
+
+
+def parse_weights(text: str) -> Weights:
     """The weight of a module by a text such as "input=1, middle=0.5, feed_forward=0".
 
     A name is a place (input, middle, output, text), a kind (attention, feed_forward, resnet) or the
@@ -66,31 +104,20 @@ def parse_weights(text: str) -> Callable[[str], float]:
     weights: dict[str, float] = {}
     for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
         name, _, value = (part.strip() for part in entry.partition("="))
-        block = re.fullmatch(r"(down_blocks|up_blocks|mid_block)(_\w+)?", name)
-        if not block and name not in (*NAMES, REST):
+        if not _OWN_NAME.fullmatch(name) and name not in (*NAMES, REST):
             raise ValueError(
                 f"{entry!r} names no part of a model. Expected one of {', '.join(NAMES)}, {REST}, "
                 "or a block such as down_blocks_1 or up_blocks_0_attentions_1, then = and a number."
             )
-        if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", value):
-            raise ValueError(f"{entry!r} has no weight; expected a number, such as {name}=0.5.")
+        if not _NUMBER.fullmatch(value) or not math.isfinite(float(value)):
+            raise ValueError(
+                f"{entry!r} has no weight; expected a finite number, such as {name}=0.5."
+            )
         if name in weights:
             raise ValueError(f"{name} has two weights; expected one.")
         weights[name] = float(value)
     rest = weights.pop(REST, 1.0)
-
-    def weight(module: str) -> float:
-        known = (place_of(module), kind_of(module))
-        fitting = [
-            value for name, value in weights.items()
-            if name in known or f"{module}_".startswith(f"{UNET}{name}_")
-        ]  # fmt: skip
-        product = 1.0 if fitting else rest
-        for value in fitting:
-            product *= value
-        return product
-
-    return weight
+    return Weights(weights, rest)
 
 
 def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vector:
@@ -99,10 +126,14 @@ def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vecto
     told: the weights in words, which the vector is called by from then on.
 
     Raises:
-        ValueError: a module that is no sum (DoRA, OFT, GLoRA) has another weight than 0 or 1, or
-            nothing is left.
+        ValueError: a weight is not finite, a module that is no sum (DoRA, OFT, GLoRA) has another
+            one than 0 or 1, or nothing is left.
     """
     of = {module: weight(module) for module in vector.modules()}
+    if bad := [name for name, value in of.items() if not math.isfinite(value)]:
+        raise ValueError(
+            f"The weight of {bad[0]} in {vector.source} is {of[bad[0]]}; expected a finite number."
+        )
     if bad := [name for name in vector.opaque if of[name] not in (0.0, 1.0)]:
         raise ValueError(
             f"{vector.source} holds {vector.opaque_kinds} weights, which have no half: give "

@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..lora.blocks import NAMES, PRESETS, parse_weights, weighted
 from ..lora.protect import protected
 from ..lora.wire import from_wire, to_wire
+from .host import show
 
 
 class LCMLoRABlocks(io.ComfyNode):
@@ -63,12 +64,18 @@ class LCMLoRABlocks(io.ComfyNode):
     def execute(cls, vector, preset: str, weights: str, text_encoder: float) -> io.NodeOutput:
         text = f"text={text_encoder:g}" if text_encoder != 1 else ""
         told = [each for each in (PRESETS[preset], weights.strip(), text) if each]
+        given = from_wire(vector)
         factors = [parse_weights(each) for each in told]
+        parse_weights(weights).require_blocks(given)
 
         def weight(module: str) -> float:
             return math.prod(factor(module) for factor in factors)
 
-        return io.NodeOutput(to_wire(weighted(from_wire(vector), weight, "; ".join(told) or "all")))
+        found = weighted(given, weight, "; ".join(told) or "all")
+        # Of a preset too, which is for every family; and a LoRA may have no text encoder part.
+        if idle := [name for factor in factors for name in factor.idle(given.modules())]:
+            show(f"{given.source} has no modules for {', '.join(idle)}.")
+        return io.NodeOutput(to_wire(found))
 
 
 class LCMLoRAProtect(io.ComfyNode):

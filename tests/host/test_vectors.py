@@ -453,3 +453,20 @@ def test_the_nodes_for_parts_and_rules(model):
     assert "Cosine of 1 and 2" in report
     with pytest.raises(ValueError, match="The method ties is reduced to a rank alone"):
         LCMLoRACombine.execute(count, "ties", 6, 0.9)
+
+
+def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, monkeypatch):
+    from lcm_lora.lora.blocks import PRESETS
+    from lcm_lora.lora.wire import to_wire
+    from lcm_lora.nodes.weigh import LCMLoRABlocks
+
+    shown = []
+    monkeypatch.setattr("lcm_lora.nodes.weigh.show", shown.append)
+    wire = to_wire(vector(dialects(model)["kohya"], "style"))
+    LCMLoRABlocks.execute(wire, "all", "input=0.5, down_blocks_0=2", 1.0)
+    assert not shown
+    monkeypatch.setitem(PRESETS, "of another family", "up_blocks_9=0")
+    LCMLoRABlocks.execute(wire, "of another family", "", 0.5)
+    assert shown == ["style has no modules for up_blocks_9, text."]
+    with pytest.raises(ValueError, match="down_blocks_9 fits no module of style"):
+        LCMLoRABlocks.execute(wire, "all", "down_blocks_9=0", 1.0)

@@ -45,6 +45,7 @@ def test_a_module_is_placed_by_its_name(module, group):
         ("up_blocks_1=0", (1, 1, 1, 1, 1)),
         ("up_blocks_0_attentions_1=3, down_blocks_1=2, rest=0", (2, 0, 3, 0, 0)),
         ("text=0.25", (1, 1, 1, 1, 0.25)),
+        ("input=1e-3, output=-2.5E+1", (1e-3, 1, -25, -25, 1)),
         (PRESETS["SDXL style"], (0, 0, 1, 0, 0)),
         (PRESETS["attention only"], (1, 0, 1, 0, 0)),
         (PRESETS["without feed-forward"], (1, 0, 1, 1, 0)),
@@ -64,12 +65,32 @@ def test_weights_are_products_of_all_that_fit(text, expected):
         ("input", "no weight"),
         ("input=much", "no weight"),
         ("input=nan", "no weight"),
-        ("input=1e400", "no weight"),
+        ("input=1e400", "'input=1e400' has no weight; expected a finite number"),
+        (f"input={'9' * 400}", "9' has no weight; expected a finite number"),
+        ("input=1_0", "no weight"),
     ],
 )
 def test_a_wrong_text_is_explained(text, words):
     with pytest.raises(ValueError, match=words):
         parse_weights(text)
+
+
+@pytest.mark.parametrize("name", ["up_blocks_0_attention_1", "down_blocks_9", "down_blocks_x"])
+def test_a_block_that_the_vector_does_not_have_is_named(name):
+    vector = Vector({DOWN: delta(0), UP: delta(1)}, source="style")
+    words = f"{name} fits no module of style; the nearest .* are .*up_blocks_0_attentions_1"
+    with pytest.raises(ValueError, match=words):
+        parse_weights(f"input=0, {name}=0").require_blocks(vector)
+    words = f"{name} fits no module of text; it has no such"
+    with pytest.raises(ValueError, match=words):
+        parse_weights(f"{name}=0").require_blocks(Vector({TEXT: delta(0)}, source="text"))
+
+
+def test_what_a_lora_may_lack_is_no_mistake():
+    vector = Vector({DOWN: delta(0)}, source="style")
+    weights = parse_weights("text=0.5, middle=0, down_blocks_1=2, up_blocks_0=1, rest=0")
+    assert weights.idle(vector.modules()) == ["text", "middle", "up_blocks_0"]
+    parse_weights("text=0.5, middle=0, down_blocks_1_attentions_0=2").require_blocks(vector)
 
 
 def delta(seed: int, alpha: float | None = None) -> Delta:
@@ -97,6 +118,8 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
     assert diff.equal(torch.full((3,), -2.0))
     with pytest.raises(ValueError, match="No module of style"):
         weighted(vector, lambda _: 0.0, "none")
+    with pytest.raises(ValueError, match="in style is inf; expected a finite number"):
+        weighted(vector, lambda _: 1e300 * 1e300, "too much")
 
 
 def test_what_is_no_sum_has_no_half():
