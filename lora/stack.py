@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vect
     """The sum of a stack's LoRAs, each with its two strengths, and a report.
 
     Raises:
-        ValueError: the stack is empty or of another make, or its LoRAs cannot be added.
+        ValueError: the stack is empty or of another make, a strength is not finite, or its LoRAs
+            cannot be added.
         FileNotFoundError: what path_of raises for a file that is gone.
     """
     entries = [_entry(each) for each in stack or ()]
@@ -27,6 +29,12 @@ def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vect
     for name, model, clip in entries:
         vector = read_named(path_of(name), name)
         of = {module: clip if place_of(module) == "text" else model for module in vector.modules()}
+        if any(of[module] for module in vector.opaque):
+            raise ValueError(
+                f"{vector.source}, in the LoRA stack, holds {vector.opaque_kinds} weights. What "
+                "they do depends on the weights they are added to, so that no sum of vectors is "
+                "their sum. Take it out of the stack and apply it alone, with Apply LoRA Vector."
+            )
         if any(of.values()):
             vectors.append(weighted(vector, of.__getitem__, f"model {model:g}, CLIP {clip:g}"))
     return exact(vectors, [1.0] * len(vectors))
@@ -37,5 +45,10 @@ def _entry(entry: Any) -> tuple[str, float, float]:
     if not fine or not all(isinstance(value, int | float) for value in entry[1:]):
         raise ValueError(
             f"The LoRA stack holds {entry!r}; expected (file name, model strength, CLIP strength)."
+        )
+    if not all(map(math.isfinite, entry[1:])):
+        raise ValueError(
+            f"{entry[0]} has the strengths {entry[1]} and {entry[2]} in the LoRA stack; expected "
+            "finite numbers."
         )
     return entry[0], float(entry[1]), float(entry[2])

@@ -423,6 +423,8 @@ def test_what_only_a_name_tells_of_a_stacks_lora_goes_into_the_sum(model, loras)
         ([("one.safetensors", 0, 0)], "all its strengths are 0"),
         ([("one.safetensors", 1.0)], "expected .file name, model strength, CLIP strength"),
         (["one.safetensors"], "expected .file name"),
+        ([("one.safetensors", float("nan"), 1.0)], "one.safetensors has the strengths nan and 1.0"),
+        ([("one.safetensors", 1, float("inf"))], "one.safetensors has the strengths 1 and inf"),
     ],
 )
 def test_a_stack_that_is_none_is_explained(comfy, stack, words):
@@ -430,6 +432,21 @@ def test_a_stack_that_is_none_is_explained(comfy, stack, words):
 
     with pytest.raises(ValueError, match=words):
         LCMLoRAFromStack.execute(stack)
+
+
+@pytest.mark.parametrize("strength", [0.8, 1.0])
+def test_a_file_of_a_stack_that_is_no_sum_is_refused_at_any_strength(loras, strength):
+    from lcm_lora.nodes.stack import LCMLoRAFromStack
+
+    name = "lora_unet_conv_in"
+    tensors = {f"{name}.lora_up.weight": torch.ones(8, 2), f"{name}.dora_scale": torch.ones(8, 1)}
+    tensors |= {f"{name}.lora_down.weight": torch.ones(2, 8)} | text_lora()
+    save_file(tensors, loras / "dora.safetensors")
+    words = "dora.safetensors, in the LoRA stack, holds DoRA weights.* with Apply LoRA Vector"
+    with pytest.raises(ValueError, match=words):
+        LCMLoRAFromStack.execute([("dora.safetensors", strength, strength)])
+    wire, _ = LCMLoRAFromStack.execute([("dora.safetensors", 0, strength)]).args
+    assert {key.partition(".")[0] for key in wire} == {TEXT}
 
 
 def test_the_nodes_for_parts_and_rules(model):
