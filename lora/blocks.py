@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+from .acceleration import FAMILY
 from .delta import Vector
 from .metadata import recipe
 from .names import UNET
@@ -142,6 +143,9 @@ def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vecto
     if not any(of.values()):
         raise ValueError(f"No module of {vector.source} has a weight other than 0.")
     metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {told}")}
+    # An acceleration is of the UNet, and none where it is left out or taken away.
+    if not any(value > 0 for name, value in of.items() if place_of(name) != "text"):
+        metadata.pop(FAMILY, None)
     diffs = {key: (diff, of[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(
         vector,
@@ -150,4 +154,5 @@ def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vecto
         opaque={name: parts for name, parts in vector.opaque.items() if of[name]},
         metadata=metadata,
         source=f"{vector.source} [{told}]",
+        sha256="",  # which is of the whole file; the recipe has it
     )

@@ -86,7 +86,7 @@ def elementwise(
         deltas[name], left_out = nearest(merged, rank or before, seed)
         energies[name] = left_out, float(merged.square().sum())
         ranks[name] = before, deltas[name].rank
-    metadata = _metadata(terms, f"{rule.name}, density {density:g}, seed {seed}")
+    metadata = _metadata(terms, f"{rule.name}, density {density:g}, rank {rank}, seed {seed}")
     combined = Vector(deltas, _sum_diffs(terms), metadata, f"{rule.name} of {_source(terms)}")
     report = _report(terms, combined)
     return combined, f"{report}\n{Loss(energies, ranks)}" if deltas else report
@@ -184,7 +184,8 @@ def _require_finite(name: str, vectors: Sequence[Vector]) -> None:
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
     """What all agree on, the acceleration that one of them brings, and how it was made of them."""
     vectors = [vector for vector, _ in terms]
-    return agreed(vectors) | joined([v.metadata for v in vectors]) | recipe(terms, method)
+    brought = joined([v.metadata for v, weight in terms if weight > 0])
+    return agreed(vectors) | brought | recipe(terms, method)
 
 
 def _source(terms: Sequence[tuple[Vector, float]]) -> str:

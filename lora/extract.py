@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .delta import Delta, Vector
 from .loss import Loss
+from .metadata import recipe
 from .nearest import nearest
 
 Layer = tuple[str, Tensor | None, Tensor | None]
@@ -47,6 +48,10 @@ def extract(layers: Iterable[Layer], rank: int, seed: int, source: str) -> tuple
     if not deltas and not diffs:
         raise ValueError("The two models do not differ, so there is nothing to extract.")
     report = f"{len(deltas)} layers of rank {rank} or less, {len(diffs)} norms and biases whole."
+    method = f"extracted, rank {rank}, seed {seed}"
     if deltas:
-        report += f"\n{Loss(energies, ranks)}"
-    return Vector(deltas, diffs, {}, source), report
+        loss = Loss(energies, ranks)
+        report += f"\n{loss}"
+        method += f", relative error {loss.error:.2e}"
+    terms = [(Vector({}, source="distilled"), 1.0), (Vector({}, source="base"), -1.0)]
+    return Vector(deltas, diffs, recipe(terms, method), source), report

@@ -98,9 +98,7 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
     order = sorted(tensors, key=lambda key: (-tensors[key].kind.itemsize, key))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as new, open(new, "wb") as file:
-        # Not kohya's checksums, which are of the tensors of another file.
-        told = {k: v for k, v in vector.metadata.items() if not k.startswith("sshs_")}
-        file.write(_header({key: tensors[key] for key in order}, told | standard(vector)))
+        file.write(_header({key: tensors[key] for key in order}, standard(vector)))
         for key in order:  # one by one, so that no second copy of them all is ever in memory
             file.write(_bytes(key, tensors[key].make(), tensors[key].kind))
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .acceleration import FAMILY
 from .delta import Vector
 from .family import SDXL_TYPE, family_of
 
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
+SHOWN, RECIPE_SHOWN = 120, 2000  # characters of a value, and of the recipe, for people
+_RECIPE_READ = 100_000  # a longer one is not of this pack
 
 # Family by cross-attention width: kohya's name and ModelSpec's.
 _ARCHITECTURES = {
@@ -23,12 +26,18 @@ _ARCHITECTURES = {
     2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
 }
 _FAMILY = re.compile(r"sd_v\d|sdxl|stable-diffusion-(?:v\d|xl)")
+# What a file says of its own tensors: checksums, kind and ranks, the name and day it was given.
+_OF_ITS_TENSORS = re.compile(
+    r"sshs_.*|ss_network_(?:args|dim|alpha)|modelspec\.(?:hash_sha256|title|date)"
+)
 
 
 def standard(vector: Vector) -> dict[str, str]:
-    """The keys that follow from the tensors, as far as the vector's own metadata does not tell them
-    more precisely (SD2 with v-prediction, say)."""
-    told = {"ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0"}
+    """What to write of a vector: its metadata, less what is of the tensors of another file, and the
+    keys that follow from its own, as far as the metadata does not tell them more precisely (SD2
+    with v-prediction, say)."""
+    told = {k: v for k, v in vector.metadata.items() if not _OF_ITS_TENSORS.fullmatch(k)}
+    told |= {"ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0"}
     if vector.deltas:
         told["ss_network_dim"] = _one([delta.rank for delta in vector.deltas.values()])
         alphas = [delta.scale * delta.rank for delta in vector.deltas.values()]
@@ -44,14 +53,17 @@ def standard(vector: Vector) -> dict[str, str]:
 
 
 def agreed(vectors: Sequence[Vector]) -> dict[str, str]:
-    """What the metadata of all of them say alike: the base model, say."""
+    """What the metadata of all of them say alike: the base model, say. Not the acceleration, which
+    goes by their weights."""
     first, *others = (vector.metadata for vector in vectors)
-    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    alike = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    alike.pop(FAMILY, None)
+    return alike
 
 
 def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
     """How a vector was made of others: their names, hashes and weights, and the method. What was
-    made of a vector that has a recipe holds that one too."""
+    made of a vector that has a recipe holds that one too, with its method."""
     told = []
     for vector, weight in terms:
         term: dict[str, Any] = {"source": vector.source, "weight": weight}
@@ -59,8 +71,38 @@ def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]
             term["sha256"] = vector.sha256
         if RECIPE in vector.metadata:
             term["recipe"] = _parsed(vector.metadata[RECIPE])
+            if METHOD in vector.metadata:
+                term["method"] = vector.metadata[METHOD]
         told.append(term)
     return {RECIPE: json.dumps(told), METHOD: method}
+
+
+def described(metadata: Mapping[str, str]) -> list[str]:
+    """The metadata in lines for people: first how the vector was made, with all its sources."""
+    told = dict(sorted(metadata.items()))
+    lines = []
+    if RECIPE in told:
+        recipe, method = told.pop(RECIPE), told.pop(METHOD, "")
+        try:
+            short = len(recipe) <= _RECIPE_READ
+            made = "\n".join(_made(json.loads(recipe), method)) if short else recipe
+        except (ValueError, RecursionError):  # of a file that somebody else wrote
+            made = recipe
+        lines.append(made if len(made) <= RECIPE_SHOWN else f"{made[:RECIPE_SHOWN]} ...")
+    return lines + [f"{key}: {value[:SHOWN]}" for key, value in told.items()]
+
+
+def _made(recipe: Any, method: Any) -> list[str]:
+    """A recipe in lines; those of a source that was made itself are below it."""
+    if not isinstance(recipe, list) or not all(isinstance(term, dict) for term in recipe):
+        raise ValueError("of a file that somebody else wrote")
+    lines = [f"made of ({method}):" if method else "made of:"]
+    for term in recipe:
+        sha256 = f", sha256 {term['sha256']}" if "sha256" in term else ""
+        lines.append(f"  {term.get('weight')} x {term.get('source')}{sha256}")
+        if "recipe" in term:
+            lines += [f"    {line}" for line in _made(term["recipe"], term.get("method", ""))]
+    return lines
 
 
 def _finer(told: str, found: str) -> str:

@@ -50,7 +50,8 @@ def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[
         energy = part.values.double().square()
         energies[name] = float(energy[kept:].sum()), float(energy.sum())
     loss = Loss(energies, ranks)
-    metadata = {**vector.metadata, METHOD: f"svd, relative error {loss.error:.2e}"}
+    asked = f"svd, rank {rank}, keep_energy {keep_energy:.12g}"
+    metadata = {**vector.metadata, METHOD: f"{asked}, relative error {loss.error:.2e}"}
     return replace(vector, deltas=deltas, metadata=metadata), loss
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .delta import Delta, Opaque, Vector
 from .family import family_of, has_two_text_encoders
 from .lycoris import Product, product
+from .metadata import described
 from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
 from .opaque import opaque
 
@@ -162,7 +163,7 @@ def describe(vector: Vector) -> str:
     if vector.opaque:
         kinds = vector.opaque_kinds
         lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")
-    return "\n".join(lines + [f"{key}: {value[:120]}" for key, value in vector.metadata.items()])
+    return "\n".join(lines + described(vector.metadata))
 
 
 def _opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
