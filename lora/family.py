@@ -12,11 +12,24 @@ Shapes = Mapping[str, Sequence[int]]
 # Cross-attention width: the text features' size, the input of every attn2.to_k.
 _BY_WIDTH = {768: "SD1.5", 1024: "SD2", 1280: "SDXL refiner"}
 SDXL_TYPE = "SDXL type"
-# The SDXL type differs in how many transformer blocks its deepest down block holds.
-_SDXL_BY_DEPTH = {2: "Segmind Vega", 4: "SSD-1B", 5: "KOALA-700M", 6: "KOALA-1B", 10: "SDXL"}
+_BLOCKS = ("down_blocks_1", "down_blocks_2", "mid_block", "up_blocks_0", "up_blocks_1")
+# The SDXL type differs in how many transformer blocks each attention of its blocks holds.
+_SDXL_TYPES = {
+    name: {
+        f"{block}_attentions_{place}": depth
+        for block, depths in zip(_BLOCKS, layout, strict=True) for place, depth in enumerate(depths)
+    }
+    for name, layout in {
+        "SDXL": ((2, 2), (10, 10), (10,), (10, 10, 10), (2, 2, 2)),
+        "SSD-1B": ((2, 2), (4, 4), (), (4, 4, 10), (2, 1, 1)),
+        "Segmind Vega": ((1, 1), (2, 2), (), (2, 2, 2), (1, 1, 1)),
+        "KOALA-1B": ((2,), (6,), (6,), (6, 6), (2, 2)),
+        "KOALA-700M": ((2,), (5,), (), (5, 5), (2, 2)),
+    }.items()
+}  # fmt: skip
 
 _CROSS_ATTENTION = re.compile(r"lora_unet_.*_attn2_to_[kv]")
-_DEEPEST_BLOCK = re.compile(r"lora_unet_down_blocks_2_attentions_\d+_transformer_blocks_(\d+)_.*")
+_TRANSFORMER_BLOCK = re.compile(r"lora_unet_(\w+?_attentions_\d+)_transformer_blocks_(\d+)_.*")
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,8 @@ def family(width: int | None, depth: int | None = None) -> Family | None:
     """Family of a UNet with this cross-attention width and this many transformer blocks in its
     deepest down block; None where the width is unknown or belongs to no such UNet."""
     if width == 2048:
-        return Family(_SDXL_BY_DEPTH.get(depth, SDXL_TYPE), width)
+        of = {depths["down_blocks_2_attentions_0"]: name for name, depths in _SDXL_TYPES.items()}
+        return Family(of.get(depth, SDXL_TYPE), width)
     return Family(_BY_WIDTH[width], width) if width in _BY_WIDTH else None
 
 
@@ -45,9 +59,26 @@ def cross_attention_width(shapes: Shapes) -> int | None:
 
 
 def family_of(shapes: Shapes) -> Family | None:
-    """Family that the modules were made for, or None where they do not tell."""
-    blocks = [int(m[1]) for name in shapes if (m := _DEEPEST_BLOCK.fullmatch(name))]
-    return family(cross_attention_width(shapes), max(blocks) + 1 if blocks else None)
+    """Family that the modules were made for, or None where they do not tell.
+
+    All that a relative of SDXL has, SDXL has too: so a relative is it only where every attention
+    is as deep as there, and else SDXL, or of the SDXL type, where a part may be left out.
+    """
+    width = cross_attention_width(shapes)
+    if width != 2048:
+        return family(width)
+    depths: dict[str, int] = {}
+    for name in shapes:
+        if match := _TRANSFORMER_BLOCK.fullmatch(name):
+            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
+    for name, layout in _SDXL_TYPES.items():
+        if depths == layout:
+            return Family(name, width)
+    holding = [
+        name for name, layout in _SDXL_TYPES.items()
+        if all(depth <= layout.get(attention, 0) for attention, depth in depths.items())
+    ]  # fmt: skip
+    return Family("SDXL" if holding == ["SDXL"] else SDXL_TYPE, width)
 
 
 def require_one_family(made_for: Iterable[tuple[str, Shapes]]) -> None:

@@ -88,9 +88,12 @@ def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:
         dtype: "fp16", "bf16" or "fp32", of the factors; alphas stay float32.
 
     Raises:
-        ValueError: the file exists and `overwrite` is False, or a value is too large for fp16.
+        ValueError: the file exists and `overwrite` is False, it is a folder, or a value is too
+            large for fp16.
         OSError: the disk is full or may not be written; an old file is then left as it was.
     """
+    if path.is_dir():
+        raise ValueError(f"{path.name} is a folder; choose another name.")
     if path.exists() and not overwrite:
         raise ValueError(f"{path.name} exists already; choose another name or switch overwrite on.")
     tensors = _tensors(vector, DTYPES[dtype])
@@ -209,7 +212,7 @@ def inside(folder: Path, name: str) -> Path:
         ValueError: the name would leave the folder, or is not valid on Windows, Linux and macOS.
     """
     parts = name.strip().replace("\\", "/").split("/")
-    if not name.strip() or not all(map(_is_portable, parts)):
+    if parts[-1] in ("", SUFFIX) or not all(map(_is_portable, parts)):
         raise ValueError(
             f"The file name {name!r} cannot be used: expected a name such as `my lora` or "
             "`folder/my lora`, without `..`, drive letters, a leading slash, control characters, "

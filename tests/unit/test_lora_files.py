@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.family import family_of
 from lcm_lora.lora.files import DTYPES, balanced, fingerprint, inside, offered, read, write
+from lcm_lora.lora.names import native_to_diffusers
 from safetensors.torch import load_file, save_file
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -52,6 +54,14 @@ def test_an_existing_file_is_kept_unless_told(tmp_path):
     with pytest.raises(ValueError, match=r"a.safetensors exists already"):
         write(path, vector(columns=1024), "fp16", overwrite=False)
     assert path.read_bytes() == before
+
+
+def test_a_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="a.safetensors is a folder; choose another name"):
+            write(tmp_path / "a.safetensors", vector(), "fp16", overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("old", [b"old", None])
@@ -234,7 +244,8 @@ def test_names_go_into_the_folder(tmp_path, name, expected):
 @pytest.mark.parametrize(
     "name",
     ["", " ", "../a", "a/../../b", "a\\..\\b", "/etc/a", "\\a", "C:\\a", "c:a", "a\0b", "a\nb", "."]
-    + ["con", "NUL.safetensors", "a/com1", "a/", "a//b", "a.", "a /b", "what?", "x" * 300],
+    + ["con", "NUL.safetensors", "a/com1", "a/", "a//b", "a.", "a /b", "what?", "x" * 300]
+    + [".safetensors", "a/.safetensors", " .safetensors "],
 )
 def test_names_that_leave_the_folder_or_fail_elsewhere_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="file name"):
@@ -247,13 +258,68 @@ def test_only_safetensors_are_offered():
 
 @pytest.mark.parametrize(
     ("width", "depth", "name"),
-    [(768, 1, "SD1.5"), (1024, 1, "SD2"), (2048, 10, "SDXL"), (2048, 4, "SSD-1B"), (640, 1, None)],
+    [
+        (768, 1, "SD1.5"),
+        (1024, 1, "SD2"),
+        (2048, 10, "SDXL"),
+        (2048, 7, "SDXL"),
+        (2048, 6, "SDXL type"),
+        (2048, 4, "SDXL type"),
+        (640, 1, None),
+    ],
 )
 def test_the_family_is_told_by_width_and_depth(width, depth, name):
     block = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_{}_attn2_to_k"
     delta = vector(columns=width).deltas[NAME]
     found = family_of({block.format(i): delta.shape for i in range(depth)})
     assert (found and found.name) == name
+
+
+# transformer_depth, _middle and _output, as ComfyUI's model_detection.py has them.
+TYPES = {
+    "SDXL": ([0, 0, 2, 2, 10, 10], 10, [0, 0, 0, 2, 2, 2, 10, 10, 10]),
+    "SSD-1B": ([0, 0, 2, 2, 4, 4], -1, [0, 0, 0, 1, 1, 2, 10, 4, 4]),
+    "Segmind Vega": ([0, 0, 1, 1, 2, 2], -1, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+    "KOALA-700M": ([0, 2, 5], -2, [0, 0, 2, 2, 5, 5]),
+    "KOALA-1B": ([0, 2, 6], 6, [0, 0, 2, 2, 6, 6]),
+}
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, int]]:
+    """All cross-attention keys of a UNet of the SDXL type."""
+    down, middle, up = TYPES[name]
+    each = len(down) // 3
+    depths = {f"input_blocks_{1 + i + i // each}_1": depth for i, depth in enumerate(down)}
+    depths |= {"middle_block_1": middle}
+    depths |= {f"output_blocks_{i}_1": depth for i, depth in enumerate(reversed(up))}
+    inner = "transformer_blocks_{}_attn2_to_k"
+    return {
+        native_to_diffusers(f"lora_unet_{block}_{inner.format(i)}", each): (640, 2048)
+        for block, depth in depths.items() for i in range(depth)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_relative_of_sdxl_is_told_by_all_its_attentions(name):
+    whole = shapes_of(name)
+    assert family_of(whole).name == name
+    part = {module: shape for module, shape in whole.items() if "_up_blocks_" not in module}
+    assert family_of(part).name == ("SDXL" if name == "SDXL" else "SDXL type")
+
+
+def test_an_sdxl_lora_of_few_blocks_is_not_said_to_be_of_a_relative(tmp_path):
+    deep = re.compile(r".*_transformer_blocks_[4-9]_.*")
+    made = {m: Delta(torch.ones(2, 1), torch.ones(1, 2048)) for m in shapes_of("SDXL")}
+    weighted_down = Vector({m: delta for m, delta in made.items() if not deep.match(m)})
+    assert family_of(weighted_down.shapes).name == "SDXL"
+    write(tmp_path / "a.safetensors", weighted_down, "fp16", overwrite=False)
+    told = read(tmp_path / "a.safetensors").metadata
+    assert told["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert "modelspec.usage_hint" not in told
+    relative = Vector({m: made[m] for m in shapes_of("SSD-1B")})
+    write(tmp_path / "b.safetensors", relative, "fp16", overwrite=False)
+    told = read(tmp_path / "b.safetensors").metadata
+    assert told["modelspec.usage_hint"] == "Made for SSD-1B."
 
 
 def test_the_same_vector_is_the_same_file(tmp_path):
