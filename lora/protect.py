@@ -30,8 +30,8 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
     which the report counts.
 
     Raises:
-        ValueError: share is not within 0 to 1, the style is no sum (DoRA, OFT, GLoRA), or the two
-            were made for different base models.
+        ValueError: share is not within 0 to 1, the style is no sum (DoRA, OFT, GLoRA), the two were
+            made for different base models, or a number of them is not finite.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, found {share:g}.")
@@ -48,6 +48,7 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
         if name in acceleration.deltas:
             shared += 1
             _require_one_shape(name, style, acceleration)
+            _require_finite(name, style, acceleration)
             plain = delta.plain()
             removed = _removed(plain, acceleration.deltas[name], share)
             before = delta.inner(delta)
@@ -102,6 +103,15 @@ def _require_one_shape(name: str, style: Vector, acceleration: Vector) -> None:
             for shape, vector in zip(shapes, (style, acceleration), strict=True)
         )
         raise ValueError(f"{name} is {found}; they were made for different base models.")
+
+
+def _require_finite(name: str, *vectors: Vector) -> None:
+    for vector in vectors:
+        if not math.isfinite(vector.deltas[name].inner(vector.deltas[name])):
+            raise ValueError(
+                f"{vector.source} has numbers in {name} that are not finite: the file is broken or "
+                "its training was."
+            )
 
 
 def _removed(plain: Delta, other: Delta, share: float) -> Tensor:

@@ -113,3 +113,7 @@ def test_what_cannot_be_protected_is_told():
     dora = Vector(STYLE.deltas, opaque={"x": scale}, source="dora")
     with pytest.raises(ValueError, match="dora holds DoRA weights.* with Apply LoRA Vector"):
         protected(dora, LCM, 1.0)
+    up = LCM.deltas[IN].up.index_fill(0, torch.tensor([1]), torch.nan)
+    broken = Vector({IN: Delta(up, LCM.deltas[IN].down)}, source="broken")
+    with pytest.raises(ValueError, match=f"broken has numbers in {IN} that are not finite"):
+        protected(STYLE, broken, 1.0)
