@@ -139,6 +139,19 @@ def test_a_torn_or_missing_file_is_a_state_and_no_exception(store, tmp_path, nam
     assert ("spec.json" in found[job].message) == gone
 
 
+def test_looks_of_several_threads_do_not_disturb_each_other(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    folders = store._folders
+
+    def another_looks_meanwhile():
+        yield from folders()
+        store._folders = lambda: iter(())  # its list is from before the job was there
+        assert store.jobs() == []
+
+    store._folders = another_looks_meanwhile
+    assert [each.id for each in store.jobs()] == [job]
+
+
 @pytest.mark.parametrize("bad", ["", "..", "../x", "a" * 32, "con", "x" * 5000, "é", None, 3])
 def test_an_id_is_a_uuid(store, bad):
     with pytest.raises(ValueError, match="UUID"):

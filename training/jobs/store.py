@@ -144,8 +144,9 @@ class Store:
 
     def jobs(self) -> list[Job]:
         """Every job: active ones, then the queue in its order, then the others, newest first."""
-        found = [self._read(path) for path in self._folders()]
-        self._seen = {job.id: self._seen[job.id] for job in found}
+        seen = {path.name: self._read(path) for path in self._folders()}
+        self._seen = seen  # at once, for other threads look too
+        found = [job for _, job in seen.values()]
         waiting = ("queued", "lost")
         rank = {**dict.fromkeys(ACTIVE, 0), **dict.fromkeys(waiting, 1)}
         return sorted(
@@ -157,7 +158,7 @@ class Store:
 
     def job(self, identifier: str) -> Job:
         """Raises as `path` does."""
-        return self._read(self.path(identifier))
+        return self._read(self.path(identifier))[1]
 
     def ask(self, identifier: str, action: str, aside: dict[str, Any] | None = None) -> None:
         """Tells a job what is wanted of it; raises as `path` does.
@@ -241,12 +242,13 @@ class Store:
     def _write_control(self, path: Path, control: dict) -> None:
         disk.replace(path / "control.json", json.dumps(control))
 
-    def _read(self, path: Path) -> Job:
+    def _read(self, path: Path) -> tuple[tuple, Job]:
+        """A job, and the stamps of the files it was read from."""
         stamp = _stamps(path)
         known = self._seen.get(path.name)
         if known is None or known[0] != stamp or known[1].state in ACTIVE:
-            known = self._seen[path.name] = stamp, read(path)
-        return known[1]
+            return stamp, read(path)
+        return known
 
 
 def read(path: Path) -> Job:
