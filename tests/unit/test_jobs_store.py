@@ -152,6 +152,25 @@ def test_looks_of_several_threads_do_not_disturb_each_other(store, tmp_path):
     assert [each.id for each in store.jobs()] == [job]
 
 
+@pytest.mark.parametrize("file", ["spec.json", "control.json", "status.json"])
+def test_a_job_that_is_deleted_while_it_is_read_is_no_job(store, tmp_path, monkeypatch, file):
+    jobs = [store.create(spec(tmp_path, name), name)[0] for name in "ab"]
+    other, _ = store.create(spec(tmp_path, "c"), "c")
+    read = disk.read_object
+
+    def read_as_it_goes(path):
+        if path.name == file and path.parent.name in jobs and path.parent.exists():
+            path.parent.rename(tmp_path / path.parent.name)
+        return read(path)
+
+    monkeypatch.setattr(disk, "read_object", read_as_it_goes)
+    fresh = Store(store.folder)  # which has read none of them yet
+    with pytest.raises(KeyError, match=jobs[0]):
+        fresh.job(jobs[0])
+    assert [each.id for each in fresh.jobs()] == [other]
+    assert (tmp_path / jobs[1]).is_dir()
+
+
 @pytest.mark.parametrize("bad", ["", "..", "../x", "a" * 32, "con", "x" * 5000, "é", None, 3])
 def test_an_id_is_a_uuid(store, bad):
     with pytest.raises(ValueError, match="UUID"):

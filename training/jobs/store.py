@@ -144,7 +144,10 @@ class Store:
 
     def jobs(self) -> list[Job]:
         """Every job: active ones, then the queue in its order, then the others, newest first."""
-        seen = {path.name: self._read(path) for path in self._folders()}
+        seen = {}
+        for path in self._folders():
+            with suppress(KeyError):  # it was deleted meanwhile
+                seen[path.name] = self._read(path)
         self._seen = seen  # at once, for other threads look too
         found = [job for _, job in seen.values()]
         waiting = ("queued", "lost")
@@ -252,7 +255,10 @@ class Store:
 
 
 def read(path: Path) -> Job:
-    """One job out of its folder; a file that is torn or missing is a state, not an exception."""
+    """One job out of its folder; a file that is torn or missing is a state, not an exception.
+
+    Raises KeyError where the whole folder is gone.
+    """
     spec, control = disk.read_object(path / "spec.json"), disk.read_object(path / "control.json")
     supervisor, status = (
         disk.read_object(path / "supervisor.json"),
@@ -264,6 +270,8 @@ def read(path: Path) -> Job:
     checkpoint = Path(str(spec.get("checkpoint", "")))
     aside = control.get("aside")
     changed = max(time for time, _ in _stamps(path)) / 1e9
+    if not path.is_dir():  # asked last, for it may be deleted while its files are read
+        raise KeyError(path.name)
     return Job(
         id=path.name, name=name, state=state, message=message,
         step=_number(status.get("step"), 0), steps=_number(spec.get("steps"), 0),
