@@ -67,6 +67,15 @@ def test_the_queue_keeps_its_order_and_can_be_changed(store, tmp_path):
         store.move(jobs[4], before=jobs[5])
 
 
+def test_two_jobs_change_places_as_often_as_one_likes(store, tmp_path):
+    jobs = [store.create(spec(tmp_path, steps=1 + i), str(i))[0] for i in range(5)]
+    first, one, other, *rest = jobs
+    for _ in range(60):  # a float holds some 50 halves
+        store.move(other, before=one)
+        assert [job.id for job in store.jobs()] == [first, other, one, *rest]
+        one, other = other, one
+
+
 def test_what_a_live_process_says_counts_while_it_lives(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     me = os.getpid()

@@ -190,8 +190,11 @@ class Store:
                 (low + high) / 2 if math.isfinite(low + high)
                 else high - 1 if math.isfinite(high) else low + 1 if math.isfinite(low) else 0
             )  # fmt: skip
-            path = self.path(identifier)
-            self._write_control(path, disk.read_object(path / "control.json") | {"order": order})
+            if not low < order < high:  # halved so often that no number is left between
+                for job in reversed(others[at:]):  # a crash in between leaves them in order
+                    self._place(job.id, job.order + 1)
+                order = low + 0.5
+            self._place(identifier, order)
 
     def delete(self, identifier: str) -> None:
         """Removes a job that is not active; its LoRA stays. Raises as `path` does, and ValueError
@@ -241,6 +244,10 @@ class Store:
         control = disk.read_object(path / "control.json")
         control["turn"] = control.get("turn", 0) + (action == "")
         self._write_control(path, control | {"action": action, "aside": aside or {}})
+
+    def _place(self, identifier: str, order: float) -> None:
+        path = self.path(identifier)
+        self._write_control(path, disk.read_object(path / "control.json") | {"order": order})
 
     def _write_control(self, path: Path, control: dict) -> None:
         disk.replace(path / "control.json", json.dumps(control))
