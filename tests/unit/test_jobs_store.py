@@ -89,6 +89,52 @@ def test_what_a_live_process_says_counts_while_it_lives(store, tmp_path):
         store.delete(job)
 
 
+@pytest.mark.parametrize("said", ["done", "failed", "paused"])
+def test_a_process_that_has_said_its_last_word_is_stopping(store, tmp_path, said):
+    job, _ = store.create(spec(tmp_path), "a")
+    me = {"pid": os.getpid(), "identity": processes.identity(os.getpid()), "turn": 0}
+    tell(store, job, "supervisor", **me, earlier=None)
+    tell(store, job, "status", state=said, started=5.0, message="its last word")
+    assert (state(store, job), store.job(job).message) == ("stopping", "its last word")
+
+
+@pytest.mark.parametrize("said", ["preparing", "running", "failed", "paused"])
+def test_words_of_the_process_before_are_not_those_of_this_one(store, tmp_path, said):
+    job, _ = store.create(spec(tmp_path), "a")
+    me = {"pid": os.getpid(), "identity": processes.identity(os.getpid()), "turn": 0}
+    tell(store, job, "supervisor", **me, earlier=5.0)
+    tell(store, job, "status", state=said, started=5.0, message="its last word")
+    assert (state(store, job), store.job(job).message) == ("preparing", "")
+    tell(store, job, "status", state="running", started=6.0)
+    assert state(store, job) == "running"
+
+
+@pytest.mark.parametrize("asked", ["pause", "stop", "finish"])
+def test_one_that_fails_after_it_was_asked_to_end_has_failed(store, tmp_path, asked):
+    job, _ = store.create(spec(tmp_path), "a")
+    store.ask(job, asked)
+    tell(store, job, "supervisor", ended="failed", turn=0, message="The loss became nan")
+    tell(store, job, "status", state="failed", message="The loss became nan")
+    assert (state(store, job), store.job(job).error) == ("failed", "The loss became nan")
+    store.ask(job, "")
+    store.ask(job, asked)
+    assert state(store, job) == "paused"
+
+
+def test_only_one_that_has_stepped_aside_is_told_to_come_back(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    me = {"pid": os.getpid(), "identity": processes.identity(os.getpid())}
+    told = lambda: (store.job(job).state, store.job(job).told()["aside"])  # noqa: E731
+    assert told() == ("queued", False)
+    tell(store, job, "supervisor", **me, turn=0)
+    store.ask(job, "pause", aside=me)
+    assert told() == ("stopping", True)
+    tell(store, job, "supervisor", ended="paused", turn=0)
+    assert told() == ("paused", True)
+    tell(store, job, "status", state="done")
+    assert told() == ("done", False)
+
+
 def test_a_process_that_took_over_the_number_is_not_the_job_s(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     tell(store, job, "supervisor", pid=os.getpid(), identity="another-boot-1", turn=0)

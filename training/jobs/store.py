@@ -80,7 +80,7 @@ class Job:
     def told(self) -> dict[str, Any]:
         """For a page: all but the inner workings. aside: whether it comes back by itself."""
         told = {k: v for k, v in vars(self).items() if k not in ("order", "key")}
-        return told | {"aside": bool(self.aside)}
+        return told | {"aside": bool(self.aside) and self.state in ("paused", "stopping")}
 
 
 class Store:
@@ -302,15 +302,21 @@ def state_of(spec: dict, control: dict, supervisor: dict, status: dict) -> tuple
     if alive(supervisor.get("pid"), supervisor.get("identity")):
         if control.get("action"):
             return "stopping", message
-        return (said if said in ("preparing", "running") else "preparing"), message
+        started = status.get("started")
+        if not said or (started is not None and started == supervisor.get("earlier")):
+            return "preparing", ""  # it has said nothing yet
+        return (said if said in ("preparing", "running") else "stopping"), message
     if said == "done":
         return "done", message
+    # How this turn ended; "go on" makes it the next turn, which nothing has ended yet.
+    ended = supervisor.get("ended") if supervisor.get("turn") == control.get("turn", 0) else None
+    why = str(supervisor.get("message") or message)
+    if ended == "failed":
+        return "failed", why
     if control.get("action"):
         return "paused", "it steps aside while the graph draws" if control.get("aside") else message
-    if supervisor.get("turn") == control.get("turn", 0) and "ended" in supervisor:
-        # How this turn ended; "go on" makes it the next turn, which nothing has ended yet.
-        if supervisor["ended"] in ("paused", "failed"):
-            return supervisor["ended"], str(supervisor.get("message") or message)
+    if ended == "paused":
+        return "paused", why
     if supervisor.get("pid") and "ended" not in supervisor:
         return "lost", "Its process has ended without a word."
     return "queued", ""
