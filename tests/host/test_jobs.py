@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lcm_lora.tests.host.queued import (
@@ -122,6 +123,27 @@ def test_a_stop_is_followed_while_the_bank_is_made(store, job, banks):
     store.ask(making, "stop")
     ended(store, making, "paused")
     assert "paused at rows" in store.job(making).message
+
+
+def test_a_button_acts_on_a_job_as_it_is_then(comfy, store, job, monkeypatch):
+    # The real one pulls in the whole web application, which only a server has.
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=None))
+    from lcm_lora.training.jobs import host, routes
+
+    pressed, _ = store.create(job(), "a")
+    request = SimpleNamespace(match_info={"id": pressed})
+    changing = store._changing
+
+    def it_ends_meanwhile():
+        (store.path(pressed) / "status.json").write_text('{"state": "done"}')
+        return changing()
+
+    monkeypatch.setattr(host, "store", lambda: store)
+    assert routes.act("pause", request, {})["state"] == "paused"
+    monkeypatch.setattr(store, "_changing", it_ends_meanwhile)
+    with pytest.raises(ValueError, match="done already"):
+        routes.act("stop", request, {})
+    assert json.loads((store.path(pressed) / "control.json").read_text())["action"] == "pause"
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):

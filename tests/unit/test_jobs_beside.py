@@ -49,6 +49,22 @@ class Server:
         self.now += seconds
         self.beside.look(self.now)
 
+    def meanwhile(self, act):
+        """The next look has read the jobs when this happens."""
+        read = self.store.jobs
+
+        def jobs():
+            self.store.jobs = read
+            found = read()
+            act()
+            return found
+
+        self.store.jobs = jobs
+
+    def asked(self, job):
+        control = json.loads((self.store.path(job) / "control.json").read_text())
+        return control["action"], bool(control["aside"])
+
 
 @pytest.fixture
 def server(tmp_path):
@@ -101,6 +117,43 @@ def test_what_the_user_has_paused_stays_paused(server):
     server.store.ask(job, "pause")
     server.look(100)
     assert server.store.job(job).state == "paused"
+
+
+@pytest.mark.parametrize("action", ["pause", "stop", "finish"])
+def test_what_the_user_asks_in_the_same_moment_is_what_counts(server, action):
+    job = server.job("yield")
+    server.runs(job)
+    server.prompts = 1
+    server.meanwhile(lambda: server.store.ask(job, action))
+    server.look()
+    assert server.asked(job) == (action, False)
+    server.ends(job)
+    server.prompts = 0
+    server.look(100)
+    assert server.asked(job) == (action, False)
+
+
+def test_one_that_is_paused_for_good_as_it_comes_back_stays_paused(server):
+    job = server.job("yield")
+    server.prompts = 1
+    server.look()
+    assert server.asked(job) == ("pause", True)
+    server.prompts = 0
+    server.meanwhile(lambda: server.store.ask(job, "pause"))
+    server.look(100)
+    assert server.asked(job) == ("pause", False)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_one_that_is_deleted_in_the_same_moment_disturbs_nobody(server, busy):
+    jobs = [server.job("yield", name) for name in "ab"]
+    if not busy:  # they come back
+        server.prompts = 1
+        server.look()
+    server.prompts = int(busy)
+    server.meanwhile(lambda: server.store.delete(jobs[0]))
+    server.look(100)
+    assert server.asked(jobs[1]) == (("pause", True) if busy else ("", False))
 
 
 def test_another_server_brings_back_only_what_nobody_else_holds(server):

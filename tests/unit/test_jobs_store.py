@@ -237,6 +237,22 @@ def test_an_unknown_id_is_a_key_error(store):
         store.job("00000000-0000-4000-8000-000000000000")
 
 
+def test_a_job_is_asked_as_it_is_then(store, tmp_path):
+    job, _ = store.create(spec(tmp_path), "a")
+    changing = store._changing
+
+    def another_was_faster():
+        store._changing = changing
+        store.ask(job, "stop")
+        return changing()
+
+    store._changing = another_was_faster
+    assert not store.ask(job, "pause", only=lambda found: found.state == "queued")
+    assert json.loads((store.path(job) / "control.json").read_text())["action"] == "stop"
+    assert store.ask(job, "", only=lambda found: found.state == "paused")
+    assert state(store, job) == "queued"
+
+
 @pytest.mark.parametrize(
     ("asked", "heard"), [("pause", "pause"), ("stop", "pause"), ("finish", "finish"), ("", "")]
 )

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +65,11 @@ class Beside:
         for job in jobs:
             if job.remote:
                 continue  # it takes nothing of this machine
-            if job.policy == "yield" and busy and job.state in ("queued", "preparing", "running"):
-                self.store.ask(job.id, "pause", aside=self._me())
-                asked = True
-            elif job.state == "paused" and job.aside and rested and self._mine(job.aside):
-                self.store.ask(job.id, "")
-                asked = True
+            with suppress(KeyError):  # it was deleted meanwhile
+                if job.policy == "yield" and busy and _goes(job):
+                    asked |= self.store.ask(job.id, "pause", aside=self._me(), only=_goes)
+                elif rested and self._may_come_back(job):
+                    asked |= self.store.ask(job.id, "", only=self._may_come_back)
         if asked:
             jobs = self.store.jobs()
         if any(job.state in ("queued", "lost") for job in jobs):
@@ -95,6 +95,13 @@ class Beside:
     def _me(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "identity": processes.identity(os.getpid())}
 
-    def _mine(self, aside: dict[str, Any]) -> bool:
-        """Whether this server asked, or one that is no more."""
-        return aside == self._me() or not processes.alive(aside.get("pid"), aside.get("identity"))
+    def _may_come_back(self, job: Job) -> bool:
+        """Whether it stands aside for this server, or for one that is no more."""
+        aside = job.aside
+        return job.state == "paused" and bool(aside) and (
+            aside == self._me() or not processes.alive(aside.get("pid"), aside.get("identity"))
+        )
+
+
+def _goes(job: Job) -> bool:
+    return job.state in ("queued", "preparing", "running")

@@ -198,17 +198,22 @@ def create(request: web.Request, told: dict) -> web.Response:
 
 def act(action: str, request: web.Request, told: dict) -> dict:
     store, identifier = host.store(), request.match_info["id"]
-    state = store.job(identifier).state
+    store.ask(identifier, ACTIONS[action], only=partial(_fits, action))
+    if action == "resume":
+        host.work()
+    return {"id": identifier, "state": store.job(identifier).state}
+
+
+def _fits(action: str, job: Job) -> bool:
+    """True; raises ValueError where this cannot be asked of a job as it is."""
+    state = job.state
     if action == "resume" and state not in ("paused", "failed", "lost"):
         raise ValueError(f"The job is {state}: only one that is paused or failed can go on.")
     if action == "finish" and state != "running":
         raise ValueError(f"The job is {state}: only one that trains can be finished early.")
     if action != "resume" and state in ("done", "failed"):
         raise ValueError(f"The job is {state} already.")
-    store.ask(identifier, ACTIONS[action])
-    if action == "resume":
-        host.work()
-    return {"id": identifier, "state": store.job(identifier).state}
+    return True
 
 
 def delete(request: web.Request, told: dict) -> dict:

@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,15 +163,23 @@ class Store:
         """Raises as `path` does."""
         return self._read(self.path(identifier))[1]
 
-    def ask(self, identifier: str, action: str, aside: dict[str, Any] | None = None) -> None:
-        """Tells a job what is wanted of it; raises as `path` does.
+    def ask(
+        self, identifier: str, action: str, aside: dict[str, Any] | None = None,
+        only: Callable[[Job], bool] = lambda _: True,
+    ) -> bool:  # fmt: skip
+        """Tells a job what is wanted of it; -> whether it was told. Raises as `path` does.
 
         action: "pause" (save and end), "stop" (the same, by force after a while), "finish" (write
         the LoRA as it is and end), or "" to go on. aside: who asks it to pause for a while only.
+        only: says no, or raises, where the job is no longer what the caller took it for; nobody
+        else asks in between.
         """
         path = self.path(identifier)
         with self._changing():
+            if not only(read(path)):
+                return False
             self._ask(path, action, aside)
+            return True
 
     def move(self, identifier: str, before: str | None) -> None:
         """Puts a queued job before another one, or to the end. Raises as `path` does, and
