@@ -284,3 +284,25 @@ def test_a_job_outlives_its_server_and_a_new_server_finds_it(servers, subject):
         assert told["state"] in ("running", "done")
         until(lambda: store.job(job.id).state == "done", "it is done")
         again.client().run(graph(subject, "outlives", steps=40))
+
+
+@pytest.mark.faults
+def test_a_job_that_stands_aside_goes_on_when_its_server_is_closed(servers, subject):
+    running, _, store = servers
+    with running:
+        running.client().run(order_only(subject, "aside", steps=500, policy="yield"))
+        job = until(lambda: named(store, "aside"), "it is queued")
+        until(lambda: store.job(job.id).step >= 1, "it trains")
+        drawing = graph(subject, "drawn")
+        for key in ("1", "2", "3", "4", "6", "12"):
+            del drawing[key]
+        drawing["9"]["inputs"] |= {"model": ["5", 0], "steps": 50}
+        drawing["8"]["inputs"]["batch_size"] = 64
+        running.client().post("/prompt", {"prompt": drawing})
+        until(lambda: store.job(job.id).state == "paused", "it has stepped aside")
+        running.kill()
+    try:
+        until(lambda: store.job(job.id).state == "running", "it goes on")
+    finally:
+        store.ask(job.id, "stop")
+        until(lambda: store.job(job.id).state == "paused", "it is stopped")

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from lcm_lora.training.jobs import processes
+from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs.beside import IDLE, Beside
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
@@ -165,6 +165,34 @@ def test_another_server_brings_back_only_what_nobody_else_holds(server):
     server.store.ask(job, "pause", {"pid": parent, "identity": "of one that ended"})
     server.look(100)
     assert server.store.job(job).state == "queued"
+
+
+def test_the_supervisor_stays_for_one_that_stands_aside_until_its_server_is_gone(
+    server, monkeypatch
+):
+    job = server.job("yield")
+    server.prompts = 1
+    server.look()
+    assert server.asked(job) == ("pause", True) and server.worked
+    at_work, launched = supervisor.Supervisor(server.store), []
+    monkeypatch.setattr(at_work, "_launch", lambda found: launched.append(found.id))
+    assert at_work._round() and not launched
+    server.store.ask(job, "pause", {"pid": os.getpid(), "identity": "of one that ended"})
+    assert at_work._round() and launched == [job]
+    server.store.ask(job, "pause")
+    assert not at_work._round()
+
+
+def test_one_that_steps_aside_after_the_supervisor_s_last_look_is_not_left(server, monkeypatch):
+    job, runs = server.job("yield"), []
+
+    def run(_):
+        runs.append(job)
+        server.store.ask(job, "pause", server.beside._me() if len(runs) == 1 else None)
+
+    monkeypatch.setattr(supervisor.Supervisor, "run", run)
+    assert supervisor.main(server.store.folder) == 0
+    assert len(runs) == 2
 
 
 def test_memory_is_asked_for_when_a_job_starts_and_after_each_prompt(server):

@@ -72,7 +72,7 @@ class Beside:
                     asked |= self.store.ask(job.id, "", only=self._may_come_back)
         if asked:
             jobs = self.store.jobs()
-        if any(job.state in ("queued", "lost") for job in jobs):
+        if any(job.waits for job in jobs):
             self.work()
         self._hand_over([job for job in jobs if not job.remote], busy)
         self._tell(jobs)
@@ -97,10 +97,7 @@ class Beside:
 
     def _may_come_back(self, job: Job) -> bool:
         """Whether it stands aside for this server, or for one that is no more."""
-        aside = job.aside
-        return job.state == "paused" and bool(aside) and (
-            aside == self._me() or not processes.alive(aside.get("pid"), aside.get("identity"))
-        )
+        return job.forsaken or (job.state == "paused" and job.aside == self._me())
 
 
 def _goes(job: Job) -> bool:

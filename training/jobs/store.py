@@ -77,6 +77,17 @@ class Job:
         """Whether it trains on a cluster, and takes nothing of this machine."""
         return self.device.startswith("ray")
 
+    @property
+    def waits(self) -> bool:
+        """Whether it goes on by itself once its time has come, so that somebody must be at work."""
+        return self.state in ("queued", "lost") or (self.state == "paused" and bool(self.aside))
+
+    @property
+    def forsaken(self) -> bool:
+        """Whether it stands aside for a server that is no more."""
+        by = self.aside
+        return self.state == "paused" and bool(by) and not alive(by.get("pid"), by.get("identity"))
+
     def told(self) -> dict[str, Any]:
         """For a page: all but the inner workings. aside: whether it comes back by itself."""
         told = {k: v for k, v in vars(self).items() if k not in ("order", "key")}

@@ -1,7 +1,8 @@
 """Runs the queue: one process for a store of jobs, gone when nothing is left to do.
 
 Started by `ensure`; a second one ends at once, for the first holds the lock. It takes each device's
-jobs in order, relaunches a trainer that crashed from its newest checkpoint, and escalates a stop.
+jobs in order, relaunches a trainer that crashed from its newest checkpoint, and escalates a stop. A
+job that stands aside goes on when its server is no more, so it stays for that too.
 Killed and started again it finds its trainers by what it wrote about them.
 """
 
@@ -74,7 +75,7 @@ def main(folder: Path) -> int:
             log.info("supervisor %d ends, for another one is at work", me)
             return 0
         # A job may have been queued after the last look, by one who saw the name still there.
-        if not any(job.state in ("queued", "lost", *ACTIVE) for job in store.jobs()):
+        if not any(job.waits or job.state in ACTIVE for job in store.jobs()):
             log.info("supervisor %d has nothing left to do", me)
             return 0
 
@@ -111,7 +112,7 @@ class Supervisor:
                 if busy.isdisjoint(_devices(job)) and self._may_start(job):
                     self._launch(job)
                     busy |= _devices(job)
-        return bool(busy or waiting)
+        return bool(busy) or any(job.waits for job in jobs)
 
     def _look(self, job: Job) -> None:
         known = self._known(job)
@@ -119,6 +120,8 @@ class Supervisor:
             self._escalate(job)
         elif "pid" in known and "ended" not in known:
             self._ended(job)
+        elif job.forsaken:
+            self.store.ask(job.id, "", only=lambda found: found.forsaken)
 
     def _may_start(self, job: Job) -> bool:
         """Not while it waits after a crash, but never for long, should the clock be set back."""
