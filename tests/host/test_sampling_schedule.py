@@ -123,9 +123,16 @@ def test_the_schedule_of_a_family():
     assert node(4, 1.0, 50, "999, 500") == [*table[[999, 500]].tolist(), 0.0]
 
 
-@pytest.mark.parametrize("family", ["dmd2", "lightning"])
-@pytest.mark.parametrize("steps", [2, 4, 8])
-def test_simple_is_exact_for_trailing_families_too(family, steps):
-    calls = Calls(patched(build("v"), family))
-    host_ksampler(calls.model, "simple", steps, "euler")
-    assert calls.timesteps == FAMILIES[family].timesteps(steps)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_simple_takes_of_each_family(family):
+    """As the pages tell: where all timesteps are the grid, perhaps the one beside at some steps."""
+    whole = FAMILIES[family].origin_steps is None
+    for steps in range(1, 9):
+        calls = Calls(patched(build("v"), family))
+        host_ksampler(calls.model, "simple", steps, "euler")
+        wanted = FAMILIES[family].timesteps(steps)
+        off = [abs(a - b) for a, b in zip(calls.timesteps, wanted, strict=True)]
+        if FAMILIES[family].single and steps == 1:
+            assert (calls.timesteps, wanted) == ([999], [399])
+        else:
+            assert max(off) == int(whole and steps in (3, 6, 7)), steps
