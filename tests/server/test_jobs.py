@@ -211,6 +211,7 @@ def test_requests_that_are_refused(client):
     assert send(client, "jobs", "{}", Origin="http://[")[0] in (403, 500)
     assert send(client, "jobs", "{}", Sec_Fetch_Site="cross-site")[0] == 403
     assert send(client, "jobs", "{}", Sec_Fetch_Site="same-site")[0] == 403
+    assert send(client, "jobs", "{}", Sec_Fetch_Site="cross-site", Origin=client.url)[0] == 403
     assert send(client, "jobs", "a=b", Content_Type="text/plain")[0] == 415
     assert send(client, "jobs", "x" * 10_000_000)[0] == 413
     assert send(client, "jobs", "[" * 100_000)[0] == 400
@@ -222,6 +223,28 @@ def test_requests_that_are_refused(client):
         assert send(client, f"jobs/{wrong}/delete")[0] in (400, 404)
     assert send(client, "jobs?limit=x", None, "GET")[0] == 400
     assert send(client, f"jobs/{some}/stop", None, "GET")[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "site", "status"),
+    [
+        ("10.9.8.7:8188", "https://my.example", "same-origin", 404),
+        ("10.9.8.7", "https://my.example:8443", "none", 404),
+        ("10.9.8.7", "https://10.9.8.7", "same-site", 403),
+        ("10.9.8.7", "https://10.9.8.7:8443", None, 404),
+        ("10.9.8.7:8188", "http://10.9.8.7", None, 404),
+        ("10.9.8.7:8188", "http://10.9.8.7:8188", None, 404),
+        ("10.9.8.7:8188", "http://10.9.8.7:8189", None, 403),
+        ("10.9.8.7:8188", "http://10.9.8.77:8188", None, 403),
+        ("10.9.8.7:8188", "null", None, 403),
+        ("10.9.8.7:8188", None, None, 404),
+    ],
+)
+def test_behind_a_proxy_the_own_page_may_change_a_job(client, host, origin, site, status):
+    told = {"Host": host, "Origin": origin, "Sec_Fetch_Site": site}
+    given = {key: value for key, value in told.items() if value is not None}
+    # It is let through where it is told that there is no such job.
+    assert send(client, f"jobs/{uuid.uuid4()}/stop", **given)[0] == status
 
 
 def test_a_lora_that_is_there_already_is_named_at_the_node(client, subject, server):

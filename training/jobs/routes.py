@@ -103,15 +103,23 @@ def _object(body: bytes) -> dict:
 
 def _foreign(request: web.Request) -> str:
     """Why a request is not from the server's own pages; empty where it is, or from a program."""
-    site = request.headers.get("Sec-Fetch-Site", "same-origin")
-    origin = request.headers.get("Origin")
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site is not None:  # the browser has compared, and knows no proxy in between
+        own = site in ("same-origin", "none")
+    else:
+        own = origin is None or _same(origin, request.host)
+    return "" if own else "Jobs are changed from ComfyUI's own page only."
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether they name one server; the port counts where both tell it, for proxies drop it."""
     try:
-        own = origin is None or urlsplit(origin).netloc.lower() == request.host.lower()
+        one, other = urlsplit(origin), urlsplit(f"//{host}")
+        ports = {one.port, other.port}
     except ValueError:  # it is no address
-        own = False
-    if site in ("same-origin", "none") and own:
-        return ""
-    return "Jobs are changed from ComfyUI's own page only."
+        return False
+    named = one.hostname is not None and one.hostname == other.hostname
+    return named and (None in ports or len(ports) == 1)
 
 
 def _json(found: Any, status: int = 200) -> web.Response:
