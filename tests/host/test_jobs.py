@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,6 +145,26 @@ def test_a_button_acts_on_a_job_as_it_is_then(comfy, store, job, monkeypatch):
     with pytest.raises(ValueError, match="done already"):
         routes.act("stop", request, {})
     assert json.loads((store.path(pressed) / "control.json").read_text())["action"] == "pause"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--directml", "--port", "8188"], ["--directml"]),
+        (["--directml", "--lowvram"], ["--directml", "--lowvram"]),
+        (["--directml"], ["--directml"]),
+        (["--directml", "0", "--listen", "0.0.0.0"], ["--directml", "0"]),
+        (["--reserve-vram", "1.5", "--cpu"], ["--reserve-vram", "1.5", "--cpu"]),
+        (["--port", "1", "--default-device=1"], ["--default-device=1"]),
+    ],
+)
+def test_a_job_gets_the_flags_that_decide_how_a_model_is_computed(comfy, monkeypatch, given, kept):
+    from comfy.cli_args import parser
+    from lcm_lora.training.jobs import host
+
+    monkeypatch.setattr(sys, "argv", ["main.py", *given])
+    assert host._flags() == tuple(kept)
+    parser.parse_args(kept)  # which ends the process where it does not know them
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):

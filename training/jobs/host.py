@@ -208,8 +208,8 @@ def _flags() -> tuple[str, ...]:
     for i, flag in enumerate(given):
         if flag in alone:
             kept.append(flag)
-        elif flag in with_value:
-            kept += given[i : i + 2]
+        elif flag in with_value:  # --directml may be without one
+            kept += [flag, *(word for word in given[i + 1 : i + 2] if not word.startswith("-"))]
         elif flag.startswith(tuple(f"{each}=" for each in with_value)):
             kept.append(flag)
     return tuple(kept)
