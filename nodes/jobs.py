@@ -127,6 +127,10 @@ def _found(job: str) -> Job:
 
 def _ended(found: Job) -> Job:
     """Waits until a job is done. Raises ValueError when it fails or is stopped."""
+    if not found.remote and found.policy != "share":
+        # What beside.py asks for is heard between prompts only, and this one lasts.
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
     bar = comfy.utils.ProgressBar(max(1, found.steps))
     with host.waited_for(found.id):
         while found.state != "done":

@@ -148,6 +148,32 @@ def test_a_button_acts_on_a_job_as_it_is_then(comfy, store, job, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("policy", "device", "times"),
+    [("yield", "", 1), ("exclusive", "", 1), ("share", "", 0), ("yield", "ray", 0)],
+)
+def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
+    comfy, store, job, monkeypatch, policy, device, times
+):
+    import comfy.model_management as management
+    from lcm_lora.nodes import jobs
+    from lcm_lora.training.jobs import host
+
+    waited, _ = store.create(job(), "a", device, policy=policy)
+    calls = []
+
+    def sleep(_):
+        calls.append("look")
+        if len(calls) > 5:
+            (store.path(waited) / "status.json").write_text('{"state": "done"}')
+
+    monkeypatch.setattr(host, "store", lambda: store)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(management, "unload_all_models", lambda: calls.append("unload"))
+    assert jobs._ended(store.job(waited)).state == "done"
+    assert calls == ["unload"] * times + ["look"] * (6 - times)
+
+
+@pytest.mark.parametrize(
     ("given", "kept"),
     [
         (["--directml", "--port", "8188"], ["--directml"]),
