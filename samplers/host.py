@@ -186,16 +186,17 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that makes a picture of noise alone at whatever timestep its run starts.
 
     The host does so at the last timestep only and adds noise to the latent at others, which leaves
-    less than the variance 1 (VP scale) that DMD2's single step at 399 wants, when the latent is
-    empty.
+    less than the variance 1 (VP scale) that DMD2's single step at 399 wants, when the picture's
+    latent is empty.
     """
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None,
         denoise_mask=None, disable_pbar=False,
     ) -> torch.Tensor:  # fmt: skip
-        if not self.max_denoise(model_wrap, sigmas) and not latent_image.any():
-            noise = noise * (1 + sigmas[0] ** -2).sqrt()
+        if not self.max_denoise(model_wrap, sigmas):
+            empty = ~latent_image.flatten(1).any(1).view(-1, *[1] * (noise.ndim - 1))
+            noise = torch.where(empty, noise * (1 + sigmas[0] ** -2).sqrt(), noise)
         return super().sample(
             model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask,
             disable_pbar,

@@ -103,6 +103,16 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(family):
     assert (batch[0] - batch[1]).norm() > 0.1 * batch[0].norm()
 
 
+def test_an_empty_picture_is_the_same_beside_one_that_is_not():
+    """DMD2's single step makes a picture of noise alone, or of what is there."""
+    model = picture_by_picture(patched(build("v"), "dmd2"))
+    mixed = {"samples": torch.cat([empty()["samples"], picture()["samples"]])}
+    batch = ours(model, 1, latent=mixed)["samples"]
+    for index, latent in enumerate((empty(), picture())):
+        alone = ours(model, 1, latent={**latent, "batch_index": [index]})["samples"]
+        assert torch.equal(alone, batch[index : index + 1])
+
+
 def test_a_picture_is_the_same_after_another_prompt():
     model = build("v")
     first = ours(model, latent=empty(7))["samples"]
