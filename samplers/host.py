@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,10 +131,14 @@ def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
     sampling_class(own, type(model.model).__name__)
     if len(full_table(own)) != own.num_timesteps:
         # The host's own lcm patch keeps 50 sigmas and forgets v-prediction: look below it.
-        bare = model.clone()
+        zsnr, bare = own.zsnr, model.clone()
         bare.object_patches.pop("model_sampling")
         own = bare.get_model_object("model_sampling")
         sampling_class(own, type(model.model).__name__)
+        if zsnr and not own.zsnr:  # set by hand with that patch; a copy, for `own` is the model's
+            own = copy.deepcopy(own)
+            own.zsnr = True
+            own.set_sigmas(ms.rescale_zero_terminal_snr_sigmas(own.sigmas))
     return own
 
 

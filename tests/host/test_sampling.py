@@ -171,6 +171,21 @@ def test_the_hosts_own_lcm_patch_is_replaced_by_the_models_schedule():
     assert torch.equal(ours(core_patch(build("eps"), "v_prediction", True))["samples"], expected)
 
 
+def test_zero_terminal_snr_set_with_the_hosts_own_lcm_patch_is_kept():
+    model = build("v")
+    own = model.get_model_object("model_sampling")
+    before = own.sigmas.clone()
+    by_hand = core_patch(model, "lcm", True)
+    wanted = build("v", zsnr=True)
+    torch.testing.assert_close(
+        patched(by_hand).get_model_object("model_sampling").table,
+        wanted.get_model_object("model_sampling").sigmas, rtol=1e-4, atol=0,
+    )  # fmt: skip
+    assert_same(ours(by_hand)["samples"], ours(wanted)["samples"].double(), 1e-4)
+    assert model.get_model_object("model_sampling") is own
+    assert torch.equal(own.sigmas, before) and not own.zsnr
+
+
 @pytest.mark.parametrize("kind", ["ModelSamplingDiscreteFlow", "ModelSamplingContinuousEDM"])
 def test_models_without_a_noise_table_are_refused(kind):
     import comfy.sample
