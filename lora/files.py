@@ -140,8 +140,8 @@ def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
         }
     whole = {f"{n}.{part}": t for n, module in vector.opaque.items() for part, t in module.items()}
     for key, tensor in (whole | vector.diffs).items():
-        width = torch.float32 if key.endswith(".alpha") else kind
-        found[key] = _Tensor(width, tensor.shape, lambda t=tensor: t)
+        numbers = torch.float32 if key.endswith(".alpha") else kind
+        found[key] = _Tensor(numbers, tensor.shape, lambda t=tensor: t)
     return found
 
 
