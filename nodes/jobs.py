@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -12,12 +13,15 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
 from ..lora.acceleration import FAMILY
+from ..lora.blocks import place_of
+from ..lora.delta import Vector
 from ..lora.files import read
 from ..lora.wire import to_wire
 from ..training import checkpoints, spec
-from ..training.export import vector
+from ..training.export import vector, with_styles
 from ..training.jobs import host, metrics, ray_job
 from ..training.jobs.store import Job
+from ..training.spec import StyleLoRA
 from .chart import chart
 from .distill import CATEGORY, LCMJob
 from .host import lora_path, show
@@ -114,8 +118,15 @@ class LCMJobResult(io.ComfyNode):
             newest.adapter, settings.lora_alpha, {FAMILY: settings.objective},
             f"{found.name}, step {newest.step}",
         )  # fmt: skip
+        made = with_styles(made, [_style(lora) for lora in settings.loras])
         show(f"The LoRA after step {newest.step}")
         return io.NodeOutput(to_wire(made), "")
+
+
+def _style(lora: StyleLoRA) -> tuple[Vector, float]:
+    """The part of a job's style that its teacher has, for the model, and its strength."""
+    style = read(Path(lora.path))
+    return style.only({m for m in style.modules() if place_of(m) != "text"}), lora.strength
 
 
 def _found(job: str) -> Job:

@@ -6,15 +6,24 @@ alone. Where these are kept for several passes, so is its answer.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from .spec import Spec
 from .tensors import save
 
 FOLDER = "answers"  # in the job's folder
+
+
+def folder(job: Path, spec: Spec, bank: str, world: int) -> Path:
+    """Where a job keeps its answers: another folder for other settings, another bank, or another
+    number of processes, with which the same step has other pictures."""
+    told = f"{bank}\n{world}\n{spec.to_json()}"
+    return job / FOLDER / hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import checkpoints, disk, draws
 from .adapter import Adapter
-from .answers import FOLDER, Answers
+from .answers import Answers, folder
 from .bank import Bank
 from .journal import Journal
 from .memory import compile_blocks, give_back, is_out_of_memory, memory, recompute_blocks
@@ -82,7 +82,8 @@ class Run:
         self.step = 0
         self.answers = None
         if spec.passes > 1:
-            self.answers = Answers(self.job / FOLDER / self.bank.folder.name, self.processes.rank)
+            kept = folder(self.job, spec, self.bank.folder.name, self.processes.world)
+            self.answers = Answers(kept, self.processes.rank)
 
     def train(self) -> str:
         """Runs to the last step, or until something is asked; -> "done", "pause" or "finish".

@@ -31,8 +31,9 @@ log = logging.getLogger("lcm_lora")
 
 def disk_is_full(error: OSError) -> bool:
     """Told by its number, or by the words of a library that hides it (Windows has 112)."""
-    words = r"No space left|os error (28|112)\b"
-    return error.errno == errno.ENOSPC or bool(re.search(words, str(error)))
+    words = r"No space left|quota exceeded|os error (28|112)\b"
+    numbers = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no quota's number
+    return error.errno in numbers or bool(re.search(words, str(error)))
 
 
 class Paused(Exception):
@@ -255,7 +256,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     outcome = run.train()
     if outcome == "pause":
         if journal is not None:
-            journal.state("paused", message=f"paused after step {run.step}")
+            journal.state("paused", step=run.step, message=f"paused after step {run.step}")
         log.info("paused after step %d", run.step)
         return 0
     if processes.first:

@@ -127,7 +127,8 @@ def read_prompts(path: str) -> list[str]:
     """The prompts of a UTF-8 text file, one a line; empty lines and lines with # are left out."""
     file = Path(path) if path else PROMPTS
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines, which ends a line at what Unicode has for paragraphs too.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise ValueError(f"There is no file of prompts {file}.") from None
     except UnicodeDecodeError as error:

@@ -26,6 +26,7 @@ from .spec import StyleLoRA
 log = logging.getLogger("lcm_lora")
 
 # The host registers these attention kernels without a backward.
+_NO_DEVICE = {"--novram"}  # it leaves the weights where no step can be trained on them
 _NO_BACKWARD = {"--use-sage-attention", "--use-flash-attention"}
 _ATTENTION = {
     "--use-split-cross-attention", "--use-quad-cross-attention", "--use-pytorch-cross-attention",
@@ -44,7 +45,7 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
     if str(host) not in sys.path:
         sys.path.insert(0, str(host))
-    kept = [flag for flag in flags if flag not in _NO_BACKWARD | _ATTENTION]
+    kept = [flag for flag in flags if flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION]
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

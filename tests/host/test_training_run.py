@@ -123,6 +123,25 @@ def test_a_baked_in_style_is_in_the_file(job):
     assert json.loads(told["lcm_lora.style_loras"]) == [[assemble.STYLE_LORA.name, 0.8]]
 
 
+def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
+    from lcm_lora.dev.toy import assemble
+    from lcm_lora.lora.wire import from_wire
+    from lcm_lora.nodes import jobs
+    from lcm_lora.training.jobs.store import Store
+
+    identifier = "0a0b0c0d-0000-4000-8000-000000000000"
+    spec = job(identifier, loras=[{"path": str(assemble.STYLE_LORA), "strength": 0.8}], steps=3)
+    made = files.read(done(spec))
+    (spec.parent / "status.json").write_text('{"state": "running"}')
+    monkeypatch.setattr(jobs.host, "store", lambda: Store(tmp_path))
+    found = from_wire(jobs.LCMJobResult.execute(identifier, False).args[0])
+    assert found.modules() == made.modules()
+    for name, delta in made.deltas.items():
+        torch.testing.assert_close(
+            found.deltas[name].matrix(), delta.matrix(), rtol=5e-3, atol=1e-4
+        )
+
+
 def test_a_job_whose_last_word_was_lost_is_done_all_the_same(job):
     spec = job("lost", steps=3)
     output = done(spec)

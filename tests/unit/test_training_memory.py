@@ -52,6 +52,8 @@ def test_one_that_does_not_fit_and_other_errors_are_raised():
     ("error", "so"),
     [
         (OSError(errno.ENOSPC, "x"), True),
+        (OSError(getattr(errno, "EDQUOT", errno.ENOSPC), "x"), True),
+        (OSError("a.safetensors could not be written: Disk quota exceeded (os error 122)"), True),
         (OSError("a.safetensors could not be written: I/O error (os error 28)"), True),
         (OSError("a.safetensors could not be written: I/O error (os error 112)"), True),
         (OSError("a.safetensors could not be written: I/O error (os error 2)"), False),

@@ -201,7 +201,7 @@ def _flags() -> tuple[str, ...]:
         "--cpu", "--force-fp32", "--force-fp16", "--fp32-unet", "--bf16-unet", "--fp16-unet",
         "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp16-text-enc",
         "--fp32-text-enc", "--force-upcast-attention", "--dont-upcast-attention",
-        "--force-channels-last", "--lowvram", "--novram", "--highvram",
+        "--force-channels-last", "--deterministic", "--lowvram", "--novram", "--highvram",
     )  # fmt: skip
     with_value = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
     given, kept = sys.argv[1:], []

@@ -1,0 +1,38 @@
+"""What a job tells of itself, and keeps of what it has asked, over a restart."""
+
+import json
+import math
+
+from lcm_lora.training.answers import folder
+from lcm_lora.training.journal import Journal
+from lcm_lora.training.spec import Spec
+
+
+def test_a_process_that_goes_on_tells_how_far_the_one_before_came(tmp_path):
+    Journal(tmp_path).state("running", step=20, loss=0.5, message="fast")
+    journal = Journal(tmp_path)
+    journal.state("preparing")
+    told = json.loads(journal.status_file.read_text())
+    assert (told["state"], told["step"], told["loss"]) == ("preparing", 20, 0.5)
+    assert "message" not in told
+
+
+def test_metrics_are_json_whatever_the_figures(tmp_path):
+    journal = Journal(tmp_path)
+    journal.metrics(step=1, loss=0.5, gradient_norm=math.inf)
+
+    def refused(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    line = json.loads(journal.metrics_file.read_text(), parse_constant=refused)
+    assert line["gradient_norm"] is None and line["loss"] == 0.5
+
+
+def test_answers_are_of_one_job_with_one_number_of_processes(tmp_path):
+    """A step of two processes has other pictures than the same step of one."""
+    paths = {name: str(tmp_path / name) for name in ("host", "checkpoint", "banks")}
+    paths["output"] = str(tmp_path / "a.safetensors")
+    spec, other = Spec(**paths, passes=2), Spec(**paths, passes=2, guidance=(4.0,))
+    asked = [(spec, "a", 1), (spec, "a", 2), (spec, "b", 1), (other, "a", 1)]
+    assert len({folder(tmp_path, *each) for each in asked}) == 4
+    assert folder(tmp_path, spec, "a", 1) == folder(tmp_path, spec, "a", 1)
