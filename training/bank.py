@@ -56,9 +56,13 @@ class Source(Protocol):
         """The caption of each example."""
 
     def rows(
-        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]]
-    ) -> list[Row | Unreadable]:
-        """The examples of these numbers; text(number) gives an example's text embeddings."""
+        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]],
+        between: Callable[[], None],
+    ) -> list[Row | Unreadable]:  # fmt: skip
+        """The examples of these numbers; text(number) gives an example's text embeddings.
+
+        between() is called before each call of a network, for a file of them may take minutes.
+        """
 
 
 def key(checkpoint_hash: str, settings: dict[str, Any]) -> str:
@@ -70,20 +74,26 @@ def key(checkpoint_hash: str, settings: dict[str, Any]) -> str:
 def build(
     folder: Path, source: Source, encode: Callable[[str], dict[str, torch.Tensor]],
     skip_limit: float, processes: Processes, progress: Callable[[str, int, int], None],
-    after_texts: Callable[[], None] = lambda: None,
+    after_texts: Callable[[], None] = lambda: None, between: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Makes the bank in `folder`, or what is missing of it. Every process of the job calls it.
 
     encode: a caption's text embeddings; after_texts is called when no more of them are wanted.
-    progress(what, done, of) is called after each file. Raises ValueError when more than
-    `skip_limit` of the examples cannot be used, or when the latents are not finite.
+    progress(what, done, of) is called first and after each file, between() before each call of a
+    network: what it raises ends the build, and the files that are whole stay. Raises ValueError
+    when more than `skip_limit` of the examples cannot be used, or when the latents are not finite.
     """
     if (folder / INDEX).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     unique = list(dict.fromkeys(source.captions()))
+
+    def text(number: int) -> dict[str, torch.Tensor]:
+        between()
+        return encode(unique[number])
+
     _files(folder, "texts", len(unique), TEXTS, processes, progress, lambda numbers: _texts(
-        numbers, [encode(unique[i]) for i in numbers]
+        numbers, [text(number) for number in numbers]
     ))  # fmt: skip
     after_texts()
     processes.wait()
@@ -92,7 +102,7 @@ def build(
     caption_of = [of[caption] for caption in source.captions()]
 
     def rows(numbers: range) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        found = source.rows(numbers, lambda number: texts[caption_of[number]])
+        found = source.rows(numbers, lambda number: texts[caption_of[number]], between)
         return _rows(numbers, found, caption_of)
 
     _files(folder, "rows", len(source), ROWS, processes, progress, rows)
@@ -107,6 +117,7 @@ def build(
 def _files(folder, kind, count, size, processes, progress, make) -> None:
     """Writes the files of one kind that are missing and are this process's to write."""
     total = math.ceil(count / size)
+    progress(kind, 0, count)
     for number in range(processes.rank, total, processes.world):
         path = folder / f"{kind}-{number:05d}.safetensors"
         if not path.exists():

@@ -233,22 +233,33 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     if not (folder / bank.INDEX).exists():
         needed = _bank_bytes(spec, teacher, source) - _bytes(folder)
         _room(Path(spec.banks), needed, "the latent bank")
-    shown = [0.0]
+    shown, reached = [0.0], ["before the training began"]
+
+    def between() -> None:
+        # Each process looks for itself, and none waits for another's answer: all read the same
+        # file, and a launcher ends those that are left when one ends.
+        if asked() == "pause":
+            raise Paused(f"paused {reached[0]}")
 
     def progress(what: str, done: int, of: int) -> None:
-        if asked() == "pause" and done < of:
-            raise Paused(f"paused at {what}: {done} of {of}")
+        reached[0] = f"at {what}: {done} of {of}"
         now = time.monotonic()
-        if journal is not None and (now - shown[0] > 2 or done == of):
+        if journal is not None and (now - shown[0] > 2 or done in (0, of)):
             shown[0] = now
             journal.state("preparing", message=f"{what}: {done} of {of}")
             log.info("bank, %s: %d of %d", what, done, of)
 
-    with adapter.off():
-        bank.build(
-            folder, source, teacher.text, spec.data.skip_limit, processes, progress,
-            teacher.free_text_encoders,
-        )  # fmt: skip
+    try:
+        with adapter.off():
+            bank.build(
+                folder, source, teacher.text, spec.data.skip_limit, processes, progress,
+                teacher.free_text_encoders, between,
+            )  # fmt: skip
+    except RuntimeError:
+        # One that has drawn its part and waits loses the connection when another is paused.
+        if processes.world > 1:
+            between()
+        raise
     teacher.free_text_encoders()
     teacher.free_vae()
     torch.manual_seed(spec.seed)

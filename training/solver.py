@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,15 +71,18 @@ def teacher(
 def ddim(
     network, schedule: Schedule, noise: torch.Tensor, steps: int,
     context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float,
+    between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # fmt: skip
     """The teacher's own answer: `steps` guided DDIM steps from t = 999 to the clean latent.
 
     Evenly spaced from the noisiest timestep (999, 979, ..., 19 for 50 steps); a DDIM step to s
     noises x0 with the predicted eps, and the last one keeps x0 (arXiv 2010.02502, equation 12).
+    between() is called before each step.
     """
     z = noise.float()
     grid = torch.linspace(999, -1, steps + 1).round().long().tolist()
     for t, s in zip(grid[:-1], grid[1:], strict=True):
+        between()
         now = torch.full((len(z),), t, device=z.device)
         x0, eps = teacher(network, schedule, z, now, context, uncond, cfg)
         z = x0 if s < 0 else schedule.noised(x0, eps, torch.full_like(now, s))

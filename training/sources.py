@@ -50,11 +50,12 @@ class Drawn:
         }  # fmt: skip
 
     def rows(
-        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]]
-    ) -> list[bank.Row]:
-        return in_parts(numbers, AT_ONCE, lambda part: self._drawn(part, text))
+        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]],
+        between: Callable[[], None],
+    ) -> list[bank.Row]:  # fmt: skip
+        return in_parts(numbers, AT_ONCE, lambda part: self._drawn(part, text, between))
 
-    def _drawn(self, numbers, text) -> list[bank.Row]:
+    def _drawn(self, numbers, text, between) -> list[bank.Row]:
         side, teacher = self.spec.resolution, self.teacher
         sizes = (side, side, 0, 0, side, side)
         noise = torch.empty(len(numbers), teacher.channels, side // 8, side // 8)
@@ -68,7 +69,7 @@ class Drawn:
         cond, uncond = teacher.conditions(cond)
         latents = ddim(
             teacher, teacher.schedule, noise.to(teacher.device), self.spec.data.draw_steps,
-            cond, uncond, self.cfg,
+            cond, uncond, self.cfg, between,
         )  # fmt: skip
         return [bank.Row(latent, sizes) for latent in latents.cpu()]
 
@@ -94,9 +95,13 @@ class Encoded:
         return self.pictures.settings()
 
     def rows(
-        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]]
-    ) -> list[bank.Row | bank.Unreadable]:
-        examples = [self._read(number) for number in numbers]
+        self, numbers: Sequence[int], text: Callable[[int], dict[str, torch.Tensor]],
+        between: Callable[[], None],
+    ) -> list[bank.Row | bank.Unreadable]:  # fmt: skip
+        examples = []
+        for number in numbers:
+            between()
+            examples.append(self._read(number))
         found: dict[int, bank.Row | bank.Unreadable] = {
             i: each for i, each in enumerate(examples) if isinstance(each, bank.Unreadable)
         }
@@ -105,6 +110,7 @@ class Encoded:
         for _, group in groupby(sorted(good, key=shape), key=shape):
             same = list(group)
             for start in range(0, len(same), AT_ONCE):
+                between()
                 part = same[start : start + AT_ONCE]
                 latents = self.teacher.encode(torch.stack([examples[i].pixels for i in part]))
                 for i, latent in zip(part, latents, strict=True):

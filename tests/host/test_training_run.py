@@ -432,3 +432,38 @@ def test_a_pause_before_the_training_ends_every_process(job, tmp_path):
     assert start(spec, *launcher, OMP_NUM_THREADS="1").wait(timeout=300) != 0
     assert time.monotonic() - begun < 200
     assert status(spec)["state"] == "paused"
+
+
+def test_a_pause_while_the_bank_is_drawn_is_followed_at_once_by_every_process(job, tmp_path):
+    """The one that draws is in the middle of a file, the other draws too and then waits for it."""
+    banks = tmp_path / "own-banks"
+    data = {"prompts": PROMPTS, "count": ROWS + 1, "draw_steps": 1000}  # a file of many minutes
+    spec = job("early", banks=str(banks), data=data)
+    control = spec.parent / "control.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def drawing() -> bool:
+        there = (spec.parent / "status.json").exists()
+        return there and status(spec)["message"].startswith("rows")
+
+    def paused_at(message: str) -> None:
+        control.unlink(missing_ok=True)
+        process = start(spec, *launcher, OMP_NUM_THREADS="1")
+        try:
+            deadline = time.monotonic() + 120
+            while not drawing():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            control.write_text('{"action": "pause"}')
+            assert process.wait(timeout=25) != 0  # after 30 s the launcher kills the others
+        finally:
+            process.terminate()
+        told = status(spec)
+        assert (told["state"], told["message"]) == ("paused", f"paused at {message}")
+        assert not list(banks.rglob(".tmp-*"))
+
+    paused_at(f"rows: 0 of {ROWS + 1}")
+    (texts,) = banks.rglob("texts-*")
+    assert not list(banks.rglob("rows-*"))
+    (texts.parent / "rows-00000.safetensors").touch()  # so that the first has nothing to draw
+    paused_at(f"rows: {ROWS} of {ROWS + 1}")

@@ -24,7 +24,7 @@ class Numbers:
     def captions(self):
         return [self.of[i % len(self.of)] for i in range(self.count)]
 
-    def rows(self, numbers, text):
+    def rows(self, numbers, text, between):
         self.made += numbers
         found = []
         for number in numbers:
@@ -75,10 +75,10 @@ class Died(Exception):
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
     class Dies(Numbers):
-        def rows(self, numbers, text):
+        def rows(self, numbers, text, between):
             if numbers[0] >= 128:
                 raise Died
-            return super().rows(numbers, text)
+            return super().rows(numbers, text, between)
 
     with pytest.raises(Died):
         build(tmp_path, Dies(300))
@@ -88,6 +88,34 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
     found = build(tmp_path, source)
     assert source.made == list(range(128, 300))
     assert found.batch(range(300))[0][:, 0, 0, 0].tolist() == list(range(300))
+
+
+def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_path):
+    class Draws(Numbers):
+        def rows(self, numbers, text, between):
+            between()
+            return super().rows(numbers, text, between)
+
+    def building(calls):
+        left = iter(range(calls))
+
+        def between():
+            if next(left, None) is None:
+                raise Died
+
+        with pytest.raises(Died):
+            bank.build(
+                tmp_path, Draws(300), encode, 0.1, Processes(), lambda *a: told.append(a),
+                between=between,
+            )  # fmt: skip
+        return sorted(file.name for file in tmp_path.iterdir())
+
+    told = []
+    assert building(2) == []  # at the third text
+    assert building(3) == ["texts-00000.safetensors"]  # before the first row
+    assert told[-1] == ("rows", 0, 300)
+    assert building(1) == ["rows-00000.safetensors", "texts-00000.safetensors"]
+    assert len(build(tmp_path, Draws(300))) == 300
 
 
 def test_two_processes_build_every_other_file(tmp_path):
@@ -120,7 +148,7 @@ def test_too_many_unreadable_examples_are_an_error(tmp_path):
 
 def test_latents_that_are_not_finite_are_an_error(tmp_path):
     class Broken(Numbers):
-        def rows(self, numbers, text):
+        def rows(self, numbers, text, between):
             return [bank.Row(torch.full((4, 2, 2), torch.nan), SIZES) for _ in numbers]
 
     with pytest.raises(ValueError, match="not finite.*--fp32-vae"):

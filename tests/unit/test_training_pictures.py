@@ -10,6 +10,8 @@ import torch
 from lcm_lora.training.bank import Unreadable
 from lcm_lora.training.captioned import find
 from lcm_lora.training.pictures import Pictures, buckets
+from lcm_lora.training.sources import source
+from lcm_lora.training.spec import Data, Spec
 from PIL import Image
 
 
@@ -250,3 +252,17 @@ def test_the_settings_change_with_the_files(folder):
     assert json.loads(json.dumps(before)) == before
     (folder / "b.txt").write_text("something else", encoding="utf-8")
     assert Pictures(folder, 64).settings() != before
+
+
+def test_before_each_picture_and_each_encoding_one_may_end(folder):
+    class Encoder:
+        def encode(self, pixels):
+            done.append(f"encoded {len(pixels)}")
+            return torch.zeros(len(pixels), 4, 8, 8)
+
+    done = []
+    data = Data(kind="pictures", path=str(folder))
+    spec = Spec("/host", "/checkpoint", "/o.safetensors", "/banks", data=data, resolution=64)
+    rows = source(spec, Encoder()).rows([0, 1, 2], None, lambda: done.append("asked"))
+    assert len(rows) == 3
+    assert done == ["asked"] * 3 + ["asked", "encoded 1"] * 3  # three shapes
