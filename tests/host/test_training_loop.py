@@ -158,3 +158,52 @@ def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
 def test_answers_of_earlier_passes_go(trained):
     run, _ = trained(steps=7, passes=3)
     assert sorted(file.name for file in run.answers.folder.iterdir()) == ["0-6.safetensors"]
+
+
+@pytest.fixture
+def sampled(teacher, tmp_path):
+    """sampled(name, objective) -> the errors of a job's sample pictures of three prompts."""
+    from lcm_lora.training.watch import Samples
+
+    adapter = Adapter(teacher.network, 4, 4.0, 5)
+
+    def draw(name, objective="lcm"):
+        job = tmp_path / name
+        job.mkdir()
+        errors = Samples(job, teacher, PROMPTS, 64, 5, objective).draw(adapter, 1, 2.5)
+        assert (job / "samples" / "step-00000001.png").stat().st_size > 1000
+        return errors
+
+    yield draw
+    adapter.detach()
+
+
+def test_sample_pictures_are_drawn_one_by_one_where_memory_is_short(sampled, teacher):
+    def at_most_two(_module, inputs):
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("this network holds two latents at a time")
+
+    wanted = sampled("at once")
+    limit = teacher.network.register_forward_pre_hook(at_most_two)
+    try:
+        assert sampled("in parts") == pytest.approx(wanted, rel=1e-3)
+    finally:
+        limit.remove()
+
+
+@pytest.mark.parametrize(("objective", "fresh"), [("lcm", {0, 1, 2, 3}), ("phased", {0})])
+def test_sample_pictures_get_the_noise_that_the_objective_wants(
+    sampled, monkeypatch, objective, fresh
+):
+    from lcm_lora.training import watch
+
+    asked, real = set(), watch.picture_noise
+
+    def noise(*about):
+        draw = real(*about)
+        return lambda step: asked.add(step) or draw(step)
+
+    monkeypatch.setattr(watch, "picture_noise", noise)
+    monkeypatch.setattr(watch, "TEACHER_STEPS", 2)
+    sampled(objective, objective)
+    assert asked == fresh

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.timesteps import grid, timesteps
 from lcm_lora.tests.unit.toy_network import ACP, Toy
 from lcm_lora.training.adapter import Adapter
 from lcm_lora.training.objective import pseudo_huber
 from lcm_lora.training.phased import edge_below, edges, phased_loss
-from lcm_lora.training.solver import Schedule, teacher
+from lcm_lora.training.solver import Schedule, ddim, teacher
+from lcm_lora.training.watch import few_steps
 from torch import nn
 
 INDEX = torch.arange(50)
@@ -130,3 +132,12 @@ def test_a_phase_for_every_solver_step_is_the_teacher_itself(learned):
     student = schedule.noised(*schedule.split(network(z_t, t, **cond), z_t, t), s)
     found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=50)
     assert torch.allclose(found, pseudo_huber(student, z_s), rtol=1e-5)
+
+
+def test_as_many_steps_as_the_grid_has_points_are_the_teachers_own(learned):
+    network, _ = learned
+    network.schedule = Schedule(ACP)
+    noise, _, cond, uncond = batch()
+    found = few_steps(network, noise, 50, cond, None, FAMILIES["phased"])
+    wanted = ddim(network, network.schedule, noise, 50, cond, uncond, 1.0)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
