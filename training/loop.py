@@ -197,22 +197,7 @@ class Run:
     def _use_less_memory(self) -> None:
         self.optimiser.zero_grad()
         give_back()
-        progress = self.progress
-        if progress.micro_batch > 1:
-            progress.micro_batch = math.ceil(progress.micro_batch / 2)
-            log.warning(
-                "out of memory: going on with %d pictures at a time, %d times a step",
-                progress.micro_batch, math.ceil(self.spec.batch / progress.micro_batch),
-            )  # fmt: skip
-        elif not progress.recompute and self.spec.checkpointing == "auto":
-            progress.recompute = True
-            recompute_blocks(self.teacher.network)
-            log.warning("out of memory: going on with blocks computed again in backward")
-        else:
-            raise MemoryError(
-                "The device's memory does not hold one picture's training step. Choose a smaller "
-                "resolution or rank, or close what else uses the device."
-            )
+        use_less_memory(self.progress, self.spec, self.teacher.network)
 
     def report(self, since: _Since) -> None:
         """A line of metrics and the state; the loss is the mean since the last line."""
@@ -337,6 +322,28 @@ class _Since:
     @property
     def seconds_a_step(self) -> float:
         return self.seconds / self.count
+
+
+def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
+    """Half as many pictures at a time, and then blocks that are computed again.
+
+    Raises MemoryError when neither is left to do.
+    """
+    if progress.micro_batch > 1:
+        progress.micro_batch = math.ceil(progress.micro_batch / 2)
+        log.warning(
+            "out of memory: going on with %d pictures at a time, %d times a step",
+            progress.micro_batch, math.ceil(spec.batch / progress.micro_batch),
+        )  # fmt: skip
+    elif not progress.recompute and spec.checkpointing == "auto":
+        progress.recompute = True
+        recompute_blocks(network)
+        log.warning("out of memory: going on with blocks computed again in backward")
+    else:
+        raise MemoryError(
+            "The device's memory does not hold one picture's training step. Choose a smaller "
+            "resolution or rank, or close what else uses the device."
+        )
 
 
 def loss_of(spec: Spec, teacher, adapter: Adapter, *batch) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 
 from . import draws
 from .adapter import Adapter
-from .loop import loss_of
-from .memory import is_out_of_memory, recompute_blocks
+from .loop import Progress, loss_of, use_less_memory
+from .memory import give_back, is_out_of_memory, recompute_blocks
 from .spec import Spec
 
 TEACHER = "teacher: 2 pictures in one, no gradient"
@@ -22,18 +21,21 @@ def plan(spec: Spec, teacher, adapter: Adapter, examples: int) -> str:
     parameters = sum(p.numel() for p in adapter.parameters())
     network = sum(p.numel() * p.element_size() for p in teacher.network.parameters())
     checkpoint = 12 * parameters  # the layers and AdamW's two moments, float32
-    if spec.checkpointing == "on":
+    progress = Progress(min(spec.micro_batch or spec.batch, spec.batch), spec.checkpointing == "on")
+    if progress.recompute:
         recompute_blocks(teacher.network)
-    seconds, count = _measured(spec, teacher, adapter, known=False)
+    seconds = _measured(spec, teacher, adapter, progress, known=False)
     calls = f"3 network calls a step ({TEACHER}; target; student)"
     if spec.passes > 1:
-        kept, count = _measured(spec, teacher, adapter, known=True)
+        kept = _measured(spec, teacher, adapter, progress, known=True)
         seconds = (seconds + (spec.passes - 1) * kept) / spec.passes
         calls = (
             f"2 network calls a step (target; student), and one more ({TEACHER}) in one of "
             f"{spec.passes} passes over the bank"
         )
+    count = progress.micro_batch
     at_once = f", {count} pictures at a time" if count < spec.batch else ""
+    at_once += ", blocks computed again in backward" if progress.recompute else ""
     lines = [
         f"teacher: {Path(spec.checkpoint).name}, {teacher.family}, {teacher.schedule.prediction} "
         f"prediction, {network / 1e9:.2f} GB as {str(teacher.dtype).removeprefix('torch.')} "
@@ -50,19 +52,22 @@ def plan(spec: Spec, teacher, adapter: Adapter, examples: int) -> str:
     return "\n".join(lines)
 
 
-def _measured(spec: Spec, teacher, adapter: Adapter, known: bool) -> tuple[float, int]:
-    """(seconds a step, pictures at a time): as many as the job is told, or as memory has room for.
+def _measured(spec: Spec, teacher, adapter: Adapter, progress: Progress, known: bool) -> float:
+    """Seconds a step; where memory runs out, progress changes as the job's would.
 
     known: the teacher's answers are.
     """
-    count = min(spec.micro_batch or spec.batch, spec.batch)
     while True:
+        count = progress.micro_batch
         try:
-            return _seconds(spec, teacher, adapter, count, known) * spec.batch / count, count
+            return _seconds(spec, teacher, adapter, count, known) * spec.batch / count
         except RuntimeError as error:
-            if count == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-        count = math.ceil(count / 2)
+        # Outside the handler, whose traceback would keep the tensors that did not fit.
+        adapter.zero_grad()
+        give_back()
+        use_less_memory(progress, spec, teacher.network)
 
 
 def _seconds(spec: Spec, teacher, adapter: Adapter, count: int, known: bool) -> float:

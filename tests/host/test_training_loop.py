@@ -105,6 +105,30 @@ def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
         restore(forwards)
 
 
+def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkpoint, monkeypatch):
+    from lcm_lora.training import loop
+    from lcm_lora.training.plan import plan
+
+    again = []
+
+    def only_one_that_is_recomputed(_module, inputs):
+        if torch.is_grad_enabled() and not (again and len(inputs[0]) == 1):
+            raise torch.OutOfMemoryError("too large for a gradient")
+
+    monkeypatch.setattr(loop, "recompute_blocks", again.append)
+    adapter = Adapter(teacher.network, 4, 4.0)
+    limit = teacher.network.register_forward_pre_hook(only_one_that_is_recomputed)
+    try:
+        told = plan(spec_of("/b", toy_checkpoint, passes=2), teacher, adapter, 8)
+        with pytest.raises(MemoryError, match="does not hold one picture's training step"):
+            again.clear()
+            plan(spec_of("/b", toy_checkpoint, checkpointing="off"), teacher, adapter, 8)
+    finally:
+        limit.remove()
+        adapter.detach()
+    assert "measured here, 1 pictures at a time, blocks computed again in backward" in told
+
+
 def test_recomputing_blocks_changes_nothing_but_memory(trained, teacher):
     _, plain = trained()
     forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
