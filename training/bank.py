@@ -168,7 +168,7 @@ def _finish(folder: Path, count: int, captions: list[str], skip_limit: float) ->
             f"{len(skipped)} of {count} examples cannot be used, more than the limit of "
             f"{skip_limit:.0%}. The first: {'; '.join(skipped[:3])}"
         )
-    disk.clear_torn(folder)
+    disk.clear_dead(folder)  # another job may be writing the same bank
     index = {
         "version": VERSION, "rows": files, "skipped": skipped, "captions": captions,
         "made": time.strftime("%Y-%m-%d %H:%M"),

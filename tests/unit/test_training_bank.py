@@ -1,5 +1,6 @@
 """The latent bank: built once, resumable, complete or not used."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -116,6 +117,15 @@ def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_p
     assert told[-1] == ("rows", 0, 300)
     assert building(1) == ["rows-00000.safetensors", "texts-00000.safetensors"]
     assert len(build(tmp_path, Draws(300))) == 300
+
+
+def test_the_half_file_of_a_job_that_builds_the_same_bank_stays(tmp_path):
+    pid = os.getppid()  # of a process that lives and is not this one
+    theirs, dead = tmp_path / f".tmp-{pid}-a", tmp_path / ".tmp-999999999-b"
+    for file in (theirs, dead):
+        file.write_bytes(b"half")
+    build(tmp_path, Numbers(3))
+    assert theirs.exists() and not dead.exists()
 
 
 def test_two_processes_build_every_other_file(tmp_path):
