@@ -278,6 +278,7 @@ class Run:
         """Ends early, with the adapter that was best."""
         best = checkpoints.read(self.folder, self.progress.best_step)
         self.adapter.restore(best.adapter)
+        self.step = best.step  # what the result and the state tell is about it
         log.info("no better since step %d: done early", best.step)
         return "done"
 

@@ -279,7 +279,10 @@ def test_no_better_for_long_enough_ends_with_the_best(job):
     from lcm_lora.training import checkpoints
 
     kept = checkpoints.read(spec.parent / "checkpoints", told[best]["step"])
-    lora = load_file(Path(json.loads(spec.read_text())["output"]))
+    output = Path(json.loads(spec.read_text())["output"])
+    assert files.read(output).metadata["ss_max_train_steps"] == str(told[best]["step"])
+    assert status(spec)["step"] == told[best]["step"]
+    lora = load_file(output)
     ups = sorted(tensor.half().norm() for name, tensor in kept.adapter.items() if "up" in name)
     found = sorted(tensor.norm() for name, tensor in lora.items() if "lora_up" in name)
     assert torch.allclose(torch.stack(ups).float(), torch.stack(found).float(), rtol=1e-2)
