@@ -30,8 +30,8 @@ from .processes import Processes
 from .tensors import save
 
 log = logging.getLogger("lcm_lora")
-VERSION = 1
-ROWS, TEXTS = 64, 64  # in a file; also how often an interrupted build has saved its work
+VERSION = 2
+ROWS, TEXTS = 16, 64  # in a file; also what an interrupted build loses at most
 INDEX = "index.json"
 
 
