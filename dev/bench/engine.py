@@ -81,7 +81,7 @@ class _Rows:
     def captions(self) -> list[str]:
         return [str(i) for i in range(PICTURES)]
 
-    def rows(self, numbers: list[int], _text: object) -> list[Row]:
+    def rows(self, numbers: list[int], *_: object) -> list[Row]:
         return [Row(self.latents[number], self.sizes) for number in numbers]
 
 
