@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .acceleration import FAMILY, SEVERAL, joined
+from .agree import require_finite, require_one_shape
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector
@@ -43,7 +44,7 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
         ranks = [terms[i][0].deltas[name].rank for i in holders]
         inner = grams.add(place_of(name), deltas[name], holders, ranks)
         if not inner.isfinite().all():
-            _require_finite(name, [terms[i][0] for i in holders])
+            require_finite(name, [terms[i][0] for i in holders])
     metadata = _metadata(terms, "exact")
     combined = Vector(deltas, _sum_diffs(terms), metadata, _source(terms))
     return combined, f"{_report(terms, combined)}\n{grams}".rstrip()
@@ -79,7 +80,7 @@ def elementwise(
         shape = max((delta.shape for delta, _ in parts), key=len)
         changes = torch.stack([weight * d.matrix().view(shape) for d, weight in parts]).to(device)
         if not changes.isfinite().all():
-            _require_finite(name, [terms[i][0] for i in of[name]])
+            require_finite(name, [terms[i][0] for i in of[name]])
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         merged = rule.merge(changes, density, generator)
         before = sum(delta.rank for delta, _ in parts)
@@ -118,11 +119,11 @@ def _holders(terms: Sequence[tuple[Vector, float]]) -> dict[str, list[int]]:
         for name in vector.deltas:
             found.setdefault(name, []).append(place)
     for name, places in found.items():
-        shapes = [(terms[i][0].source, terms[i][0].deltas[name].shape) for i in places]
+        changes = [(terms[i][0], terms[i][0].deltas[name].shape) for i in places]
         # A full difference of the same weight is added to it.
         key = f"{name}.diff"
-        shapes += [(v.source, v.diffs[key].shape) for v, _ in terms if key in v.diffs]
-        _require_one_shape(name, shapes)
+        changes += [(v, v.diffs[key].shape) for v, _ in terms if key in v.diffs]
+        require_one_shape(name, changes)
     return found
 
 
@@ -149,8 +150,8 @@ def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for vector, weight in terms:
         for key, diff in vector.diffs.items():
+            require_one_shape(key, [(v, v.diffs[key].shape) for v, _ in terms if key in v.diffs])
             sum_so_far = total.get(key, torch.zeros_like(diff, dtype=torch.float32))
-            _require_one_shape(key, [("the others", sum_so_far.shape), (vector.source, diff.shape)])
             total[key] = sum_so_far + diff.float() * weight
     return total
 
@@ -160,25 +161,6 @@ def _same_spelling(terms: Sequence[tuple[Vector, float]]) -> list[tuple[Vector, 
     alone does not tell; the other files do."""
     two = any(has_two_text_encoders(vector.shapes) for vector, _ in terms)
     return [(respelled(vector, two), weight) for vector, weight in terms]
-
-
-def _require_one_shape(name: str, shapes: Sequence[tuple[str, Sequence[int]]]) -> None:
-    # Compared as matrices: 1x1 convolutions are kept as [out, in] by some tools.
-    if len({(shape[0], math.prod(shape[1:])) for _, shape in shapes}) > 1:
-        found = ", ".join(f"{list(shape)} in {source}" for source, shape in shapes)
-        raise ValueError(
-            f"The module {name} has different shapes: {found}. These LoRAs were made for "
-            "different base models and cannot be added."
-        )
-
-
-def _require_finite(name: str, vectors: Sequence[Vector]) -> None:
-    for vector in vectors:
-        if not vector.deltas[name].matrix().isfinite().all():
-            raise ValueError(
-                f"{vector.source} has numbers in {name} that are not finite, so that no sum of it "
-                "is: the file is broken or its training was. Leave it out."
-            )
 
 
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -174,6 +174,11 @@ class Vector:
         """The ranks in words: "64", or "4 to 64"."""
         ranks = sorted({delta.rank for delta in self.deltas.values()})
         return " to ".join(str(r) for r in (ranks[:1] + ranks[1:][-1:])) or "none"
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a weight of this shape, [out, in, ...]."""
+    return shape[0], math.prod(shape[1:])
 
 
 def _shape(tensor: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
-from .delta import Vector
+from .delta import Vector, as_matrix
 from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
 from .names import canonical_names
@@ -222,7 +221,7 @@ def _misfit(
         if module in vector.opaque and len(shape) == 1:
             there = there[:1]
         # The host reshapes, so [out, in] is as good as [out, in, 1, 1].
-        if shape[0] != there[0] or math.prod(shape[1:]) != math.prod(there[1:]):
+        if as_matrix(shape) != as_matrix(there):
             return f"shape {list(shape)}, the model has {list(there)}"
     return ""
 

@@ -7,14 +7,14 @@ NP-LoRA (arXiv 2511.11051, section 4) takes that part of the style away, as far 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .agree import require_finite, require_one_shape
 from .delta import Delta, Vector
-from .family import family_of, require_one_family
+from .family import require_one_family
 from .metadata import recipe
 from .reduce import decomposed
 
@@ -44,15 +44,16 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
     require_one_family((vector.source, vector.shapes) for vector in (style, acceleration))
     deltas, taken, whole, shared = {}, 0.0, 0.0, 0
     for name, delta in style.deltas.items():
-        whole += delta.inner(delta)
+        delta = delta.plain()
+        before = delta.inner(delta)
+        whole += before
         if name in acceleration.deltas:
             shared += 1
-            _require_one_shape(name, style, acceleration)
-            _require_finite(name, style, acceleration)
-            plain = delta.plain()
-            removed = _removed(plain, acceleration.deltas[name], share)
-            before = delta.inner(delta)
-            delta = replace(plain, down=plain.down.float() - removed)
+            both = style, acceleration
+            require_one_shape(name, [(vector, vector.deltas[name].shape) for vector in both])
+            require_finite(name, both)
+            removed = _removed(delta, acceleration.deltas[name], share)
+            delta = replace(delta, down=delta.down.float() - removed)
             taken += before - delta.inner(delta)
         deltas[name] = delta
     percent = 100 * taken / whole if whole else 0.0
@@ -91,27 +92,6 @@ def _whole(vector: Vector) -> set[str]:
     """The modules of which the vector holds the change of a whole matrix."""
     return {k.removesuffix(".diff") for k, diff in vector.diffs.items()
             if k.endswith(".diff") and diff.dim() > 1}  # fmt: skip
-
-
-def _require_one_shape(name: str, style: Vector, acceleration: Vector) -> None:
-    # Compared as matrices: 1x1 convolutions are kept as [out, in] by some tools.
-    shapes = [vector.deltas[name].shape for vector in (style, acceleration)]
-    if len({(shape[0], math.prod(shape[1:])) for shape in shapes}) > 1:
-        found = " and ".join(
-            f"{list(shape)} in {vector.source} (made for "
-            f"{family_of(vector.shapes) or 'an unknown base model'})"
-            for shape, vector in zip(shapes, (style, acceleration), strict=True)
-        )
-        raise ValueError(f"{name} is {found}; they were made for different base models.")
-
-
-def _require_finite(name: str, *vectors: Vector) -> None:
-    for vector in vectors:
-        if not math.isfinite(vector.deltas[name].inner(vector.deltas[name])):
-            raise ValueError(
-                f"{vector.source} has numbers in {name} that are not finite: the file is broken or "
-                "its training was."
-            )
 
 
 def _removed(plain: Delta, other: Delta, share: float) -> Tensor:

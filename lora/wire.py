@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import Delta, Opaque, Vector
+from .delta import Delta, Opaque, Vector, as_matrix
 from .family import family_of, has_two_text_encoders
 from .lycoris import Product, product
 from .metadata import described
@@ -198,10 +197,7 @@ def _delta(name: str, parts: Mapping[str, Tensor], peft_alpha: float | None) -> 
 
 
 def _require_same_layer(delta: Delta, diff: Tensor | None) -> None:
-    if diff is None:
-        return
-    (out, *columns), (wanted, *others) = delta.shape, diff.shape
-    if (out, math.prod(columns)) != (wanted, math.prod(others)):
+    if diff is not None and as_matrix(delta.shape) != as_matrix(diff.shape):
         raise ValueError(
             f"its factors make {list(delta.shape)} and its full difference is {list(diff.shape)}; "
             "expected one shape"

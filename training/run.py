@@ -220,9 +220,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     samples = None
     if processes.first and spec.sample_every:
         prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
-        samples = Samples(
-            job, teacher, prompts, spec.resolution, spec.seed, spec.objective
-        )  # fmt: skip
+        samples = Samples(job, teacher, prompts, spec.resolution, spec.seed, spec.objective)
     paths = [Path(path) for path in (spec.checkpoint, *(lora.path for lora in spec.loras))]
     for path in paths if processes.first else ():
         result.file_hash(path, Path(spec.banks))
