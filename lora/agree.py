@@ -9,6 +9,16 @@ from .delta import Vector, as_matrix
 from .family import family_of
 
 
+def require_sum(vector: Vector) -> None:
+    """Raises ValueError where the vector holds what is more than a sum (DoRA, OFT, GLoRA)."""
+    if vector.opaque:
+        raise ValueError(
+            f"{vector.source} holds {vector.opaque_kinds} weights. What they do depends on the "
+            "weights they are added to, so that no sum of vectors is their sum. Apply it alone, "
+            "with Apply LoRA Vector, and add the others after it."
+        )
+
+
 def require_one_shape(name: str, changes: Sequence[tuple[Vector, Sequence[int]]]) -> None:
     """Raises ValueError where the changes of one weight, each of a vector, have different shapes.
 

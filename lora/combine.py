@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .acceleration import FAMILY, SEVERAL, joined
-from .agree import require_finite, require_one_shape
+from .agree import require_finite, require_one_shape, require_sum
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector
@@ -101,12 +101,7 @@ def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Ve
     if not terms:
         raise ValueError("All weights are 0, so the sum is empty; set at least one of them.")
     for vector, _ in terms:
-        if vector.opaque:
-            raise ValueError(
-                f"{vector.source} holds {vector.opaque_kinds} weights. What they do depends on the "
-                "weights they are added to, so that no sum of vectors is their sum. Apply it "
-                "alone, with Apply LoRA Vector, and add the others after it."
-            )
+        require_sum(vector)
     terms = _same_spelling(terms)
     require_one_family((vector.source, vector.shapes) for vector, _ in terms)
     return terms

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .agree import require_finite, require_one_shape
+from .agree import require_finite, require_one_shape, require_sum
 from .delta import Delta, Vector
 from .family import require_one_family
 from .metadata import recipe
@@ -35,12 +35,7 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, found {share:g}.")
-    if style.opaque:
-        raise ValueError(
-            f"{style.source} holds {style.opaque_kinds} weights. What they do depends on the "
-            "weights they are added to, so that no part of it can be taken away. Apply it alone, "
-            "with Apply LoRA Vector, and add the acceleration after it."
-        )
+    require_sum(style)
     require_one_family((vector.source, vector.shapes) for vector in (style, acceleration))
     deltas, taken, whole, shared = {}, 0.0, 0.0, 0
     for name, delta in style.deltas.items():

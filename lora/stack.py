@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .agree import require_sum
 from .blocks import place_of, weighted
 from .combine import exact
 from .delta import Vector
@@ -30,11 +31,7 @@ def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vect
         vector = read_named(path_of(name), name)
         of = {module: clip if place_of(module) == "text" else model for module in vector.modules()}
         if any(of[module] for module in vector.opaque):
-            raise ValueError(
-                f"{vector.source}, in the LoRA stack, holds {vector.opaque_kinds} weights. What "
-                "they do depends on the weights they are added to, so that no sum of vectors is "
-                "their sum. Take it out of the stack and apply it alone, with Apply LoRA Vector."
-            )
+            require_sum(vector)
         if any(of.values()):
             vectors.append(weighted(vector, of.__getitem__, f"model {model:g}, CLIP {clip:g}"))
     return exact(vectors, [1.0] * len(vectors))

@@ -442,7 +442,7 @@ def test_a_file_of_a_stack_that_is_no_sum_is_refused_at_any_strength(loras, stre
     tensors = {f"{name}.lora_up.weight": torch.ones(8, 2), f"{name}.dora_scale": torch.ones(8, 1)}
     tensors |= {f"{name}.lora_down.weight": torch.ones(2, 8)} | text_lora()
     save_file(tensors, loras / "dora.safetensors")
-    words = "dora.safetensors, in the LoRA stack, holds DoRA weights.* with Apply LoRA Vector"
+    words = "dora.safetensors holds DoRA weights.* with Apply LoRA Vector"
     with pytest.raises(ValueError, match=words):
         LCMLoRAFromStack.execute([("dora.safetensors", strength, strength)])
     wire, _ = LCMLoRAFromStack.execute([("dora.safetensors", 0, strength)]).args
