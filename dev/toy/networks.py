@@ -28,6 +28,18 @@ def unet() -> UNetModel:
     return UNetModel(**SHAPE, out_channels=4)
 
 
+# Two levels: residual blocks at the full size of the latents, attention at half of it (29.6 M).
+SHAPE_OF_WORLD = SHAPE | {
+    "num_res_blocks": [1, 1], "channel_mult": [1, 1], "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
+}  # fmt: skip
+
+
+def world_unet() -> UNetModel:
+    """The demo model's network."""
+    return UNetModel(**SHAPE_OF_WORLD, out_channels=4)
+
+
 def control_net() -> ControlNet:
     """A ControlNet for that UNet."""
     return ControlNet(**SHAPE, hint_channels=3)
