@@ -23,7 +23,7 @@ from ...training.disk import replace, whole_file
 from .. import commands
 from ..toy import assemble, data
 from ..toy.judge import Judge
-from . import stabilisers, subjects
+from . import subjects
 from .report import Report
 
 log = logging.getLogger("lcm_lora")
@@ -41,9 +41,6 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--bf16", action="store_true",
         help="the network in bfloat16: half the time where the processor has it",
     )  # fmt: skip
-    parser.add_argument(
-        "--stabilisers", action="store_true", help="eta and other options of the LCM-LoRA, no bars"
-    )
 
 
 Figures = dict[tuple[str, str, str], list[float]]
@@ -57,17 +54,11 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     seeds = chosen.seeds or (3 if chosen.full else 2)
     dtype = torch.bfloat16 if chosen.bf16 else torch.float32
     toy = subjects.Toy.load(checkpoint, dtype)
-    files = [Path(stabilisers.__file__)] if chosen.stabilisers else []
-    kept = Kept(commands.LOCAL / "quality", f"{dtype} {pictures} {checkpoint.name}", files)
-    columns = stabilisers.columns(toy) if chosen.stabilisers else subjects.subjects(toy)
-    steps = STEPS[:3] if chosen.stabilisers else STEPS
-    figures = measure(toy, columns, steps, pictures, seeds, kept)
+    kept = Kept(commands.LOCAL / "quality", f"{dtype} {pictures} {checkpoint.name}")
+    figures = measure(toy, subjects.subjects(toy), STEPS, pictures, seeds, kept)
     kept.forget()
     report = Report("quality")
     rows(report, figures)
-    if chosen.stabilisers:
-        gains(report, figures)
-        return report
     lcm_bars(report, figures, worst=1.5)
     report.bar(
         "frechet, teacher at 50 steps / base DDIM at 4 (the toy needs the LoRA)",
@@ -172,15 +163,6 @@ def rows(report: Report, figures: Figures) -> None:
     """A row of the report for each figure."""
     for (case, name, metric), values in figures.items():
         report.add(case, name, metric, "share" if metric == "accuracy" else "", values)
-
-
-def gains(report: Report, figures: Figures) -> None:
-    """Each option's ratio to the LCM-LoRA without it, seed by seed; below 1 is better."""
-    for (case, name, metric), values in figures.items():
-        plain = figures.get((case, stabilisers.PLAIN, metric))
-        if plain and name != stabilisers.PLAIN and metric != "accuracy":
-            ratios = [a / b for a, b in zip(values, plain, strict=True)]
-            report.add(case, f"{name} / {stabilisers.PLAIN}", metric, "", ratios)
 
 
 def ratio(figures: Figures, above: tuple[str, str, str], below: tuple[str, str, str]) -> float:
