@@ -11,14 +11,17 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
+from comfy.quant_ops import QuantizedTensor
 from comfy.sd import CLIP
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from .delta import Vector, as_matrix
+from .delta import Opaque, Vector, as_matrix
 from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
 from .names import canonical_names
+from .opaque import merged, misfit
 from .wire import to_wire
 
 logger = logging.getLogger("lcm_lora")
@@ -58,6 +61,76 @@ class Coverage:
         return f"{text}. {self.doubt}".rstrip()
 
 
+class Merge(WeightAdapterBase):
+    """A patch of the host's that merges an Opaque module as the owner of its format does.
+
+    `strength` times what the whole merge changes is added, so a strength of 0.5 is half the way,
+    and a negative one goes the other way.
+    """
+
+    name = "lcm_lora"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[tuple[str, Tensor | float], ...]):
+        # Names and values, in tuples: so the host finds the tensors where it moves patches to a
+        # device, and makes another patch of the moved ones by these two arguments.
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def of(cls, module: Opaque) -> Merge:
+        alpha = {"alpha": float(module["alpha"])} if "alpha" in module else {}
+        return cls(set(), tuple((module | alpha).items()))
+
+    def calculate_weight(
+        self, weight, key, strength, strength_model, offset, function,
+        intermediate_dtype=torch.float32, original_weight=None,
+    ) -> Tensor:  # fmt: skip
+        """The weight with the module added in place, as the host's own patches do."""
+        parts = dict(self.weights)
+        alpha = parts.pop("alpha", None)
+        parts = {name: part.to(weight.device) for name, part in parts.items()}
+        change = merged(parts, alpha, weight) - weight.float()
+        weight += function((strength * change).to(weight.dtype))
+        return weight
+
+
+class Layers:
+    """The weights of a model by their keys, with the shapes that its layers compute with: of packed
+    weights (nvfp4, GGUF) a state dict has the stored bytes."""
+
+    def __init__(self, patcher: ModelPatcher):
+        self.patcher, self.stored = patcher, patcher.model.state_dict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.stored
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """[out, in, ...] as the layer computes with it."""
+        weight = self._weight(key)
+        layer = comfy.utils.get_attr(self.patcher.model, key.rpartition(".")[0])
+        sides = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+        packed = key.endswith(".weight") and not weight.is_floating_point()
+        return sides if packed and None not in sides else tuple(weight.shape)
+
+    def unpatchable(self, key: str) -> str:
+        """Why the host cannot change the weight; empty where it can.
+
+        It adds to floating point numbers and to those that it unpacks itself. Whoever packs
+        otherwise brings tensors of an own class, or an own patcher.
+        """
+        weight = self._weight(key)
+        own = type(self.patcher).patch_weight_to_device is not ModelPatcher.patch_weight_to_device
+        plain = type(weight) in (Tensor, torch.nn.Parameter)
+        if own or not plain or weight.is_floating_point():
+            return ""
+        return f"the model's weight is stored as {weight.dtype}, to which ComfyUI cannot add"
+
+    def _weight(self, key: str) -> Tensor:
+        try:
+            return comfy.utils.get_attr(self.patcher.model, key)
+        except AttributeError:  # the state dict has another name for it
+            return self.stored[key]
+
+
 def apply(
     model: ModelPatcher,
     clip: CLIP | None,
@@ -79,42 +152,39 @@ def apply(
     if strength_model != 0:
         _require_family(vector.source, made_for, found)
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
-        parts.append((model, model.model.state_dict(), keys, strength_model))
+        parts.append((model, keys, strength_model))
     if clip is not None and strength_clip != 0:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-        parts.append((clip, clip.cond_stage_model.state_dict(), keys, strength_clip))
+        parts.append((clip.patcher, keys, strength_clip))
 
     modules = vector.modules()
     skipped = {m for m in modules if _is_text(m) and (clip is None or strength_clip == 0)}
     skipped |= {m for m in modules if not _is_text(m) and strength_model == 0}
-    # Apart, for the host's reader keeps one patch a module and a sum may hold both kinds.
-    only = [{"deltas": vector.deltas}, {"diffs": vector.diffs}, {"opaque": vector.opaque}]
-    nothing = {"deltas": {}, "diffs": {}, "opaque": {}}
-    wires = [to_wire(replace(vector, **nothing | each)) for each in only]
+    deltas = to_wire(replace(vector, diffs={}, opaque={}))
     taken: set[str] = set()
     reasons = dict.fromkeys(vector.ignored, "unknown key")
-    for target, weights, keys, strength in parts:
+    for patcher, keys, strength in parts:
+        layers = Layers(patcher)
         chosen: dict[str, str] = {}
-        layers: dict[str, str] = {}
+        owners: dict[str, str] = {}
         for module in sorted(modules - skipped):
-            if module not in keys or keys[module] not in weights:
+            if module not in keys or keys[module] not in layers:
                 continue
             key = keys[module]
-            if wrong := _misfit(vector, shapes, module, key, weights):
+            if wrong := _misfit(vector, shapes, module, key, layers):
                 reasons[module] = wrong
-            elif (other := layers.setdefault(key, module)) != module:
+            elif (other := owners.setdefault(key, module)) != module:
                 reasons[module] = f"the same layer as {other}, which is applied"
             else:
                 chosen[module] = key
-        read = [comfy.lora.load_lora(tensors, chosen, log_missing=False) for tensors in wires]
-        for patches in read:
-            target.add_patches(patches, strength)
-        known = {key for patches in read for key in patches}
-        for module, key in chosen.items():
-            if known & {key, _bias(key)}:
-                taken.add(module)
-            else:
-                reasons[module] = "ComfyUI's loader does not read it"
+        sums = comfy.lora.load_lora(deltas, chosen, log_missing=False)
+        for module in [m for m, key in chosen.items() if m in vector.deltas and key not in sums]:
+            reasons[module] = "ComfyUI's loader does not read it"
+            del chosen[module]
+        # Apart, for one weight may have several.
+        for patches in (sums, _diffs(vector, chosen, layers), _merges(vector, chosen)):
+            patcher.add_patches(_on_scaled_inputs(patches, patcher), strength)
+        taken |= chosen.keys()
 
     for module in modules - skipped - taken:
         reasons.setdefault(module, "not in the model")
@@ -130,12 +200,48 @@ def apply(
     return model, clip, coverage
 
 
+def _diffs(vector: Vector, chosen: dict[str, str], layers: Layers) -> dict[str, tuple]:
+    """Patches of the full differences, in the shapes of the weights: the host leaves others out."""
+    found = {}
+    for module, key in chosen.items():
+        for part, name in (("diff", key), ("diff_b", _bias(key))):
+            if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
+                found[name] = "diff", (diff.reshape(layers.shape(name)),)
+    return found
+
+
+def _merges(vector: Vector, chosen: dict[str, str]) -> dict[str, Merge]:
+    """Patches of the modules that are no sum."""
+    return {key: Merge.of(vector.opaque[m]) for m, key in chosen.items() if m in vector.opaque}
+
+
+def _input_scale(patcher: ModelPatcher, weight: str) -> Tensor | None:
+    """What a layer multiplies its inputs by, one number for each (ModelOpt's smoothing)."""
+    layer = comfy.utils.get_attr(patcher.model, weight.rpartition(".")[0])
+    return getattr(layer, "pre_quant_scale", None)
+
+
+def _on_scaled_inputs(patches: dict[str, Any], patcher: ModelPatcher) -> dict[Any, Any]:
+    """The patches for layers that multiply their inputs by a scale, W (s x): what is to change them
+    by D x is D / s. The host takes such a function in the key, behind a slice of the weight."""
+
+    def divided_by(scale: Tensor):
+        return lambda change: change / scale.to(change)
+
+    scales = {key: _input_scale(patcher, key) for key in patches if key.endswith(".weight")}
+    return {
+        key if scales.get(key) is None else (key, None, divided_by(scales[key])): patch
+        for key, patch in patches.items()
+    }
+
+
 def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
     """What `distilled` has more than `base`, layer by layer: patches of the graph count, models
-    that the host holds on a device too. Float32 on the CPU.
+    that the host holds on a device too, and packed weights are unpacked. Float32 on the CPU.
 
     Raises:
-        ValueError: the models are of different families, or a layer of them has different shapes.
+        ValueError: the models are of different families, or a layer of them has different shapes
+            or is packed in a way that is not the host's.
     """
     kinds = detect(distilled), detect(base)
     if kinds[0] != kinds[1] or kinds[1] is None:
@@ -143,24 +249,26 @@ def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
             f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
             f"{kinds[1] or 'of another kind'}; expected two models of one Stable Diffusion family."
         )
-    there = [model.get_key_patches("diffusion_model.") for model in (distilled, base)]
+    stored = [model.model.state_dict() for model in (distilled, base)]
     paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
     # Some native names have two paths, in an order of chance, but one canonical name.
     of = {native: path for path, native in paths.items() if native.endswith(".weight")}
     for native in watched(list(of)):
         (name,) = canonical_names([f"unet.{of[native].removesuffix('.weight')}"]).values()
         weight = f"diffusion_model.{native}"
-        if weight in there[0] and weight in there[1]:
-            yield name, _difference(*there, weight), _difference(*there, _bias(weight))
+        if all(weight in keys for keys in stored):
+            there = [each for each in (weight, _bias(weight)) if all(each in k for k in stored)]
+            changes = [_difference(distilled, base, key) for key in there]
+            yield name, *changes, *[None] * (2 - len(changes))
 
 
-def _difference(ours: dict[str, list], theirs: dict[str, list], key: str) -> Tensor | None:
-    if key not in ours or key not in theirs:
-        return None
-    (a, *patches_a), (b, *patches_b) = ours[key], theirs[key]
-    if a[0] is b[0] and not patches_a and not patches_b:
+def _difference(distilled: ModelPatcher, base: ModelPatcher, key: str) -> Tensor | None:
+    models = {"distilled": distilled, "base": base}
+    if _stored(distilled, key) is _stored(base, key) and not any(
+        key in model.patches for model in models.values()
+    ):
         return None  # one tensor, which two models share
-    one, other = (_weight(each, key) for each in (ours[key], theirs[key]))
+    one, other = (_weight(model, key, called) for called, model in models.items())
     if one.shape != other.shape:
         raise ValueError(
             f"{key} is {list(one.shape)} in the distilled model and {list(other.shape)} in the "
@@ -169,16 +277,40 @@ def _difference(ours: dict[str, list], theirs: dict[str, list], key: str) -> Ten
     return one - other
 
 
-def _weight(entry: list, key: str) -> Tensor:
-    """A weight with its patches, from what ModelPatcher.get_key_patches tells of it."""
-    (weight, convert), *patches = entry
-    whole = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
-    return comfy.lora.calculate_weight(patches, whole, key)
+def _stored(model: ModelPatcher, key: str) -> Tensor:
+    """A weight without the patches of the graph, also while the host has them in the model."""
+    if key in model.hook_backup:
+        return model.hook_backup[key][0]
+    if key in model.backup:
+        return model.backup[key].weight
+    return get_key_weight(model.model, key)[0]
+
+
+def _weight(model: ModelPatcher, key: str, called: str) -> Tensor:
+    """A weight with its patches. ModelPatcher.get_key_patches tells them too, but fails at packed
+    models in ComfyUI 0.30."""
+    stored, (_, _, convert) = _stored(model, key), get_key_weight(model.model, key)
+    if not isinstance(stored, QuantizedTensor) and not stored.is_floating_point():
+        raise ValueError(
+            f"{key} of the {called} model is packed as {stored.dtype} in a way that only the nodes "
+            "which loaded it can read, such as GGUF; expected floating point, or a packed format "
+            "of ComfyUI. Load an unpacked file of this model."
+        )
+    whole = stored.to("cpu", torch.float32, copy=True)
+    if isinstance(whole, QuantizedTensor):
+        whole = whole.dequantize()
+    elif convert is not None:
+        whole = convert(whole, inplace=True)
+    whole = comfy.lora.calculate_weight(model.patches.get(key, []), whole, key)
+    scale = _input_scale(model, key) if key.endswith(".weight") else None
+    return whole if scale is None else whole * scale.to(whole)
 
 
 def device() -> torch.device:
-    """Where the host computes."""
-    return comfy.model_management.get_torch_device()
+    """Where whole changes are worked on: the host's device where it is CUDA's or ROCm's, else the
+    CPU, for other devices lack float64 or decompositions."""
+    there = comfy.model_management.get_torch_device()
+    return there if there.type == "cuda" else torch.device("cpu")
 
 
 def watched(names: Sequence[str]) -> Iterator[str]:
@@ -203,7 +335,7 @@ def _is_text(module: str) -> bool:
 
 
 def _misfit(
-    vector: Vector, shapes: Shapes, module: str, key: str, weights: dict[str, Any]
+    vector: Vector, shapes: Shapes, module: str, key: str, layers: Layers
 ) -> str:  # fmt: skip
     """Why a module cannot be added to the weight `key`; empty where it can.
 
@@ -215,15 +347,21 @@ def _misfit(
         if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
             changes.append((tuple(diff.shape), name))
     for shape, name in changes:
-        if name not in weights:
+        if name not in layers:
             return f"the model has no {name}"
-        there = tuple(weights[name].shape)
+        if wrong := layers.unpatchable(name):
+            return wrong
+        there = layers.shape(name)
         if module in vector.opaque and len(shape) == 1:
             there = there[:1]
         # The host reshapes, so [out, in] is as good as [out, in, 1, 1].
         if as_matrix(shape) != as_matrix(there):
             return f"shape {list(shape)}, the model has {list(there)}"
-    return ""
+    if module not in vector.opaque:
+        return ""
+    if _input_scale(layers.patcher, key) is not None:
+        return "the layer multiplies its inputs by a scale, which only plain LoRAs allow for"
+    return misfit(vector.opaque[module], layers.shape(key))
 
 
 def _bias(weight: str) -> str:

@@ -51,6 +51,11 @@ class Product(Delta):
         up, down = _formed(self.parts, self.rank)
         return Delta(up.reshape(self.up.shape), down.reshape(self.down.shape), None, self.alpha)
 
+    def matrix(self) -> Tensor:
+        one, two = (_matrix(self.parts, i) for i in (1, 2))
+        whole = one * two if _is_loha(self.parts) else torch.kron(one, two)
+        return (whole * self.scale).reshape(self.shape)
+
     def wire(self) -> dict[str, Tensor]:
         """The parts for the host, with the alpha, or the factor, that gives this delta's scale."""
         if has_core(self.parts):
@@ -176,6 +181,15 @@ def _formed(parts: Parts, rank: int) -> Pair:
     if b1.shape[0] * b2.shape[0] > rank:
         return _identity(torch.kron(a1 @ b1, a2 @ b2))
     return torch.kron(a1, a2), torch.kron(b1, b2)
+
+
+def _matrix(parts: Parts, i: int) -> Tensor:
+    """One side of a product, whole, on its device."""
+    side = f"{'hada' if _is_loha(parts) else 'lokr'}_w{i}"
+    if side in parts:
+        return parts[side].float().flatten(1)
+    a, b = _pair(parts, i)
+    return a @ b
 
 
 def _pair(parts: Parts, i: int) -> Pair:

@@ -26,14 +26,15 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.(?:diff_b|b_norm)$"), "diff_b"),
     # LyCORIS: the part is called as the file does.
     (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$"), None),
-    # Not linear in the weights. PEFT's magnitude is one number for each output.
-    (re.compile(r"\.lora_(magnitude)_vector(?:(?:\.[^.]+)?\.weight)?$"), None),
-    (re.compile(r"\.(dora_scale|oft_blocks|rescale|[ab][12]\.weight)$"), None),
+    # Not linear in the weights. PEFT and ai-toolkit call DoRA's magnitude so.
+    (re.compile(r"\.(?:lora_)?(magnitude)(?:_vector)?(?:(?:\.[^.]+)?\.weight)?$"), None),
+    (re.compile(r"\.(dora_scale|oft_blocks|rescale|(?:[ab][12]|bm)\.weight)$"), None),
 )
 NOT_LINEAR = {
     "dora_scale": "DoRA", "magnitude": "DoRA",
     "oft_blocks": "OFT or BOFT", "rescale": "OFT or BOFT",
     "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
+    "bm.weight": "GLoRA",
 }  # fmt: skip
 """Parts by which a module is told to be more than a sum, and what it then is."""
 
@@ -123,7 +124,7 @@ def canonical(module: str) -> str:
     for prefix, target in _TEXT_ENCODERS:
         if name.startswith(prefix):
             return target + _text_module(name[len(prefix) :])
-    for prefix in (UNET, "lycoris_", "unet.", "diffusion_model."):
+    for prefix in (UNET, "oft_unet_", "lycoris_", "unet.", "diffusion_model."):
         if name.startswith(prefix):
             return _unet_module(name[len(prefix) :])
     if _UNET_ROOTS.match(name):

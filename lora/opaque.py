@@ -1,9 +1,14 @@
-"""Modules that are more than a sum: whether one is whole, and the shape of the layer it is for."""
+"""Modules that are more than a sum: DoRA, OFT, BOFT and GLoRA change a weight by what it is.
+
+`merged` gives the weight that the library makes which owns the format: LyCORIS 4, PEFT, kohya's
+sd-scripts. ComfyUI's readers give others: they take DoRA's norm of the weight before the change,
+leave out OFT's rescale, take its constraint for another one, and use the strength twice.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +17,11 @@ from .delta import Delta, Opaque
 from .lycoris import has_core, product, rank_of, without_core
 
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+# What a module is, by how the names of its parts begin. A magnitude (DoRA) goes with the first 3.
+_ADAPTERS = {
+    "LoRA": ("lora_",), "LoHa": ("hada_",), "LoKr": ("lokr_",),
+    "OFT": ("oft_blocks", "rescale"), "GLoRA": (*_GLORA, "bm.weight"),
+}  # fmt: skip
 
 
 def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
@@ -19,56 +29,212 @@ def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
     (2306.07967), by the parts that the host reads, of which alpha is one where it is known.
 
     Raises:
-        ValueError: a part is missing, or shapes do not fit each other.
+        ValueError: a part is missing, shapes do not fit each other, or parts are of two adapters.
     """
-    if any(part in parts for part in _GLORA):
-        shape = _glora(parts)
-    elif "oft_blocks" in parts or "rescale" in parts:
-        shape = _oft(parts)
+    adapters = adapters_of(parts)
+    kinds = (["DoRA"] if "dora_scale" in parts else []) + sorted(adapters)
+    if len(adapters) > 1 or ("dora_scale" in parts and adapters & {"OFT", "GLoRA"}):
+        raise ValueError(f"it has parts of {' and '.join(kinds)}; expected those of one adapter")
+    if "GLoRA" in adapters:
+        shape = _glora(parts, alpha)[1].shape
+    elif "OFT" in adapters:
+        shape = _oft_shape(parts)
     else:
-        shape = _base(parts)
+        shape = _base(parts, alpha).shape
         if has_core(parts):
             parts = without_core(parts, 1.0 if alpha is None else alpha / rank_of(parts))
             alpha = rank_of(parts)
-    for part in ("dora_scale", "rescale"):
-        count = parts[part].numel() if part in parts else shape[0]
-        # LyCORIS can scale the inputs instead, one number for each, whatever the kernel.
-        if count != shape[0] and (part == "rescale" or math.prod(shape[1:]) % max(1, count)):
+    if "dora_scale" in parts:
+        count = parts["dora_scale"].numel()
+        # One number for each input is possible too, whatever the kernel.
+        if not count or (count != shape[0] and math.prod(shape[1:]) % count):
             raise ValueError(
-                f"its {part} has {count} numbers; expected one for each of the {shape[0]} outputs"
+                f"its dora_scale has {count} numbers; expected one for each of the {shape[0]} "
+                "outputs or one for each input"
             )
+    if "rescale" in parts and parts["rescale"].numel() != shape[0]:
+        raise ValueError(
+            f"its rescale has {parts['rescale'].numel()} numbers; expected one for each of the "
+            f"{shape[0]} outputs"
+        )
     known = {} if alpha is None else {"alpha": torch.tensor(float(alpha))}
     return Opaque({**parts, **known}, shape)
 
 
-def _base(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Of what a DoRA scales: a LoRA, or a product of LyCORIS."""
+def adapters_of(parts: Mapping[str, Tensor]) -> set[str]:
+    """The adapters that the parts of a module belong to; more than one is no module."""
+    return {
+        adapter for adapter, names in _ADAPTERS.items() if any(p.startswith(names) for p in parts)
+    }
+
+
+def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
+    """The modules of a file with DoRA's magnitudes as LyCORIS shapes them: [out, 1, ...], or
+    [1, in, 1, ...] where there is one for each input.
+
+    For a square layer [1, n] may be either: PEFT has [1, out, 1, 1] for convolutions, LyCORIS
+    [1, in, ...]. All layers of a file are alike, so one that is not square, or a magnitude of one
+    dimension, which LyCORIS never has, tells it. Otherwise it is LyCORIS'.
+    """
+    doras = {name: module for name, module in modules.items() if "dora_scale" in module}
+    outputs = any(map(_tells_outputs, doras.values()))
+    settled = dict(modules)
+    for name, module in doras.items():
+        magnitude, (out, columns, *kernel) = module["dora_scale"], module.shape
+        ones = [1] * len(kernel)
+        if _count(module) == columns and not (
+            columns == out and (outputs or not _is_row(magnitude))
+        ):
+            magnitude = magnitude.reshape(1, columns, *ones)
+        elif _count(module) == out:
+            magnitude = magnitude.reshape(out, 1, *ones)
+        settled[name] = Opaque({**module, "dora_scale": magnitude}, module.shape)
+    return settled
+
+
+def misfit(module: Opaque, shape: Sequence[int]) -> str:
+    """Why the module cannot be merged into a weight of this shape, apart from the shape of its
+    change; empty where it can."""
+    if "dora_scale" in module and _axis(module["dora_scale"], shape) is None:
+        return (
+            f"its dora_scale is {list(module['dora_scale'].shape)}, the model has {list(shape)}: "
+            "neither one number for each output nor one for each input"
+        )
+    return ""
+
+
+def merged(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
+    """The weight [out, in, ...] with a module merged into it whole, that is at strength 1.
+
+    parts: an Opaque's tensors on the weight's device, without their alpha. Float32, a new tensor.
+    """
+    weight = weight.float()
+    if "oft_blocks" in parts:
+        return _rotated(parts, alpha or 0.0, weight)
+    if "a1.weight" in parts:
+        return weight + _glora_change(parts, alpha, weight)
+    moved = weight + _base(parts, alpha).matrix().reshape(weight.shape)
+    magnitude = parts["dora_scale"].float()
+    axis = _axis(magnitude, weight.shape)
+    others = [dim for dim in range(weight.dim()) if dim != axis]
+    norm = moved.square().sum(others, keepdim=True).sqrt()
+    # 2402.09353, equation 5. Nothing stays nothing, whatever its magnitude.
+    return moved * (magnitude.reshape(norm.shape) / norm.clamp(min=1e-12))
+
+
+def _is_row(magnitude: Tensor) -> bool:
+    return magnitude.dim() > 1 and magnitude.shape[0] == 1
+
+
+def _tells_outputs(module: Opaque) -> bool:
+    """Whether a magnitude is of a shape that only those have which are of the outputs."""
+    magnitude, count = module["dora_scale"], _count(module)
+    if magnitude.dim() == 1:
+        return count == module.shape[0]
+    # Products of LyCORIS tell no kernel: their columns are a multiple of the inputs.
+    other = count != module.shape[1] if "lora_up.weight" in module else module.shape[1] % count
+    return _is_row(magnitude) and count == module.shape[0] and bool(other)
+
+
+def _count(module: Opaque) -> int:
+    return module["dora_scale"].numel()
+
+
+def _axis(magnitude: Tensor, shape: Sequence[int]) -> int | None:
+    """The axis of a weight that a settled magnitude has its numbers for: 0 for the outputs, 1 for
+    the inputs, None where they are of neither."""
+    count = magnitude.numel()
+    if len(shape) > 1 and count == shape[1] and (_is_row(magnitude) or count != shape[0]):
+        return 1
+    return 0 if count == shape[0] else None
+
+
+def _base(parts: Mapping[str, Tensor], alpha: float | None) -> Delta:
+    """What a DoRA scales: a LoRA, or a product of LyCORIS."""
     if any(part.startswith(("hada_", "lokr_")) for part in parts):
-        return product(parts, None).shape
+        return product(parts, alpha)
     missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
     if missing:
         raise ValueError(f"it has a magnitude (DoRA) and no {missing[0]} beside it")
-    mid = parts.get("lora_mid.weight")
-    return Delta(parts["lora_up.weight"], parts["lora_down.weight"], mid).shape
+    up, down, mid = (parts.get(f"lora_{part}.weight") for part in ("up", "down", "mid"))
+    return Delta(up, down, mid, alpha)
 
 
-def _oft(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _oft_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
     blocks = parts.get("oft_blocks")
-    if blocks is None or blocks.dim() not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
-        found = "none" if blocks is None else list(blocks.shape)
+    if (
+        blocks is None
+        or blocks.dim() not in (3, 4)
+        or blocks.shape[-1] != blocks.shape[-2]
+        or not blocks.numel()
+        or not blocks.is_floating_point()
+    ):
+        found = "none" if blocks is None else f"{list(blocks.shape)} of {blocks.dtype}"
         raise ValueError(
-            f"its oft_blocks are {found}; expected [blocks, n, n] (OFT) or [m, blocks, n, n] (BOFT)"
+            f"its oft_blocks are {found}; expected floating point numbers [blocks, n, n] (OFT) or "
+            "[m, blocks, n, n] (BOFT)"
         )
-    return (blocks.shape[-3] * blocks.shape[-1],)
+    out, n = blocks.shape[-3] * blocks.shape[-1], blocks.shape[-1]
+    if blocks.dim() == 4 and (n % 2 or out % (2 ** (len(blocks) - 1) * n)):
+        raise ValueError(
+            f"its oft_blocks are {list(blocks.shape)}; the {out} outputs cannot be paired in "
+            f"{len(blocks)} stages of a butterfly"
+        )
+    return (out,)
 
 
-def _glora(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    found = [parts.get(part) for part in _GLORA]
-    if all(part is not None and part.dim() > 1 for part in found):
-        a1, a2, b1, b2 = (part.flatten(1).shape for part in found)
-        if b2[0] == b1[1] == a1[1] == a2[0]:
-            return b1[0], b2[1]
-        if b2[1] == b1[0] == a1[0] == a2[1]:  # as LyCORIS wrote it first
-            return b2[0], b1[1]
-    told = ", ".join(f"{n} {list(parts[n].shape) if n in parts else 'missing'}" for n in _GLORA)
-    raise ValueError(f"its GLoRA factors are {told}; expected four matrices of one rank")
+def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor:
+    """The outputs turned by Cayley's R = (I + Q)(I - Q)^-1, Q = B - B' (2306.07280, section 3.3);
+    of BOFT by one product of such blocks after the other, whose pairs lie 2^i n / 2 apart
+    (2311.06243, equation 3); then rescaled. alpha times outputs bounds the norm of Q, 0 does not.
+    """
+    blocks = parts["oft_blocks"].float()
+    q = blocks - blocks.mT
+    if alpha > 0:
+        q = q * (alpha * len(weight) / (q.norm() + 1e-8)).clamp(max=1)
+    eye = torch.eye(q.shape[-1], device=q.device)
+    # I - Q has an inverse for every Q; what is not finite comes out so, without an error.
+    r = (eye + q) @ torch.linalg.inv_ex(eye - q).inverse
+    n, rows = q.shape[-1], weight.flatten(1)
+    if r.dim() == 3:
+        rows = torch.einsum("bnm,bnx->bmx", r, rows.unflatten(0, (-1, n))).flatten(0, 1)
+    for stage in range(len(r) if r.dim() == 4 else 0):
+        apart = 2**stage * n // 2
+        paired = rows.unflatten(0, (-1, 2, apart)).transpose(1, 2)
+        turned = torch.einsum("bnm,bmx->bnx", r[stage], paired.reshape(-1, n, rows.shape[1]))
+        rows = turned.reshape(paired.shape).transpose(1, 2).flatten(0, 2)
+    if "rescale" in parts:
+        rows = rows * parts["rescale"].float().reshape(-1, 1)
+    return rows.reshape(weight.shape)
+
+
+def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """a1 [in, r], a2 [r, in], b1 [out, r], b2 [r, ...] of a module in either layout of LyCORIS: its
+    first one had the 1s and 2s the other way round. Of two that fit, the rank is the smaller."""
+    factors = [parts.get(part) for part in _GLORA]
+    if all(factor is not None and factor.dim() > 1 and factor.numel() for factor in factors):
+        a1, a2, b1, b2 = factors
+        layouts = [
+            (a1.shape[1], (a1, a2, b1, b2))
+            for a1, a2, b1, b2 in ((a1, a2, b1, b2), (a2, a1, b2, b1))
+            if b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
+            and a1[0, 0].numel() == a2[0, 0].numel() == b1[0, 0].numel() == 1
+            and a1.shape[0] == a2.shape[1] == b2.shape[1]
+        ]
+        if layouts:
+            return min(layouts, key=lambda layout: layout[0])[1]
+    shapes = ", ".join(f"{n} {list(parts[n].shape) if n in parts else 'missing'}" for n in _GLORA)
+    raise ValueError(f"its GLoRA factors are {shapes}; expected four matrices of one rank")
+
+
+def _glora(parts: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Delta]:
+    """A = a1 a2 [in, in] times alpha / rank, and B = b1 b2."""
+    a1, a2, b1, b2 = _glora_factors(parts)
+    b = Delta(b1, b2, parts.get("bm.weight"), alpha)
+    return a1.float().flatten(1) @ a2.float().flatten(1) * b.scale, b
+
+
+def _glora_change(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
+    """W A + B (2306.07967, equation 10, as LyCORIS has it)."""
+    a, b = _glora(parts, alpha)
+    return torch.einsum("oi...,ij->oj...", weight, a) + b.matrix().reshape(weight.shape)

@@ -17,7 +17,7 @@ from .family import family_of, has_two_text_encoders
 from .lycoris import Product, product
 from .metadata import described
 from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
-from .opaque import opaque
+from .opaque import adapters_of, opaque, with_settled_magnitudes
 
 logger = logging.getLogger("lcm_lora")
 
@@ -70,9 +70,10 @@ def _lora(delta: Delta) -> dict[str, Tensor]:
 
 
 def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
-    """A LORA_MODEL of any node, the host's own trainer included, as a vector."""
+    """A LORA_MODEL of any node as a vector on the CPU, where all sums are made: those of the host's
+    own trainer may lie on the device."""
     metadata, source = getattr(tensors, "metadata", {}), getattr(tensors, "source", "LORA_MODEL")
-    vector = parse(tensors, metadata, source)
+    vector = parse({key: t.detach().cpu() for key, t in tensors.items()}, metadata, source)
     ignored = (*getattr(tensors, "ignored", ()), *vector.ignored)
     return replace(vector, sha256=getattr(tensors, "sha256", ""), ignored=ignored)
 
@@ -98,6 +99,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
             ignored.append(key)
     if not any(parts.keys() - {"alpha"} for parts in modules.values()):
         raise ValueError(f"{source} holds no LoRA: {_what_it_looks_like(list(tensors))}.")
+    modules = _joined(modules)
     config = _peft_config(metadata)
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
@@ -114,7 +116,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
                 if part in parts:
                     diffs[f"{name}.{part}"] = _diff(part, parts[part])
             if parts.keys() & NOT_LINEAR.keys():
-                others[name] = _opaque(parts, _peft_alpha(config, module, parts))
+                others[name] = _opaque(module, parts, _peft_alpha(config, module, parts))
             elif parts.keys() - {"alpha", "diff", "diff_b"}:
                 deltas[name] = _delta(name, parts, _peft_alpha(config, module, parts))
                 _require_same_layer(deltas[name], diffs.get(f"{name}.diff"))
@@ -125,9 +127,26 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         logger.warning("%s: %d keys are no part of a LoRA: %s", source, len(ignored), ignored[:10])
     found = Vector(
         deltas, diffs, {key: value for key, value in metadata.items() if key != PEFT_METADATA},
-        source, tuple(ignored), others,
+        source, tuple(ignored), with_settled_magnitudes(others),
     )  # fmt: skip
     return respelled(found, has_two_text_encoders(found.shapes))
+
+
+def _joined(modules: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The modules with those made one whose parts a file spells in two ways, as diffusers does with
+    the magnitudes of DoRA. What holds the same part twice stays as it is, for it is two modules."""
+    spellings: dict[str, list[str]] = {}
+    for module, name in canonical_names(modules).items():
+        spellings.setdefault(name, []).append(module)
+    joined = {}
+    for names in spellings.values():
+        parts = [part for module in names for part in modules[module]]
+        if len(parts) > len(set(parts)):
+            joined |= {module: modules[module] for module in names}
+        else:  # the configuration of PEFT names the module that has the factors
+            first = max(names, key=lambda module: "down" in modules[module])
+            joined[first] = {part: t for module in names for part, t in modules[module].items()}
+    return joined
 
 
 def respelled(vector: Vector, two_encoders: bool) -> Vector:
@@ -165,15 +184,21 @@ def describe(vector: Vector) -> str:
     return "\n".join(lines + described(vector.metadata))
 
 
-def _opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
+def _opaque(module: str, parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
     """A module that is no sum, by the rest of its tensors' kohya keys."""
     spelled = {f"lora_{part}.weight" if part in ("up", "down", "mid") else part: tensor
                for part, tensor in parts.items() if part not in ("diff", "diff_b")}  # fmt: skip
     if (magnitude := spelled.pop("magnitude", None)) is not None:
-        kernel = [1] * (parts["down"].dim() - 1 if "down" in parts else 1)
-        spelled["dora_scale"] = magnitude.reshape(-1, *kernel)
+        if "dora_scale" in spelled:
+            raise ValueError("it has two magnitudes (DoRA); expected one")
+        # One number for each output; PEFT has [1, out, 1, 1] for convolutions.
+        is_of_outputs = "up" in parts and magnitude.numel() == len(parts["up"])
+        spelled["dora_scale"] = magnitude.flatten() if is_of_outputs else magnitude
     if "alpha" in spelled:
         alpha = _alpha(spelled["alpha"])
+    if alpha is not None and "oft_blocks" in spelled and module.startswith("diffusion_model."):
+        # So the host's trainer spells it, whose constraint is not yet divided by the outputs.
+        alpha /= opaque(spelled, alpha).shape[0]
     return opaque(spelled, alpha)
 
 
@@ -188,6 +213,10 @@ def _diff(part: str, change: Tensor) -> Tensor:
 
 def _delta(name: str, parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
     alpha = _alpha(parts["alpha"]) if "alpha" in parts else peft_alpha
+    spelled = ("lora_" if part in ("up", "down", "mid") else part for part in parts)
+    if len(adapters := adapters_of(dict.fromkeys(spelled))) > 1:
+        kinds = " and ".join(sorted(adapters))
+        raise ValueError(f"it has parts of {kinds}; expected those of one adapter")
     if small := {k: part for k, part in parts.items() if k.startswith(("hada_", "lokr_"))}:
         return product(small, alpha, name)
     for part, other in (("up", "down"), ("down", "up")):
