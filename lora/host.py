@@ -301,6 +301,7 @@ def _weight(model: ModelPatcher, key: str, called: str) -> Tensor:
         whole = whole.dequantize()
     elif convert is not None:
         whole = convert(whole, inplace=True)
+    whole = whole.as_subclass(Tensor)  # other packs have classes of tensors that compute otherwise
     whole = comfy.lora.calculate_weight(model.patches.get(key, []), whole, key)
     scale = _input_scale(model, key) if key.endswith(".weight") else None
     return whole if scale is None else whole * scale.to(whole)

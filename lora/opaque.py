@@ -80,14 +80,12 @@ def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
     outputs = any(map(_tells_outputs, doras.values()))
     settled = dict(modules)
     for name, module in doras.items():
-        magnitude, (out, columns, *kernel) = module["dora_scale"], module.shape
-        ones = [1] * len(kernel)
-        if _count(module) == columns and not (
-            columns == out and (outputs or not _is_row(magnitude))
-        ):
-            magnitude = magnitude.reshape(1, columns, *ones)
-        elif _count(module) == out:
-            magnitude = magnitude.reshape(out, 1, *ones)
+        magnitude, (out, _, *kernel) = module["dora_scale"], module.shape
+        of_outputs, of_inputs = _sides(module)
+        if of_inputs and not (of_outputs and (outputs or not _is_row(magnitude))):
+            magnitude = magnitude.reshape(1, -1, *[1] * len(kernel))
+        elif of_outputs:
+            magnitude = magnitude.reshape(out, 1, *[1] * len(kernel))
         settled[name] = Opaque({**module, "dora_scale": magnitude}, module.shape)
     return settled
 
@@ -126,18 +124,20 @@ def _is_row(magnitude: Tensor) -> bool:
     return magnitude.dim() > 1 and magnitude.shape[0] == 1
 
 
+def _sides(module: Opaque) -> tuple[bool, bool]:
+    """Whether a magnitude may have a number for each output, and whether for each input."""
+    magnitude, (out, columns, *_) = module["dora_scale"], module.shape
+    count = magnitude.numel()
+    # Products of LyCORIS tell no kernel: their columns may be a multiple of the inputs.
+    flat = "lora_up.weight" not in module and _is_row(magnitude) and columns % count == 0
+    return count == out, count == columns or flat
+
+
 def _tells_outputs(module: Opaque) -> bool:
     """Whether a magnitude is of a shape that only those have which are of the outputs."""
-    magnitude, count = module["dora_scale"], _count(module)
-    if magnitude.dim() == 1:
-        return count == module.shape[0]
-    # Products of LyCORIS tell no kernel: their columns are a multiple of the inputs.
-    other = count != module.shape[1] if "lora_up.weight" in module else module.shape[1] % count
-    return _is_row(magnitude) and count == module.shape[0] and bool(other)
-
-
-def _count(module: Opaque) -> int:
-    return module["dora_scale"].numel()
+    of_outputs, of_inputs = _sides(module)
+    magnitude = module["dora_scale"]
+    return of_outputs and (magnitude.dim() == 1 or (_is_row(magnitude) and not of_inputs))
 
 
 def _axis(magnitude: Tensor, shape: Sequence[int]) -> int | None:

@@ -18,9 +18,9 @@ LYCORIS = {
     },
     "OFT": {"algo": "oft", "lora_dim": 4, "constraint": 0.0},
     "OFT, bound and rescaled": {"algo": "oft", "lora_dim": 4, "constraint": 0.01, "rescaled": True},
-    "BOFT": {"algo": "boft", "lora_dim": 4, "constraint": 0.0},
+    "BOFT": {"algo": "boft", "lora_dim": 10, "constraint": 0.0},
     "BOFT, bound and rescaled": {
-        "algo": "boft", "lora_dim": 4, "constraint": 0.01, "rescaled": True
+        "algo": "boft", "lora_dim": 10, "constraint": 0.01, "rescaled": True
     },
     "GLoRA": {"algo": "glora", "lora_dim": 4},
     "LoHa": {"algo": "loha", "lora_dim": 3, "use_tucker": True},

@@ -1,0 +1,180 @@
+"""Adapters that are more than a sum, on a real model of the host, against their owners' merges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lcm_lora.tests.host.tiny_lora import dialects, modules, patched_weights, tiny_model
+from lcm_lora.tests.unit.owners import LYCORIS, of_lycoris, of_peft
+
+STRENGTHS = (1.0, 0.5, -0.5, 2.0)
+# A square layer, a wide and a tall one, and convolutions of both kinds.
+ENDS = ("attn1.to_q", "attn2.to_k", "ff.net.0.proj", "ff.net.2", "proj_in", "resnets.0.conv1")
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    return tiny_model()
+
+
+def layers(model) -> dict[str, str]:
+    """Keys of some weights by diffusers' paths."""
+    chosen = {}
+    for end in ENDS:
+        path = next(path for path in modules(model) if path.endswith(end))
+        chosen[path] = f"diffusion_model.{modules(model)[path]}.weight"
+    return chosen
+
+
+def made(model, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A file of this kind for some layers, and the merged weights by their keys."""
+    tensors, expected, there = {}, {}, model.model.state_dict()
+    for seed, (path, key) in enumerate(layers(model).items()):
+        if kind == "PEFT":
+            module, expected[key] = of_peft(f"unet.{path}", there[key].float(), seed)
+        else:
+            name = f"lora_unet_{path.replace('.', '_')}"
+            module, expected[key] = of_lycoris(kind, name, there[key].float(), seed)
+        tensors |= module
+    return tensors, expected
+
+
+def apply(model, tensors, strength=1.0):
+    from lcm_lora.lora.host import apply
+    from lcm_lora.lora.wire import parse
+
+    patched, _, coverage = apply(model, None, parse(tensors, {}, "a"), strength, 0.0)
+    assert coverage.taken == coverage.total and not coverage.left_over
+    return patched
+
+
+def assert_near(found, expected, before) -> None:
+    """Within a thousandth of the change."""
+    assert (found - expected).norm() < 1e-3 * (expected - before).norm()
+    assert (expected - before).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("kind", [*LYCORIS, "PEFT"])
+def test_a_strength_is_so_much_of_the_owners_change(model, kind):
+    tensors, expected = made(model, kind)
+    there = model.model.state_dict()
+    for strength in STRENGTHS:
+        found = patched_weights(apply(model, tensors, strength))
+        assert found.keys() == expected.keys()
+        for key, merged in expected.items():
+            before = there[key].float()
+            assert_near(found[key], before + strength * (merged - before), before)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "BOFT, bound and rescaled", "GLoRA"])
+def test_the_host_patches_its_model_and_takes_the_patches_back(model, kind):
+    """As it does to sample or to save, for a clone too."""
+    tensors, expected = made(model, kind)
+    before = {key: model.model.state_dict()[key].clone() for key in expected}
+    patched = apply(model, tensors).clone()
+    patched.patch_model(device_to=torch.device("cpu"))
+    try:
+        for key, merged in expected.items():
+            assert_near(patched.model.state_dict()[key], merged, before[key])
+    finally:
+        patched.unpatch_model()
+    for key, weight in before.items():
+        assert torch.equal(model.model.state_dict()[key], weight)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "OFT, bound and rescaled", "GLoRA"])
+def test_the_host_patches_weights_on_their_way_to_the_device(model, kind):
+    """With little memory: each time the layer is used, in its number type, the patches moved into
+    one buffer before where the host does that."""
+    from comfy.model_patcher import LowVramPatch
+
+    tensors, expected = made(model, kind)
+    patched = apply(model, tensors)
+    for key, merged in expected.items():
+        before = model.model.state_dict()[key]
+        patch = LowVramPatch(key, patched.patches, None, None)
+        if hasattr(patch, "prepare"):
+            patch.prepare(torch.zeros(patch.memory_required(), dtype=torch.uint8), None)
+            assert patch.prepared_patches
+        assert_near(patch(before.clone()), merged, before)
+        half = patch(before.half()).float()
+        assert (half - merged).norm() < 2e-3 * merged.norm()
+
+
+def test_the_hosts_patches_before_and_after(model):
+    """A MODEL patched before: the magnitude is that of the weight as it comes. After: added."""
+    import comfy.sd
+    from lcm_lora.lora.opaque import merged
+    from lcm_lora.lora.wire import parse
+
+    tensors, _ = made(model, "DoRA")
+    plain = {key: t for key, t in dialects(model)["kohya"].items()}
+    host, _ = comfy.sd.load_lora_for_models(model, None, plain, 0.7, 0.0)
+    with_plain, there = patched_weights(host), model.model.state_dict()
+    before = patched_weights(apply(host, tensors, 0.5))
+    after, _ = comfy.sd.load_lora_for_models(apply(model, tensors, 0.5), None, plain, 0.7, 0.0)
+    after = patched_weights(after)
+    vector = parse(tensors, {}, "a")
+    for path, key in layers(model).items():
+        parts = dict(vector.opaque[f"lora_unet_{path.replace('.', '_')}"])
+        alpha = float(parts.pop("alpha"))
+        found = with_plain[key] + 0.5 * (merged(parts, alpha, with_plain[key]) - with_plain[key])
+        assert_near(before[key], found, with_plain[key])
+        weight = there[key].float()
+        change = 0.5 * (merged(parts, alpha, weight) - weight)
+        assert_near(after[key], with_plain[key] + change, with_plain[key])
+
+
+def test_what_the_hosts_trainer_bounds_is_not_divided_by_the_outputs(model):
+    """OFTDiff takes alpha as the bound itself, where LyCORIS takes alpha times outputs."""
+    from comfy.weight_adapter.oft import OFTDiff
+
+    path, key = next(iter(layers(model).items()))
+    weight = model.model.state_dict()[key].float()
+    torch.manual_seed(0)
+    trained = OFTDiff((torch.randn(4, 80, 80), None, 1.0, None))
+    name = key.removesuffix(".weight")
+    tensors = {f"{name}.{part}": t.detach() for part, t in trained.named_parameters()}
+    assert tensors.keys() == {f"{name}.oft_blocks", f"{name}.alpha"}
+    found = patched_weights(apply(model, tensors))[key]
+    assert_near(found, trained(weight).detach(), weight)
+
+
+def test_a_difference_in_another_shape_of_the_same_weight_is_added(model):
+    """The host leaves out what is not of exactly the weight's shape, and logs it."""
+    name = "diffusion_model.input_blocks.1.1.proj_in"
+    before = model.model.state_dict()[f"{name}.weight"]
+    assert before.shape[2:] == (1, 1)
+    tensors = {f"{name}.diff": torch.ones(before.shape[:2]), f"{name}.diff_b": torch.ones(320, 1)}
+    found = patched_weights(apply(model, tensors, 0.5))
+    for part in ("weight", "bias"):
+        expected = model.model.state_dict()[f"{name}.{part}"] + 0.5
+        torch.testing.assert_close(found[f"{name}.{part}"], expected)
+
+
+def test_a_magnitude_that_does_not_fit_is_named_and_not_applied(model):
+    """What a file alone does not tell: it divides the columns, and is neither of the two sides."""
+    from lcm_lora.lora.host import apply
+    from lcm_lora.lora.wire import parse
+
+    tensors = dialects(model)["kohya"]
+    name = next(key for key in tensors if "resnets_0_conv1.lora_up" in key).split(".")[0]
+    tensors[f"{name}.dora_scale"] = torch.ones(1, 160, 1, 1)
+    _, _, coverage = apply(model, None, parse(tensors, {}, "a"), 1.0, 0.0)
+    assert coverage.taken == coverage.total - 1
+    assert f"{name} (its dora_scale is [1, 160, 1, 1]" in str(coverage)
+    assert "neither one number for each output nor one for each input" in str(coverage)
+
+
+def test_what_was_applied_is_extracted_again(model):
+    """The whole difference, at full rank: a DoRA becomes a LoRA of the layer's rank."""
+    from lcm_lora.lora.host import differences
+
+    tensors, expected = made(model, "DoRA")
+    found = {name: weight for name, weight, _ in differences(apply(model, tensors), model)
+             if weight is not None and weight.any()}  # fmt: skip
+    there = model.model.state_dict()
+    assert len(found) == len(expected)
+    for path, key in layers(model).items():
+        change = found[f"lora_unet_{path.replace('.', '_')}"]
+        torch.testing.assert_close(change, expected[key] - there[key].float(), rtol=1e-3, atol=1e-4)
