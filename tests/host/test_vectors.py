@@ -276,46 +276,6 @@ def test_settings_that_exact_cannot_honour_are_refused(comfy, rank, energy):
         LCMLoRACombine.execute({"count": "2"}, "exact", rank, energy)
 
 
-def other_adapter(kind: str, weight: torch.Tensor, generator) -> dict[str, torch.Tensor]:
-    """Random factors of another adapter than LoRA for a weight, by the rest of their keys."""
-    out, columns = weight.shape[0], weight[0].numel()
-
-    def some(*shape):
-        return 0.1 * torch.randn(*shape, generator=generator)
-
-    if kind == "LoHa":
-        return {
-            f"hada_w{i}_{side}": some(*shape)
-            for i in (1, 2) for side, shape in (("a", (out, 3)), ("b", (3, columns)))
-        }  # fmt: skip
-    if kind == "LoKr":
-        side = {"lokr_w2_a": some(out // 4, 3), "lokr_w2_b": some(3, columns // 4)}
-        return {"lokr_w1": some(4, 4)} | side
-    if kind == "DoRA":
-        pair = {"lora_up.weight": some(out, 3), "lora_down.weight": some(3, columns)}
-        return pair | {"dora_scale": some(out, *[1] * (weight.dim() - 1)).abs()}
-    return {"oft_blocks": some(4, out // 4, out // 4)}
-
-
-@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "DoRA", "OFT"])
-def test_other_adapters_do_what_the_host_does_with_them(model, kind):
-    import comfy.sd
-
-    generator, tensors, there = torch.Generator().manual_seed(1), {}, model.model.state_dict()
-    for path, native in modules(model).items():
-        name, weight = f"lora_unet_{path}", there[f"diffusion_model.{native}.weight"]
-        parts = other_adapter(kind, weight, generator) | {"alpha": torch.tensor(2.0)}
-        tensors |= {f"{name.replace('.', '_')}.{part}": each for part, each in parts.items()}
-    theirs, _ = comfy.sd.load_lora_for_models(model, None, tensors, 0.7, 0)
-    ours, _, coverage = apply(model, tensors, 0.7)
-    assert coverage.taken == coverage.total > 20 and not coverage.left_over
-    found, expected = patched_weights(ours), patched_weights(theirs)
-    assert found.keys() == expected.keys()
-    for key, weight in expected.items():
-        torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-5)
-        assert not torch.equal(weight, there[key].float())
-
-
 def test_svd_makes_the_same_sum_smaller_and_tells_its_error(model):
     from lcm_lora.lora.wire import from_wire, to_wire
     from lcm_lora.nodes.combine import LCMLoRACombine

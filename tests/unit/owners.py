@@ -23,9 +23,11 @@ LYCORIS = {
         "algo": "boft", "lora_dim": 10, "constraint": 0.01, "rescaled": True
     },
     "GLoRA": {"algo": "glora", "lora_dim": 4},
-    "LoHa": {"algo": "loha", "lora_dim": 3, "use_tucker": True},
-    "LoKr": {"algo": "lokr", "lora_dim": 2, "factor": 4, "use_tucker": True},
-    "LoCon": {"algo": "locon", "lora_dim": 4, "use_tucker": True},
+    "LoHa": {"algo": "loha", "lora_dim": 3},
+    "LoHa with cores": {"algo": "loha", "lora_dim": 3, "use_tucker": True},
+    "LoKr": {"algo": "lokr", "lora_dim": 2, "factor": 4},
+    "LoKr with cores": {"algo": "lokr", "lora_dim": 2, "factor": 4, "use_tucker": True},
+    "LoCon with cores": {"algo": "locon", "lora_dim": 4, "use_tucker": True},
 }  # fmt: skip
 """LyCORIS' settings of each kind, with an alpha that is no rank"""
 
