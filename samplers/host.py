@@ -19,7 +19,7 @@ from .consistency import consistency
 from .families import FAMILIES, ORIGIN_STEPS, Family
 from .guidance import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
-from .noise import picture_noise
+from .noise import picture_noise, picture_numbers
 from .timesteps import parse, timesteps
 
 
@@ -267,8 +267,7 @@ def sample(
     image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial")
     )
-    # Numbered even when the batch brings no numbers: the host then draws each picture on its own.
-    batch_index = latent.get("batch_index") or list(range(len(image)))
+    batch_index = picture_numbers(latent.get("batch_index"), len(image))
     samples = comfy.sample.sample_custom(
         model,
         comfy.sample.prepare_noise(image, seed, batch_index),

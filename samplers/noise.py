@@ -5,7 +5,9 @@ The same picture comes out alone or in a batch, and, drawn on the CPU, on every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index as integer
+from typing import SupportsIndex
 
 import torch
 
@@ -26,6 +28,29 @@ def picture_seed(seed: int, index: int, step: int) -> int:
     Chained, not added: seed 1, picture 0 must not give the noise of seed 0, picture 1.
     """
     return _splitmix64(_splitmix64(_splitmix64(seed & _MASK) ^ index) ^ step)
+
+
+def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[int]:
+    """The numbers of the pictures in their batch, of whatever kind of integers a node leaves in a
+    LATENT: a list, an array, a tensor, or a list of their items. Without any, 0 to count - 1.
+
+    Raises:
+        ValueError: they are no integers, or not as many as there are pictures.
+    """
+    numbers = [] if given is None else getattr(given, "tolist", lambda: given)()
+    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
+    try:
+        numbers = [integer(number) for number in numbers] or list(range(count))
+    except TypeError:
+        raise ValueError(
+            f"The latent's batch_index is {str(given)[:80]}; expected one integer for each picture."
+        ) from None
+    if len(numbers) != count:
+        raise ValueError(
+            f"The latent's batch_index has {len(numbers)} numbers for {count} pictures; expected "
+            "one for each. The node before this one changed the batch and left the old numbers."
+        )
+    return numbers
 
 
 def picture_noise(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from lcm_lora.samplers.noise import picture_noise, picture_seed
+from lcm_lora.samplers.noise import picture_noise, picture_numbers, picture_seed
 
 
 @pytest.mark.parametrize("size", [(4, 8, 8), (4, 7, 9)])  # 252 values: no multiple of 16
@@ -53,6 +54,45 @@ def test_the_global_generator_is_left_alone():
 def test_numbers_and_batch_must_agree():
     with pytest.raises(ValueError):
         picture_noise(torch.empty(3, 4, 8, 8), 0, batch_index=[0, 1])(0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [3, 5], (3, 5), np.array([3, 5]), np.array([3, 5], np.uint8), torch.tensor([3, 5]),
+        torch.tensor([3, 5], dtype=torch.int16), [np.int64(3), np.int32(5)],
+        list(torch.tensor([3, 5])), {3: "a", 5: "b"}.keys(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_pictures_of_any_kind_of_integers(given):
+    numbers = picture_numbers(given, 2)
+    assert numbers == [3, 5] and all(type(number) is int for number in numbers)
+
+
+@pytest.mark.parametrize("given", [None, [], np.array([], int), torch.tensor([], dtype=int)])
+def test_pictures_without_numbers_are_counted(given):
+    assert picture_numbers(given, 3) == [0, 1, 2]
+
+
+def test_one_number_alone():
+    assert picture_numbers(np.array(7), 1) == picture_numbers(torch.tensor(7), 1) == [7]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([0.5, 1.0], r"is \[0.5, 1.0\]; expected one integer"),
+        (np.array([0.5, 1.0]), "expected one integer"),
+        (["a", "b"], "expected one integer"),
+        ([[3], [5]], "expected one integer"),
+        ([3], "has 1 numbers for 2 pictures"),
+        (torch.arange(3), "has 3 numbers for 2 pictures"),
+    ],
+)
+def test_numbers_of_pictures_that_are_none(given, says):
+    with pytest.raises(ValueError, match=says):
+        picture_numbers(given, 2)
 
 
 def test_unknown_device():
