@@ -447,3 +447,16 @@ def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, m
     assert shown == ["style has no modules for up_blocks_9, text."]
     with pytest.raises(ValueError, match="down_blocks_9 fits no module of style"):
         LCMLoRABlocks.execute(wire, "all", "down_blocks_9=0", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("cuda:0", "cuda"), ("cpu", "cpu"), ("mps", "cpu"), ("xpu", "cpu"), ("privateuseone", "cpu")],
+)
+def test_whole_changes_are_worked_on_where_there_are_decompositions(comfy, monkeypatch, given,
+                                                                    expected):  # fmt: skip
+    import comfy.model_management
+    from lcm_lora.lora.host import device
+
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(given))
+    assert device().type == expected
