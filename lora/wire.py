@@ -192,8 +192,8 @@ def _opaque(module: str, parts: Mapping[str, Tensor], alpha: float | None) -> Op
         if "dora_scale" in spelled:
             raise ValueError("it has two magnitudes (DoRA); expected one")
         # One number for each output; PEFT has [1, out, 1, 1] for convolutions.
-        is_of_outputs = "up" in parts and magnitude.numel() == len(parts["up"])
-        spelled["dora_scale"] = magnitude.flatten() if is_of_outputs else magnitude
+        of_outputs = "up" in parts and parts["up"].shape[:1] == (magnitude.numel(),)
+        spelled["dora_scale"] = magnitude.flatten() if of_outputs else magnitude
     if "alpha" in spelled:
         alpha = _alpha(spelled["alpha"])
     if alpha is not None and "oft_blocks" in spelled and module.startswith("diffusion_model."):

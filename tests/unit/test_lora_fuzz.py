@@ -12,10 +12,12 @@ import struct
 import time
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lcm_lora.lora.combine import exact
 from lcm_lora.lora.files import read
+from lcm_lora.lora.opaque import merged, misfit
 from lcm_lora.lora.reduce import truncated
 from lcm_lora.lora.wire import PEFT_METADATA, describe
 
@@ -30,7 +32,18 @@ PARTS = (
     ".lora_up.weight", ".lora_down.weight", ".lora_mid.weight", ".alpha", ".lora_A.weight",
     ".lora_B.weight", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".lokr_w1",
     ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".lokr_t2", ".rescale", ".diff", ".diff_b",
-    ".dora_scale", ".oft_blocks", ".lora_magnitude_vector", ".a1.weight", "",
+    ".dora_scale", ".oft_blocks", ".lora_magnitude_vector", ".magnitude", ".a1.weight",
+    ".a2.weight", ".b1.weight", ".b2.weight", ".bm.weight", "",
+)  # fmt: skip
+LORA = {".lora_up.weight": [6, 2], ".lora_down.weight": [2, 5], ".alpha": []}
+# Modules that are whole, of a layer [6, 5].
+WHOLE = (
+    LORA, LORA, LORA,
+    LORA | {".dora_scale": [6, 1]}, LORA | {".dora_scale": [1, 5]}, LORA | {".magnitude": [6]},
+    {".oft_blocks": [2, 3, 3], ".rescale": [6, 1], ".alpha": []},
+    {".oft_blocks": [1, 3, 2, 2], ".alpha": []},
+    {".a1.weight": [5, 2], ".a2.weight": [2, 5], ".b1.weight": [6, 2], ".b2.weight": [2, 5]},
+    {".lokr_w1": [2, 1], ".lokr_w2_a": [3, 2], ".lokr_w2_b": [2, 5], ".dora_scale": [6, 1]},
 )  # fmt: skip
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
 NUMBERS = (0, 1, -1, 2**31, 2**63 - 1, 2**64, -(2**63), 1.5, None, "1", [], True)
@@ -40,7 +53,7 @@ def layout(chance: random.Random) -> tuple[dict, bytes]:
     """Header and tensors of a file that may well be a LoRA."""
     header, data = {}, b""
     for module in chance.sample(MODULES, chance.randint(1, 3)):
-        shapes = {".lora_up.weight": [6, 2], ".lora_down.weight": [2, 5], ".alpha": []}
+        shapes = dict(chance.choice(WHOLE))
         if chance.random() < 0.3:
             some = chance.sample(PARTS, 3)
             shapes |= {
@@ -124,8 +137,15 @@ def made(chance: random.Random) -> bytes:
 
 
 def work(vector) -> None:
-    """What is read is whole: it can be added up, and decomposed where its numbers are numbers."""
+    """What is read is whole: it can be added up, and decomposed where its numbers are numbers; and
+    merged into a weight of its shape."""
     describe(vector)
+    for module in vector.opaque.values():
+        parts = dict(module)
+        alpha = float(parts.pop("alpha")) if "alpha" in parts else None
+        weight = torch.ones(module.shape if len(module.shape) > 1 else (*module.shape, 5))
+        if not misfit(module, weight.shape):
+            assert merged(parts, alpha, weight).shape == weight.shape
     if vector.opaque or not vector.deltas:
         return
     combined, _ = exact([vector], [1.0])
