@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.tests.host.tiny_lora import dialects, modules, patched_weights, tiny_model
+from lcm_lora.tests.host.tiny_lora import dialects, patched_weights, some_layers, tiny_model
 from lcm_lora.tests.unit.owners import LYCORIS, of_lycoris, of_peft
 
 STRENGTHS = (1.0, 0.5, -0.5, 2.0)
-# A square layer, a wide and a tall one, and convolutions of both kinds.
-ENDS = ("attn1.to_q", "attn2.to_k", "ff.net.0.proj", "ff.net.2", "proj_in", "resnets.0.conv1")
 
 
 @pytest.fixture(scope="module")
@@ -17,19 +15,10 @@ def model(comfy):
     return tiny_model()
 
 
-def layers(model) -> dict[str, str]:
-    """Keys of some weights by diffusers' paths."""
-    chosen = {}
-    for end in ENDS:
-        path = next(path for path in modules(model) if path.endswith(end))
-        chosen[path] = f"diffusion_model.{modules(model)[path]}.weight"
-    return chosen
-
-
 def made(model, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A file of this kind for some layers, and the merged weights by their keys."""
     tensors, expected, there = {}, {}, model.model.state_dict()
-    for seed, (path, key) in enumerate(layers(model).items()):
+    for seed, (path, key) in enumerate(some_layers(model).items()):
         if kind == "PEFT":
             module, expected[key] = of_peft(f"unet.{path}", there[key].float(), seed)
         else:
@@ -115,7 +104,7 @@ def test_the_hosts_patches_before_and_after(model):
     after, _ = comfy.sd.load_lora_for_models(apply(model, tensors, 0.5), None, plain, 0.7, 0.0)
     after = patched_weights(after)
     vector = parse(tensors, {}, "a")
-    for path, key in layers(model).items():
+    for path, key in some_layers(model).items():
         parts = dict(vector.opaque[f"lora_unet_{path.replace('.', '_')}"])
         alpha = float(parts.pop("alpha"))
         found = with_plain[key] + 0.5 * (merged(parts, alpha, with_plain[key]) - with_plain[key])
@@ -129,7 +118,7 @@ def test_what_the_hosts_trainer_bounds_is_not_divided_by_the_outputs(model):
     """OFTDiff takes alpha as the bound itself, where LyCORIS takes alpha times outputs."""
     from comfy.weight_adapter.oft import OFTDiff
 
-    path, key = next(iter(layers(model).items()))
+    path, key = next(iter(some_layers(model).items()))
     weight = model.model.state_dict()[key].float()
     torch.manual_seed(0)
     trained = OFTDiff((torch.randn(4, 80, 80), None, 1.0, None))
@@ -175,6 +164,6 @@ def test_what_was_applied_is_extracted_again(model):
              if weight is not None and weight.any()}  # fmt: skip
     there = model.model.state_dict()
     assert len(found) == len(expected)
-    for path, key in layers(model).items():
+    for path, key in some_layers(model).items():
         change = found[f"lora_unet_{path.replace('.', '_')}"]
         torch.testing.assert_close(change, expected[key] - there[key].float(), rtol=1e-3, atol=1e-4)

@@ -57,6 +57,14 @@ def modules(model) -> dict[str, str]:
     }
 
 
+def some_layers(model) -> dict[str, str]:
+    """Keys of weights by diffusers' paths: a square one, a wide and a tall one, convolutions."""
+    ends = ("attn1.to_q", "attn2.to_k", "ff.net.0.proj", "ff.net.2", "proj_in", "resnets.0.conv1")
+    native = modules(model)
+    paths = [next(path for path in native if path.endswith(end)) for end in ends]
+    return {path: f"diffusion_model.{native[path]}.weight" for path in paths}
+
+
 def factors(model, rank: int = 4, seed: int = 0) -> Pairs:
     """Random factors for every module."""
     generator = torch.Generator().manual_seed(seed)
