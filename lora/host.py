@@ -1,4 +1,4 @@
-"""LoRA vectors on ComfyUI's models. The only file of this folder that knows the host."""
+"""LoRA vectors on ComfyUI's models: applied to them, and taken out of two of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, get_key_weight
-from comfy.quant_ops import QuantizedTensor
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from .delta import Opaque, Vector, as_matrix
+from .delta import Vector, as_matrix
 from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
 from .names import canonical_names
-from .opaque import merged, misfit
+from .opaque import misfit
+from .weights.host import Layers, Merge, input_scale, stored, with_patches
 from .wire import to_wire
 
 logger = logging.getLogger("lcm_lora")
@@ -59,76 +58,6 @@ class Coverage:
         if self.left_over:
             text += f"; {len(self.left_over)} left over: {_some(self.left_over)}"
         return f"{text}. {self.doubt}".rstrip()
-
-
-class Merge(WeightAdapterBase):
-    """A patch of the host's that merges an Opaque module as the owner of its format does.
-
-    `strength` times what the whole merge changes is added, so a strength of 0.5 is half the way,
-    and a negative one goes the other way.
-    """
-
-    name = "lcm_lora"
-
-    def __init__(self, loaded_keys: set[str], weights: tuple[tuple[str, Tensor | float], ...]):
-        # Names and values, in tuples: so the host finds the tensors where it moves patches to a
-        # device, and makes another patch of the moved ones by these two arguments.
-        self.loaded_keys, self.weights = loaded_keys, weights
-
-    @classmethod
-    def of(cls, module: Opaque) -> Merge:
-        alpha = {"alpha": float(module["alpha"])} if "alpha" in module else {}
-        return cls(set(), tuple((module | alpha).items()))
-
-    def calculate_weight(
-        self, weight, key, strength, strength_model, offset, function,
-        intermediate_dtype=torch.float32, original_weight=None,
-    ) -> Tensor:  # fmt: skip
-        """The weight with the module added in place, as the host's own patches do."""
-        parts = dict(self.weights)
-        alpha = parts.pop("alpha", None)
-        parts = {name: part.to(weight.device) for name, part in parts.items()}
-        change = merged(parts, alpha, weight) - weight.float()
-        weight += function((strength * change).to(weight.dtype))
-        return weight
-
-
-class Layers:
-    """The weights of a model by their keys, with the shapes that its layers compute with: of packed
-    weights (nvfp4, GGUF) a state dict has the stored bytes."""
-
-    def __init__(self, patcher: ModelPatcher):
-        self.patcher, self.stored = patcher, patcher.model.state_dict()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.stored
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """[out, in, ...] as the layer computes with it."""
-        weight = self._weight(key)
-        layer = comfy.utils.get_attr(self.patcher.model, key.rpartition(".")[0])
-        sides = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-        packed = key.endswith(".weight") and not weight.is_floating_point()
-        return sides if packed and None not in sides else tuple(weight.shape)
-
-    def unpatchable(self, key: str) -> str:
-        """Why the host cannot change the weight; empty where it can.
-
-        It adds to floating point numbers and to those that it unpacks itself. Whoever packs
-        otherwise brings tensors of an own class, or an own patcher.
-        """
-        weight = self._weight(key)
-        own = type(self.patcher).patch_weight_to_device is not ModelPatcher.patch_weight_to_device
-        plain = type(weight) in (Tensor, torch.nn.Parameter)
-        if own or not plain or weight.is_floating_point():
-            return ""
-        return f"the model's weight is stored as {weight.dtype}, to which ComfyUI cannot add"
-
-    def _weight(self, key: str) -> Tensor:
-        try:
-            return comfy.utils.get_attr(self.patcher.model, key)
-        except AttributeError:  # the state dict has another name for it
-            return self.stored[key]
 
 
 def apply(
@@ -215,12 +144,6 @@ def _merges(vector: Vector, chosen: dict[str, str]) -> dict[str, Merge]:
     return {key: Merge.of(vector.opaque[m]) for m, key in chosen.items() if m in vector.opaque}
 
 
-def _input_scale(patcher: ModelPatcher, weight: str) -> Tensor | None:
-    """What a layer multiplies its inputs by, one number for each (ModelOpt's smoothing)."""
-    layer = comfy.utils.get_attr(patcher.model, weight.rpartition(".")[0])
-    return getattr(layer, "pre_quant_scale", None)
-
-
 def _on_scaled_inputs(patches: dict[str, Any], patcher: ModelPatcher) -> dict[Any, Any]:
     """The patches for layers that multiply their inputs by a scale, W (s x): what is to change them
     by D x is D / s. The host takes such a function in the key, behind a slice of the weight."""
@@ -228,7 +151,7 @@ def _on_scaled_inputs(patches: dict[str, Any], patcher: ModelPatcher) -> dict[An
     def divided_by(scale: Tensor):
         return lambda change: change / scale.to(change)
 
-    scales = {key: _input_scale(patcher, key) for key in patches if key.endswith(".weight")}
+    scales = {key: input_scale(patcher, key) for key in patches if key.endswith(".weight")}
     return {
         key if scales.get(key) is None else (key, None, divided_by(scales[key])): patch
         for key, patch in patches.items()
@@ -249,62 +172,32 @@ def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
             f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
             f"{kinds[1] or 'of another kind'}; expected two models of one Stable Diffusion family."
         )
-    stored = [model.model.state_dict() for model in (distilled, base)]
+    keys = [model.model.state_dict().keys() for model in (distilled, base)]
     paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
     # Some native names have two paths, in an order of chance, but one canonical name.
     of = {native: path for path, native in paths.items() if native.endswith(".weight")}
+    both = keys[0] & keys[1]
     for native in watched(list(of)):
         (name,) = canonical_names([f"unet.{of[native].removesuffix('.weight')}"]).values()
         weight = f"diffusion_model.{native}"
-        if all(weight in keys for keys in stored):
-            there = [each for each in (weight, _bias(weight)) if all(each in k for k in stored)]
-            changes = [_difference(distilled, base, key) for key in there]
-            yield name, *changes, *[None] * (2 - len(changes))
+        if weight in both:
+            bias = _difference(distilled, base, _bias(weight)) if _bias(weight) in both else None
+            yield name, _difference(distilled, base, weight), bias
 
 
 def _difference(distilled: ModelPatcher, base: ModelPatcher, key: str) -> Tensor | None:
     models = {"distilled": distilled, "base": base}
-    if _stored(distilled, key) is _stored(base, key) and not any(
+    if stored(distilled, key) is stored(base, key) and not any(
         key in model.patches for model in models.values()
     ):
         return None  # one tensor, which two models share
-    one, other = (_weight(model, key, called) for called, model in models.items())
+    one, other = (with_patches(model, key, called) for called, model in models.items())
     if one.shape != other.shape:
         raise ValueError(
             f"{key} is {list(one.shape)} in the distilled model and {list(other.shape)} in the "
             "base model; expected two models of the same layout."
         )
     return one - other
-
-
-def _stored(model: ModelPatcher, key: str) -> Tensor:
-    """A weight without the patches of the graph, also while the host has them in the model."""
-    if key in model.hook_backup:
-        return model.hook_backup[key][0]
-    if key in model.backup:
-        return model.backup[key].weight
-    return get_key_weight(model.model, key)[0]
-
-
-def _weight(model: ModelPatcher, key: str, called: str) -> Tensor:
-    """A weight with its patches. ModelPatcher.get_key_patches tells them too, but fails at packed
-    models in ComfyUI 0.30."""
-    stored, (_, _, convert) = _stored(model, key), get_key_weight(model.model, key)
-    if not isinstance(stored, QuantizedTensor) and not stored.is_floating_point():
-        raise ValueError(
-            f"{key} of the {called} model is packed as {stored.dtype} in a way that only the nodes "
-            "which loaded it can read, such as GGUF; expected floating point, or a packed format "
-            "of ComfyUI. Load an unpacked file of this model."
-        )
-    whole = stored.to("cpu", torch.float32, copy=True)
-    if isinstance(whole, QuantizedTensor):
-        whole = whole.dequantize()
-    elif convert is not None:
-        whole = convert(whole, inplace=True)
-    whole = whole.as_subclass(Tensor)  # other packs have classes of tensors that compute otherwise
-    whole = comfy.lora.calculate_weight(model.patches.get(key, []), whole, key)
-    scale = _input_scale(model, key) if key.endswith(".weight") else None
-    return whole if scale is None else whole * scale.to(whole)
 
 
 def device() -> torch.device:
@@ -360,7 +253,7 @@ def _misfit(
             return f"shape {list(shape)}, the model has {list(there)}"
     if module not in vector.opaque:
         return ""
-    if _input_scale(layers.patcher, key) is not None:
+    if input_scale(layers.patcher, key) is not None:
         return "the layer multiplies its inputs by a scale, which only plain LoRAs allow for"
     return misfit(vector.opaque[module], layers.shape(key))
 

@@ -26,7 +26,8 @@ _ADAPTERS = {
 
 def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
     """A module of DoRA (arXiv 2402.09353), OFT or BOFT (2306.07280, 2311.06243), or GLoRA
-    (2306.07967), by the parts that the host reads, of which alpha is one where it is known.
+    (2306.07967), checked, by the rest of its tensors' kohya keys. Its alpha is one of them where it
+    is known.
 
     Raises:
         ValueError: a part is missing, shapes do not fit each other, or parts are of two adapters.
@@ -36,7 +37,7 @@ def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
     if len(adapters) > 1 or ("dora_scale" in parts and adapters & {"OFT", "GLoRA"}):
         raise ValueError(f"it has parts of {' and '.join(kinds)}; expected those of one adapter")
     if "GLoRA" in adapters:
-        shape = _glora(parts, alpha)[1].shape
+        shape = _glora_shape(parts, alpha)
     elif "OFT" in adapters:
         shape = _oft_shape(parts)
     else:
@@ -227,14 +228,15 @@ def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     raise ValueError(f"its GLoRA factors are {shapes}; expected four matrices of one rank")
 
 
-def _glora(parts: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Delta]:
-    """A = a1 a2 [in, in] times alpha / rank, and B = b1 b2."""
-    a1, a2, b1, b2 = _glora_factors(parts)
-    b = Delta(b1, b2, parts.get("bm.weight"), alpha)
-    return a1.float().flatten(1) @ a2.float().flatten(1) * b.scale, b
+def _glora_shape(parts: Mapping[str, Tensor], alpha: float | None) -> tuple[int, ...]:
+    _, _, b1, b2 = _glora_factors(parts)
+    return Delta(b1, b2, parts.get("bm.weight"), alpha).shape
 
 
 def _glora_change(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
-    """W A + B (2306.07967, equation 10, as LyCORIS has it)."""
-    a, b = _glora(parts, alpha)
-    return torch.einsum("oi...,ij->oj...", weight, a) + b.matrix().reshape(weight.shape)
+    """W a1 a2 + b1 b2, times alpha / rank (2306.07967, equation 10, as LyCORIS has it)."""
+    a1, a2, b1, b2 = _glora_factors(parts)
+    b = Delta(b1, b2, parts.get("bm.weight"), alpha)
+    inner = torch.einsum("oi...,ir->or...", weight, a1.float().flatten(1))
+    a = torch.einsum("or...,rj->oj...", inner, a2.float().flatten(1) * b.scale)
+    return a + b.matrix().reshape(weight.shape)
