@@ -47,7 +47,7 @@ class Delta:
             raise ValueError(
                 f"it has no numbers: up {_shape(self.up)}, down {_shape(self.down)}"
             )
-        if self.up.shape[1] != self.down.shape[0] or self.up[0, 0].numel() != 1:
+        if self.up.shape[1] != self.down.shape[0] or self.up.shape[2:].numel() != 1:
             raise ValueError(
                 f"its factors do not multiply: up {_shape(self.up)}, down {_shape(self.down)}; "
                 "expected [out, rank] and [rank, in, ...] with the same rank"
@@ -55,7 +55,7 @@ class Delta:
         if self.mid is not None and (
             self.mid.dim() != 4
             or self.mid.shape[:2] != (self.rank, self.rank)
-            or self.down[0, 0].numel() != 1
+            or self.down.shape[2:].numel() != 1
         ):
             raise ValueError(
                 f"its factors do not multiply: up {_shape(self.up)}, mid {_shape(self.mid)}, "

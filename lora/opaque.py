@@ -219,7 +219,7 @@ def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             (a1.shape[1], (a1, a2, b1, b2))
             for a1, a2, b1, b2 in ((a1, a2, b1, b2), (a2, a1, b2, b1))
             if b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
-            and a1[0, 0].numel() == a2[0, 0].numel() == b1[0, 0].numel() == 1
+            and all(factor.shape[2:].numel() == 1 for factor in (a1, a2, b1))
             and a1.shape[0] == a2.shape[1] == b2.shape[1]
         ]
         if layouts:

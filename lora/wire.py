@@ -137,7 +137,7 @@ def _joined(modules: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Ten
     the magnitudes of DoRA. What holds the same part twice stays as it is, for it is two modules."""
     spellings: dict[str, list[str]] = {}
     for module, name in canonical_names(modules).items():
-        spellings.setdefault(name, []).append(module)
+        spellings.setdefault(text_encoder_prefix(name, True), []).append(module)
     joined = {}
     for names in spellings.values():
         parts = [part for module in names for part in modules[module]]

@@ -75,7 +75,7 @@ class Merge(WeightAdapterBase):
         """The weight with the module added in place, as the host's own patches do."""
         parts = dict(self.weights)
         alpha = parts.pop("alpha", None)
-        parts = {name: part.to(weight.device) for name, part in parts.items()}
+        parts = {name: part.to(weight.device, torch.float32) for name, part in parts.items()}
         change = merged(parts, alpha, weight) - weight.float()
         weight += function((strength * change).to(weight.dtype))
         return weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lcm_lora.tests.host.tiny_lora import dialects, patched_weights, some_layers, tiny_model
+from lcm_lora.tests.unit.elsewhere import Arrivals, Elsewhere
 from lcm_lora.tests.unit.owners import LYCORIS, of_lycoris, of_peft
 
 STRENGTHS = (1.0, 0.5, -0.5, 2.0)
@@ -88,6 +89,21 @@ def test_the_host_patches_weights_on_their_way_to_the_device(model, kind):
         assert_near(patch(before.clone()), merged, before)
         half = patch(before.half()).float()
         assert (half - merged).norm() < 2e-3 * merged.norm()
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "OFT, bound and rescaled", "GLoRA"])
+def test_a_weight_on_a_device_without_float64(model, kind):
+    """Even where the file is of float64."""
+    import comfy.lora
+
+    tensors, expected = made(model, kind)
+    patched = apply(model, {key: t.double() for key, t in tensors.items()}, 0.5)
+    key, merged = next(iter(expected.items()))
+    before = model.model.state_dict()[key].float()
+    with Arrivals():
+        found = comfy.lora.calculate_weight(patched.patches[key], Elsewhere(before.clone()), key)
+    assert found.device.type == "mps"
+    assert_near(found.cpu(), before + 0.5 * (merged - before), before)
 
 
 def test_the_hosts_patches_before_and_after(model):

@@ -239,6 +239,16 @@ def test_the_text_encoder_is_patched_where_a_clip_is_connected(model):
     assert len(patched.patches) == len(modules(model))
 
 
+def test_a_dora_of_the_text_encoder(model):
+    """The same merge as in the UNet: the zeros of this layer become the LoRA's direction."""
+    tensors = text_lora()
+    tensors[f"{TEXT}.dora_scale"] = torch.full((3072, 1), 2.0)
+    _, clip, coverage = apply(model, dialects(model)["kohya"] | tensors, 1.0, text_clip(), 0.5)
+    assert not coverage.left_over
+    (found,) = patched_weights(clip.patcher).values()
+    torch.testing.assert_close(found.norm(dim=1), torch.full((3072,), 0.5 * 2.0))
+
+
 def test_the_nodes_load_combine_save_and_offer_the_file(model, loras):
     from lcm_lora.nodes import vectors as nodes
     from lcm_lora.nodes.combine import LCMLoRACombine

@@ -4,6 +4,7 @@ compute with tensors of the CPU."""
 from __future__ import annotations
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 MPS = torch.device("mps")
@@ -36,3 +37,16 @@ class Elsewhere(torch.Tensor):
         if torch.device(target) != MPS:
             return result
         return tree_map(lambda r: cls(r) if isinstance(r, torch.Tensor) else r, result)
+
+
+class Arrivals(TorchFunctionMode):
+    """Lets tensors of the CPU be moved there, and an identity be made there."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function not in (torch.Tensor.to, torch.eye) or isinstance(args[0], Elsewhere):
+            return function(*args, **kwargs)
+        places = [kwargs.pop("device", None), *(a for a in args if isinstance(a, torch.device))]
+        args = [a for a in args if not isinstance(a, torch.device)]
+        result = function(*args, **kwargs)
+        return Elsewhere(result) if MPS in places else result

@@ -75,6 +75,29 @@ def test_every_form_of_a_magnitude_of_the_outputs(shape, form):
         assert_merges(tensors, expected, weight)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("unet.down_blocks.0.resnets.0.conv1", NAME),
+        ("base_model.model.down_blocks.0.resnets.0.conv1", "unet.down_blocks.0.resnets.0.conv1"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1",
+         "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_module_in_two_spellings_are_one_module(one, other):
+    """Factors in one, magnitude and alpha in the other, whichever comes first in the file."""
+    weight = weight_of(SHAPES["linear"])
+    tensors, expected = of_lycoris("DoRA", "x", weight, 1)
+    for split in (("dora_scale", "alpha"), ("lora_up.weight", "alpha"), ("lora_down.weight",)):
+        file = {(one if key[2:] in split else other) + key[1:]: t for key, t in tensors.items()}
+        for spelled in (file, dict(reversed(file.items()))):
+            vector = parse(spelled, {}, "a")
+            (name,) = vector.modules()
+            torch.testing.assert_close(
+                merged_with(vector, weight, name), expected, rtol=1e-4, atol=1e-5
+            )
+
+
 def test_a_half_precision_weight_is_merged_in_float32():
     weight = weight_of(SHAPES["linear"]).half()
     tensors, expected = of_lycoris("DoRA", NAME, weight.float(), 1)
