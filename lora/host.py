@@ -130,23 +130,24 @@ def apply(
 
 
 def _diffs(vector: Vector, chosen: dict[str, str], layers: Layers) -> dict[str, tuple]:
-    """Patches of the full differences, in the shapes of the weights: the host leaves others out."""
-    found = {}
+    """Patches for the full differences, in the shapes of the weights: the host skips any other
+    shape, with a line in its log."""
+    patches = {}
     for module, key in chosen.items():
         for part, name in (("diff", key), ("diff_b", _bias(key))):
             if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
-                found[name] = "diff", (diff.reshape(layers.shape(name)),)
-    return found
+                patches[name] = "diff", (diff.reshape(layers.shape(name)),)
+    return patches
 
 
 def _merges(vector: Vector, chosen: dict[str, str]) -> dict[str, Merge]:
-    """Patches of the modules that are no sum."""
+    """Patches for the modules that are more than a sum."""
     return {key: Merge.of(vector.opaque[m]) for m, key in chosen.items() if m in vector.opaque}
 
 
 def _on_scaled_inputs(patches: dict[str, Any], patcher: ModelPatcher) -> dict[Any, Any]:
-    """The patches for layers that multiply their inputs by a scale, W (s x): what is to change them
-    by D x is D / s. The host takes such a function in the key, behind a slice of the weight."""
+    """The patches with D / s in place of D where a layer multiplies its inputs by a scale s first,
+    W (s x). The host takes the function as the third item of a key; the second is a slice."""
 
     def divided_by(scale: Tensor):
         return lambda change: change / scale.to(change)
@@ -159,8 +160,8 @@ def _on_scaled_inputs(patches: dict[str, Any], patcher: ModelPatcher) -> dict[An
 
 
 def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
-    """What `distilled` has more than `base`, layer by layer: patches of the graph count, models
-    that the host holds on a device too, and packed weights are unpacked. Float32 on the CPU.
+    """`distilled` minus `base`, layer by layer, in float32 on the CPU. Patches of the graph count,
+    also while the host holds the models on a device. Packed weights are unpacked.
 
     Raises:
         ValueError: the models are of different families, or a layer of them has different shapes
@@ -201,8 +202,8 @@ def _difference(distilled: ModelPatcher, base: ModelPatcher, key: str) -> Tensor
 
 
 def device() -> torch.device:
-    """Where whole changes are worked on: the host's device where it is CUDA's or ROCm's, else the
-    CPU, for other devices lack float64 or decompositions."""
+    """Where whole changes are computed: on the host's device if it is CUDA or ROCm, else on the
+    CPU, because other devices lack float64 or decompositions."""
     there = comfy.model_management.get_torch_device()
     return there if there.type == "cuda" else torch.device("cpu")
 

@@ -53,8 +53,8 @@ class Product(Delta):
 
     def matrix(self) -> Tensor:
         one, two = (_matrix(self.parts, i) for i in (1, 2))
-        whole = one * two if _is_loha(self.parts) else torch.kron(one, two)
-        return (whole * self.scale).reshape(self.shape)
+        change = one * two if _is_loha(self.parts) else torch.kron(one, two)
+        return (change * self.scale).reshape(self.shape)
 
     def wire(self) -> dict[str, Tensor]:
         """The parts for the host, with the alpha, or the factor, that gives this delta's scale."""
@@ -184,7 +184,7 @@ def _formed(parts: Parts, rank: int) -> Pair:
 
 
 def _matrix(parts: Parts, i: int) -> Tensor:
-    """One side of a product, whole, on its device."""
+    """One side of a product as a matrix, on the device of its parts."""
     side = f"{'hada' if _is_loha(parts) else 'lokr'}_w{i}"
     if side in parts:
         return parts[side].float().flatten(1)

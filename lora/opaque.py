@@ -1,8 +1,8 @@
-"""Modules that are more than a sum: DoRA, OFT, BOFT and GLoRA change a weight by what it is.
+"""Modules that are more than a sum: what DoRA, OFT, BOFT and GLoRA add depends on the weight.
 
-`merged` gives the weight that the library makes which owns the format: LyCORIS 4, PEFT, kohya's
-sd-scripts. ComfyUI's readers give others: they take DoRA's norm of the weight before the change,
-leave out OFT's rescale, take its constraint for another one, and use the strength twice.
+`merged` computes the weight that the owner of the format computes: LyCORIS 4, PEFT, or kohya's
+sd-scripts. ComfyUI's patches differ: for DoRA they use the norm of the weight before the change;
+for OFT they skip the rescale, read the constraint in another unit, and apply the strength twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .delta import Delta, Opaque
 from .lycoris import has_core, product, rank_of, without_core
 
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-# What a module is, by how the names of its parts begin. A magnitude (DoRA) goes with the first 3.
+# Adapters by how the names of their parts begin. A magnitude (DoRA) goes with the first three.
 _ADAPTERS = {
     "LoRA": ("lora_",), "LoHa": ("hada_",), "LoKr": ("lokr_",),
     "OFT": ("oft_blocks", "rescale"), "GLoRA": (*_GLORA, "bm.weight"),
@@ -63,19 +63,19 @@ def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
 
 
 def adapters_of(parts: Mapping[str, Tensor]) -> set[str]:
-    """The adapters that the parts of a module belong to; more than one is no module."""
+    """The adapters that the parts of a module belong to. A valid module has only one."""
     return {
         adapter for adapter, names in _ADAPTERS.items() if any(p.startswith(names) for p in parts)
     }
 
 
 def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
-    """The modules of a file with DoRA's magnitudes as LyCORIS shapes them: [out, 1, ...], or
-    [1, in, 1, ...] where there is one for each input.
+    """The modules of a file with DoRA's magnitudes in LyCORIS' shapes: [out, 1, ...] with a number
+    for each output, or [1, in, 1, ...] with a number for each input.
 
-    For a square layer [1, n] may be either: PEFT has [1, out, 1, 1] for convolutions, LyCORIS
-    [1, in, ...]. All layers of a file are alike, so one that is not square, or a magnitude of one
-    dimension, which LyCORIS never has, tells it. Otherwise it is LyCORIS'.
+    In a square layer [1, n] is ambiguous: PEFT writes [1, out, 1, 1] for convolutions, LyCORIS
+    [1, in, ...]. All layers of a file are of one kind, so a layer that is not square decides, or a
+    magnitude of one dimension, which LyCORIS never writes. Without either, it is LyCORIS' [1, in].
     """
     doras = {name: module for name, module in modules.items() if "dora_scale" in module}
     outputs = any(map(_tells_outputs, doras.values()))
@@ -92,8 +92,8 @@ def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
 
 
 def misfit(module: Opaque, shape: Sequence[int]) -> str:
-    """Why the module cannot be merged into a weight of this shape, apart from the shape of its
-    change; empty where it can."""
+    """Why the module's magnitude does not fit a weight of this shape; empty if it does. Whether the
+    shape of its change fits is a question of its own."""
     if "dora_scale" in module and _axis(module["dora_scale"], shape) is None:
         return (
             f"its dora_scale is {list(module['dora_scale'].shape)}, the model has {list(shape)}: "
@@ -103,9 +103,9 @@ def misfit(module: Opaque, shape: Sequence[int]) -> str:
 
 
 def merged(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> Tensor:
-    """The weight [out, in, ...] with a module merged into it whole, that is at strength 1.
+    """The weight [out, in, ...] after the merge of a module at strength 1: a new float32 tensor.
 
-    parts: an Opaque's tensors on the weight's device, without their alpha. Float32, a new tensor.
+    parts: the tensors of an Opaque on the weight's device, without alpha.
     """
     weight = weight.float()
     if "oft_blocks" in parts:
@@ -117,7 +117,7 @@ def merged(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> 
     axis = _axis(magnitude, weight.shape)
     others = [dim for dim in range(weight.dim()) if dim != axis]
     norm = moved.square().sum(others, keepdim=True).sqrt()
-    # 2402.09353, equation 5. Nothing stays nothing, whatever its magnitude.
+    # 2402.09353, equation 5. A row of zeros has no direction, and stays zero.
     return moved * (magnitude.reshape(norm.shape) / norm.clamp(min=1e-12))
 
 
@@ -126,24 +126,24 @@ def _is_row(magnitude: Tensor) -> bool:
 
 
 def _sides(module: Opaque) -> tuple[bool, bool]:
-    """Whether a magnitude may have a number for each output, and whether for each input."""
+    """Whether a magnitude may belong to the outputs, and whether to the inputs, by its shape."""
     magnitude, (out, columns, *_) = module["dora_scale"], module.shape
     count = magnitude.numel()
-    # Products of LyCORIS tell no kernel: their columns may be a multiple of the inputs.
+    # The factors of LoHa and LoKr do not tell the kernel: columns may be a multiple of the inputs.
     flat = "lora_up.weight" not in module and _is_row(magnitude) and columns % count == 0
     return count == out, count == columns or flat
 
 
 def _tells_outputs(module: Opaque) -> bool:
-    """Whether a magnitude is of a shape that only those have which are of the outputs."""
+    """Whether the magnitude's shape shows that it belongs to the outputs."""
     of_outputs, of_inputs = _sides(module)
     magnitude = module["dora_scale"]
     return of_outputs and (magnitude.dim() == 1 or (_is_row(magnitude) and not of_inputs))
 
 
 def _axis(magnitude: Tensor, shape: Sequence[int]) -> int | None:
-    """The axis of a weight that a settled magnitude has its numbers for: 0 for the outputs, 1 for
-    the inputs, None where they are of neither."""
+    """The axis of the weight that a settled magnitude belongs to: 0 for the outputs, 1 for the
+    inputs, None if it fits neither."""
     count = magnitude.numel()
     if len(shape) > 1 and count == shape[1] and (_is_row(magnitude) or count != shape[0]):
         return 1
@@ -185,16 +185,17 @@ def _oft_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor:
-    """The outputs turned by Cayley's R = (I + Q)(I - Q)^-1, Q = B - B' (2306.07280, section 3.3);
-    of BOFT by one product of such blocks after the other, whose pairs lie 2^i n / 2 apart
-    (2311.06243, equation 3); then rescaled. alpha times outputs bounds the norm of Q, 0 does not.
+    """The outputs rotated by Cayley's R = (I + Q)(I - Q)^-1, Q = B - B' (2306.07280, section 3.3),
+    and rescaled. BOFT rotates in stages, and pairs outputs that are 2^stage n / 2 apart
+    (2311.06243, equation 3). The norm of Q is at most alpha times the number of outputs; an alpha
+    of 0 sets no limit.
     """
     blocks = parts["oft_blocks"].float()
     q = blocks - blocks.mT
     if alpha > 0:
         q = q * (alpha * len(weight) / (q.norm() + 1e-8)).clamp(max=1)
     eye = torch.eye(q.shape[-1], device=q.device)
-    # I - Q has an inverse for every Q; what is not finite comes out so, without an error.
+    # I - Q always has an inverse. inv_ex returns numbers that are not finite instead of raising.
     r = (eye + q) @ torch.linalg.inv_ex(eye - q).inverse
     n, rows = q.shape[-1], weight.flatten(1)
     if r.dim() == 3:
@@ -210,8 +211,8 @@ def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tenso
 
 
 def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """a1 [in, r], a2 [r, in], b1 [out, r], b2 [r, ...] of a module in either layout of LyCORIS: its
-    first one had the 1s and 2s the other way round. Of two that fit, the rank is the smaller."""
+    """a1 [in, r], a2 [r, in], b1 [out, r], b2 [r, ...] of a module in either layout of LyCORIS. The
+    first layout swapped 1 and 2. If both fit, the one with the smaller rank is right."""
     factors = [parts.get(part) for part in _GLORA]
     if all(factor is not None and factor.dim() > 1 and factor.numel() for factor in factors):
         a1, a2, b1, b2 = factors

@@ -70,8 +70,8 @@ def _lora(delta: Delta) -> dict[str, Tensor]:
 
 
 def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
-    """A LORA_MODEL of any node as a vector on the CPU, where all sums are made: those of the host's
-    own trainer may lie on the device."""
+    """A LORA_MODEL of any node as a vector on the CPU, where sums are computed. The host's trainer
+    may leave its tensors on a device."""
     metadata, source = getattr(tensors, "metadata", {}), getattr(tensors, "source", "LORA_MODEL")
     vector = parse({key: t.detach().cpu() for key, t in tensors.items()}, metadata, source)
     ignored = (*getattr(tensors, "ignored", ()), *vector.ignored)
@@ -133,8 +133,8 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
 
 
 def _joined(modules: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The modules with those made one whose parts a file spells in two ways, as diffusers does with
-    the magnitudes of DoRA. What holds the same part twice stays as it is, for it is two modules."""
+    """The modules, with the parts of one module joined if the file spells its name in two ways, as
+    diffusers does for DoRA's magnitudes. Spellings that share a part stay apart: two modules."""
     spellings: dict[str, list[str]] = {}
     for module, name in canonical_names(modules).items():
         spellings.setdefault(text_encoder_prefix(name, True), []).append(module)
@@ -143,7 +143,7 @@ def _joined(modules: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Ten
         parts = [part for module in names for part in modules[module]]
         if len(parts) > len(set(parts)):
             joined |= {module: modules[module] for module in names}
-        else:  # the configuration of PEFT names the module that has the factors
+        else:  # PEFT's configuration uses the spelling of the factors
             first = max(names, key=lambda module: "down" in modules[module])
             joined[first] = {part: t for module in names for part, t in modules[module].items()}
     return joined
@@ -197,7 +197,8 @@ def _opaque(module: str, parts: Mapping[str, Tensor], alpha: float | None) -> Op
     if "alpha" in spelled:
         alpha = _alpha(spelled["alpha"])
     if alpha is not None and "oft_blocks" in spelled and module.startswith("diffusion_model."):
-        # So the host's trainer spells it, whose constraint is not yet divided by the outputs.
+        # The host's trainer uses this prefix. Its alpha is the limit itself, where LyCORIS' is the
+        # limit divided by the number of outputs.
         alpha /= opaque(spelled, alpha).shape[0]
     return opaque(spelled, alpha)
 

@@ -31,11 +31,11 @@ def picture_seed(seed: int, index: int, step: int) -> int:
 
 
 def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[int]:
-    """The numbers of the pictures in their batch, of whatever kind of integers a node leaves in a
-    LATENT: a list, an array, a tensor, or a list of their items. Without any, 0 to count - 1.
+    """A LATENT's batch_index as integers. Nodes leave a list, an array, a tensor, or a list of such
+    items there. Without numbers: 0 to count - 1.
 
     Raises:
-        ValueError: they are no integers, or not as many as there are pictures.
+        ValueError: they are not integers, or not one for each picture.
     """
     numbers = [] if given is None else getattr(given, "tolist", lambda: given)()
     numbers = [numbers] if isinstance(numbers, int) else list(numbers)

@@ -1,4 +1,4 @@
-"""The weights of ComfyUI's models: their shapes and numbers, packed or not, and a patch of ours."""
+"""The weights of ComfyUI's models, packed or not: their shapes, their numbers, and our patch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..opaque import merged
 
 
 class Layers:
-    """The weights of a model by their keys, with the shapes that its layers compute with: of packed
-    weights (nvfp4, GGUF) a state dict has the stored bytes."""
+    """The weights of a model by their keys, with the shapes that its layers compute with. The state
+    dict of a packed layer (nvfp4, GGUF) has the shape of its bytes instead."""
 
     def __init__(self, patcher: ModelPatcher):
         self.patcher, self.stored = patcher, patcher.model.state_dict()
@@ -34,8 +34,8 @@ class Layers:
     def unpatchable(self, key: str) -> str:
         """Why the host cannot change the weight; empty where it can.
 
-        It adds to floating point numbers and to those that it unpacks itself. Whoever packs
-        otherwise brings tensors of an own class, or an own patcher.
+        It can add to floating point numbers and to its own packed formats. A pack with another
+        format brings a tensor class or a patcher of its own.
         """
         weight = self._weight(key)
         own = type(self.patcher).patch_weight_to_device is not ModelPatcher.patch_weight_to_device
@@ -50,17 +50,17 @@ class Layers:
 
 
 class Merge(WeightAdapterBase):
-    """A patch of the host's that merges an Opaque module as the owner of its format does.
+    """A patch for the host that merges an Opaque module as the owner of its format does.
 
-    `strength` times what the whole merge changes is added, so a strength of 0.5 is half the way,
-    and a negative one goes the other way.
+    It adds `strength` times the change of a merge at strength 1, so that 0.5 is half of that change
+    and -0.5 takes half of it away.
     """
 
     name = "lcm_lora"
 
     def __init__(self, loaded_keys: set[str], weights: tuple[tuple[str, Tensor | float], ...]):
-        # Names and values, in tuples: so the host finds the tensors where it moves patches to a
-        # device, and makes another patch of the moved ones by these two arguments.
+        # Tuples of a name and a value, because the host looks for tensors in tuples when it moves
+        # a patch to a device, and then makes a new patch from these two arguments.
         self.loaded_keys, self.weights = loaded_keys, weights
 
     @classmethod
@@ -82,12 +82,12 @@ class Merge(WeightAdapterBase):
 
 
 def input_scale(patcher: ModelPatcher, weight: str) -> Tensor | None:
-    """What a layer multiplies its inputs by, one number for each (ModelOpt's smoothing)."""
+    """The numbers that a layer multiplies its inputs by, if any (ModelOpt's smoothing): [in]."""
     return getattr(_attribute(patcher, weight.rpartition(".")[0]), "pre_quant_scale", None)
 
 
 def _attribute(patcher: ModelPatcher, key: str):
-    """What a model has at this key; None where its state dict has names of its own."""
+    """The module or parameter at this key; None if the state dict uses other names."""
     try:
         return comfy.utils.get_attr(patcher.model, key)
     except AttributeError:
@@ -104,30 +104,31 @@ def stored(model: ModelPatcher, key: str) -> Tensor:
 
 
 def with_patches(model: ModelPatcher, key: str, called: str) -> Tensor:
-    """A weight with its patches, unpacked: float32 on the CPU. called: which model it is, in words.
+    """An unpacked weight with its patches, in float32 on the CPU. called: names it in errors.
 
-    ModelPatcher.get_key_patches tells both too, but fails at packed models in ComfyUI 0.30.
+    ModelPatcher.get_key_patches returns both too, but raises an AttributeError for packed models in
+    ComfyUI 0.30.
 
     Raises:
         ValueError: the weight is packed in a way that is not the host's.
     """
     weight, (_, _, convert) = stored(model, key), get_key_weight(model.model, key)
     if isinstance(weight, QuantizedTensor):
-        # In this order, for it unpacks to the number type that it has.
-        whole, convert = weight.to("cpu", torch.float32).dequantize(), None
-    elif type(weight).dequantize is not Tensor.dequantize:  # another pack's, that unpacks itself
-        whole, convert = weight.dequantize(), None
+        # First to float32, because it unpacks to its current number type.
+        numbers, convert = weight.to("cpu", torch.float32).dequantize(), None
+    elif type(weight).dequantize is not Tensor.dequantize:  # of another pack, and unpacks itself
+        numbers, convert = weight.dequantize(), None
     elif weight.is_floating_point():
-        whole = weight
+        numbers = weight
     else:
         raise ValueError(
             f"{key} of the {called} model is packed as {weight.dtype} in a way that only the nodes "
             "which loaded it can read, such as GGUF; expected floating point, or a packed format "
             "of ComfyUI. Load an unpacked file of this model."
         )
-    whole = whole.to("cpu", torch.float32, copy=True).as_subclass(Tensor)
+    numbers = numbers.to("cpu", torch.float32, copy=True).as_subclass(Tensor)
     if convert is not None:
-        whole = convert(whole, inplace=True)
-    whole = comfy.lora.calculate_weight(model.patches.get(key, []), whole, key)
+        numbers = convert(numbers, inplace=True)
+    numbers = comfy.lora.calculate_weight(model.patches.get(key, []), numbers, key)
     scale = input_scale(model, key) if key.endswith(".weight") else None
-    return whole if scale is None else whole * scale.to(whole)
+    return numbers if scale is None else numbers * scale.to(numbers)

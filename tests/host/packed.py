@@ -16,12 +16,12 @@ def formats() -> dict[str, dict]:
     """The host's packed formats, and the settings of a layer's configuration."""
     from comfy.quant_ops import QUANT_ALGOS
 
-    found = {name: {} for name in QUANT_ALGOS}
-    if "int8_tensorwise" in found:
-        found["int8_tensorwise, rotated"] = {"convrot": True, "convrot_groupsize": 64}
-    if "convrot_w4a4" in found:
-        found["convrot_w4a4"] = {"convrot_groupsize": 64}
-    return found
+    settings_of = {name: {} for name in QUANT_ALGOS}
+    if "int8_tensorwise" in settings_of:
+        settings_of["int8_tensorwise, rotated"] = {"convrot": True, "convrot_groupsize": 64}
+    if "convrot_w4a4" in settings_of:
+        settings_of["convrot_w4a4"] = {"convrot_groupsize": 64}
+    return settings_of
 
 
 def keys_of(model) -> list[str]:

@@ -38,9 +38,9 @@ def apply(model, tensors, strength=1.0):
     return patched
 
 
-def assert_near(found, expected, before) -> None:
+def assert_near(actual, expected, before) -> None:
     """Within a thousandth of the change."""
-    assert (found - expected).norm() < 1e-3 * (expected - before).norm()
+    assert (actual - expected).norm() < 1e-3 * (expected - before).norm()
     assert (expected - before).norm() > 0.01 * before.norm()
 
 
@@ -49,11 +49,11 @@ def test_a_strength_is_so_much_of_the_owners_change(model, kind):
     tensors, expected = made(model, kind)
     there = model.model.state_dict()
     for strength in STRENGTHS:
-        found = patched_weights(apply(model, tensors, strength))
-        assert found.keys() == expected.keys()
+        actual = patched_weights(apply(model, tensors, strength))
+        assert actual.keys() == expected.keys()
         for key, merged in expected.items():
             before = there[key].float()
-            assert_near(found[key], before + strength * (merged - before), before)
+            assert_near(actual[key], before + strength * (merged - before), before)
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "BOFT, bound and rescaled", "GLoRA"])
@@ -101,9 +101,9 @@ def test_a_weight_on_a_device_without_float64(model, kind):
     key, merged = next(iter(expected.items()))
     before = model.model.state_dict()[key].float()
     with Arrivals():
-        found = comfy.lora.calculate_weight(patched.patches[key], Elsewhere(before.clone()), key)
-    assert found.device.type == "mps"
-    assert_near(found.cpu(), before + 0.5 * (merged - before), before)
+        actual = comfy.lora.calculate_weight(patched.patches[key], Elsewhere(before.clone()), key)
+    assert actual.device.type == "mps"
+    assert_near(actual.cpu(), before + 0.5 * (merged - before), before)
 
 
 def test_the_hosts_patches_before_and_after(model):
@@ -123,8 +123,8 @@ def test_the_hosts_patches_before_and_after(model):
     for path, key in some_layers(model).items():
         parts = dict(vector.opaque[f"lora_unet_{path.replace('.', '_')}"])
         alpha = float(parts.pop("alpha"))
-        found = with_plain[key] + 0.5 * (merged(parts, alpha, with_plain[key]) - with_plain[key])
-        assert_near(before[key], found, with_plain[key])
+        actual = with_plain[key] + 0.5 * (merged(parts, alpha, with_plain[key]) - with_plain[key])
+        assert_near(before[key], actual, with_plain[key])
         weight = there[key].float()
         change = 0.5 * (merged(parts, alpha, weight) - weight)
         assert_near(after[key], with_plain[key] + change, with_plain[key])
@@ -141,8 +141,8 @@ def test_what_the_hosts_trainer_bounds_is_not_divided_by_the_outputs(model):
     name = key.removesuffix(".weight")
     tensors = {f"{name}.{part}": t.detach() for part, t in trained.named_parameters()}
     assert tensors.keys() == {f"{name}.oft_blocks", f"{name}.alpha"}
-    found = patched_weights(apply(model, tensors))[key]
-    assert_near(found, trained(weight).detach(), weight)
+    actual = patched_weights(apply(model, tensors))[key]
+    assert_near(actual, trained(weight).detach(), weight)
 
 
 def test_a_difference_in_another_shape_of_the_same_weight_is_added(model):
@@ -151,10 +151,10 @@ def test_a_difference_in_another_shape_of_the_same_weight_is_added(model):
     before = model.model.state_dict()[f"{name}.weight"]
     assert before.shape[2:] == (1, 1)
     tensors = {f"{name}.diff": torch.ones(before.shape[:2]), f"{name}.diff_b": torch.ones(320, 1)}
-    found = patched_weights(apply(model, tensors, 0.5))
+    actual = patched_weights(apply(model, tensors, 0.5))
     for part in ("weight", "bias"):
         expected = model.model.state_dict()[f"{name}.{part}"] + 0.5
-        torch.testing.assert_close(found[f"{name}.{part}"], expected)
+        torch.testing.assert_close(actual[f"{name}.{part}"], expected)
 
 
 def test_a_magnitude_that_does_not_fit_is_named_and_not_applied(model):
@@ -176,10 +176,10 @@ def test_what_was_applied_is_extracted_again(model):
     from lcm_lora.lora.host import differences
 
     tensors, expected = made(model, "DoRA")
-    found = {name: weight for name, weight, _ in differences(apply(model, tensors), model)
+    actual = {name: weight for name, weight, _ in differences(apply(model, tensors), model)
              if weight is not None and weight.any()}  # fmt: skip
     there = model.model.state_dict()
-    assert len(found) == len(expected)
+    assert len(actual) == len(expected)
     for path, key in some_layers(model).items():
-        change = found[f"lora_unet_{path.replace('.', '_')}"]
+        change = actual[f"lora_unet_{path.replace('.', '_')}"]
         torch.testing.assert_close(change, expected[key] - there[key].float(), rtol=1e-3, atol=1e-4)

@@ -113,7 +113,7 @@ def try_one(model, tensors, strength: float, caplog) -> str:
 
 
 def fuzz(count: int, models, caplog) -> dict[str, int]:
-    found: dict[str, int] = {}
+    outcomes: dict[str, int] = {}
     with caplog.at_level(logging.WARNING):
         for seed in range(count):
             chance = random.Random(seed)
@@ -124,13 +124,13 @@ def fuzz(count: int, models, caplog) -> dict[str, int]:
             except Exception as error:
                 shapes = {key: (list(t.shape), t.dtype) for key, t in tensors.items()}
                 raise AssertionError(f"file {seed}: {shapes}") from error
-            found[way] = found.get(way, 0) + 1
-    return found
+            outcomes[way] = outcomes.get(way, 0) + 1
+    return outcomes
 
 
 def test_what_is_applied_changes_the_weight(models, caplog):
-    found = fuzz(150, models, caplog)
-    assert min(found[way] for way in ("applied", "applied in part", "refused")) > 5, found
+    outcomes = fuzz(150, models, caplog)
+    assert min(outcomes[way] for way in ("applied", "applied in part", "refused")) > 5, outcomes
 
 
 @pytest.mark.faults

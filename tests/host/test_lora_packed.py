@@ -61,9 +61,9 @@ def test_a_lora_lands_on_every_layer(model, name):
     # And the host packs it again.
     expected = unpacked(patched, key)
     patched.patch_weight_to_device(key)
-    found = patched.model.get_parameter(key).dequantize()
+    actual = patched.model.get_parameter(key).dequantize()
     patched.unpatch_model()
-    assert 0 < (found - expected).norm() < 0.3 * expected.norm()
+    assert 0 < (actual - expected).norm() < 0.3 * expected.norm()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -88,10 +88,10 @@ def test_what_was_applied_is_extracted_from_a_packed_model(model, name):
 
     base, expected = in_format(model, name), vector(dialects(model)["kohya"])
     patched, _, _ = apply(base, None, expected, 0.5, 0.0)
-    found = {name: weight for name, weight, _ in differences(patched, base)
+    actual = {name: weight for name, weight, _ in differences(patched, base)
              if weight is not None and weight.any()}  # fmt: skip
-    assert found.keys() == expected.deltas.keys()
-    for name, change in found.items():
+    assert actual.keys() == expected.deltas.keys()
+    for name, change in actual.items():
         matrix = 0.5 * expected.deltas[name].matrix().reshape(change.shape)
         torch.testing.assert_close(change, matrix, rtol=1e-4, atol=1e-5)
     # A packed model and the one it was made of differ by what packing loses.
@@ -132,8 +132,8 @@ def test_a_layer_that_scales_its_inputs(model):
     finally:
         layer.weight_function = []
     torch.testing.assert_close(change, 0.5 * x @ down.T @ up.T, rtol=1e-2, atol=1e-2)
-    found = {name: weight for name, weight, _ in differences(patched, base) if weight is not None}
-    torch.testing.assert_close(found[f"lora_unet_{path.replace('.', '_')}"], 0.5 * up @ down,
+    actual = {name: weight for name, weight, _ in differences(patched, base) if weight is not None}
+    torch.testing.assert_close(actual[f"lora_unet_{path.replace('.', '_')}"], 0.5 * up @ down,
                                rtol=1e-3, atol=1e-4)  # fmt: skip
     name = f"lora_unet_{path.replace('.', '_')}"
     tensors[f"{name}.dora_scale"] = torch.ones(320, 1)
@@ -161,10 +161,10 @@ def test_a_gguf_model_takes_every_module_and_is_not_extracted(comfy):
     for path, (up, down) in factors(plain).items():
         if native[path] in packed.keys_of(base):
             weight = packed.unpack(base.model.get_parameter(native[path]))
-            found = comfy.lora.calculate_weight(
+            actual = comfy.lora.calculate_weight(
                 patched.patches[native[path]], weight.clone(), native[path]
             )
-            torch.testing.assert_close(found, weight + 0.7 * up @ down, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual, weight + 0.7 * up @ down, rtol=1e-4, atol=1e-5)
     for pair in ((patched, plain), (plain, patched)):
         with pytest.raises(ValueError, match="packed as torch.uint8 in a way that only the nodes"):
             list(differences(*pair))

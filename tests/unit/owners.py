@@ -71,8 +71,8 @@ def of_lycoris(kind: str, name: str, weight: Tensor, seed: int) -> tuple[dict[st
             else:
                 parameter.normal_(0, 0.3)
         if hasattr(module, "get_weight"):
-            whole = module.org_weight + module.get_weight(weight.shape) * module.scalar
-            expected = module.apply_weight_decompose(whole) if module.wd else whole
+            moved = module.org_weight + module.get_weight(weight.shape) * module.scalar
+            expected = module.apply_weight_decompose(moved) if module.wd else moved
         else:
             expected = module.get_merged_weight()[0]
     tensors = {f"{name}.{part}": tensor.detach() for part, tensor in module.state_dict().items()}

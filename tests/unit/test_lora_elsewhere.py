@@ -44,12 +44,12 @@ def test_vectors_on_different_devices_combine_on_the_cpu(tmp_path):
         summed = exact(vectors, [1.0, 0.5])[0]
         ties = elementwise(vectors, [1.0, 0.5], RULES["ties"], 0.5, 0, 3, torch.device("cpu"))[0]
         results.append([summed, ties, truncated(summed, 2)[0], protected(*vectors, 0.5)[0]])
-    for found, expected in zip(*results, strict=True):
+    for actual, expected in zip(*results, strict=True):
         for name, delta in expected.deltas.items():
-            assert found.deltas[name].up.device.type == "cpu"
-            torch.testing.assert_close(found.deltas[name].matrix(), delta.matrix())
+            assert actual.deltas[name].up.device.type == "cpu"
+            torch.testing.assert_close(actual.deltas[name].matrix(), delta.matrix())
         for key, diff in expected.diffs.items():
-            torch.testing.assert_close(found.diffs[key], diff)
+            torch.testing.assert_close(actual.diffs[key], diff)
     write(tmp_path / "a.safetensors", results[0][0], "fp32", False)
     assert all(isinstance(t, Elsewhere) for t in wires[0].values()), "the wire itself is left alone"
 

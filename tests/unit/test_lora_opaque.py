@@ -27,9 +27,9 @@ def assert_merges(tensors, expected, weight) -> None:
     vector = parse(tensors, {}, "a")
     assert not vector.ignored and vector.modules() == {NAME}
     before = weight.clone()
-    for each in (vector, from_wire(to_wire(vector))):
-        found = merged_with(each, weight)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for copy in (vector, from_wire(to_wire(vector))):
+        actual = merged_with(copy, weight)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(weight, before), "the weight itself is left alone"
     assert (expected - weight).norm() > 0.05 * weight.norm(), "there is something to compare"
 
@@ -109,8 +109,8 @@ def test_what_is_written_merges_as_what_was_read(kind, tmp_path):
     weight = weight_of(SHAPES["square"])
     tensors, expected = of_lycoris(kind, NAME, weight, 1)
     write(tmp_path / "a.safetensors", parse(tensors, {}, "a"), "fp32", False)
-    found = merged_with(read(tmp_path / "a.safetensors"), weight)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual = merged_with(read(tmp_path / "a.safetensors"), weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_layout_of_glora():
@@ -137,8 +137,8 @@ def test_nothing_stays_nothing():
     weight[3] = 0
     tensors, _ = of_lycoris("DoRA", NAME, weight, 1)
     tensors[f"{NAME}.lora_up.weight"][3] = 0
-    found = merged_with(parse(tensors, {}, "a"), weight)
-    assert found.isfinite().all() and not found[3].any()
+    actual = merged_with(parse(tensors, {}, "a"), weight)
+    assert actual.isfinite().all() and not actual[3].any()
 
 
 PAIR = {"lora_up.weight": (8, 2), "lora_down.weight": (2, 6)}
