@@ -171,15 +171,23 @@ def test_a_magnitude_that_does_not_fit_is_named_and_not_applied(model):
     assert "neither one number for each output nor one for each input" in str(coverage)
 
 
-def test_what_was_applied_is_extracted_again(model):
-    """The whole difference, at full rank: a DoRA becomes a LoRA of the layer's rank."""
+@pytest.mark.parametrize("held", [False, True], ids=["at rest", "held by the host"])
+def test_what_was_applied_is_extracted_again(model, held):
+    """The whole difference; also while the host has patched the weights that both models share."""
     from lcm_lora.lora.host import differences
 
     tensors, expected = made(model, "DoRA")
-    actual = {name: weight for name, weight, _ in differences(apply(model, tensors), model)
-             if weight is not None and weight.any()}  # fmt: skip
-    there = model.model.state_dict()
-    assert len(actual) == len(expected)
+    before = {key: model.model.state_dict()[key].clone() for key in expected}
+    patched = apply(model, tensors)
+    if held:
+        patched.patch_model(device_to=torch.device("cpu"))
+    try:
+        changes = {name: weight for name, weight, _ in differences(patched, model)
+                   if weight is not None and weight.any()}  # fmt: skip
+    finally:
+        if held:
+            patched.unpatch_model()
+    assert len(changes) == len(expected)
     for path, key in some_layers(model).items():
-        change = actual[f"lora_unet_{path.replace('.', '_')}"]
-        torch.testing.assert_close(change, expected[key] - there[key].float(), rtol=1e-3, atol=1e-4)
+        change = changes[f"lora_unet_{path.replace('.', '_')}"]
+        torch.testing.assert_close(change, expected[key] - before[key], rtol=1e-3, atol=1e-4)
