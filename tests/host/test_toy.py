@@ -41,8 +41,10 @@ def test_a_small_step_in_the_schedule_is_a_small_step_in_the_picture(comfy, toy_
 
     model = comfy.sd.load_checkpoint_guess_config(str(toy_checkpoint))[0]
     network = model.model.diffusion_model
+    like = next(network.parameters())
     with torch.no_grad():
-        noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        guess = network(noise, torch.full((8,), 999.0), context=torch.zeros(8, 77, 768))
+        noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(like)
+        times, context = like.new_full((8,), 999.0), like.new_zeros(8, 77, 768)
+        guess = network(noise, times, context=context)
     # At the noisiest timestep the latent is nearly all noise, and the network says so.
     assert (guess - noise).square().mean() < 0.2

@@ -29,7 +29,11 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def tiny_model():
-    """A ModelPatcher as the host's checkpoint loader makes it: one level, no middle block."""
+    """A ModelPatcher as the host's checkpoint loader makes it: one level, no middle block.
+
+    Its weights lie on the CPU, also where the host loads models directly to a GPU, so that tests
+    can compare them with tensors of their own.
+    """
     import comfy.ops
     import comfy.sd
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -41,7 +45,9 @@ def tiny_model():
         for key, tensor in unet.state_dict().items()
     }
     # The host asks for a text encoder's name; without its weights the CLIP is None.
-    return comfy.sd.load_state_dict_guess_config(weights, output_vae=False, output_clip=False)[0]
+    patcher = comfy.sd.load_state_dict_guess_config(weights, output_vae=False, output_clip=False)[0]
+    patcher.model.to("cpu")
+    return patcher
 
 
 def modules(model) -> dict[str, str]:
