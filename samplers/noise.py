@@ -75,8 +75,9 @@ def picture_noise(
         for picture, index in zip(noise, indices, strict=True):
             picture.normal_(generator=generator.manual_seed(picture_seed(seed, index, step)))
         if where.type == "cpu" and like.device.type == "cuda":
-            # Out of pinned memory the copy does not wait for the network call before it.
-            return noise.pin_memory().to(like.device, like.dtype, non_blocking=True)
+            # From pinned memory the copy does not wait for the network call before it. The cast
+            # comes after the copy, because a cast on the CPU would leave the pinned memory.
+            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
         return noise.to(like.device, like.dtype)
 
     return draw
