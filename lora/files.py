@@ -31,7 +31,10 @@ NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # 
 
 # SD1 leads into its transformers by convolutions; LyCORIS' products do not tell that.
 _PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
-_WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+# Windows takes superscript digits for digits here (learn.microsoft.com, "Naming Files").
+_WINDOWS_RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])( *\..*)?", re.IGNORECASE
+)
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
