@@ -11,11 +11,10 @@ from difflib import get_close_matches
 from .acceleration import FAMILY
 from .delta import Vector
 from .metadata import recipe
-from .names import UNET
+from .names import UNET, is_text
 
 # By what a canonical name begins with, or holds; the first that fits counts.
 _PLACES = (
-    ("text", re.compile(r"lora_te")),
     ("middle", re.compile(rf"{UNET}mid_block")),
     ("output", re.compile(rf"{UNET}(up_blocks|conv_out|conv_norm_out)")),
     ("input", re.compile(rf"{UNET}(down_blocks|conv_in|time_embedding|add_embedding)")),
@@ -25,8 +24,8 @@ _KINDS = (
     ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_)")),
     ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out)")),
 )
-REST = "rest"
-NAMES = tuple(name for name, _ in (*_PLACES, *_KINDS))
+REST, TEXT = "rest", "text"
+NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
 _OWN_NAME = re.compile(r"(down_blocks|up_blocks|mid_block)(_\w+)?")
 # A part of a block, to name what there is: up_blocks_0_attentions_1.
 _BLOCK = re.compile(rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+)_")
@@ -47,6 +46,8 @@ PRESETS = {
 
 def place_of(module: str) -> str:
     """"input", "middle", "output", "text", or "other" for a canonical module name."""
+    if is_text(module):
+        return TEXT
     return next((name for name, pattern in _PLACES if pattern.match(module)), "other")
 
 

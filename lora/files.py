@@ -19,8 +19,9 @@ from .acceleration import FAMILY, acceleration
 from .delta import Delta, Vector
 from .family import cross_attention_width
 from .metadata import standard
+from .peft_config import PEFT_METADATA
 from .whole import sha256, whole_file
-from .wire import PEFT_METADATA, one_change, parse
+from .wire import one_change, parse
 
 logger = logging.getLogger("lcm_lora")
 

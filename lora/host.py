@@ -15,15 +15,19 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
+from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
-from .names import canonical_names
+from .kinds import left_out_because
+from .names import canonical_names, is_text, places
 from .wire import to_wire
 
 logger = logging.getLogger("lcm_lora")
 
 NAMES_SHOWN = 10
+Target = str | tuple
+"""What the host patches: the key of a weight, or (key, (dim, start, length), ...) for a part."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +77,32 @@ def apply(
         ValueError: the vector was made for another family, or none of its modules fits.
     """
     model, clip = model.clone(), clip.clone() if clip is not None else None
-    shapes = vector.shapes
-    made_for, found = family_of(shapes), detect(model)
+    made_for, found = family_of(vector.shapes), detect(model)
     parts = []
     if strength_model != 0:
         _require_family(vector.source, made_for, found)
-        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        keys = places(comfy.lora.model_lora_keys_unet(model.model, {}))
         parts.append((model, model.model.state_dict(), keys, strength_model))
     if clip is not None and strength_clip != 0:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        keys = places(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
         parts.append((clip, clip.cond_stage_model.state_dict(), keys, strength_clip))
 
-    modules = vector.modules()
-    skipped = {m for m in modules if _is_text(m) and (clip is None or strength_clip == 0)}
-    skipped |= {m for m in modules if not _is_text(m) and strength_model == 0}
+    for _, _, keys, _ in parts:
+        vector = one_for_each(vector, keys)
+    shapes, modules = vector.shapes, vector.modules()
+    skipped = {m for m in modules if is_text(m) and (clip is None or strength_clip == 0)}
+    skipped |= {m for m in modules if not is_text(m) and strength_model == 0}
     # Apart, for the host's reader keeps one patch a module and a sum may hold both kinds.
     only = [{"deltas": vector.deltas}, {"diffs": vector.diffs}, {"opaque": vector.opaque}]
     nothing = {"deltas": {}, "diffs": {}, "opaque": {}}
     wires = [to_wire(replace(vector, **nothing | each)) for each in only]
     taken: set[str] = set()
-    reasons = dict.fromkeys(vector.ignored, "unknown key")
+    reasons = {key: left_out_because(key) for key in vector.ignored}
     for target, weights, keys, strength in parts:
-        chosen: dict[str, str] = {}
-        layers: dict[str, str] = {}
+        chosen: dict[str, Target] = {}
+        layers: dict[Target, str] = {}
         for module in sorted(modules - skipped):
-            if module not in keys or keys[module] not in weights:
+            if module not in keys or _weight_of(keys[module]) not in weights:
                 continue
             key = keys[module]
             if wrong := _misfit(vector, shapes, module, key, weights):
@@ -111,7 +116,7 @@ def apply(
             target.add_patches(patches, strength)
         known = {key for patches in read for key in patches}
         for module, key in chosen.items():
-            if known & {key, _bias(key)}:
+            if known & {key, _bias(_weight_of(key))}:
                 taken.add(module)
             else:
                 reasons[module] = "ComfyUI's loader does not read it"
@@ -198,18 +203,22 @@ def detect(model: ModelPatcher) -> Family | None:
     return family(config.get("context_dim"), config["transformer_depth"][-1])
 
 
-def _is_text(module: str) -> bool:
-    return module.startswith(("lora_te_", "lora_te1_", "lora_te2_", "text_encoder"))
+def _weight_of(target: Target) -> str:
+    return target if isinstance(target, str) else target[0]
 
 
 def _misfit(
-    vector: Vector, shapes: Shapes, module: str, key: str, weights: dict[str, Any]
+    vector: Vector, shapes: Shapes, module: str, target: Target, weights: dict[str, Any]
 ) -> str:  # fmt: skip
-    """Why a module cannot be added to the weight `key`; empty where it can.
+    """Why a module cannot be added to its target; empty where it can.
 
     Asked before patching, for the host notices at sampling only and then merely logs it. shapes:
     the vector's, which are worked out once.
     """
+    key = _weight_of(target)
+    part_of_a_weight = None if isinstance(target, str) else target[1]
+    if part_of_a_weight and f"{module}.diff_b" in vector.diffs:
+        return f"ComfyUI adds no bias to a part of {key}"
     changes = [(shapes[module], key)] if module in shapes else []
     for part, name in (("diff", key), ("diff_b", _bias(key))):
         if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
@@ -218,6 +227,9 @@ def _misfit(
         if name not in weights:
             return f"the model has no {name}"
         there = tuple(weights[name].shape)
+        if part_of_a_weight:
+            dim, _, size = part_of_a_weight
+            there = (*there[:dim], size, *there[dim + 1 :])
         if module in vector.opaque and len(shape) == 1:
             there = there[:1]
         # The host reshapes, so [out, in] is as good as [out, in, 1, 1].
