@@ -11,18 +11,21 @@ from difflib import get_close_matches
 from .acceleration import FAMILY
 from .delta import Vector
 from .metadata import recipe
-from .names import UNET, is_text
+from .names import UNET, in_doubt, is_text
 
 # By what a canonical name begins with, or holds; the first that fits counts.
 _PLACES = (
-    ("middle", re.compile(rf"{UNET}mid_block")),
-    ("output", re.compile(rf"{UNET}(up_blocks|conv_out|conv_norm_out)")),
-    ("input", re.compile(rf"{UNET}(down_blocks|conv_in|time_embedding|add_embedding)")),
+    ("middle", re.compile(rf"{UNET}mid(dle)?_block")),
+    ("output", re.compile(rf"{UNET}(up_blocks|output_blocks|conv_out|conv_norm_out)")),
+    (
+        "input",
+        re.compile(rf"{UNET}(down_blocks|input_blocks|conv_in|time_embedding|add_embedding)"),
+    ),
 )
 _KINDS = (
     ("feed_forward", re.compile(r".*(_ff_net_|_mlp_)")),
-    ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_)")),
-    ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out)")),
+    ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_|put_blocks_\d+_1_[pn])")),
+    ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out|put_blocks_\d+_)")),
 )
 REST, TEXT = "rest", "text"
 NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
@@ -69,6 +72,12 @@ class Weights:
     rest: float
 
     def __call__(self, module: str) -> float:
+        blocks = [name for name in self.of if _OWN_NAME.fullmatch(name)]
+        if blocks and in_doubt(module):
+            raise ValueError(
+                f"{module} has a block number that only its model can place, so nobody can tell "
+                f"whether it lies in {blocks[0]}; expected weights for input, middle and output."
+            )
         fitting = [value for name, value in self.of.items() if _fits(name, module)]
         return math.prod(fitting) if fitting else self.rest
 

@@ -17,7 +17,11 @@ _ADAPTERS = (
         "an IP-Adapter or its LoRA; it needs a node pack for IP-Adapter",
     ),
 )
-_FLUX_CONTROL = (
+_FLUX = (
+    (
+        r"(single|double)_blocks\.\d+\.processor\.",
+        "a LoRA for FLUX in the layout of XLabs; load it with ComfyUI's own Load LoRA node",
+    ),
     (
         r"(single_blocks\.\d+|double_blocks\.\d+\.\w+)\.norm\.key_norm\.scale$",
         "a control LoRA for FLUX, which sets whole weights too; load it with ComfyUI's own Load "
@@ -73,7 +77,7 @@ _EMBEDDING = re.compile(r"bundle_emb\.|emb_params$|string_to_param|clip_[lgh]$|t
 def not_a_plain_lora(keys: Iterable[str]) -> str | None:
     """What a file is, and where to load it, that has the factors of a LoRA and is none for a model
     alone."""
-    return _first((*_ADAPTERS, *_FLUX_CONTROL), keys)
+    return _first((*_ADAPTERS, *_FLUX), keys)
 
 
 def what_it_looks_like(tensors: Mapping[str, Tensor]) -> str:

@@ -297,6 +297,12 @@ def numbered(name: str, possible: Iterable[int]) -> str:
     return names.pop() if len(names) == 1 else name
 
 
+def in_doubt(name: str) -> bool:
+    """Whether a canonical name has a block number that means one block or another, depending on
+    how many residual blocks a level of the model has."""
+    return native_to_diffusers(name, 1) != native_to_diffusers(name, 2)
+
+
 def text_encoder_prefix(module: str, two_encoders: bool) -> str:
     """The module with the first text encoder spelled as kohya's tools do: `lora_te_` where it is
     the only one, `lora_te1_` where there are several (SDXL)."""

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from .delta import Delta, Opaque, Vector, as_matrix
 from .family import family_of, has_two_text_encoders
-from .kinds import not_a_plain_lora, what_it_looks_like
+from .kinds import left_out_because, not_a_plain_lora, what_it_looks_like
 from .lycoris import Product, product, rank_of
 from .metadata import described
 from .names import (
     NOT_LINEAR,
     canonical_names,
+    in_doubt,
     is_text,
-    native_to_diffusers,
     numbered,
     res_blocks,
     split_key,
@@ -162,19 +162,18 @@ def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
         return text_encoder_prefix(numbered(name, possible), two)
 
     alike = [_renamed(vector, spelled) for vector in vectors]
-    in_doubt = [
+    unclear = [
         (vector.source, name)
         for vector in alike
-        for name in sorted(vector.modules())
-        if native_to_diffusers(name, 1) != native_to_diffusers(name, 2)
+        for name in sorted(filter(in_doubt, vector.modules()))
     ]
     others = [
         vector.source
         for vector in alike
         if any("_down_blocks_" in name or "_up_blocks_" in name for name in vector.modules())
     ]
-    if in_doubt and others:
-        source, name = in_doubt[0]
+    if unclear and others:
+        source, name = unclear[0]
         raise ValueError(
             f"{name} in {source} has a block number of another kind than {others[0]} has, and "
             "nothing in them tells how many blocks a level of the model has, so that the same "
@@ -219,7 +218,8 @@ def describe(vector: Vector) -> str:
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]
     if vector.ignored:
-        lines.append(f"{left_out(vector)}: {', '.join(vector.ignored[:10])}")
+        keys = [f"{key} ({left_out_because(key)})" for key in vector.ignored[:10]]
+        lines.append(f"{left_out(vector)}: {', '.join(keys)}")
     if vector.opaque:
         kinds = vector.opaque_kinds
         lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")

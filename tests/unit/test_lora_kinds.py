@@ -62,6 +62,7 @@ def test_a_file_without_a_lora_is_called_what_it_is(tmp_path, keys, words):
         ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.norm.key_norm.scale", "FLUX"),
         ("down_blocks.0.motion_modules.0.temporal_transformer.proj_in", "", "AnimateDiff"),
         ("0.to_q_lora", "", "IP-Adapter"),
+        ("double_blocks.0.processor.qkv_lora", "", "FLUX in the layout of XLabs"),
     ],
 )
 def test_factors_for_something_else_are_not_taken_for_a_lora(tmp_path, module, more, words):
