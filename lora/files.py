@@ -21,7 +21,7 @@ from .family import cross_attention_width
 from .metadata import standard
 from .peft_config import PEFT_METADATA
 from .whole import sha256, whole_file
-from .wire import one_change, parse
+from .wire import for_host, one_change, parse
 
 logger = logging.getLogger("lcm_lora")
 
@@ -122,7 +122,7 @@ class _Tensor:
 def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
     """All of a vector's, in kohya names. Every delta is a plain pair of factors and its alpha, as
     every program reads it, and is formed when its turn comes."""
-    vector = one_change(vector)
+    vector = one_change(for_host(vector))
     width = cross_attention_width(vector.shapes)
 
     @lru_cache(maxsize=1)  # for up and down are written one after the other

@@ -21,7 +21,7 @@ from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
 from .kinds import left_out_because
 from .names import canonical_names, is_text, places
-from .wire import to_wire
+from .wire import for_host, to_wire
 
 logger = logging.getLogger("lcm_lora")
 
@@ -87,6 +87,7 @@ def apply(
         keys = places(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
         parts.append((clip, clip.cond_stage_model.state_dict(), keys, strength_clip))
 
+    vector = for_host(vector)
     for _, _, keys, _ in parts:
         vector = one_for_each(vector, keys)
     shapes, modules = vector.shapes, vector.modules()

@@ -100,6 +100,11 @@ _CLIP_ROOT = re.compile(
 _CLIP = re.compile(r"text_model_|text_projection$")
 _FIRST_CLIP = re.compile(r"lora_te1?_(?=text_model_|text_projection$)")
 _T5_ROOT = re.compile(r"encoder_block_|encoder_final_layer_norm$|encoder_embed_tokens$|shared$")
+_CLIP_WITHOUT_KOHYA = re.compile(
+    r"lora_te(?P<number>[12]?)_(?P<path>text_model_(?:encoder_layers_\d+_layer_norm[12]"
+    r"|embeddings_(?:token|position)_embedding|final_layer_norm)|(?<=te_)text_projection)"
+)
+_CLIP_OF_WIDTH = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 CLIPS = frozenset(("clip_l", "clip_g", "clip_h"))
 _HOST_TEXT = re.compile(r"text_encoders\.(?!transformer\.)([^.]+)\.transformer\.(.+)")
 _OLD_TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -308,6 +313,23 @@ def text_encoder_prefix(module: str, two_encoders: bool) -> str:
     the only one, `lora_te1_` where there are several (SDXL)."""
     match = _FIRST_CLIP.match(module)
     return f"lora_te{'1' if two_encoders else ''}_{module[match.end() :]}" if match else module
+
+
+def host_name(module: str, width: int) -> str:
+    """A canonical name as the host's own loader knows it. kohya has no names for the norms, the
+    embeddings and the lone projection of a CLIP; the host has one, which says which CLIP it is.
+
+    width: of the text features, the last side of the module's weight.
+    """
+    match = _CLIP_WITHOUT_KOHYA.fullmatch(module)
+    if not match:
+        return module
+    clip = _CLIP_OF_WIDTH.get(width, "clip_g" if match["number"] == "2" else "clip_l")
+    path = match["path"]
+    for level in ("text_model", "embeddings", "encoder", "layers"):
+        path = path.replace(f"{level}_", f"{level}.", 1)
+    path = re.sub(r"layers\.(\d+)_", r"layers.\1.", path)
+    return f"text_encoders.{clip}.transformer.{path}"
 
 
 Target = TypeVar("Target")

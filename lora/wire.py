@@ -19,6 +19,7 @@ from .metadata import described
 from .names import (
     NOT_LINEAR,
     canonical_names,
+    host_name,
     in_doubt,
     is_text,
     numbered,
@@ -48,7 +49,7 @@ class LoraModel(dict[str, Tensor]):
 
 def to_wire(vector: Vector) -> LoraModel:
     """A vector as tensors in kohya names; every LoRA gets its alpha written out."""
-    vector = one_change(vector)
+    vector = one_change(for_host(vector))
     tensors: dict[str, Tensor] = {}
     for module, delta in vector.deltas.items():
         parts = delta.wire() if isinstance(delta, Product) else _lora(delta)
@@ -56,6 +57,13 @@ def to_wire(vector: Vector) -> LoraModel:
     for module, parts in vector.opaque.items():
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
     return LoraModel(tensors | vector.diffs, vector)
+
+
+def for_host(vector: Vector) -> Vector:
+    """The vector with names that the host's own loader knows, where it does not know kohya's."""
+    shapes = {key.rpartition(".")[0]: diff.shape for key, diff in vector.diffs.items()}
+    shapes |= vector.shapes
+    return _renamed(vector, lambda name: host_name(name, shapes[name][-1]))
 
 
 def one_change(vector: Vector) -> Vector:

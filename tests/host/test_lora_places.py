@@ -8,6 +8,7 @@ import torch
 from lcm_lora.dev.bench.networks import FAMILIES, SDXL
 from lcm_lora.tests.host.test_lora_dialects import patcher
 from lcm_lora.tests.host.tiny_lora import patched_weights, tiny_model
+from safetensors.torch import load_file
 
 KOALA = SDXL | {
     "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 2, 6], "transformer_depth_middle": 6,
@@ -157,9 +158,10 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy):
+def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy, tmp_path):
     """A file as ComfyUI's own Extract and Save Lora writes it of a CLIP of SDXL."""
     import comfy.sd
+    from lcm_lora.lora.files import read, write
     from lcm_lora.lora.host import apply
     from lcm_lora.lora.wire import from_wire, parse, to_wire
 
@@ -173,8 +175,9 @@ def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy)
         change = torch.randn(weight.shape, generator=generator)
         tensors[f"text_encoders.{module}.{'diff' if part == 'weight' else 'diff_b'}"] = change
     vector = parse(tensors, {}, "a")
+    write(tmp_path / "b.safetensors", vector, "fp32", False)
     model = tiny_model()
-    for given in (vector, from_wire(to_wire(vector))):
+    for given in (vector, from_wire(to_wire(vector)), read(tmp_path / "b.safetensors")):
         _, ours, coverage = apply(model, clip, given, 1.0, 0.5)
         assert coverage.taken == coverage.total == 12 and not coverage.left_over
         _, theirs = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 0.5)
@@ -182,6 +185,9 @@ def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy)
         assert found.keys() == expected.keys() and len(found) == 14
         for key, weight in expected.items():
             torch.testing.assert_close(found[key], weight)
+    for given in (to_wire(vector), load_file(tmp_path / "b.safetensors")):
+        _, theirs = comfy.sd.load_lora_for_models(model, clip, given, 1.0, 0.5)
+        assert patched_weights_of(theirs).keys() == expected.keys(), "the host's own loader"
 
 
 def patched_weights_of(clip):

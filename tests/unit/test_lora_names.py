@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.names import canonical_names, split_key
+from lcm_lora.lora.names import canonical_names, host_name, split_key
 from lcm_lora.lora.wire import from_wire, parse, to_wire
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -208,6 +208,31 @@ def test_the_hosts_trainer_is_understood():
     assert vector.deltas[Q].scale == 0.5
     norm = "lora_unet_down_blocks_0_attentions_0_norm"
     assert set(vector.diffs) == {f"{norm}.diff", f"{norm}.diff_b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "path"),
+    [
+        ("lora_te_text_model_encoder_layers_3_layer_norm1", 768,
+         "clip_l.transformer.text_model.encoder.layers.3.layer_norm1"),
+        ("lora_te_text_model_final_layer_norm", 1024,
+         "clip_h.transformer.text_model.final_layer_norm"),
+        ("lora_te2_text_model_embeddings_token_embedding", 1280,
+         "clip_g.transformer.text_model.embeddings.token_embedding"),
+        ("lora_te1_text_model_embeddings_position_embedding", 6,
+         "clip_l.transformer.text_model.embeddings.position_embedding"),
+        ("lora_te_text_projection", 768, "clip_l.transformer.text_projection"),
+    ],
+)  # fmt: skip
+def test_what_kohya_has_no_name_for_is_called_as_the_host_calls_it(name, width, path):
+    assert host_name(name, width) == f"text_encoders.{path}"
+    given = canonical_names([f"text_encoders.{path}"])[f"text_encoders.{path}"]
+    assert given == name.replace("te1_", "te_")
+
+
+@pytest.mark.parametrize("name", [Q, TEXT, "lora_te2_text_projection", "lora_te1_text_projection"])
+def test_what_kohya_has_a_name_for_keeps_it(name):
+    assert host_name(name, 1280) == name
 
 
 def test_text_encoders_are_spelled_as_the_family_does():
