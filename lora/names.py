@@ -73,12 +73,13 @@ _UNKNOWN_ADAPTERS = tuple(
     )
 )
 
-# What torch.compile, DDP, FSDP and activation checkpointing put into the path of a module.
-_WRAPPED = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)"
+# What torch.compile, FSDP, activation checkpointing, Fabric and DDP put into a module's path.
+_WRAPPED = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)"
 _WRAPPERS = re.compile(
     rf"[._]{_WRAPPED}(?=[._])|^{_WRAPPED}[._]|(?:^|(?<=\.))module\."
 )
-_FLAT_WRAPPER = re.compile(r"^(lora_unet_|lora_te\d?_|lycoris_)module_")
+_FLAT = re.compile(r"lora_unet_|lora_te\d?_|lycoris_")
+_FLAT_WRAPPERS = re.compile(r"_(?:module|base_model_model)(?=_)")
 _PEFT_MODEL = "base_model.model."
 
 # Text encoders as the field calls them, and kohya's number where the pattern does not hold it.
@@ -110,7 +111,9 @@ _HOST_TEXT = re.compile(r"text_encoders\.(?!transformer\.)([^.]+)\.transformer\.
 _OLD_TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _TEXT = re.compile(r"lora_(?:prior_)?te\d?_|text_encoders?[._]|(?:clip_[lgh]|t5|t5xxl)\.")
 
-_UNET_PREFIX = re.compile(r"lora_unet_+|(?:model\.)?diffusion_model\.|unet\.|lycoris_|(?=[a-z])")
+_UNET_PREFIX = re.compile(
+    r"(?:lora|oft)_unet_+|(?:model\.)?diffusion_model\.|unet\.|lycoris_|(?=[a-z])"
+)
 # Of the Stable Diffusion types, by their first level. Models of other kinds keep their own names.
 _UNET_ROOT = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding"
@@ -165,7 +168,8 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def unwrapped(key: str) -> str:
     """A key without `_orig_mod`, `module` and the like, wherever they stand in it."""
-    return _FLAT_WRAPPER.sub(r"\1", _WRAPPERS.sub("", key))
+    key = _WRAPPERS.sub("", key)
+    return _FLAT_WRAPPERS.sub("", key) if _FLAT.match(key) else key
 
 
 def unknown_adapter(keys: Iterable[str]) -> str | None:

@@ -69,6 +69,8 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
         (f"lora_unet__orig_mod_{Q[10:]}.alpha", Q, "alpha"),
         (f"{Q.replace('_attn1', '__orig_mod_attn1')}__orig_mod.lora_up.weight", Q, "up"),
         (f"lora_unet_module_{Q[10:]}.lora_up.weight", Q, "up"),
+        (f"lora_unet_base_model_model_module_{Q[10:]}.lora_up.weight", Q, "up"),
+        (f"_forward_module.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
         # Text encoders as OneTrainer, ComfyUI, checkpoints and transformers 5 call them.
         ("clip_l.text_model.encoder.layers.3.self_attn.q_proj.lora_up.weight", TEXT, "up"),
         ("text_encoders.clip_h.transformer.text_model.encoder.layers.3.self_attn.q_proj.diff",
@@ -330,9 +332,10 @@ def test_no_spelling_hides_that_a_module_is_there_twice(one, other):
 
 
 def test_two_tensors_of_one_part_are_refused():
-    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight")
-    tensors |= {f"{Q}.lora_A.weight": torch.ones(2, 6)}
-    with pytest.raises(ValueError, match=f"a, {Q}.lora_A.weight: .* two tensors for down"):
+    """Of two adapters in one file, for example."""
+    tensors = factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.one.weight", ".lora_A.one.weight")
+    tensors |= factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.two.weight", ".lora_A.two.weight")
+    with pytest.raises(ValueError, match="attn1.to_q.lora_B.two.weight: .* two tensors for up"):
         parse(tensors, {}, "a")
 
 
