@@ -75,8 +75,8 @@ class Weights:
         blocks = [name for name in self.of if _OWN_NAME.fullmatch(name)]
         if blocks and in_doubt(module):
             raise ValueError(
-                f"{module} has a block number that only its model can place, so nobody can tell "
-                f"whether it lies in {blocks[0]}; expected weights for input, middle and output."
+                f"The block number in {module} can mean two different blocks, so it is not known "
+                f"whether {blocks[0]} holds it. Use weights for input, middle and output instead."
             )
         fitting = [value for name, value in self.of.items() if _fits(name, module)]
         return math.prod(fitting) if fitting else self.rest

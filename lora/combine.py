@@ -95,10 +95,11 @@ def elementwise(
 
 
 def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
-    """The vector with one module for each weight of a model: those that are two spellings of one
-    layer, which only the model tells, are added. Those that cannot be added are left.
+    """The vector with one module for each weight of a model. Modules that are two spellings of one
+    layer are added; only the model shows that they are. Modules that are no sum, or have different
+    shapes, are left as they are.
 
-    target_of: name of a module to what it stands for in the model.
+    target_of: from the name of a module to the weight it changes.
     """
     sharing: dict[Hashable, list[str]] = {}
     for name in sorted(vector.modules() - vector.opaque.keys()):

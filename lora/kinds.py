@@ -1,4 +1,4 @@
-"""What a file without a plain LoRA is, by the names of its tensors, and where to load it."""
+"""What a file is if it is no plain LoRA, by the names of its tensors, and where to load it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-# Files of factors that mean something else than a LoRA's.
+# Adapters for something else than a model alone.
 _ADAPTERS = (
     (r"lora_controlnet$", "a Control-LoRA; load it with a Load ControlNet Model node"),
     (r"lllite_", "a ControlNet-LLLite; it needs a node pack for those"),
@@ -75,13 +75,13 @@ _EMBEDDING = re.compile(r"bundle_emb\.|emb_params$|string_to_param|clip_[lgh]$|t
 
 
 def not_a_plain_lora(keys: Iterable[str]) -> str | None:
-    """What a file is, and where to load it, that has the factors of a LoRA and is none for a model
-    alone."""
+    """What a file is, and where to load it, if it has a LoRA's factors but is not for a model
+    alone. None for other files."""
     return _first((*_ADAPTERS, *_FLUX), keys)
 
 
 def what_it_looks_like(tensors: Mapping[str, Tensor]) -> str:
-    """What a file without a LoRA is, as far as its names tell, and where to load it."""
+    """What a file without a LoRA seems to be, and where to load it."""
     if not tensors:
         return "it has no tensors at all"
     if all(map(_EMBEDDING.match, tensors)):

@@ -41,7 +41,7 @@ NOT_LINEAR = {
 }  # fmt: skip
 """Parts by which a module is told to be more than a sum, and what it then is."""
 
-# Adapters that are not read here, by how a key of them ends or goes on after its module.
+# Adapters that are not read here, by what follows the module in one of their keys.
 _UNKNOWN_ADAPTERS = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -227,8 +227,9 @@ def _text_module(number: str, flat: str) -> str:
 
 
 def res_blocks(modules: Iterable[str]) -> set[int]:
-    """How many residual blocks a level of a UNet has, 1 or 2, as far as the canonical names of its
-    modules, in native or in diffusers' block names, leave it open.
+    """The numbers of residual blocks a level, 1 or 2, that a UNet with these modules may have.
+
+    modules: canonical names, with native or diffusers' block names.
 
     Input blocks of a UNet with 2, as SD and SDXL are, are [conv_in, R, R, Down, R, R, Down, ...]:
     number 3, 6, 9 hold the downsampler alone. With 1 (KOALA) they are [conv_in, R, Down, R, ...].
@@ -300,15 +301,15 @@ def canonical_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def numbered(name: str, possible: Iterable[int]) -> str:
-    """A canonical name with its block in diffusers' numbers, where it is the same one for all the
-    possible numbers of residual blocks a level; else as it is, for the model to tell."""
+    """A canonical name with its block in diffusers' numbers, if all possible numbers of residual
+    blocks a level give the same name. Otherwise it is unchanged, and the model decides later."""
     names = {native_to_diffusers(name, count) for count in possible}
     return names.pop() if len(names) == 1 else name
 
 
 def in_doubt(name: str) -> bool:
-    """Whether a canonical name has a block number that means one block or another, depending on
-    how many residual blocks a level of the model has."""
+    """Whether the block number in a canonical name means different blocks for different numbers of
+    residual blocks a level."""
     return native_to_diffusers(name, 1) != native_to_diffusers(name, 2)
 
 
@@ -320,10 +321,11 @@ def text_encoder_prefix(module: str, two_encoders: bool) -> str:
 
 
 def host_name(module: str, width: int) -> str:
-    """A canonical name as the host's own loader knows it. kohya has no names for the norms, the
-    embeddings and the lone projection of a CLIP; the host has one, which says which CLIP it is.
+    """A canonical name as the host's own loader knows it. The host does not know kohya-like names
+    for the norms, the embeddings and the only projection of a CLIP, but has a name of its own.
 
-    width: of the text features, the last side of the module's weight.
+    width: the width of the text features, which is the last side of the module's weight. It tells
+    which CLIP the module belongs to.
     """
     match = _CLIP_WITHOUT_KOHYA.fullmatch(module)
     if not match:
@@ -340,11 +342,11 @@ Target = TypeVar("Target")
 
 
 def places(host_names: Mapping[str, Target]) -> dict[str, Target]:
-    """The host's names of modules and what it has them stand for, with all other names that a
-    vector's module may have for the same.
+    """The host's map from module names to what they patch, extended by all other names that a
+    module of a vector may have.
 
-    A name of the host's own never stands for anything else. Of text encoders the host lists most
-    weights by one name only, `text_encoders.ENCODER.transformer.PATH`.
+    The host's own entries never change. For text encoders the host lists most weights by one name
+    only, `text_encoders.ENCODER.transformer.PATH`.
     """
     by_name = dict(host_names)
     for name, target in host_names.items():

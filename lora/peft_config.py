@@ -1,4 +1,4 @@
-"""What PEFT's configuration says of the strength of its modules, read as PEFT itself reads it."""
+"""PEFT's configuration of an adapter, which holds the alphas, read as PEFT itself reads it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class PeftConfig:
-    """The configuration of one file; without one, all scales are unknown."""
+    """The configuration of one file. If the file has none, all scales are unknown."""
 
     def __init__(self, metadata: Mapping[str, str]):
         try:
@@ -72,8 +72,8 @@ class PeftConfig:
         return float(alpha) / (rank**0.5 if stabilized else rank)
 
     def _by_pattern(self, key: str, path: str, default: Any) -> Any:
-        """The value of the first pattern that fits the module's path, as PEFT's get_pattern_key
-        looks for it: a regular expression for the whole path, or for its end behind a dot."""
+        """The value of the first pattern that fits the module's path. As in PEFT's get_pattern_key,
+        a pattern is a regular expression for the whole path, or for its end after a dot."""
         patterns = self._values.get(key)
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             if self._fits(pattern, path):

@@ -157,11 +157,11 @@ def respelled(vector: Vector, two_encoders: bool) -> Vector:
 
 
 def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
-    """The vectors with one name for a layer in all of them. The names of one file may leave open
-    how many text encoders or how many blocks a level its model has; those of another tell it.
+    """The vectors, with the same name for the same layer in all of them. One file alone may not
+    show how many text encoders, or how many blocks a level, its model has; the others may.
 
     Raises:
-        ValueError: the blocks are counted in two ways, and nothing tells which are the same.
+        ValueError: the blocks are numbered in two ways, and no file shows which are the same.
     """
     two = any(has_two_text_encoders(vector.shapes) for vector in vectors)
     possible = res_blocks(name for vector in vectors for name in vector.modules())
@@ -183,10 +183,10 @@ def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
     if unclear and others:
         source, name = unclear[0]
         raise ValueError(
-            f"{name} in {source} has a block number of another kind than {others[0]} has, and "
-            "nothing in them tells how many blocks a level of the model has, so that the same "
-            "layers cannot be told. Apply them one after the other, with Apply LoRA Vector: there "
-            "the model tells it."
+            f"The block number in {name} of {source} can mean two different blocks, and "
+            f"{others[0]} numbers its blocks in another way. Neither shows how many blocks each "
+            "level of the model has. Apply them one after the other with Apply LoRA Vector, which "
+            "looks at the model."
         )
     return alike
 
