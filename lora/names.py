@@ -67,7 +67,7 @@ _UNKNOWN_ADAPTERS = tuple(
         (r"\.ln_tuning_", "LayerNorm tuning"),
         (r"\.trainable_tokens_", "trainable tokens"),
         (r"\.(?:adamss|beft|deft|frod|lily|osf|peanut|psoft|tinylora|unilora)_", "PEFT"),
-        (r"\.(?:lambda_layer|[pq]_layer)\b", "T-LoRA"),
+        (r"\.lambda_layer$|\.[pq]_layer\.weight$", "T-LoRA"),
         (r"\.set_weight$", "set_weight"),
         (r"\.reshape_weight$", "reshape_weight"),
     )
