@@ -50,7 +50,7 @@ class PeftConfig:
         alpha = self._values.get(f"{prefix}lora_alpha", self._values.get(f"{prefix}alpha"))
         path = module.removeprefix(prefix).replace("base_model.model.", "")
         alpha = self._by_pattern(f"{prefix}alpha_pattern", path, alpha)
-        rank = _rank(parts)
+        rank = rank_in(parts)
         if rank is None and any(part.startswith("lokr_") for part in parts):
             rank = self._by_pattern(f"{prefix}rank_pattern", path, self._values.get(f"{prefix}r"))
         if alpha is None or rank is None:
@@ -103,8 +103,8 @@ class PeftConfig:
             self._left -= time.monotonic() - begin
 
 
-def _rank(parts: Mapping[str, Tensor]) -> int | None:
-    """The rank of a module as its factors have it; PEFT's LoKr may have none."""
+def rank_in(parts: Mapping[str, Tensor]) -> int | None:
+    """The rank of a module by its factors. None if they have none, as a LoKr of whole factors."""
     factors = {part: tensor for part, tensor in parts.items() if tensor.dim() and len(tensor)}
     return len(factors["down"]) if "down" in factors else rank_of(factors)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .delta import Delta, Opaque, Vector, as_matrix
 from .family import family_of, has_two_text_encoders
 from .kinds import left_out_because, not_a_plain_lora, what_it_looks_like
-from .lycoris import Product, product, rank_of
+from .lycoris import Product, product
 from .metadata import described
 from .names import (
     NOT_LINEAR,
@@ -29,7 +29,7 @@ from .names import (
     unknown_adapter,
 )
 from .opaque import opaque
-from .peft_config import PEFT_METADATA, PeftConfig
+from .peft_config import PEFT_METADATA, PeftConfig, rank_in
 
 logger = logging.getLogger("lcm_lora")
 
@@ -245,6 +245,8 @@ def _put(parts: dict[str, Tensor], part: str, tensor: Tensor, key: str) -> None:
 
 def _opaque(parts: Mapping[str, Tensor], peft_scale: float | None) -> Opaque:
     """A module that is no sum, by the rest of its tensors' kohya keys."""
+    if "up_bias" in parts:
+        raise ValueError("it has a bias for its up factor (lora_bias); DoRA and OFT have none")
     spelled = {f"lora_{part}.weight" if part in ("up", "down", "mid") else part: tensor
                for part, tensor in parts.items() if part not in ("diff", "diff_b")}  # fmt: skip
     if (magnitude := spelled.pop("magnitude", None)) is not None:
@@ -254,7 +256,7 @@ def _opaque(parts: Mapping[str, Tensor], peft_scale: float | None) -> Opaque:
     if "alpha" in spelled:
         alpha = _alpha(spelled["alpha"])
     elif peft_scale is not None:
-        alpha = peft_scale * (len(parts["down"]) if "down" in parts else rank_of(parts) or 1)
+        alpha = peft_scale * (rank_in(parts) or 1)
     return opaque(spelled, alpha)
 
 

@@ -293,6 +293,7 @@ def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(pieces, kind):
         ({"rescale": (8,)}, "its oft_blocks are none"),
         ({"oft_blocks": (8, 1)}, r"its oft_blocks are \[8, 1\]"),
         ({"a1.weight": (9, 2)}, "a2.weight missing"),
+        ({"lora_B.bias": (8,), "dora_scale": (8,)}, "a bias for its up factor"),
     ],
 )
 def test_half_of_a_module_that_is_no_sum_is_refused(pieces, says):
