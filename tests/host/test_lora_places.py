@@ -82,13 +82,25 @@ def spellings(encoder: str, path: str, family: str) -> list[str]:
     return names
 
 
+def assert_none_is_lost(listed: dict, found: dict) -> None:
+    """What the host lists under a name is found under the name that a vector gives to it."""
+    from lcm_lora.lora.names import canonical_names
+
+    for name, target in listed.items():
+        if not name.endswith(".bias"):  # `X.bias.diff` is the diff_b of X
+            (canonical,) = canonical_names([name]).values()
+            assert found.get(canonical) == found[name] == target, name
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
     import comfy.lora
     from lcm_lora.lora.names import canonical_names, places, split_key
 
     model = text_model(family)
-    found = places(comfy.lora.model_lora_keys_clip(model, {}))
+    listed = comfy.lora.model_lora_keys_clip(model, {})
+    found = places(listed)
+    assert_none_is_lost(listed, found)
     weights = [key for key in model.state_dict() if key.endswith(".weight")]
     assert len(weights) > 50
     for key in weights:
@@ -107,7 +119,9 @@ def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
 
     config = {**FAMILIES, "KOALA": KOALA, "refiner": REFINER}[family]
     model = patcher(config, "meta").model
-    found = places(comfy.lora.model_lora_keys_unet(model, {}))
+    listed = comfy.lora.model_lora_keys_unet(model, {})
+    found = places(listed)
+    assert_none_is_lost(listed, found)
     weights = [key for key in model.state_dict() if key.endswith(".weight")]
     assert len(weights) > 200
     for key in weights:
