@@ -68,6 +68,7 @@ ENCODERS = {
     },
 }
 WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.")
+FLAT_WRAPPERS = ("_orig_mod_", "module_", "base_model_model_")
 
 
 def spellings(encoder: str, path: str, family: str) -> list[str]:
@@ -82,14 +83,14 @@ def spellings(encoder: str, path: str, family: str) -> list[str]:
     return names
 
 
-def assert_none_is_lost(listed: dict, found: dict) -> None:
+def assert_none_is_lost(listed: dict, table: dict) -> None:
     """What the host lists under a name is found under the name that a vector gives to it."""
     from lcm_lora.lora.names import canonical_names
 
     for name, target in listed.items():
         if not name.endswith(".bias"):  # `X.bias.diff` is the diff_b of X
             (canonical,) = canonical_names([name]).values()
-            assert found.get(canonical) == found[name] == target, name
+            assert table.get(canonical) == table[name] == target, name
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -99,8 +100,8 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
 
     model = text_model(family)
     listed = comfy.lora.model_lora_keys_clip(model, {})
-    found = places(listed)
-    assert_none_is_lost(listed, found)
+    table = places(listed)
+    assert_none_is_lost(listed, table)
     weights = [key for key in model.state_dict() if key.endswith(".weight")]
     assert len(weights) > 50
     for key in weights:
@@ -108,7 +109,7 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
         for name in spellings(encoder, path, family):
             module, _ = split_key(f"{name}.lora_up.weight")
             (canonical,) = canonical_names([module]).values()
-            assert found.get(canonical) == key, name
+            assert table.get(canonical) == key, name
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "KOALA", "refiner"])
@@ -120,8 +121,8 @@ def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
     config = {**FAMILIES, "KOALA": KOALA, "refiner": REFINER}[family]
     model = patcher(config, "meta").model
     listed = comfy.lora.model_lora_keys_unet(model, {})
-    found = places(listed)
-    assert_none_is_lost(listed, found)
+    table = places(listed)
+    assert_none_is_lost(listed, table)
     weights = [key for key in model.state_dict() if key.endswith(".weight")]
     assert len(weights) > 200
     for key in weights:
@@ -129,11 +130,11 @@ def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
         names = [f"diffusion_model.{path}", f"model.diffusion_model.{path}", f"unet.{path}"]
         names += [f"unet.{wrapper}{path}" for wrapper in WRAPPERS]
         names += [f"lora_unet_{path.replace('.', '_')}"]
-        names += [f"lora_unet_{each}{path.replace('.', '_')}" for each in ("_orig_mod_", "module_")]
+        names += [f"lora_unet_{wrapper}{path.replace('.', '_')}" for wrapper in FLAT_WRAPPERS]
         for name in names:
             module, _ = split_key(f"{name}.lora_up.weight")
             (canonical,) = canonical_names([module]).values()
-            assert found.get(canonical) == key, name
+            assert table.get(canonical) == key, name
 
 
 def clip_of(shapes: dict[str, tuple[int, ...]]):
@@ -195,10 +196,10 @@ def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy,
         _, ours, coverage = apply(model, clip, given, 1.0, 0.5)
         assert coverage.taken == coverage.total == 12 and not coverage.left_over
         _, theirs = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 0.5)
-        found, expected = patched_weights_of(ours), patched_weights_of(theirs)
-        assert found.keys() == expected.keys() and len(found) == 14
+        changed, expected = patched_weights_of(ours), patched_weights_of(theirs)
+        assert changed.keys() == expected.keys() and len(changed) == 14
         for key, weight in expected.items():
-            torch.testing.assert_close(found[key], weight)
+            torch.testing.assert_close(changed[key], weight)
     for given in (to_wire(vector), load_file(tmp_path / "b.safetensors")):
         _, theirs = comfy.sd.load_lora_for_models(model, clip, given, 1.0, 0.5)
         assert patched_weights_of(theirs).keys() == expected.keys(), "the host's own loader"
@@ -263,11 +264,11 @@ def test_a_part_of_a_weight_is_patched_as_the_host_patches_it(comfy):
     ours, _, coverage = apply(model, None, parse(tensors, {}, "a"), 0.5, 0.0)
     assert coverage.taken == coverage.total == 3 and not coverage.left_over
     theirs, _ = comfy.sd.load_lora_for_models(model, None, tensors, 0.5, 0.0)
-    found, expected = patched_weights(ours), patched_weights(theirs)
+    changed, expected = patched_weights(ours), patched_weights(theirs)
     qkv = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
-    assert found.keys() == expected.keys() == {qkv}
+    assert changed.keys() == expected.keys() == {qkv}
     for key, weight in expected.items():
-        torch.testing.assert_close(found[key], weight)
+        torch.testing.assert_close(changed[key], weight)
         assert not torch.equal(weight, network.state_dict()[key])
 
 

@@ -172,8 +172,8 @@ def test_layers_that_only_video_models_have_keep_their_names():
         "lora_unet_input_blocks_2_1_time_stack_0_attn1_to_q", "lora_unet_input_blocks_2_1_norm",
         "lora_unet_input_blocks_2_0_time_stack_in_layers_0",
     ]  # fmt: skip
-    found = canonical_names(names)
-    assert [found[name] == name for name in names] == [True, False, True]
+    canonical = canonical_names(names)
+    assert [canonical[name] == name for name in names] == [True, False, True]
 
 
 def test_names_of_other_models_are_kept():

@@ -52,12 +52,12 @@ def merged_by_peft(network: torch.nn.Module, config, folder) -> dict[str, torch.
 
 def require_same(folder, changes: dict[str, torch.Tensor], prefix: str = "lora_unet_") -> None:
     vector = read(folder / "adapter_model.safetensors")
-    found = {name: delta.matrix() for name, delta in vector.deltas.items()}
-    found |= {key.replace(".diff_b", "_bias"): diff for key, diff in vector.diffs.items()}
-    assert found.keys() == {prefix + name.replace(".", "_") for name in changes}
+    ours = {name: delta.matrix() for name, delta in vector.deltas.items()}
+    ours |= {key.replace(".diff_b", "_bias"): diff for key, diff in vector.diffs.items()}
+    assert ours.keys() == {prefix + name.replace(".", "_") for name in changes}
     for name, change in changes.items():
-        ours = found[prefix + name.replace(".", "_")]
-        torch.testing.assert_close(ours.reshape(change.shape), change, rtol=1e-4, atol=1e-5)
+        delta = ours[prefix + name.replace(".", "_")]
+        torch.testing.assert_close(delta.reshape(change.shape), change, rtol=1e-4, atol=1e-5)
 
 
 PATTERNS = [
