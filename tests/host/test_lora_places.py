@@ -3,6 +3,8 @@ host's own text encoders and UNets, whose shapes are real and whose numbers are 
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from lcm_lora.dev.bench.networks import FAMILIES, SDXL
@@ -20,6 +22,9 @@ REFINER = SDXL | {
     "transformer_depth_middle": 4, "adm_in_channels": 2560,
     "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
 }  # fmt: skip
+
+
+UNETS = {**FAMILIES, "KOALA": KOALA, "refiner": REFINER}
 
 
 def text_model(family: str) -> torch.nn.Module:
@@ -112,14 +117,13 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
             assert table.get(canonical) == key, name
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "KOALA", "refiner"])
+@pytest.mark.parametrize("family", UNETS)
 def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
     """Each in a file of its own, so that nothing but the model tells how its blocks are counted."""
     import comfy.lora
     from lcm_lora.lora.names import canonical_names, places, split_key
 
-    config = {**FAMILIES, "KOALA": KOALA, "refiner": REFINER}[family]
-    model = patcher(config, "meta").model
+    model = patcher(UNETS[family], "meta").model
     listed = comfy.lora.model_lora_keys_unet(model, {})
     table = places(listed)
     assert_none_is_lost(listed, table)
@@ -135,6 +139,30 @@ def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
             module, _ = split_key(f"{name}.lora_up.weight")
             (canonical,) = canonical_names([module]).values()
             assert table.get(canonical) == key, name
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_a_part_of_a_native_file_never_names_another_layer(comfy, family):
+    """Blocks get diffusers' numbers, or keep their own if these can mean two blocks."""
+    import comfy.utils
+    from lcm_lora.lora.names import canonical_names
+
+    paths = {
+        f"diffusion_model.{native.removesuffix('.weight')}": path.removesuffix(".weight")
+        for path, native in comfy.utils.unet_to_diffusers(UNETS[family]).items()
+        if native.endswith(".weight") and not path.startswith("class_embedding")
+    }
+    chance = random.Random(family)
+    blocks = sorted({native.rpartition(".")[0][:40] for native in paths})
+    for _ in range(500):
+        if chance.random() < 0.5:
+            begin = chance.choice(blocks)
+            part = [native for native in paths if native.startswith(begin)][:20]
+        else:
+            part = chance.sample(list(paths), chance.choice((1, 2, 3, 10)))
+        for native, name in canonical_names(part).items():
+            own = native.removeprefix("diffusion_model.")
+            assert name in {f"lora_unet_{p.replace('.', '_')}" for p in (own, paths[native])}, part
 
 
 def clip_of(shapes: dict[str, tuple[int, ...]]):
