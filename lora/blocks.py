@@ -11,22 +11,24 @@ from difflib import get_close_matches
 from .acceleration import FAMILY
 from .delta import Vector
 from .metadata import recipe
-from .names import UNET
+from .names import UNET, in_doubt, is_text
 
 # By what a canonical name begins with, or holds; the first that fits counts.
 _PLACES = (
-    ("text", re.compile(r"lora_te")),
-    ("middle", re.compile(rf"{UNET}mid_block")),
-    ("output", re.compile(rf"{UNET}(up_blocks|conv_out|conv_norm_out)")),
-    ("input", re.compile(rf"{UNET}(down_blocks|conv_in|time_embedding|add_embedding)")),
+    ("middle", re.compile(rf"{UNET}mid(dle)?_block")),
+    ("output", re.compile(rf"{UNET}(up_blocks|output_blocks|conv_out|conv_norm_out)")),
+    (
+        "input",
+        re.compile(rf"{UNET}(down_blocks|input_blocks|conv_in|time_embedding|add_embedding)"),
+    ),
 )
 _KINDS = (
     ("feed_forward", re.compile(r".*(_ff_net_|_mlp_)")),
-    ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_)")),
-    ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out)")),
+    ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_|put_blocks_\d+_1_[pn])")),
+    ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out|put_blocks_\d+_)")),
 )
-REST = "rest"
-NAMES = tuple(name for name, _ in (*_PLACES, *_KINDS))
+REST, TEXT = "rest", "text"
+NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
 _OWN_NAME = re.compile(r"(down_blocks|up_blocks|mid_block)(_\w+)?")
 # A part of a block, to name what there is: up_blocks_0_attentions_1.
 _BLOCK = re.compile(rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+)_")
@@ -47,6 +49,8 @@ PRESETS = {
 
 def place_of(module: str) -> str:
     """"input", "middle", "output", "text", or "other" for a canonical module name."""
+    if is_text(module):
+        return TEXT
     return next((name for name, pattern in _PLACES if pattern.match(module)), "other")
 
 
@@ -68,6 +72,12 @@ class Weights:
     rest: float
 
     def __call__(self, module: str) -> float:
+        blocks = [name for name in self.of if _OWN_NAME.fullmatch(name)]
+        if blocks and in_doubt(module):
+            raise ValueError(
+                f"The block number in {module} can mean two different blocks, so it is not known "
+                f"whether {blocks[0]} holds it. Use weights for input, middle and output instead."
+            )
         fitting = [value for name, value in self.of.items() if _fits(name, module)]
         return math.prod(fitting) if fitting else self.rest
 

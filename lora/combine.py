@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from .acceleration import FAMILY, SEVERAL, joined
 from .agree import require_finite, require_one_shape, require_sum
 from .blocks import place_of
 from .compare import Grams
-from .delta import Delta, Vector
+from .delta import Delta, Vector, as_matrix
 from .elementwise.rule import Rule
-from .family import has_two_text_encoders, require_one_family
+from .family import require_one_family
 from .loss import Loss
 from .metadata import agreed, recipe
 from .nearest import nearest
-from .wire import left_out, respelled
+from .wire import in_one_spelling, left_out
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:
@@ -93,6 +94,32 @@ def elementwise(
     return combined, f"{report}\n{Loss(energies, ranks)}" if deltas else report
 
 
+def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
+    """The vector with one module for each weight of a model. Modules that are two spellings of one
+    layer are added; only the model shows that they are. Modules that are no sum, or have different
+    shapes, are left as they are.
+
+    target_of: from the name of a module to the weight it changes.
+    """
+    sharing: dict[Hashable, list[str]] = {}
+    for name in sorted(vector.modules() - vector.opaque.keys()):
+        if name in target_of:
+            sharing.setdefault(target_of[name], []).append(name)
+    deltas, diffs, shapes = dict(vector.deltas), dict(vector.diffs), vector.shapes
+    for names in sharing.values():
+        if len({as_matrix(shapes[name]) for name in names if name in shapes}) > 1:
+            continue
+        first, *others = names
+        if any(name in deltas for name in others):
+            terms = [(deltas.pop(name), 1.0) for name in names if name in deltas]
+            deltas[first] = _stack(terms)
+        for part in ("diff", "diff_b"):
+            if any(f"{name}.{part}" in diffs for name in others):
+                keys = [key for name in names if (key := f"{name}.{part}") in diffs]
+                diffs[f"{first}.{part}"] = sum(diffs.pop(key).float() for key in keys)
+    return replace(vector, deltas=deltas, diffs=diffs)
+
+
 def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Vector, float]]:
     """What is to be added, checked."""
     if bad := [w for w in weights if not math.isfinite(w)]:
@@ -102,7 +129,8 @@ def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Ve
         raise ValueError("All weights are 0, so the sum is empty; set at least one of them.")
     for vector, _ in terms:
         require_sum(vector)
-    terms = _same_spelling(terms)
+    alike = in_one_spelling([vector for vector, _ in terms])
+    terms = [(vector, weight) for vector, (_, weight) in zip(alike, terms, strict=True)]
     require_one_family((vector.source, vector.shapes) for vector, _ in terms)
     return terms
 
@@ -149,13 +177,6 @@ def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
             sum_so_far = total.get(key, torch.zeros_like(diff, dtype=torch.float32))
             total[key] = sum_so_far + diff.float() * weight
     return total
-
-
-def _same_spelling(terms: Sequence[tuple[Vector, float]]) -> list[tuple[Vector, float]]:
-    """The first text encoder's prefix depends on the family, which a file of text encoder modules
-    alone does not tell; the other files do."""
-    two = any(has_two_text_encoders(vector.shapes) for vector, _ in terms)
-    return [(respelled(vector, two), weight) for vector, weight in terms]
 
 
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:

@@ -99,4 +99,5 @@ def has_two_text_encoders(shapes: Shapes) -> bool:
 
 
 def is_second_encoder(module: str) -> bool:
-    return module.startswith("lora_te2_")
+    """Whether a module belongs to a text encoder beside the first."""
+    return module.startswith(("lora_te2_", "lora_te3_", "lora_te4_"))

@@ -19,8 +19,9 @@ from .acceleration import FAMILY, acceleration
 from .delta import Delta, Vector
 from .family import cross_attention_width
 from .metadata import standard
+from .peft_config import PEFT_METADATA
 from .whole import sha256, whole_file
-from .wire import PEFT_METADATA, one_change, parse
+from .wire import for_host, one_change, parse
 
 logger = logging.getLogger("lcm_lora")
 
@@ -31,7 +32,10 @@ NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # 
 
 # SD1 leads into its transformers by convolutions; LyCORIS' products do not tell that.
 _PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
-_WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+# Windows takes superscript digits for digits here (learn.microsoft.com, "Naming Files").
+_WINDOWS_RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])( *\..*)?", re.IGNORECASE
+)
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
@@ -118,7 +122,7 @@ class _Tensor:
 def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
     """All of a vector's, in kohya names. Every delta is a plain pair of factors and its alpha, as
     every program reads it, and is formed when its turn comes."""
-    vector = one_change(vector)
+    vector = one_change(for_host(vector))
     width = cross_attention_width(vector.shapes)
 
     @lru_cache(maxsize=1)  # for up and down are written one after the other

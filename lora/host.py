@@ -15,17 +15,21 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
+from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .extract import Layer
 from .family import SDXL_TYPE, Family, Shapes, family, family_of
-from .names import canonical_names
+from .kinds import left_out_because
+from .names import canonical_names, is_text, places
 from .opaque import misfit
 from .weights.host import Layers, Merge, input_scale, stored, with_patches
-from .wire import to_wire
+from .wire import for_host, to_wire
 
 logger = logging.getLogger("lcm_lora")
 
 NAMES_SHOWN = 10
+Target = str | tuple
+"""What the host patches: the key of a weight, or (key, (dim, start, length), ...) for a part."""
 
 
 @dataclass(frozen=True)
@@ -75,29 +79,31 @@ def apply(
         ValueError: the vector was made for another family, or none of its modules fits.
     """
     model, clip = model.clone(), clip.clone() if clip is not None else None
-    shapes = vector.shapes
-    made_for, found = family_of(shapes), detect(model)
+    made_for, found = family_of(vector.shapes), detect(model)
     parts = []
     if strength_model != 0:
         _require_family(vector.source, made_for, found)
-        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        keys = places(comfy.lora.model_lora_keys_unet(model.model, {}))
         parts.append((model, keys, strength_model))
     if clip is not None and strength_clip != 0:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        keys = places(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
         parts.append((clip.patcher, keys, strength_clip))
 
-    modules = vector.modules()
-    skipped = {m for m in modules if _is_text(m) and (clip is None or strength_clip == 0)}
-    skipped |= {m for m in modules if not _is_text(m) and strength_model == 0}
+    vector = for_host(vector)
+    for _, keys, _ in parts:
+        vector = one_for_each(vector, keys)
+    shapes, modules = vector.shapes, vector.modules()
+    skipped = {m for m in modules if is_text(m) and (clip is None or strength_clip == 0)}
+    skipped |= {m for m in modules if not is_text(m) and strength_model == 0}
     deltas = to_wire(replace(vector, diffs={}, opaque={}))
     taken: set[str] = set()
-    reasons = dict.fromkeys(vector.ignored, "unknown key")
+    reasons = {key: left_out_because(key) for key in vector.ignored}
     for patcher, keys, strength in parts:
         layers = Layers(patcher)
-        chosen: dict[str, str] = {}
-        owners: dict[str, str] = {}
+        chosen: dict[str, Target] = {}
+        owners: dict[Target, str] = {}
         for module in sorted(modules - skipped):
-            if module not in keys or keys[module] not in layers:
+            if module not in keys or _weight_of(keys[module]) not in layers:
                 continue
             key = keys[module]
             if wrong := _misfit(vector, shapes, module, key, layers):
@@ -129,34 +135,35 @@ def apply(
     return model, clip, coverage
 
 
-def _diffs(vector: Vector, chosen: dict[str, str], layers: Layers) -> dict[str, tuple]:
+def _diffs(vector: Vector, chosen: dict[str, Target], layers: Layers) -> dict[Target, tuple]:
     """Patches for the full differences, in the shapes of the weights: the host skips any other
     shape, with a line in its log."""
-    patches = {}
-    for module, key in chosen.items():
-        for part, name in (("diff", key), ("diff_b", _bias(key))):
+    patches: dict[Target, tuple] = {}
+    for module, target in chosen.items():
+        for part, place in (("diff", target), ("diff_b", _bias(_weight_of(target)))):
             if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
-                patches[name] = "diff", (diff.reshape(layers.shape(name)),)
+                patches[place] = "diff", (diff.reshape(_shape(layers, place)),)
     return patches
 
 
-def _merges(vector: Vector, chosen: dict[str, str]) -> dict[str, Merge]:
+def _merges(vector: Vector, chosen: dict[str, Target]) -> dict[Target, Merge]:
     """Patches for the modules that are more than a sum."""
     return {key: Merge.of(vector.opaque[m]) for m, key in chosen.items() if m in vector.opaque}
 
 
-def _on_scaled_inputs(patches: dict[str, Any], patcher: ModelPatcher) -> dict[Any, Any]:
+def _on_scaled_inputs(patches: dict[Target, Any], patcher: ModelPatcher) -> dict[Target, Any]:
     """The patches with D / s in place of D where a layer multiplies its inputs by a scale s first,
-    W (s x). The host takes the function as the third item of a key; the second is a slice."""
+    W (s x). The host takes the function as the third item of a key; the second is a part."""
 
     def divided_by(scale: Tensor):
         return lambda change: change / scale.to(change)
 
-    scales = {key: input_scale(patcher, key) for key in patches if key.endswith(".weight")}
-    return {
-        key if scales.get(key) is None else (key, None, divided_by(scales[key])): patch
-        for key, patch in patches.items()
-    }
+    divided: dict[Target, Any] = {}
+    for target, patch in patches.items():
+        key, part = _weight_of(target), None if isinstance(target, str) else target[1]
+        scale = input_scale(patcher, key) if key.endswith(".weight") else None
+        divided[target if scale is None else (key, part, divided_by(scale))] = patch
+    return divided
 
 
 def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
@@ -225,28 +232,34 @@ def detect(model: ModelPatcher) -> Family | None:
     return family(config.get("context_dim"), config["transformer_depth"][-1])
 
 
-def _is_text(module: str) -> bool:
-    return module.startswith(("lora_te_", "lora_te1_", "lora_te2_", "text_encoder"))
+def _weight_of(target: Target) -> str:
+    return target if isinstance(target, str) else target[0]
 
 
 def _misfit(
-    vector: Vector, shapes: Shapes, module: str, key: str, layers: Layers
+    vector: Vector, shapes: Shapes, module: str, target: Target, layers: Layers
 ) -> str:  # fmt: skip
-    """Why a module cannot be added to the weight `key`; empty where it can.
+    """Why a module cannot be added to its target; empty where it can.
 
     Asked before patching, for the host notices at sampling only and then merely logs it. shapes:
     the vector's, which are worked out once.
     """
-    changes = [(shapes[module], key)] if module in shapes else []
-    for part, name in (("diff", key), ("diff_b", _bias(key))):
+    key = _weight_of(target)
+    if not isinstance(target, str) and f"{module}.diff_b" in vector.diffs:
+        return f"ComfyUI adds no bias to a part of {key}"
+    changes: list[tuple[tuple[int, ...], Target]] = []
+    if module in shapes:
+        changes.append((shapes[module], target))
+    for part, place in (("diff", target), ("diff_b", _bias(key))):
         if (diff := vector.diffs.get(f"{module}.{part}")) is not None:
-            changes.append((tuple(diff.shape), name))
-    for shape, name in changes:
+            changes.append((tuple(diff.shape), place))
+    for shape, place in changes:
+        name = _weight_of(place)
         if name not in layers:
             return f"the model has no {name}"
         if wrong := layers.unpatchable(name):
             return wrong
-        there = layers.shape(name)
+        there = _shape(layers, place)
         if module in vector.opaque and len(shape) == 1:
             there = there[:1]
         # The host reshapes, so [out, in] is as good as [out, in, 1, 1].
@@ -256,7 +269,16 @@ def _misfit(
         return ""
     if input_scale(layers.patcher, key) is not None:
         return "the layer multiplies its inputs by a scale, which only plain LoRAs allow for"
-    return misfit(vector.opaque[module], layers.shape(key))
+    return misfit(vector.opaque[module], _shape(layers, target))
+
+
+def _shape(layers: Layers, target: Target) -> tuple[int, ...]:
+    """The shape of a weight, or of a part of it."""
+    shape = layers.shape(_weight_of(target))
+    if isinstance(target, str):
+        return shape
+    dim, _, size = target[1]
+    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def _bias(weight: str) -> str:

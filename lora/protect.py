@@ -17,6 +17,7 @@ from .delta import Delta, Vector
 from .family import require_one_family
 from .metadata import recipe
 from .reduce import decomposed
+from .wire import in_one_spelling
 
 ENERGY = 0.9  # main directions are the fewest that hold this share of a layer's squared norm
 
@@ -36,6 +37,7 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, found {share:g}.")
     require_sum(style)
+    style, acceleration = in_one_spelling([style, acceleration])
     require_one_family((vector.source, vector.shapes) for vector in (style, acceleration))
     deltas, taken, whole, shared = {}, 0.0, 0.0, 0
     for name, delta in style.deltas.items():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +13,27 @@ from torch import Tensor
 
 from .delta import Delta, Opaque, Vector, as_matrix
 from .family import family_of, has_two_text_encoders
+from .kinds import left_out_because, not_a_plain_lora, what_it_looks_like
 from .lycoris import Product, product
 from .metadata import described
-from .names import NOT_LINEAR, canonical_names, split_key, text_encoder_prefix, unknown_adapter
+from .names import (
+    NOT_LINEAR,
+    canonical_names,
+    host_name,
+    in_doubt,
+    is_text,
+    numbered,
+    res_blocks,
+    split_key,
+    text_encoder_prefix,
+    unknown_adapter,
+)
 from .opaque import adapters_of, opaque, with_settled_magnitudes
+from .peft_config import PEFT_METADATA, PeftConfig, rank_in
 
 logger = logging.getLogger("lcm_lora")
 
-# diffusers keeps the adapter's configuration under this key of the file's header.
-PEFT_METADATA = "lora_adapter_metadata"
-# In practice a pattern is a module's path; a real regular expression could take for ever.
-_PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")
+_EMBEDDING = {"embedding_A": "up", "embedding_B": "down"}
 
 
 class LoraModel(dict[str, Tensor]):
@@ -40,7 +49,7 @@ class LoraModel(dict[str, Tensor]):
 
 def to_wire(vector: Vector) -> LoraModel:
     """A vector as tensors in kohya names; every LoRA gets its alpha written out."""
-    vector = one_change(vector)
+    vector = one_change(for_host(vector))
     tensors: dict[str, Tensor] = {}
     for module, delta in vector.deltas.items():
         parts = delta.wire() if isinstance(delta, Product) else _lora(delta)
@@ -48,6 +57,13 @@ def to_wire(vector: Vector) -> LoraModel:
     for module, parts in vector.opaque.items():
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
     return LoraModel(tensors | vector.diffs, vector)
+
+
+def for_host(vector: Vector) -> Vector:
+    """The vector with names that the host's own loader knows, where it does not know kohya's."""
+    shapes = {key.rpartition(".")[0]: diff.shape for key, diff in vector.diffs.items()}
+    shapes |= vector.shapes
+    return _renamed(vector, lambda name: host_name(name, shapes[name][-1]))
 
 
 def one_change(vector: Vector) -> Vector:
@@ -94,13 +110,15 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     ignored = []
     for key, tensor in tensors.items():
         if split := split_key(key):
-            modules.setdefault(split[0], {})[split[1]] = tensor.detach()
+            _put(modules.setdefault(split[0], {}), split[1], tensor.detach(), f"{source}, {key}")
         else:
             ignored.append(key)
     if not any(parts.keys() - {"alpha"} for parts in modules.values()):
-        raise ValueError(f"{source} holds no LoRA: {_what_it_looks_like(list(tensors))}.")
+        raise ValueError(f"{source} holds no LoRA: {what_it_looks_like(tensors)}.")
+    if kind := not_a_plain_lora(tensors):
+        raise ValueError(f"{source} holds no LoRA for a model alone: it looks like {kind}.")
     modules = _joined(modules)
-    config = _peft_config(metadata)
+    config = PeftConfig(metadata)
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
     others: dict[str, Opaque] = {}
@@ -116,10 +134,13 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
                 if part in parts:
                     diffs[f"{name}.{part}"] = _diff(part, parts[part])
             if parts.keys() & NOT_LINEAR.keys():
-                others[name] = _opaque(module, parts, _peft_alpha(config, module, parts))
+                others[name] = _opaque(module, parts, config.scale(module, parts))
             elif parts.keys() - {"alpha", "diff", "diff_b"}:
-                deltas[name] = _delta(name, parts, _peft_alpha(config, module, parts))
+                deltas[name] = _delta(name, parts, config.scale(module, parts))
                 _require_same_layer(deltas[name], diffs.get(f"{name}.diff"))
+                if "up_bias" in parts:  # PEFT's lora_bias=True: scaled as the product is
+                    bias = _diff("up_bias", parts["up_bias"]).float() * deltas[name].scale
+                    diffs[f"{name}.diff_b"] = bias + diffs.get(f"{name}.diff_b", 0)
         except ValueError as error:
             raise ValueError(f"{source}, module {name}: {error}.") from None
 
@@ -151,14 +172,61 @@ def _joined(modules: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Ten
 
 def respelled(vector: Vector, two_encoders: bool) -> Vector:
     """The vector with the modules of its first text encoder spelled for one encoder, or for two."""
+    return _renamed(vector, lambda name: text_encoder_prefix(name, two_encoders))
 
-    def spelled(of: Mapping[str, Any]) -> dict[str, Any]:
-        return {text_encoder_prefix(name, two_encoders): value for name, value in of.items()}
 
+def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
+    """The vectors, with the same name for the same layer in all of them. One file alone may not
+    show how many text encoders, or how many blocks a level, its model has; the others may.
+
+    Raises:
+        ValueError: the blocks are numbered in two ways, and no file shows which are the same.
+    """
+    two = any(has_two_text_encoders(vector.shapes) for vector in vectors)
+    possible = res_blocks(name for vector in vectors for name in vector.modules())
+
+    def spelled(name: str) -> str:
+        return text_encoder_prefix(numbered(name, possible), two)
+
+    alike = [_renamed(vector, spelled) for vector in vectors]
+    unclear = [
+        (vector.source, name)
+        for vector in alike
+        for name in sorted(filter(in_doubt, vector.modules()))
+    ]
+    others = [
+        vector.source
+        for vector in alike
+        if any("_down_blocks_" in name or "_up_blocks_" in name for name in vector.modules())
+    ]
+    if unclear and others:
+        source, name = unclear[0]
+        raise ValueError(
+            f"The block number in {name} of {source} can mean two different blocks, and "
+            f"{others[0]} numbers its blocks in another way. Neither shows how many blocks each "
+            "level of the model has. Apply them one after the other with Apply LoRA Vector, which "
+            "looks at the model."
+        )
+    return alike
+
+
+def _renamed(vector: Vector, spell: Callable[[str], str]) -> Vector:
+    """The vector with other names of its modules; raises ValueError where two become one."""
+    names = {name: spell(name) for name in vector.modules()}
+    name, uses = Counter(names.values()).most_common(1)[0] if names else ("", 0)
+    if uses > 1:
+        raise ValueError(f"{vector.source} holds two LoRAs for the module {name}; expected one.")
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names[name]: value for name, value in values.items()}
+
+    diffs = {}
+    for key, diff in vector.diffs.items():
+        name, _, part = key.rpartition(".")
+        diffs[f"{names[name]}.{part}"] = diff
     return replace(
-        vector, deltas=spelled(vector.deltas), diffs=spelled(vector.diffs),
-        opaque=spelled(vector.opaque),
-    )  # fmt: skip
+        vector, deltas=renamed(vector.deltas), diffs=diffs, opaque=renamed(vector.opaque)
+    )
 
 
 def left_out(vector: Vector) -> str:
@@ -169,7 +237,7 @@ def left_out(vector: Vector) -> str:
 
 def describe(vector: Vector) -> str:
     """What a vector holds, for people."""
-    text = sum(name.startswith("lora_te") for name in vector.modules())
+    text = sum(map(is_text, vector.modules()))
     scales = sorted({round(delta.scale, 4) for delta in vector.deltas.values()})
     lines = [
         f"{vector.source}: made for {family_of(vector.shapes) or 'an unknown base model'}",
@@ -177,15 +245,27 @@ def describe(vector: Vector) -> str:
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]
     if vector.ignored:
-        lines.append(f"{left_out(vector)}: {', '.join(vector.ignored[:10])}")
+        keys = [f"{key} ({left_out_because(key)})" for key in vector.ignored[:10]]
+        lines.append(f"{left_out(vector)}: {', '.join(keys)}")
     if vector.opaque:
         kinds = vector.opaque_kinds
         lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")
     return "\n".join(lines + described(vector.metadata))
 
 
-def _opaque(module: str, parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
+def _put(parts: dict[str, Tensor], part: str, tensor: Tensor, key: str) -> None:
+    """Puts a tensor among the parts of its module; raises ValueError where one is there."""
+    if part in _EMBEDDING:  # PEFT's change of an embedding is the transpose of B A
+        part, tensor = _EMBEDDING[part], tensor.transpose(0, -1)
+    if part in parts:
+        raise ValueError(f"{key}: its module has two tensors for {part}; expected one.")
+    parts[part] = tensor
+
+
+def _opaque(module: str, parts: Mapping[str, Tensor], peft_scale: float | None) -> Opaque:
     """A module that is no sum, by the rest of its tensors' kohya keys."""
+    if "up_bias" in parts:
+        raise ValueError("it has a bias for its up factor (lora_bias); DoRA and OFT have none")
     spelled = {f"lora_{part}.weight" if part in ("up", "down", "mid") else part: tensor
                for part, tensor in parts.items() if part not in ("diff", "diff_b")}  # fmt: skip
     if (magnitude := spelled.pop("magnitude", None)) is not None:
@@ -194,8 +274,11 @@ def _opaque(module: str, parts: Mapping[str, Tensor], alpha: float | None) -> Op
         # One number for each output; PEFT has [1, out, 1, 1] for convolutions.
         of_outputs = "up" in parts and parts["up"].shape[:1] == (magnitude.numel(),)
         spelled["dora_scale"] = magnitude.flatten() if of_outputs else magnitude
+    alpha = None
     if "alpha" in spelled:
         alpha = _alpha(spelled["alpha"])
+    elif peft_scale is not None:
+        alpha = peft_scale * (rank_in(parts) or 1)
     if alpha is not None and "oft_blocks" in spelled and module.startswith("diffusion_model."):
         # The host's trainer uses this prefix. Its alpha is the limit itself, where LyCORIS' is the
         # limit divided by the number of outputs.
@@ -212,18 +295,20 @@ def _diff(part: str, change: Tensor) -> Tensor:
     return change
 
 
-def _delta(name: str, parts: Mapping[str, Tensor], peft_alpha: float | None) -> Delta:
-    alpha = _alpha(parts["alpha"]) if "alpha" in parts else peft_alpha
+def _delta(name: str, parts: Mapping[str, Tensor], peft_scale: float | None) -> Delta:
+    alpha = _alpha(parts["alpha"]) if "alpha" in parts else None
     spelled = ("lora_" if part in ("up", "down", "mid") else part for part in parts)
     if len(adapters := adapters_of(dict.fromkeys(spelled))) > 1:
         kinds = " and ".join(sorted(adapters))
         raise ValueError(f"it has parts of {kinds}; expected those of one adapter")
     if small := {k: part for k, part in parts.items() if k.startswith(("hada_", "lokr_"))}:
-        return product(small, alpha, name)
-    for part, other in (("up", "down"), ("down", "up")):
-        if part not in parts:
-            raise ValueError(f"it has no {part} factor beside its {other} or mid factor")
-    return Delta(parts["up"], parts["down"], parts.get("mid"), alpha)
+        delta: Delta = product(small, alpha, name)
+    else:
+        for part, other in (("up", "down"), ("down", "up")):
+            if part not in parts:
+                raise ValueError(f"it has no {part} factor beside its {other} or mid factor")
+        delta = Delta(parts["up"], parts["down"], parts.get("mid"), alpha)
+    return delta if "alpha" in parts or peft_scale is None else delta.scaled(peft_scale)
 
 
 def _require_same_layer(delta: Delta, diff: Tensor | None) -> None:
@@ -241,56 +326,3 @@ def _alpha(tensor: Tensor) -> float:
         return float(tensor.item())
     except (TypeError, NotImplementedError):
         raise ValueError(f"its alpha is of {tensor.dtype}; expected a real number") from None
-
-
-def _peft_alpha(
-    config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
-) -> float | None:
-    """A module's alpha from such a configuration, if it is there."""
-    prefix = module.partition(".")[0] + "."
-    if f"{prefix}lora_alpha" not in config:
-        prefix = ""
-    alpha = config.get(f"{prefix}lora_alpha")
-    inner = module.removeprefix(prefix).removeprefix("base_model.model.")
-    patterns = config.get(f"{prefix}alpha_pattern") or {}
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if not _PLAIN_PATTERN.fullmatch(pattern):
-            raise ValueError(
-                f"its header gives alpha by the regular expression {pattern[:80]!r}; expected the "
-                "name of a module"
-            )
-        # PEFT reads it as a regular expression for the end of the module's path, or all of it, and
-        # the path is that within the UNet or text encoder.
-        name = pattern.removeprefix("^")
-        if inner == name or (name == pattern and inner.endswith(f".{name}")):
-            alpha = value
-            break
-    if alpha is None or "down" not in parts or parts["down"].dim() == 0:
-        return None
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"its header has the alpha {str(alpha)[:80]!r}; expected a number")
-    # rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank) where LoRA has alpha / rank.
-    rank_stabilized = config.get(f"{prefix}use_rslora", False)
-    return alpha * parts["down"].shape[0] ** 0.5 if rank_stabilized else float(alpha)
-
-
-def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The adapter's configuration that diffusers writes into a file's header; {} without one."""
-    try:
-        config = json.loads(metadata.get(PEFT_METADATA, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _what_it_looks_like(keys: list[str]) -> str:
-    roots = {key.split(".")[0] for key in keys}
-    if roots & {"model", "first_stage_model", "cond_stage_model", "conditioner"}:
-        return "it looks like a whole checkpoint; load it with a checkpoint loader"
-    if roots & {"down_blocks", "up_blocks", "input_blocks", "diffusion_model"}:
-        return "it looks like a whole UNet; load it with a diffusion model loader"
-    if roots & {"encoder", "decoder", "taesd_decoder", "taesd_encoder"}:
-        return "it looks like a VAE; load it with a VAE loader"
-    if not keys:
-        return "it has no tensors at all"
-    return f"its {len(keys)} keys are unknown, such as {', '.join(keys[:3])}"

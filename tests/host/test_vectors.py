@@ -172,19 +172,6 @@ def test_left_over_modules_are_named_and_the_rest_is_applied(model, caplog):
     assert "2 left over: lora_unet_conv_in (shape" in caplog.text
 
 
-def test_two_names_of_one_layer_are_told_and_not_lost_in_silence(model):
-    """The host's own name for a layer is left as it is where it is no LoRA's."""
-    from lcm_lora.lora.delta import Vector
-    from lcm_lora.lora.host import apply as apply_vector
-
-    name = "lora_unet_down_blocks_0_resnets_0_conv1"
-    delta = vector(dialects(model)["kohya"]).deltas[name]
-    twice = Vector({name: delta, "diffusion_model.input_blocks.1.0.in_layers.2": delta})
-    _, _, coverage = apply_vector(model, None, twice, 1.0, 0)
-    assert coverage.taken == 1 and coverage.total == 2
-    assert "the same layer as diffusion_model.input_blocks" in coverage.left_over[0]
-
-
 def test_a_module_for_a_layer_of_another_size_is_told_whatever_its_kind(model):
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     tensors = {f"{name}.oft_blocks": torch.zeros(3, 4, 4)}

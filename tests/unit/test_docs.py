@@ -24,5 +24,6 @@ def test_a_help_page_has_a_picture(page):
 
 def test_every_picture_of_a_help_page_is_shown():
     pages = ROOT / "web" / "docs"
-    shown = re.findall(r"\]\((\w+\.jpg)\)", "".join(p.read_text() for p in pages.glob("*.md")))
+    text = "".join(page.read_text(encoding="utf-8") for page in pages.glob("*.md"))
+    shown = re.findall(r"\]\((\w+\.jpg)\)", text)
     assert set(shown) == {file.name for file in pages.glob("*.jpg")}

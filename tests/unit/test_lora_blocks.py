@@ -29,6 +29,12 @@ TEXT = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
         ("lora_unet_conv_in", "input resnet"),
         ("lora_unet_time_embedding_linear_1", "input other"),
         ("lora_transformer_single_blocks_0", "other other"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text other"),
+        ("text_encoders.qwen25_7b.transformer.model.norm", "text other"),
+        # Numbers that only the model places in a level.
+        ("lora_unet_input_blocks_5_1_proj_in", "input attention"),
+        ("lora_unet_output_blocks_2_1_transformer_blocks_0_ff_net_2", "output feed_forward"),
+        ("lora_unet_input_blocks_5_0_in_layers_2", "input resnet"),
     ],
 )
 def test_a_module_is_placed_by_its_name(module, group):
@@ -129,3 +135,10 @@ def test_what_is_no_sum_has_no_half():
     assert found.opaque.keys() == {UP}
     with pytest.raises(ValueError, match="DoRA weights, which have no half"):
         weighted(vector, parse_weights("input=0.5"), "so")
+
+
+def test_a_block_of_which_only_the_model_tells_the_level_has_no_weight_of_its_own():
+    unclear = "lora_unet_input_blocks_5_1_proj_in"
+    assert parse_weights("input=0.5, attention=0.5")(unclear) == 0.25
+    with pytest.raises(ValueError, match=f"number in {unclear}.*whether down_blocks_1 "):
+        parse_weights("down_blocks_1=0")(unclear)

@@ -217,5 +217,45 @@ def test_keys_that_are_no_part_of_a_lora_are_told():
     tensors = {f"{LINEAR}.lora_up.weight": rand(20, 2), f"{LINEAR}.lora_down.weight": rand(2, 12)}
     vector = from_wire(to_wire(parse(tensors | {"bundle_emb.x": torch.ones(2)}, {}, "a")))
     assert vector.ignored == ("bundle_emb.x",)
-    assert "1 keys are no part of a LoRA and left out: bundle_emb.x" in describe(vector)
+    assert "1 keys are no part of a LoRA and left out: bundle_emb.x (an" in describe(vector)
     assert "1 keys are no part of a LoRA" in exact([vector], [1.0])[1]
+
+
+PROJ = "lora_unet_input_blocks_5_1_proj_in"  # attentions_1 of block 1 in SD, 0 of block 2 in KOALA
+
+
+def native(source: str, *others: str) -> Vector:
+    tensors = {}
+    for name in (PROJ, *others):
+        tensors |= {f"{name}.lora_up.weight": rand(20, 2), f"{name}.lora_down.weight": rand(2, 20)}
+    return parse(tensors, {}, source)
+
+
+def test_another_file_of_a_sum_tells_how_blocks_are_counted():
+    one = native("one")
+    name = "lora_unet_down_blocks_1_attentions_1_proj_in"
+    tensors = {f"{name}.lora_up.weight": rand(20, 1), f"{name}.lora_down.weight": rand(1, 20)}
+    other = parse(tensors, {}, "other")
+    total, _ = exact([one, other], [1.0, 1.0])
+    assert PROJ in one.deltas and PROJ not in total.deltas
+    expected = one.deltas[PROJ].matrix() + other.deltas[name].matrix()
+    torch.testing.assert_close(total.deltas[name].matrix(), expected)
+
+
+def test_blocks_counted_in_two_ways_that_nothing_tells_apart_are_refused():
+    one = native("one")
+    total, _ = exact([one, native("two")], [1.0, 1.0])
+    assert total.deltas.keys() == {PROJ}, "one way of counting needs no model"
+    name = "lora_unet_down_blocks_1_attentions_0_proj_in"
+    tensors = {f"{name}.lora_up.weight": rand(20, 2), f"{name}.lora_down.weight": rand(2, 20)}
+    with pytest.raises(ValueError, match=f"^The block number in {PROJ} of one can.* and B numbers"):
+        exact([one, parse(tensors, {}, "B")], [1.0, 1.0])
+
+
+def test_a_file_that_another_one_shows_to_hold_a_module_twice_is_refused():
+    names = "lora_unet_output_blocks_3_1_norm", "lora_unet_up_blocks_1_attentions_0_norm"
+    both = native("both", *names)
+    assert both.deltas.keys() > set(names)
+    tells = native("tells", "lora_unet_up_blocks_0_attentions_2_norm")
+    with pytest.raises(ValueError, match="both holds two LoRAs for the module"):
+        exact([both, tells], [1.0, 1.0])

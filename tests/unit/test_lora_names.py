@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.names import canonical_names, split_key
+from lcm_lora.lora.names import canonical_names, host_name, split_key
 from lcm_lora.lora.wire import from_wire, parse, to_wire
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -59,14 +59,57 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
             "lora_unet_mid_block_resnets_1_norm1",
             "diff",
         ),
+        ("diffusion_model.out.0.bias.diff", "lora_unet_conv_norm_out", "diff_b"),
+        # What compilers and data parallelism leave in a path, wherever it stands.
+        (f"unet._orig_mod.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
+        (f"_orig_mod.module.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
+        (f"unet.{BLOCK}._orig_mod.attn1.to_q._orig_mod.lora_B.weight", Q, "up"),
+        (f"base_model.model.{BLOCK}._fsdp_wrapped_module.attn1.to_q.lora_B.weight", Q, "up"),
+        (f"unet.module.base_model.model.{BLOCK}.attn1.module.to_q.lora_B.default.weight", Q, "up"),
+        (f"lora_unet__orig_mod_{Q[10:]}.alpha", Q, "alpha"),
+        (f"{Q.replace('_attn1', '__orig_mod_attn1')}__orig_mod.lora_up.weight", Q, "up"),
+        (f"lora_unet_module_{Q[10:]}.lora_up.weight", Q, "up"),
+        (f"lora_unet_base_model_model_module_{Q[10:]}.lora_up.weight", Q, "up"),
+        (f"_forward_module.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
+        # Text encoders as OneTrainer, ComfyUI, checkpoints and transformers 5 call them.
+        ("clip_l.text_model.encoder.layers.3.self_attn.q_proj.lora_up.weight", TEXT, "up"),
+        ("text_encoders.clip_h.transformer.text_model.encoder.layers.3.self_attn.q_proj.diff",
+         TEXT, "diff"),
+        ("cond_stage_model.transformer.text_model.encoder.layers.3.self_attn.q_proj.alpha",
+         TEXT, "alpha"),
+        ("base_model.model.encoder.layers.3.self_attn.q_proj.lora_A.weight", TEXT, "down"),
+        ("lora_te1_text_model_encoder_layers_3_self_attn_q_proj.alpha", TEXT, "alpha"),
+        ("lora_te_encoder_layers_3_self_attn_q_proj.alpha", TEXT, "alpha"),
+        ("clip_g.text_projection.lora_up.weight", "lora_te2_text_projection", "up"),
+        ("text_encoder_2.text_projection.lora_A.weight", "lora_te2_text_projection", "down"),
+        ("text_encoder.embeddings.token_embedding.lora_embedding_A",
+         "lora_te_text_model_embeddings_token_embedding", "embedding_A"),
+        ("lora_te2_text_model_encoder_layers_9_layer_norm1.w_norm",
+         "lora_te2_text_model_encoder_layers_9_layer_norm1", "diff"),
+        # T5 is the second encoder of Flux and the third of SD3, and no CLIP.
+        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+         "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "down"),
+        ("t5.encoder.block.0.layer.0.SelfAttention.q.alpha",
+         "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "alpha"),
+        ("lora_te2_encoder_block_0_layer_0_SelfAttention_q.alpha",
+         "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "alpha"),
+        # Names of other models are the host's to know.
+        ("text_encoders.qwen25_7b.transformer.model.layers.0.mlp.up_proj.diff",
+         "text_encoders.qwen25_7b.transformer.model.layers.0.mlp.up_proj", "diff"),
+        ("lycoris_transformer_blocks_0_attn_to_out.alpha",
+         "lycoris_transformer_blocks_0_attn_to_out", "alpha"),
+        ("lora_unet__blocks_0_cross_attn_k.alpha", "lora_unet_blocks_0_cross_attn_k", "alpha"),
+        ("diffusion_model.transformer.layers.0.self_attn.to_out.alpha",
+         "lora_unet_transformer_layers_0_self_attn_to_out", "alpha"),
+        ("base_model.model.joint_blocks.0.x.alpha", "base_model.model.joint_blocks.0.x", "alpha"),
     ],
-)
+)  # fmt: skip
 def test_each_spelling_has_one_canonical_name(key, name, part):
     module, found = split_key(key)
     assert (canonical_names([module])[module], found) == (name, part)
 
 
-@pytest.mark.parametrize("key", ["unet.conv_in.lora_B.bias", "unet.conv_in.weight", "vae.alpha_x"])
+@pytest.mark.parametrize("key", ["unet.conv_in.bias", "unet.conv_in.weight", "vae.alpha_x"])
 def test_other_keys_are_no_part_of_a_lora(key):
     assert split_key(key) is None
 
@@ -102,6 +145,35 @@ KOALA_NATIVE = {
 def test_native_blocks_are_numbered_as_diffusers_does(layout):
     names = canonical_names(f"lora_unet_{native}" for native in layout)
     assert names == {f"lora_unet_{a}": f"lora_unet_{b}" for a, b in layout.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "of_two", "of_one"),
+    [
+        ("input_blocks_5_1_proj_in", "down_blocks_1_attentions_1", "down_blocks_2_attentions_0"),
+        ("output_blocks_2_1_proj_in", "up_blocks_0_attentions_2", "up_blocks_1_attentions_0"),
+    ],
+)
+def test_a_number_that_means_two_blocks_is_left_until_something_tells(module, of_two, of_one):
+    name = f"lora_unet_{module}"
+    for witness, block in {
+        "": f"{module.removesuffix('_proj_in')}",
+        "input_blocks_2_1_norm": of_two, "input_blocks_3_0_op": of_two,
+        "output_blocks_8_1_norm": of_two, "output_blocks_2_2_conv": of_two,
+        "middle_block_1_transformer_blocks_9_norm1": of_two, "up_blocks_0_resnets_2_conv1": of_two,
+        "input_blocks_3_1_norm": of_one, "input_blocks_4_0_op": of_one,
+        "output_blocks_1_2_conv": of_one,
+    }.items():  # fmt: skip
+        assert canonical_names([name, f"lora_unet_{witness}"])[name] == f"lora_unet_{block}_proj_in"
+
+
+def test_layers_that_only_video_models_have_keep_their_names():
+    names = [
+        "lora_unet_input_blocks_2_1_time_stack_0_attn1_to_q", "lora_unet_input_blocks_2_1_norm",
+        "lora_unet_input_blocks_2_0_time_stack_in_layers_0",
+    ]  # fmt: skip
+    canonical = canonical_names(names)
+    assert [canonical[name] == name for name in names] == [True, False, True]
 
 
 def test_names_of_other_models_are_kept():
@@ -141,20 +213,28 @@ def test_the_hosts_trainer_is_understood():
 
 
 @pytest.mark.parametrize(
-    ("config", "scale"),
+    ("name", "width", "path"),
     [
-        ('{"unet.lora_alpha": 8, "unet.r": 2}', 4.0),
-        ('{"unet.lora_alpha": 8, "unet.use_rslora": true}', 8 / 2**0.5),
-        ('{"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 1}}', 0.5),
-        ('{"lora_alpha": 6}', 3.0),
-        ("{}", 1.0),
+        ("lora_te_text_model_encoder_layers_3_layer_norm1", 768,
+         "clip_l.transformer.text_model.encoder.layers.3.layer_norm1"),
+        ("lora_te_text_model_final_layer_norm", 1024,
+         "clip_h.transformer.text_model.final_layer_norm"),
+        ("lora_te2_text_model_embeddings_token_embedding", 1280,
+         "clip_g.transformer.text_model.embeddings.token_embedding"),
+        ("lora_te1_text_model_embeddings_position_embedding", 6,
+         "clip_l.transformer.text_model.embeddings.position_embedding"),
+        ("lora_te_text_projection", 768, "clip_l.transformer.text_projection"),
     ],
-)
-def test_alpha_is_read_from_a_diffusers_header(config, scale):
-    tensors = factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.weight", ".lora_A.weight")
-    vector = parse(tensors, {"lora_adapter_metadata": config}, "a")
-    assert vector.deltas[Q].scale == pytest.approx(scale)
-    assert not vector.metadata, "alphas are written out, the header would say it twice"
+)  # fmt: skip
+def test_what_kohya_has_no_name_for_is_called_as_the_host_calls_it(name, width, path):
+    assert host_name(name, width) == f"text_encoders.{path}"
+    given = canonical_names([f"text_encoders.{path}"])[f"text_encoders.{path}"]
+    assert given == name.replace("te1_", "te_")
+
+
+@pytest.mark.parametrize("name", [Q, TEXT, "lora_te2_text_projection", "lora_te1_text_projection"])
+def test_what_kohya_has_a_name_for_keeps_it(name):
+    assert host_name(name, 1280) == name
 
 
 def test_text_encoders_are_spelled_as_the_family_does():
@@ -164,7 +244,12 @@ def test_text_encoders_are_spelled_as_the_family_does():
     assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in parse(tensors, {}, "a").deltas
 
 
-@pytest.mark.parametrize("piece", ["on_input", "set_weight", "reshape_weight", "oft_diag"])
+@pytest.mark.parametrize(
+    "piece",
+    ["on_input", "set_weight", "reshape_weight", "oft_diag", "ia3_l", "lora_E", "vera_lambda_b"]
+    + ["boft_R", "hra_u", "fourierft_spectrum", "randlora_lambda", "shira_weight", "c3a_kernel"]
+    + ["gralora_A", "hira_A", "miss_block", "road_theta", "lambda_layer", "poly_lora_A"],
+)
 def test_adapters_that_are_not_known_are_named_and_refused(piece):
     tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.{piece}": torch.ones(2)}
     with pytest.raises(ValueError, match=r"a holds .* weights, which these nodes do not read"):
@@ -208,6 +293,7 @@ def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(pieces, kind):
         ({"rescale": (8,)}, "its oft_blocks are none"),
         ({"oft_blocks": (8, 1)}, r"its oft_blocks are \[8, 1\]"),
         ({"a1.weight": (9, 2)}, "a2.weight missing"),
+        ({"lora_B.bias": (8,), "dora_scale": (8,)}, "a bias for its up factor"),
     ],
 )
 def test_half_of_a_module_that_is_no_sum_is_refused(pieces, says):
@@ -227,6 +313,30 @@ def test_two_spellings_of_one_module_in_one_file_are_refused():
     tensors = factors(Q, ".lora_up.weight", ".lora_down.weight")
     tensors |= factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.weight", ".lora_A.weight")
     with pytest.raises(ValueError, match=f"two LoRAs for the module {Q}"):
+        parse(tensors, {}, "a")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (TEXT, TEXT.replace("te_", "te1_")),
+        (TEXT, "clip_l.text_model.encoder.layers.3.self_attn.q_proj"),
+        (Q, f"unet._orig_mod.{BLOCK}.attn1.to_q"),
+        ("lora_unet_input_blocks_2_1_proj_in", "lora_unet_down_blocks_0_attentions_1_proj_in"),
+    ],
+)
+def test_no_spelling_hides_that_a_module_is_there_twice(one, other):
+    tensors = factors(one, ".lora_up.weight", ".lora_down.weight")
+    tensors |= factors(other, ".lora_up.weight", ".lora_down.weight")
+    with pytest.raises(ValueError, match="two LoRAs for the module"):
+        parse(tensors, {}, "a")
+
+
+def test_two_tensors_of_one_part_are_refused():
+    """Of two adapters in one file, for example."""
+    tensors = factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.one.weight", ".lora_A.one.weight")
+    tensors |= factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.two.weight", ".lora_A.two.weight")
+    with pytest.raises(ValueError, match="attn1.to_q.lora_B.two.weight: .* two tensors for up"):
         parse(tensors, {}, "a")
 
 

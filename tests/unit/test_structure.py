@@ -24,7 +24,10 @@ HOST = {
 }  # fmt: skip
 STANDARD = sys.stdlib_module_names - {"pickle", "marshal", "shelve"}
 # What ComfyUI itself installs.
-LIBRARIES = {"torch", "safetensors", "numpy", "tqdm", "PIL", "psutil", "filelock", "aiohttp"}
+LIBRARIES = {
+    "torch", "safetensors", "numpy", "tqdm", "PIL", "psutil", "filelock", "aiohttp",
+    "regex",  # with transformers, which requires it
+}  # fmt: skip
 # A program of its own, which registers the pack under this name; and one that runs on a cluster.
 ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/jobs/ray_entry.py": {"ray"}}
 
