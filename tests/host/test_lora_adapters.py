@@ -191,3 +191,25 @@ def test_what_was_applied_is_extracted_again(model, held):
     for path, key in some_layers(model).items():
         change = changes[f"lora_unet_{path.replace('.', '_')}"]
         torch.testing.assert_close(change, expected[key] - before[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "OFT, bound and rescaled"])
+def test_a_part_of_a_fused_weight_is_merged_alone(model, kind):
+    """The host addresses q, k and v of a fused weight as (key, (axis, start, length))."""
+    import comfy.lora
+    from lcm_lora.lora.weights.host import Merge
+    from lcm_lora.lora.wire import parse
+
+    torch.manual_seed(0)
+    weight = torch.randn(3 * 320, 320)
+    part = weight[320:640].clone()
+    tensors, expected = of_lycoris(kind, "lora_unet_mid_block_attentions_0_proj_in", part, 1)
+    (module,) = parse(tensors, {}, "a").opaque.values()
+    patcher = model.clone()
+    key = "diffusion_model.input_blocks.1.1.proj_in.weight"
+    assert patcher.add_patches({(key, (0, 320, 320)): Merge.of(module)}, 0.5) == [
+        (key, (0, 320, 320))
+    ]
+    merged = comfy.lora.calculate_weight(patcher.patches[key], weight.clone(), key)
+    assert torch.equal(merged[:320], weight[:320]) and torch.equal(merged[640:], weight[640:])
+    assert_near(merged[320:640], part + 0.5 * (expected - part), part)
