@@ -201,14 +201,17 @@ def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) 
 
 def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) -> int:
     import torch
-    from lcm_lora.training import bank, export, result, sources
+    from lcm_lora.training import bank, disk, export, result, sources
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.answers import FOLDER as ANSWERS
+    from lcm_lora.training.captioned import summary
     from lcm_lora.training.loop import Run
     from lcm_lora.training.plan import plan
     from lcm_lora.training.watch import Samples
 
     source = sources.source(spec, teacher)
+    for name, reason in source.unused if processes.first else ():
+        log.warning("not used: %s: %s", name, reason)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
     if dry_run:
         print(plan(spec, teacher, adapter, len(source)))  # noqa: T201 (the plan is asked for)
@@ -228,12 +231,15 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     base_hash, *styles = [result.file_hash(path, Path(spec.banks)) for path in paths]
     strengths = [lora.strength for lora in spec.loras]
     told = source.settings() | {"loras": list(zip(styles, strengths, strict=True))}
+    if any("embedding:" in caption for caption in source.captions()):
+        told["embeddings"] = disk.stamps([Path(path) for path in spec.embeddings])
     folder = Path(spec.banks) / bank.key(base_hash, told)
 
-    if not (folder / bank.INDEX).exists():
+    if is_new := not (folder / bank.INDEX).exists():
         needed = _bank_bytes(spec, teacher, source) - _bytes(folder)
         _room(Path(spec.banks), needed, "the latent bank")
     shown, reached = [0.0], ["before the training began"]
+    unused = summary(source.unused)
 
     def between() -> None:
         # Each process looks for itself, and none waits for another's answer: all read the same
@@ -246,7 +252,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         now = time.monotonic()
         if journal is not None and (now - shown[0] > 2 or done in (0, of)):
             shown[0] = now
-            journal.state("preparing", message=f"{what}: {done} of {of}")
+            journal.state("preparing", message=_with(f"{what}: {done} of {of}", unused))
             log.info("bank, %s: %d of %d", what, done, of)
 
     try:
@@ -263,7 +269,13 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     teacher.free_text_encoders()
     teacher.free_vae()
     torch.manual_seed(spec.seed)
-    run = Run(spec, job, teacher, adapter, bank.Bank(folder), processes, journal, samples, asked)
+    rows = bank.Bank(folder)
+    for reason in rows.skipped if processes.first and not is_new else ():
+        log.warning("skipped: %s", reason)
+    run = Run(spec, job, teacher, adapter, rows, processes, journal, samples, asked)
+    if journal is not None:
+        begins = f"{len(rows)} examples in the bank"
+        journal.state("preparing", message=_with(begins, unused, _skipped(rows.skipped)))
     outcome = run.train()
     if outcome == "pause":
         if journal is not None:
@@ -276,9 +288,24 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         made = export.with_styles(made, teacher.styles)
         result.write(job, Path(spec.output), made, teacher.untaken)
         shutil.rmtree(job / ANSWERS, ignore_errors=True)
-        journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")
+        ready = f"{Path(spec.output).name} is ready"
+        message = _with(ready, unused, _skipped(rows.skipped))
+        journal.state("done", step=run.step, message=message)
     processes.wait()
     return 0
+
+
+def _with(message: str, *notes: str) -> str:
+    """A message with the sentences that are to be read with it, as far as there are any."""
+    return ". ".join([message, *(note.removesuffix(".") for note in notes if note)])
+
+
+def _skipped(reasons: list[str]) -> str:
+    """A sentence about the examples that the bank has not; "" where it has all."""
+    if not reasons:
+        return ""
+    first = [reason.removesuffix(".") for reason in dict.fromkeys(reasons)][:3]
+    return f"Unreadable: {len(reasons)} of the examples, the first: {'; '.join(first)}"
 
 
 def _room(folder: Path, needed: float, what: str) -> None:

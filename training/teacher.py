@@ -101,7 +101,7 @@ class Teacher:
     @classmethod
     def load(
         cls, checkpoint: Path, precision: str = "auto", loras: tuple[StyleLoRA, ...] = (),
-        embeddings: str = "",
+        embeddings: tuple[str, ...] = (),
     ) -> Teacher:  # fmt: skip
         """Raises ValueError when the file is no checkpoint of a family that can be distilled."""
         import comfy.model_management as management
@@ -114,7 +114,7 @@ class Teacher:
         dtype = _dtype(precision, device)
         try:
             patcher, clip, vae = comfy.sd.load_checkpoint_guess_config(
-                str(checkpoint), embedding_directory=embeddings or None,
+                str(checkpoint), embedding_directory=list(embeddings) or None,
                 model_options={"dtype": dtype}, disable_dynamic=True,
             )[:3]  # fmt: skip
         except Exception as error:

@@ -138,11 +138,10 @@ def _spec(order: Order, banks: Path) -> Spec:
     styles = ()
     if order.style_lora:
         styles = (StyleLoRA(_listed("loras", order.style_lora), order.style_strength),)
-    embeddings = folder_paths.get_folder_paths("embeddings")
     return Spec(
         host=str(Path(folder_paths.__file__).resolve().parent), host_flags=_flags(),
         checkpoint=_listed("checkpoints", order.checkpoint), loras=styles,
-        embeddings=embeddings[0] if embeddings else "",
+        embeddings=tuple(map(os.path.abspath, folder_paths.get_folder_paths("embeddings"))),
         output=str(inside(_loras(), order.name)), overwrite=order.overwrite, banks=str(banks),
         data=_data(order.data), resolution=order.data.resolution, steps=order.steps,
         batch=order.batch, rank=order.rank, guidance=(order.guidance,), lr=order.lr,
