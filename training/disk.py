@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from ..lora.whole import TEMPORARY, sync, temporary_beside, whole_file
+from ..lora.whole import TEMPORARY, patiently, sync, temporary_beside, whole_file
 from ..lora.whole import sha256 as sha256
 
 
@@ -44,7 +44,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        os.rename(temporary, path)
+        patiently(os.rename, temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -53,7 +53,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def read_json(path: Path) -> Any:
     """The parsed file, or None where it is not there or torn."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(patiently(path.read_text, encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -17,7 +17,14 @@ from .adapter import Adapter
 from .answers import Answers, folder
 from .bank import Bank
 from .journal import Journal
-from .memory import compile_blocks, give_back, is_out_of_memory, memory, recompute_blocks
+from .memory import (
+    TooLittleMemory,
+    compile_blocks,
+    give_back,
+    is_out_of_memory,
+    memory,
+    recompute_blocks,
+)
 from .objective import lcm_loss, teacher_step
 from .phased import phased_loss
 from .processes import Processes
@@ -124,7 +131,7 @@ class Run:
             try:
                 loss = self._gradients()
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler, whose traceback would keep the tensors that did not fit.
@@ -227,8 +234,8 @@ class Run:
                 self.journal.metrics(step=self.step, endpoint_error=errors)
                 log.info("step %d: endpoint error %s", self.step, errors)
                 error.fill_(errors["1"])
-            except RuntimeError as found:
-                if not is_out_of_memory(found):
+            except (RuntimeError, MemoryError) as failed:
+                if not is_out_of_memory(failed):
                     raise
                 log.warning("out of memory: no sample pictures of step %d", self.step)
         error = self._from_first(error)
@@ -328,7 +335,7 @@ class _Since:
 def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
     """Half as many pictures at a time, and then blocks that are computed again.
 
-    Raises MemoryError when neither is left to do.
+    Raises TooLittleMemory when neither is left to do.
     """
     if progress.micro_batch > 1:
         progress.micro_batch = math.ceil(progress.micro_batch / 2)
@@ -341,7 +348,7 @@ def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
         recompute_blocks(network)
         log.warning("out of memory: going on with blocks computed again in backward")
     else:
-        raise MemoryError(
+        raise TooLittleMemory(
             "The device's memory does not hold one picture's training step. Choose a smaller "
             "resolution or rank, or close what else uses the device."
         )

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,12 +18,20 @@ from torch.utils.checkpoint import checkpoint
 log = logging.getLogger("lcm_lora")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A CUDA device's own error, or a plain RuntimeError with the words of a Mac's or the CPU's
-    allocator, which on Windows has others."""
-    words = "allocate memory", "out of memory", "not enough memory"
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in words)
+class TooLittleMemory(MemoryError):
+    """The device does not hold the smallest part of the work: to try again is no use."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: a device's own error or Python's, or one with the words of an
+    allocator: a Mac's, the CPU's (which on Windows has others), or that of a library such as cuBLAS
+    and cuDNN, which ask the device themselves."""
+    words = (
+        "out of memory|allocate memory|not enough memory|ALLOC(ATION)?_FAILED|StatusAllocFailed"
+        "|status_memory_error|OUT_OF_(HOST_|DEVICE_)?MEMORY"
+    )
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or re.search(words, str(error)) is not None
 
 
 def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> list:
@@ -33,7 +42,7 @@ def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> li
         try:
             made += make(items[len(made) : len(made) + size])
             continue
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
         # Outside the handler, whose traceback would keep the tensors that did not fit.

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..lora import files
 from ..lora.acceleration import FAMILY
 from ..lora.delta import Vector
+from ..lora.whole import patiently
 from . import disk
 from .spec import Spec
 
@@ -63,7 +64,7 @@ def write(
     told = {"file": str(output), "sha256": disk.sha256(output), "made": time.time()}
     told["metadata"] = dict(vector.metadata)
     disk.replace(job / "result.json", json.dumps(told, indent=1))
-    made.unlink()
+    patiently(made.unlink)
 
 
 def finished(job: Path, output: Path) -> bool:

@@ -19,6 +19,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +64,7 @@ def main(arguments: list[str]) -> int:
         log.setLevel(logging.INFO)
         return ray_job.main(chosen.spec, chosen.ray)
     from lcm_lora.training.journal import Journal
+    from lcm_lora.training.memory import TooLittleMemory
     from lcm_lora.training.processes import Processes
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -79,22 +81,22 @@ def main(arguments: list[str]) -> int:
         # A launcher of several processes ends them all when one fails; else some would wait for it.
         status = int(processes.world > 1)
         state, message = "paused", str(paused)
-    except (ValueError, MemoryError) as error:
+    except (ValueError, TooLittleMemory) as error:
         state, message, status = "failed", str(error), 1
-    except OSError as error:
-        full = disk_is_full(error)
-        state, status = ("paused", DISK_FULL) if full else ("failed", 1)
+    except Exception as error:
+        if not (isinstance(error, OSError) and disk_is_full(error)):
+            # A fault of ours, of a device or of the disk, or another process of the job is no more:
+            # the state tells it too, the traceback goes to the log, and the supervisor tries again.
+            if journal is not None:
+                with suppress(OSError):
+                    message = f"{type(error).__name__}: {error}"
+                    journal.state("failed", message=message, crash=True)
+            raise
+        state, status = "paused", DISK_FULL
         message = (
             f"The disk is full ({error}). Nothing is lost: make room and start the job again, it "
             "goes on after its newest checkpoint."
-            if full else str(error)
-        )  # fmt: skip
-    except Exception as error:
-        # A fault of ours, of a device, or another process of the job is no more: the state tells it
-        # too, the traceback goes to the log, and the supervisor tries again.
-        if journal is not None:
-            journal.state("failed", message=f"{type(error).__name__}: {error}", crash=True)
-        raise
+        )
     finally:
         processes.leave()
     log.log(logging.ERROR if status else logging.INFO, "%s", message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import nn
 from ..lora import files
 from ..lora.delta import Vector
 from ..samplers.guidance import refuse_guidance_embedding
+from . import disk
+from .memory import is_out_of_memory
 from .solver import Schedule
 from .spec import StyleLoRA
 
@@ -49,10 +52,13 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen and not has_device and "--cpu" not in kept and "--directml" not in " ".join(kept):
+    lacking = not has_device or (
+        torch.cuda.is_available() and torch.cuda.device_count() < len((chosen or "").split(","))
+    )
+    if chosen and lacking and "--cpu" not in kept and "--directml" not in " ".join(kept):
         raise ValueError(
-            f"There is no device {chosen} here for PyTorch. Set `device` to the number of one that "
-            "there is, 0 for the first, or leave it empty."
+            f"There is no device {chosen} here for PyTorch, or not all of them. Set `device` to "
+            "the number of one that there is, 0 for the first, or leave it empty."
         )
     cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
     before = sys.argv
@@ -108,7 +114,7 @@ class Teacher:
         import comfy.sd
 
         if not checkpoint.is_file():
-            raise ValueError(f"There is no checkpoint {checkpoint}.")
+            raise ValueError(f"There is no checkpoint {disk.shown(checkpoint)}.")
         refuse_guidance_embedding(checkpoint)
         device = management.get_torch_device()
         dtype = _dtype(precision, device)
@@ -118,8 +124,11 @@ class Teacher:
                 model_options={"dtype": dtype}, disable_dynamic=True,
             )[:3]  # fmt: skip
         except Exception as error:
+            if not _blames_the_file(error):
+                log.error("ComfyUI failed to load %s.", disk.shown(checkpoint.name))
+                raise
             raise ValueError(
-                f"{checkpoint.name} is not a checkpoint that ComfyUI can load: {error}"
+                f"{disk.shown(checkpoint.name)} is not a checkpoint that ComfyUI can load: {error}"
             ) from error
         family, prediction = _checked(checkpoint.name, patcher, clip, vae)
         styles = []
@@ -231,6 +240,22 @@ class Teacher:
 
         keys = comfy.lora.model_lora_keys_unet(self._patcher.model, {})
         return sorted(files.read(path).modules() - keys.keys())
+
+
+def _blames_the_file(error: Exception) -> bool:
+    """Whether ComfyUI's loader says that a file is no checkpoint. All else that it raises is about
+    the machine, or about ComfyUI itself, and says nothing of the file."""
+    words, kind = str(error), type(error).__name__
+    if is_out_of_memory(error) or re.search(r"os error \d+", words):
+        return False
+    # The reader of safetensors files, and those of the .ckpt kind.
+    if kind in ("SafetensorError", "UnpicklingError") or isinstance(error, EOFError):
+        return True
+    said = (
+        "Could not detect model type", "safetensors file is corrupt", "loading state_dict",
+        "PytorchStreamReader", "weights_only=True",
+    )  # fmt: skip
+    return isinstance(error, RuntimeError | ValueError) and any(word in words for word in said)
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

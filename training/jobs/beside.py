@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +64,7 @@ class Beside:
         for job in jobs:
             if job.remote:
                 continue  # it takes nothing of this machine
-            with suppress(KeyError):  # it was deleted meanwhile
+            with self.store.unless_deleted(job.id):
                 if job.policy == "yield" and busy and _goes(job):
                     asked |= self.store.ask(job.id, "pause", aside=self._me(), only=_goes)
                 elif rested and self._may_come_back(job):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
+import torch
 
 from ...lora.files import inside
 from ..spec import Data, Spec, StyleLoRA
@@ -97,16 +98,19 @@ def start(order: Order) -> tuple[str, bool]:
     if order.policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {order.policy!r}.")
     jobs = store()
-    count = _processes(order.device, jobs.folder.parent / ray_job.SETTINGS)
+    device, count = _devices(order.device, jobs.folder.parent / ray_job.SETTINGS)
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
-    found = jobs.create(spec, name, order.device, count, order.policy)
+    queued = jobs.create(spec, name, device, count, order.policy, _visible(device))
     work()
-    return found
+    return queued
 
 
-def _processes(device: str, cluster: Path) -> int:
-    """How many processes train on what a user calls a device."""
+def _devices(device: str, cluster: Path) -> tuple[str, int]:
+    """(what a user calls a device, in one spelling; how many processes train on it).
+
+    Raises ValueError for a device that is not there, or that is named twice.
+    """
     if not re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?|ray(:[1-9]\d{0,2})?", device):
         raise ValueError(
             'device must be empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" '
@@ -114,8 +118,35 @@ def _processes(device: str, cluster: Path) -> int:
         )
     if device.startswith("ray"):
         ray_job.Cluster.read(cluster)
-        return int(device.partition(":")[2] or 1)
-    return len(device.split(","))
+        return device, int(device.partition(":")[2] or 1)
+    numbers, there = [int(number) for number in device.split(",") if number], len(_there())
+    if missing := [number for number in numbers if number >= there]:
+        devices = "one device, number 0" if there == 1 else f"{there} devices, 0 to {there - 1}"
+        raise ValueError(f"There is no device {missing[0]}: a job can train on {devices} here.")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"device names one device twice: {device!r}.")
+    return ",".join(map(str, numbers)), max(1, len(numbers))
+
+
+def _there() -> list[str]:
+    """The devices that jobs can choose, as the driver calls them, in the order of their numbers.
+
+    Those that this server sees, whatever hides the others: CUDA_VISIBLE_DEVICES, which ComfyUI's
+    --cuda-device sets, or HIP_VISIBLE_DEVICES. [""] where there is no choice.
+    """
+    count = 0 if "--cpu" in _flags() else torch.cuda.device_count()
+    names = os.environ.get("HIP_VISIBLE_DEVICES") if torch.version.hip else None
+    names = names or os.environ.get("CUDA_VISIBLE_DEVICES") or ""
+    shown = [name.strip() for name in names.split(",") if name.strip()][:count]
+    return (shown if len(shown) == count else list(map(str, range(count)))) or [""]
+
+
+def _visible(device: str) -> str:
+    """What a job's CUDA_VISIBLE_DEVICES must be, "" to leave it."""
+    if device.startswith("ray"):
+        return ""
+    there = _there()
+    return ",".join(there[int(number)] for number in (device or "0").split(","))
 
 
 @contextmanager
@@ -186,8 +217,11 @@ def _listed(kind: str, name: str) -> str:
     """Path of a file that the host offers under this name."""
     if name not in folder_paths.get_filename_list(kind):
         raise ValueError(f"ComfyUI lists no {name!r} among its {kind}.")
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ValueError(f"The file of {name!r} is gone, though ComfyUI lists it.")
     # As it is called there: what a link leads to may have no suffix, which tells how to read it.
-    return os.path.abspath(folder_paths.get_full_path_or_raise(kind, name))
+    return os.path.abspath(path)
 
 
 def _loras() -> Path:
