@@ -130,14 +130,14 @@ class Run:
         while True:
             try:
                 loss = self._gradients()
+                gradients = [parameter.grad for parameter in self.parameters]
+                self.processes.mean_([loss, *gradients])
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler, whose traceback would keep the tensors that did not fit.
             self._use_less_memory()
-        gradients = [parameter.grad for parameter in self.parameters]
-        self.processes.mean_([loss, *gradients])
         if self.progress.scale != 1:
             torch._foreach_div_(gradients, self.progress.scale)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
@@ -344,8 +344,8 @@ def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
             progress.micro_batch, math.ceil(spec.batch / progress.micro_batch),
         )  # fmt: skip
     elif not progress.recompute and spec.checkpointing == "auto":
-        progress.recompute = True
         recompute_blocks(network)
+        progress.recompute = True
         log.warning("out of memory: going on with blocks computed again in backward")
     else:
         raise TooLittleMemory(

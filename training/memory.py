@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -79,13 +80,29 @@ def memory(device: torch.device) -> int:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The UNet's residual and transformer blocks: what is recomputed or compiled as one."""
-    kinds = ("ResBlock", "SpatialTransformer")
-    return [module for module in network.modules() if type(module).__name__ in kinds]
+    """The UNet's residual and transformer blocks: what is recomputed or compiled as one.
+
+    Raises ValueError where there is none, for then neither would be done.
+    """
+    kinds = {"ResBlock", "SpatialTransformer"}
+    blocks = [
+        module for module in network.modules()
+        if kinds & {base.__name__ for base in type(module).__mro__}
+    ]  # fmt: skip
+    if not blocks:
+        raise ValueError(
+            f"{type(network).__name__} has no block that can be recomputed or compiled: expected "
+            f"ComfyUI's {' and '.join(sorted(kinds))}. Set checkpointing to off and compile to "
+            "false."
+        )
+    return blocks
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Gradient checkpointing (arXiv 1604.06174) by block; the adapter must be on at backward."""
+    """Gradient checkpointing (arXiv 1604.06174) by block; the adapter must be on at backward.
+
+    Raises ValueError where the network has no block that is known.
+    """
     for block in _blocks(network):
         forward = block.forward
 
@@ -97,7 +114,20 @@ def recompute_blocks(network: nn.Module) -> None:
         block.forward = again
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """torch.compile for each block; the first steps take longer."""
-    for block in _blocks(network):
-        block.forward = torch.compile(block.forward)
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """torch.compile, with its options, for each block; the first steps take longer.
+
+    Raises ValueError where the network has no block that is known.
+    """
+    blocks = _blocks(network)
+    # All blocks are one function to Dynamo, which gives up for good after its eighth variant; each
+    # block has one with the adapter off, on, and on with gradients, for two or three batch sizes.
+    config, variants = torch._dynamo.config, 16 * len(blocks)
+    for limit in (
+        "recompile_limit", "accumulated_recompile_limit",
+        "cache_size_limit", "accumulated_cache_size_limit",  # their names before torch 2.7
+    ):  # fmt: skip
+        if hasattr(config, limit):
+            setattr(config, limit, max(getattr(config, limit), variants))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, **options)

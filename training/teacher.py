@@ -51,11 +51,12 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     kept = [flag for flag in flags if flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION]
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
+    other = any(flag == "--cpu" or flag.startswith("--directml") for flag in kept)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     lacking = not has_device or (
         torch.cuda.is_available() and torch.cuda.device_count() < len((chosen or "").split(","))
     )
-    if chosen and lacking and "--cpu" not in kept and "--directml" not in " ".join(kept):
+    if chosen and lacking and not other:
         raise ValueError(
             f"There is no device {chosen} here for PyTorch, or not all of them. Set `device` to "
             "the number of one that there is, 0 for the first, or leave it empty."

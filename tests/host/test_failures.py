@@ -176,19 +176,21 @@ def server(comfy, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "visible", "word", "wanted"),
+    ("count", "visible", "word", "wanted", "flags"),
     [
-        (2, None, "", ("", 1, "0")), (2, None, "1", ("1", 1, "1")),
-        (2, None, "001", ("1", 1, "1")), (2, None, "1,0", ("1,0", 2, "1,0")),
+        (2, None, "", ("", 1, "0"), ()), (2, None, "1", ("1", 1, "1"), ()),
+        (2, None, "001", ("1", 1, "1"), ()), (2, None, "1,0", ("1,0", 2, "1,0"), ()),
         # As ComfyUI's --cuda-device 3 sets it: the first is the same, named or not.
-        (1, "3", "", ("", 1, "3")), (1, "3", "0", ("0", 1, "3")), (1, "3", "00", ("0", 1, "3")),
-        (2, "5,2", "1", ("1", 1, "2")), (1, "GPU-8f2a", "0", ("0", 1, "GPU-8f2a")),
-        (2, "1,0,9", "1", ("1", 1, "0")),  # the driver stops at one that is not there
-        (0, None, "", ("", 1, "")), (0, None, "0", ("0", 1, "")),  # a Mac, or the processor
+        (1, "3", "", ("", 1, "3"), ()), (1, "3", "0", ("0", 1, "3"), ()),
+        (1, "3", "00", ("0", 1, "3"), ()), (2, "5,2", "1", ("1", 1, "2"), ()),
+        (1, "GPU-8f2a", "0", ("0", 1, "GPU-8f2a"), ()),
+        (2, "1,0,9", "1", ("1", 1, "0"), ()),  # the driver stops at one that is not there
+        (2, None, "0", ("0", 1, ""), ("--cpu",)), (0, None, "0", ("0", 1, ""), ("--directml", "0")),
+        (2, None, "1", ("1", 1, "1"), ("--cpu-vae",)), (0, None, "", ("", 1, ""), ()),
     ],
 )  # fmt: skip
-def test_a_device_is_the_one_that_the_server_calls_so(server, count, visible, word, wanted):
-    server(count, visible)
+def test_a_device_is_the_one_that_the_server_calls_so(server, count, visible, word, wanted, flags):
+    server(count, visible, *flags)
     assert server.devices(word) == wanted
 
 
@@ -197,7 +199,8 @@ def test_a_device_is_the_one_that_the_server_calls_so(server, count, visible, wo
     [
         (1, None, (), "1"), (1, None, (), "01"), (1, None, (), "001"), (1, None, (), "0,1"),
         (1, None, (), "99"), (2, None, (), "0,2"), (1, "3", (), "3"), (1, "3", (), "1"),
-        (2, "0,7", (), "7"), (0, None, (), "1"), (0, None, ("--cpu",), "1"),
+        (2, "0,7", (), "7"), (0, None, (), "1"), (0, None, (), "0"), (0, "7", (), "0"),
+        (0, None, ("--cpu",), "1"),
         (4, None, ("--cpu",), "1"), (1, "3", ("--cuda-device", "3"), "3"),
     ],
 )  # fmt: skip
@@ -205,7 +208,7 @@ def test_a_device_that_is_not_there_is_refused_however_it_is_spelled(
     server, count, visible, flags, word
 ):
     server(count, visible, *flags)
-    with pytest.raises(ValueError, match="There is no device [0-9]+: a job can train on"):
+    with pytest.raises(ValueError, match="There is no device [0-9]+: "):
         server.devices(word)
 
 

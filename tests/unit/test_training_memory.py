@@ -4,7 +4,12 @@ import errno
 
 import pytest
 import torch
-from lcm_lora.training.memory import in_parts, is_out_of_memory
+from lcm_lora.training.memory import (
+    compile_blocks,
+    in_parts,
+    is_out_of_memory,
+    recompute_blocks,
+)
 from lcm_lora.training.run import disk_is_full
 
 
@@ -27,6 +32,16 @@ from lcm_lora.training.run import disk_is_full
 )
 def test_running_out_of_memory_is_known_by_its_words(error, so):
     assert is_out_of_memory(error) == so
+
+
+@pytest.mark.parametrize("change", [recompute_blocks, compile_blocks])
+def test_a_network_without_known_blocks_is_an_error_and_no_silence(change):
+    class ResidualBlock(torch.nn.Module):
+        """As a later ComfyUI might call it."""
+
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), ResidualBlock())
+    with pytest.raises(ValueError, match="Sequential has no block .* expected ComfyUI's ResBlock"):
+        change(network)
 
 
 def test_parts_become_smaller_until_they_fit():

@@ -121,8 +121,9 @@ def _devices(device: str, cluster: Path) -> tuple[str, int]:
         return device, int(device.partition(":")[2] or 1)
     numbers, there = [int(number) for number in device.split(",") if number], len(_there())
     if missing := [number for number in numbers if number >= there]:
-        devices = "one device, number 0" if there == 1 else f"{there} devices, 0 to {there - 1}"
-        raise ValueError(f"There is no device {missing[0]}: a job can train on {devices} here.")
+        known = {0: "PyTorch finds none here", 1: "there is one here, 0"}
+        known = known.get(there, f"there are {there} here, 0 to {there - 1}")
+        raise ValueError(f"There is no device {missing[0]}: {known}.")
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"device names one device twice: {device!r}.")
     return ",".join(map(str, numbers)), max(1, len(numbers))
@@ -132,20 +133,24 @@ def _there() -> list[str]:
     """The devices that jobs can choose, as the driver calls them, in the order of their numbers.
 
     Those that this server sees, whatever hides the others: CUDA_VISIBLE_DEVICES, which ComfyUI's
-    --cuda-device sets, or HIP_VISIBLE_DEVICES. [""] where there is no choice.
+    --cuda-device sets, or HIP_VISIBLE_DEVICES. [""] for the only one of another kind.
     """
-    count = 0 if "--cpu" in _flags() else torch.cuda.device_count()
+    flags = _flags()
+    other = torch.backends.mps.is_available() or torch.xpu.is_available()
+    if other or any(flag == "--cpu" or flag.startswith("--directml") for flag in flags):
+        return [""]
+    count = torch.cuda.device_count()
     names = os.environ.get("HIP_VISIBLE_DEVICES") if torch.version.hip else None
     names = names or os.environ.get("CUDA_VISIBLE_DEVICES") or ""
     shown = [name.strip() for name in names.split(",") if name.strip()][:count]
-    return (shown if len(shown) == count else list(map(str, range(count)))) or [""]
+    return shown if len(shown) == count else list(map(str, range(count)))
 
 
 def _visible(device: str) -> str:
     """What a job's CUDA_VISIBLE_DEVICES must be, "" to leave it."""
     if device.startswith("ray"):
         return ""
-    there = _there()
+    there = _there() or [""]
     return ",".join(there[int(number)] for number in (device or "0").split(","))
 
 
