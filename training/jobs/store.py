@@ -33,6 +33,7 @@ from ..spec import Spec
 from . import ray_job
 from .processes import alive
 
+CHANGED = ".changed"
 LONGEST = 20.0  # seconds to wait for another process's change
 POLICIES = ("yield", "exclusive", "share")
 ACTIVE = ("preparing", "running", "stopping")
@@ -266,6 +267,11 @@ class Store:
                 if number >= keep or taken > room:
                     self.delete(job.id)
 
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a job comes, goes or is asked something, and when a supervisor starts or
+        ends; what a trainer writes does not change it. Two calls of the file system."""
+        return _stamps(self.folder, (".", CHANGED))
+
     def _folders(self) -> Iterator[Path]:
         if not self.folder.is_dir():
             return  # made with the first job
@@ -297,6 +303,9 @@ class Store:
         try:
             yield
         finally:
+            # For those who only look: what is within a job's folder changes no time outside it.
+            with suppress(OSError):  # a full disk; what was changed is there all the same
+                (self.folder / CHANGED).write_text(str(time.time_ns()))
             lock.release()
 
     def _ask(self, path: Path, action: str, aside: dict[str, Any] | None = None) -> None:
@@ -396,10 +405,10 @@ def _number(value: object, otherwise: Any) -> Any:
     return value if fine else otherwise
 
 
-def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
+def _stamps(path: Path, names: tuple[str, ...] = _WATCHED) -> tuple[tuple[int, int], ...]:
     """Time of change in ns and size of each watched file; zeros for one that is not there."""
     found = []
-    for name in _WATCHED:
+    for name in names:
         try:
             stat = os.stat(f"{path}{os.sep}{name}")
             found.append((stat.st_mtime_ns, stat.st_size))
