@@ -22,6 +22,14 @@ from . import ray_job, supervisor
 from .store import POLICIES, Store
 
 SOURCES = ("prompts", "prompt file", "pictures")
+# The server's own flags that decide how a model is loaded and computed: alone, or with a value.
+FLAGS = (
+    "--cpu", "--force-fp32", "--force-fp16", "--fp32-unet", "--bf16-unet", "--fp16-unet",
+    "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp16-text-enc", "--fp32-text-enc",
+    "--force-upcast-attention", "--dont-upcast-attention", "--force-channels-last",
+    "--deterministic", "--lowvram", "--novram", "--highvram",
+)  # fmt: skip
+VALUED_FLAGS = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 2_000
 _stores: dict[Path, Store] = {}
 waiting: list[str] = []
@@ -234,20 +242,13 @@ def _loras() -> Path:
 
 
 def _flags() -> tuple[str, ...]:
-    """The server's own flags that decide how a model is loaded and computed."""
-    alone = (
-        "--cpu", "--force-fp32", "--force-fp16", "--fp32-unet", "--bf16-unet", "--fp16-unet",
-        "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp16-text-enc",
-        "--fp32-text-enc", "--force-upcast-attention", "--dont-upcast-attention",
-        "--force-channels-last", "--deterministic", "--lowvram", "--novram", "--highvram",
-    )  # fmt: skip
-    with_value = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
+    """Those of this server's flags that its jobs get too."""
     given, kept = sys.argv[1:], []
     for i, flag in enumerate(given):
-        if flag in alone:
+        if flag in FLAGS:
             kept.append(flag)
-        elif flag in with_value:  # --directml may be without one
+        elif flag in VALUED_FLAGS:  # --directml may be without one
             kept += [flag, *(word for word in given[i + 1 : i + 2] if not word.startswith("-"))]
-        elif flag.startswith(tuple(f"{each}=" for each in with_value)):
+        elif flag.startswith(tuple(f"{valued}=" for valued in VALUED_FLAGS)):
             kept.append(flag)
     return tuple(kept)
