@@ -79,7 +79,11 @@ class Run:
         spec = self.spec
         self.folder = self.job / "checkpoints"
         self.parameters = list(self.adapter.parameters())
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=0.0)
+        # In one kernel on CUDA; on the processor that would be another order of rounding.
+        fused = self.teacher.device.type == "cuda" or None
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused
+        )
         self.order = draws.Order(self.bank.shapes, spec.batch * self.processes.world, spec.seed)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress(
@@ -140,28 +144,29 @@ class Run:
             self._use_less_memory()
         if self.progress.scale != 1:
             torch._foreach_div_(gradients, self.progress.scale)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
-        if not self._finite(loss, norm):
-            return float(loss), float(norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.spec, self.step)
-        self.optimiser.step()
-        return float(loss), float(norm)
+        clipped = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        # The one moment of a step in which the device is waited for.
+        loss, norm = torch.stack([loss, clipped]).tolist()
+        if self._finite(loss, norm):
+            for group in self.optimiser.param_groups:
+                group["lr"] = learning_rate(self.spec, self.step)
+            self.optimiser.step()
+        return loss, norm
 
-    def _finite(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+    def _finite(self, loss: float, norm: float) -> bool:
         """Whether the step may be taken; raises Diverged where a smaller scale will not help."""
         progress = self.progress
-        if loss.isfinite() and norm.isfinite():
+        if math.isfinite(loss) and math.isfinite(norm):
             progress.good += 1
             if self.half and progress.good % GROWTH == 0:
                 progress.scale *= 2
             return True
-        if loss.isfinite() and self.half and progress.scale > 1:
+        if math.isfinite(loss) and self.half and progress.scale > 1:
             progress.scale, progress.good = progress.scale / 2, 0
             log.info("a gradient overflowed: step %d is left out", self.step + 1)
             return False
         raise Diverged(
-            f"The loss became {float(loss)} and the gradient's norm {float(norm)} in step "
+            f"The loss became {loss} and the gradient's norm {norm} in step "
             f"{self.step + 1}. The newest checkpoint is good; go on from it with a lower lr"
             + (" or with precision bf16." if self.half else ".")
         )

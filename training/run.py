@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         log.setLevel(logging.INFO)
         return ray_job.main(chosen.spec, chosen.ray)
+    from lcm_lora.training import disk
     from lcm_lora.training.journal import Journal
     from lcm_lora.training.memory import TooLittleMemory
     from lcm_lora.training.processes import Processes
@@ -73,7 +74,8 @@ def main(arguments: list[str]) -> int:
     if not job.is_dir():
         log.error("There is no job description %s.", chosen.spec)
         return 1
-    processes = Processes.join()
+    # Before the description is checked, for what is wrong in it only the first process tells.
+    processes = Processes.join("--cpu" in disk.read_object(chosen.spec).get("host_flags", ()))
     journal = Journal(job) if processes.first and not chosen.dry_run else None
     try:
         return _job(chosen.spec, job, processes, journal, chosen.dry_run)

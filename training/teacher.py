@@ -88,8 +88,8 @@ class Teacher:
         network: the host's UNet, frozen, on `device` in `dtype`.
         schedule: alphas_cumprod on `device`, and the prediction type.
         family: "SD1.5", "SDXL", ... channels: of a latent.
-        uncond: the unconditional input, as `text` gives it: encode("") for SD1 and 2, zeros for
-            the SDXL kinds.
+        uncond: the unconditional input, as `text` gives it but on `device`: encode("") for SD1 and
+            2, zeros for the SDXL kinds.
         styles: the LoRAs baked into the network, as far as it took them, and their strengths.
     """
 
@@ -147,7 +147,7 @@ class Teacher:
         empty = teacher.text("")
         if teacher.has_sizes:
             empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
-        teacher.uncond = empty
+        teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
         return teacher
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor):
@@ -185,13 +185,13 @@ class Teacher:
         Both have the same sizes, as in the reference recipe.
         """
         context = batch["context"].to(self.device)
-        empty = self.uncond["context"].to(self.device)
+        empty = self.uncond["context"]
         windows = context.shape[1] // empty.shape[0]
         cond = {"context": context}
         uncond = {"context": empty.repeat(windows, 1).expand_as(context)}
         if self.has_sizes:
             pooled = batch["pooled"].to(self.device)
-            none = self.uncond["pooled"].to(self.device).expand_as(pooled)
+            none = self.uncond["pooled"].expand_as(pooled)
             cond["y"] = self.sized(pooled, batch["sizes"])
             uncond["y"] = self.sized(none, batch["sizes"])
         return cond, uncond

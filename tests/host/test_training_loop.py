@@ -230,6 +230,30 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     assert all(torch.equal(again[name], plain[name]) for name in plain)
 
 
+def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
+    trained, teacher, latents, toy_checkpoint, tmp_path, monkeypatch
+):
+    from lcm_lora.training.loop import Run
+
+    plain, asked = torch.optim.AdamW, []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, **o: plain(p, **o | {"fused": True}))
+    _, wanted = trained(steps=2)
+    spec = spec_of(tmp_path / "job", toy_checkpoint, steps=2)
+    adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+    pause_after_one = lambda: asked.append(1) or ("pause" if len(asked) == 2 else "")  # noqa: E731
+    try:
+        for outcome in ("pause", "done"):
+            run = Run(
+                spec, tmp_path / "job", teacher, adapter, latents, Processes(), None, None,
+                pause_after_one,
+            )  # fmt: skip
+            assert run.train() == outcome
+        found = adapter.state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    finally:
+        adapter.detach()
+
+
 def test_phased_trains_as_well(trained):
     (_, phased), (_, lcm) = trained(objective="phased", phases=4), trained()
     assert moved(phased).isfinite().all() and moved(phased).abs().max() > 1e-4
