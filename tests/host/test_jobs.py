@@ -212,6 +212,21 @@ def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeyp
     assert load_embed("badhands", spec.embeddings, 768).shape == (2, 768)
 
 
+def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path, monkeypatch):
+    import folder_paths
+    from lcm_lora.training.jobs.host import _given
+
+    given, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
+    for folder in (given, elsewhere):
+        folder.mkdir()
+    (given / "linked").symlink_to(elsewhere)
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(given))
+    assert _given("linked") == str(given / "linked")
+    for name in ("linked/../../elsewhere", "../elsewhere", str(elsewhere), ".", "linked/..", ""):
+        with pytest.raises(ValueError, match="is not inside ComfyUI's input folder"):
+            _given(name)
+
+
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):
     """A host whose loader kills the process, as a driver may."""
     host = tmp_path / "host"

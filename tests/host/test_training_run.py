@@ -293,6 +293,16 @@ def test_no_better_for_long_enough_ends_with_the_best(job):
     assert torch.allclose(torch.stack(ups).float(), torch.stack(found).float(), rtol=1e-2)
 
 
+@pytest.mark.faults
+def test_compiled_blocks_learn_what_plain_ones_learn(job):
+    """With torch's own compiler, which needs one for C++ where there is no GPU."""
+    plain = files.read(done(job("plain", steps=2)))
+    compiled = files.read(done(job("compiled", steps=2, compile=True)))
+    for name, delta in plain.deltas.items():
+        wanted, found = delta.matrix(), compiled.deltas[name].matrix()
+        assert (found - wanted).norm() <= 0.02 * wanted.norm(), name
+
+
 def test_finish_writes_what_there_is(job):
     spec = job(steps=1000, passes=4)
     process = start(spec)

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import time
 
 import pytest
 from lcm_lora.training.jobs import processes, supervisor
+from lcm_lora.training.jobs import store as store_module
 from lcm_lora.training.jobs.beside import IDLE, Beside
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
@@ -244,13 +246,19 @@ def calls_of(server, looks):
     return len(asked)
 
 
-def test_kept_jobs_are_not_read_while_nothing_happens(server):
+def settle(server):
+    for _ in range(2):
+        server.look(0.5)
+        time.sleep(0.1)
+
+
+def test_kept_jobs_are_not_read_while_nothing_happens(server, monkeypatch):
     """At two looks a second no more than a few calls a second, however many jobs are kept."""
+    monkeypatch.setattr(store_module, "SETTLED", 0.05)
     jobs = [server.job("yield", str(number)) for number in range(40)]
     for job in jobs:
         (server.store.path(job) / "status.json").write_text('{"state": "done"}')
-    for _ in range(20):
-        server.look(0.5)
+    settle(server)
     assert 0 < calls_of(server, 20) <= 4 * 10
     server.sent.clear()
     # What is asked by this server or another process is seen at the next look.
@@ -261,8 +269,7 @@ def test_kept_jobs_are_not_read_while_nothing_happens(server):
     server.store.ask(jobs[1], "pause")
     server.look(0.5)
     assert [told["state"] for told in server.sent.pop()] == ["paused"]
-    for _ in range(20):
-        server.look(0.5)
+    settle(server)
     assert calls_of(server, 20) <= 4 * 10
     server.store.ask(jobs[1], "")
     server.look(0.5)
@@ -272,10 +279,10 @@ def test_kept_jobs_are_not_read_while_nothing_happens(server):
     assert server.asked(jobs[1]) == ("pause", True)
 
 
-def test_a_prompt_beside_jobs_that_have_ended_reads_none_of_them(server):
+def test_a_prompt_beside_jobs_that_have_ended_reads_none_of_them(server, monkeypatch):
+    monkeypatch.setattr(store_module, "SETTLED", 0.05)
     job = server.job("yield")
     (server.store.path(job) / "status.json").write_text('{"state": "done"}')
-    for _ in range(20):
-        server.look(0.5)
+    settle(server)
     server.prompts = 1
     assert calls_of(server, 20) <= 4 * 10

@@ -19,7 +19,6 @@ from .store import ACTIVE, Job, Store
 log = logging.getLogger("lcm_lora")
 TICK = 0.5  # seconds between looks
 IDLE = 3.0  # seconds without a prompt, then the jobs come back
-SETTLED = 5.0  # seconds without a change, then only what changes with every job is looked at
 
 
 @dataclass
@@ -42,9 +41,6 @@ class Beside:
     _active: set[str] = field(default_factory=set)
     _busy_at: float = field(default=-1e9)
     _was_busy: bool = False
-    _stamp: tuple = ()
-    _moved_at: float = field(default=-1e9)
-    _is_at_rest: bool = False
 
     def start(self) -> None:
         threading.Thread(target=self._forever, name="lcm_lora jobs", daemon=True).start()
@@ -59,13 +55,10 @@ class Beside:
 
     def look(self, now: float) -> None:
         """One round; now: seconds of a clock that only goes forward."""
+        jobs = self.store.jobs()
         busy = self.prompts() > 0 and not self.waiting
         if busy:
             self._busy_at = now
-        if self._nothing_to_see(now):
-            self._was_busy = busy
-            return
-        jobs = self.store.jobs()
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
         asked = False
         for job in jobs:
@@ -80,20 +73,8 @@ class Beside:
             jobs = self.store.jobs()
         if any(job.waits for job in jobs):
             self.work()
-        self._is_at_rest = not any(job.waits or job.state in ACTIVE for job in jobs)
         self._hand_over([job for job in jobs if not job.remote], busy)
         self._tell(jobs)
-
-    def _nothing_to_see(self, now: float) -> bool:
-        """Whether every job has ended or is paused for good, and nobody has changed one for a
-        while: hundreds of kept jobs are not read again and again, perhaps over a network.
-
-        A while, for a file system may count its times in seconds.
-        """
-        stamp = self.store.stamp()
-        if stamp != self._stamp:
-            self._stamp, self._moved_at = stamp, now
-        return self._is_at_rest and now - self._moved_at > SETTLED
 
     def _hand_over(self, jobs: list[Job], busy: bool) -> None:
         """Asks for the models' memory where a job starts, and when prompts beside one are done."""
@@ -115,7 +96,9 @@ class Beside:
 
     def _may_come_back(self, job: Job) -> bool:
         """Whether it stands aside for this server, or for one that is no more."""
-        return job.forsaken or (job.state == "paused" and job.aside == self._me())
+        if job.state != "paused" or not job.aside:
+            return False
+        return job.forsaken or job.aside == self._me()
 
 
 def _goes(job: Job) -> bool:

@@ -216,9 +216,9 @@ def _data(source: Source) -> Data:
 
 
 def _given(name: str) -> str:
-    """Path of what a user put into the host's input folder."""
-    base = Path(folder_paths.get_input_directory()).resolve()
-    path = (base / name).resolve()
+    """Path of what a user put into the host's input folder, a link to elsewhere perhaps."""
+    base = Path(os.path.abspath(folder_paths.get_input_directory()))
+    path = Path(os.path.normpath(base / name))
     if not name.strip() or not path.is_relative_to(base) or path == base:
         raise ValueError(f"{name!r} is not inside ComfyUI's input folder, where it must lie.")
     if not path.exists():

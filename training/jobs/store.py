@@ -34,6 +34,7 @@ from . import ray_job
 from .processes import alive
 
 CHANGED = ".changed"
+SETTLED = 5.0  # seconds without a change, for a file system may count its times in seconds
 LONGEST = 20.0  # seconds to wait for another process's change
 POLICIES = ("yield", "exclusive", "share")
 ACTIVE = ("preparing", "running", "stopping")
@@ -119,6 +120,10 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = folder
         self._seen: dict[str, tuple[tuple, Job]] = {}
+        self._listed: list[Job] = []
+        self._is_at_rest = False
+        self._stamp: tuple = ()
+        self._moved_at = 0.0
 
     def path(self, job: str) -> Path:
         """The folder of a job. Raises ValueError for what is no id, NoJob for one unknown."""
@@ -174,21 +179,33 @@ class Store:
                 )
 
     def jobs(self) -> list[Job]:
-        """Every job: active ones, then the queue in its order, then the others, newest first."""
+        """Every job: active ones, then the queue in its order, then the others, newest first.
+
+        Where all have ended or are paused for good and nobody has changed one for a while, this
+        costs two calls of the file system, however many are kept.
+        """
+        # Another one when a job comes, goes or is asked something, or a supervisor starts or ends.
+        stamp = _stamps(self.folder, (".", CHANGED))
+        if stamp != self._stamp:
+            self._stamp, self._moved_at = stamp, time.monotonic()
+        elif self._is_at_rest and time.monotonic() - self._moved_at > SETTLED:
+            return list(self._listed)
         seen = {}
         for path in self._folders():
             with suppress(NoJob):  # it was deleted meanwhile
                 seen[path.name] = self._read(path)
         self._seen = seen  # at once, for other threads look too
-        found = [job for _, job in seen.values()]
+        jobs = [job for _, job in seen.values()]
         waiting = ("queued", "lost")
         rank = {**dict.fromkeys(ACTIVE, 0), **dict.fromkeys(waiting, 1)}
-        return sorted(
-            found,
+        jobs.sort(
             key=lambda job: (
                 rank.get(job.state, 2), job.order if job.state in waiting else -job.created
-            ),
-        )  # fmt: skip
+            )
+        )
+        self._is_at_rest = not any(job.waits or job.state in ACTIVE for job in jobs)
+        self._listed = jobs
+        return list(jobs)
 
     def job(self, identifier: str) -> Job:
         """Raises as `path` does."""
@@ -266,11 +283,6 @@ class Store:
                 taken += sum(file.stat().st_size for file in files if file.is_file())
                 if number >= keep or taken > room:
                     self.delete(job.id)
-
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a job comes, goes or is asked something, and when a supervisor starts or
-        ends; what a trainer writes does not change it. Two calls of the file system."""
-        return _stamps(self.folder, (".", CHANGED))
 
     def _folders(self) -> Iterator[Path]:
         if not self.folder.is_dir():
