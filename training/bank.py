@@ -214,11 +214,12 @@ class Bank:
     """A complete bank. Rows are numbered without the skipped examples, of which `skipped` has the
     names and reasons.
 
-    Raises ValueError where a file is missing or has another size than was written.
+    Raises ValueError where a file is missing or has another size than was written, and OSError
+    where the disk fails.
     """
 
     def __init__(self, folder: Path):
-        index = disk.read_json(folder / INDEX)
+        index = disk.read_surely(folder / INDEX)
         if index is None:
             raise ValueError(f"{folder} holds no complete latent bank.")
         self.folder, self.texts = folder, Texts(folder)

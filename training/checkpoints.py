@@ -88,8 +88,8 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
 
 
 def _torn(path: Path) -> str:
-    """Why a checkpoint cannot be used; empty for a whole one."""
-    manifest = disk.read_json(path / MANIFEST)
+    """Why a checkpoint cannot be used; "" for a whole one. Raises OSError where the disk fails."""
+    manifest = disk.read_surely(path / MANIFEST)
     if not isinstance(manifest, dict):
         return f"it has no {MANIFEST}"
     for name, told in manifest.items():

@@ -50,11 +50,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """The parsed file, or None where it is not there or torn."""
+def read_surely(path: Path) -> Any:
+    """The parsed file, or None where it is not there or torn. Raises OSError where the disk fails:
+    for those who would write it anew, or give up what it stands for."""
     try:
         return json.loads(patiently(path.read_text, encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None where it is not there, torn, or cannot be read just now."""
+    try:
+        return read_surely(path)
+    except OSError:
         return None
 
 

@@ -69,7 +69,7 @@ def write(
 
 def finished(job: Path, output: Path) -> bool:
     """Whether this job has written its result and it is still there."""
-    told = disk.read_json(job / "result.json")
+    told = disk.read_surely(job / "result.json")
     return told is not None and output.is_file() and disk.sha256(output) == told["sha256"]
 
 

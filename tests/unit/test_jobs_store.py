@@ -412,7 +412,6 @@ def test_what_cannot_be_read_is_not_written_anew(store, tmp_path, monkeypatch):
         return read_text(path, *_, **__)
 
     monkeypatch.setattr(Path, "read_text", fails)
-    monkeypatch.setattr(Path, "read_bytes", fails)
     with pytest.raises(OSError, match="Input/output"):
         store.ask(job, "pause")
     monkeypatch.undo()

@@ -73,6 +73,26 @@ def test_folders_and_files_that_go_are_waited_for_too(tmp_path, monkeypatch, nam
     assert refused
 
 
+def test_what_cannot_be_read_is_not_taken_for_torn(tmp_path, monkeypatch):
+    """The newest checkpoint would be passed over, and a whole bank called incomplete."""
+    from lcm_lora.training import bank, checkpoints
+
+    for step in (1, 2):
+        checkpoints.save(tmp_path, checkpoints.Checkpoint(step, {}, {}, {}))
+    (tmp_path / bank.INDEX).write_text("{}")
+
+    def fails(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "read_text", fails)
+        for read in (checkpoints.newest, bank.Bank):
+            with pytest.raises(OSError, match="Input/output"):
+                read(tmp_path)
+        assert disk.read_json(tmp_path / bank.INDEX) is None
+    assert checkpoints.newest(tmp_path).step == 2
+
+
 def test_what_no_encoder_takes_is_written_as_json_has_it(tmp_path):
     disk.replace(tmp_path / "a.json", json.dumps({"name": "caf\udce9"}, ensure_ascii=False))
     assert disk.read_json(tmp_path / "a.json") == {"name": "caf\udce9"}

@@ -332,11 +332,8 @@ class Store:
     def _control(self, path: Path) -> dict:
         """control.json to be changed: where it is there and cannot be read, that is an OSError and
         not an empty one, which would then be written."""
-        file = path / "control.json"
-        control = disk.read_object(file)
-        if not control and file.exists():
-            file.read_bytes()
-        return control
+        control = disk.read_surely(path / "control.json")
+        return control if isinstance(control, dict) else {}
 
     def _write_control(self, path: Path, control: dict) -> None:
         disk.replace(path / "control.json", json.dumps(control))
