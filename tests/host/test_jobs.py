@@ -212,6 +212,32 @@ def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeyp
     assert load_embed("badhands", spec.embeddings, 768).shape == (2, 768)
 
 
+def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
+    comfy, store, toy_checkpoint, monkeypatch
+):
+    import folder_paths
+    from lcm_lora.nodes.distill import LCMDistill, LCMDistillData
+    from lcm_lora.training.jobs import host
+
+    monkeypatch.setattr(host, "store", lambda: store)
+    monkeypatch.setattr(host, "work", lambda: None)
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda _: ["toy.safetensors"])
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda *_: str(toy_checkpoint))
+
+    def ordered(prompts):
+        source = {"source": "prompts", "prompts": prompts, "count": 4, "draw_steps": 2}
+        (data,) = LCMDistillData.execute(source, 64).args
+        return LCMDistill.execute(
+            data=data, style_lora="none", checkpoint="toy.safetensors", name="made", steps=2
+        ).args[0]
+
+    identifier = ordered("a bag\na dress")
+    spec = json.loads((store.path(identifier) / "spec.json").read_text())
+    assert spec["data"]["prompts"] == ["a bag", "a dress"] and spec["steps"] == 2
+    with pytest.raises(ValueError, match="prompts holds half of a character .* in line 2"):
+        ordered("a bag\na \ud83d")
+
+
 def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path, monkeypatch):
     import folder_paths
     from lcm_lora.training.jobs.host import _given
