@@ -105,8 +105,8 @@ def find(path: Path) -> DataSet:
     files, skipped = ([path], []) if is_tar else disk.files_under(path)
     if zipped := [file.name for file in files if file.name.lower().endswith(ZIPPED)]:
         raise ValueError(
-            f"{zipped[0]} is a compressed tar, out of which single pictures cannot be read. Unpack "
-            "it to a plain .tar with gunzip."
+            f"{shown(zipped[0])} is a compressed tar, out of which single pictures cannot be read. "
+            "Unpack it to a plain .tar with gunzip."
         )
     unused: list[tuple[str, str]] = []
     shards = [file for file in files if file.suffix.lower() == ".tar"]

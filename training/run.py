@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DISK_FULL = 75
 PATIENCE = 60.0  # seconds to wait for memory
+LISTED = 1000  # unused files that the log names
 NICE = 10  # a job on the processor leaves it to the prompts
 _held: list = []  # locks of the devices
 log = logging.getLogger("lcm_lora")
@@ -214,8 +215,10 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     from lcm_lora.training.watch import Samples
 
     source = sources.source(spec, teacher)
-    for name, reason in source.unused if processes.first else ():
+    for name, reason in source.unused[:LISTED] if processes.first else ():
         log.warning("not used: %s: %s", name, reason)
+    if processes.first and len(source.unused) > LISTED:
+        log.warning("not used: %d more", len(source.unused) - LISTED)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
     if dry_run:
         print(plan(spec, teacher, adapter, len(source)))  # noqa: T201 (the plan is asked for)

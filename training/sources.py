@@ -39,7 +39,7 @@ class Drawn:
         self.spec = spec
         self.cfg = sum(spec.guidance) / len(spec.guidance)
         reason = f"count is {len(self)}, a prompt each"
-        self.unused = [(prompt, reason) for prompt in self.prompts[len(self) :]]
+        self.unused = [(prompt[:60], reason) for prompt in self.prompts[len(self) :]]
 
     def __len__(self) -> int:
         return self.spec.data.count
