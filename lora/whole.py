@@ -49,7 +49,9 @@ def patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             return call(*arguments, **options)
         except OSError as error:
-            if getattr(error, "winerror", None) not in IN_USE or time.monotonic() > until:
+            on_windows = os.name == "nt" and isinstance(error, PermissionError)
+            in_use = on_windows or getattr(error, "winerror", None) in IN_USE
+            if not in_use or time.monotonic() > until:
                 raise
         time.sleep(0.02)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..samplers.noise import picture_seed
 from .bank import Unreadable
 from .captioned import Captioned, find
+
+log = logging.getLogger("lcm_lora")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,11 @@ def _opened(source: Captioned) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _rgb(Image.open(io.BytesIO(data)))
+            image = Image.open(io.BytesIO(data))
+            # A camera's MPO has previews beside its picture, and a PSD the layers of its own.
+            if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+                log.warning("only the first frame is used of %s", source.name)
+            return _rgb(image)
     except UnidentifiedImageError:
         raise Unreadable(f"{source.name}: this is no picture that Pillow can read.") from None
     except MemoryError:

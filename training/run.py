@@ -76,7 +76,8 @@ def main(arguments: list[str]) -> int:
         log.error("There is no job description %s.", chosen.spec)
         return 1
     # Before the description is checked, for what is wrong in it only the first process tells.
-    processes = Processes.join("--cpu" in disk.read_object(chosen.spec).get("host_flags", ()))
+    flags = disk.read_object(chosen.spec).get("host_flags")
+    processes = Processes.join(isinstance(flags, list) and "--cpu" in flags)
     journal = Journal(job) if processes.first and not chosen.dry_run else None
     try:
         return _job(chosen.spec, job, processes, journal, chosen.dry_run)

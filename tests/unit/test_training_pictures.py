@@ -283,6 +283,16 @@ def test_every_format_of_pillow_is_read(tmp_path, suffix):
     assert (pixels - wanted).abs().mean() < 0.1  # a GIF has 256 colours, a JPEG is lossy
 
 
+def test_frames_that_are_not_used_are_named(tmp_path, caplog):
+    for name, more in (("film", [gradient(64, 64, "L")]), ("still", [])):
+        with open(tmp_path / f"{name}.gif", "wb") as file:
+            gradient(64, 64).save(file, "GIF", save_all=True, append_images=more)
+        (tmp_path / f"{name}.txt").write_text(name)
+    pictures = Pictures(tmp_path, 64, flip=False)
+    assert all(pictures.example(number).pixels.shape == (64, 64, 3) for number in range(2))
+    assert caplog.messages == ["only the first frame is used of film.gif"]
+
+
 def test_no_ending_is_taken_that_pillow_knows_by_name_only():
     assert {".gif", ".tif", ".psd"} <= set(picture_suffixes())
     assert not {".h5", ".grib", ".mpg", ".pdf", ".txt", ".tar", ".json"} & set(picture_suffixes())

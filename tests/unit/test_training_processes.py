@@ -29,7 +29,7 @@ def test_tensors_of_either_kind_have_a_way(monkeypatch, cuda, nccl, on_cpu, back
     assert (chosen, devices) == ([backend], device)
 
 
-@pytest.mark.parametrize(("flags", "on_cpu"), [(["--cpu"], True), (["--lowvram"], False)])
+@pytest.mark.parametrize(("flags", "on_cpu"), [(["--cpu"], True), ([], False), (None, False)])
 def test_a_job_on_the_processor_says_so_before_it_joins(tmp_path, monkeypatch, flags, on_cpu):
     asked = []
 

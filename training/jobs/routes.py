@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from filelock import Timeout
 from server import PromptServer
 
 from .. import disk
@@ -82,8 +83,8 @@ def _response(handler: Callable[[], Any]) -> web.Response:
         found = handler()
     except NoJob as error:
         return _error(404, str(error))
-    except Busy as error:
-        return _error(503, str(error))
+    except (Busy, Timeout):
+        return _error(503, str(Busy()))
     except ValueError as error:
         return _error(400, str(error))
     except Exception as error:
