@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +10,10 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
-from . import disk
+from . import captions, disk
 from .disk import shown
 
 USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CAPTIONS = (".txt", ".caption", ".json")  # the first of them that lies beside a picture is taken
-TABLES = {
-    "metadata.jsonl": '{"file_name": "a.png", "text": "a caption"}',
-    "metadata.csv": "file_name,text",
-}
-COLUMNS = ("text", "caption")  # of a table, or keys of a .json file
 ZIPPED = (".tar.gz", ".tgz")
 NAMED = 3  # how many faulty files a message names
 
@@ -31,7 +22,6 @@ UNKNOWN = "no picture that Pillow reads, no caption and no tar"
 ALONE = "no picture has its name"
 SECOND = "another caption of its picture is taken"
 TWICE = "another picture or caption of its sample is taken"
-REPEATED = "a later line names its picture again"
 
 
 @dataclass(frozen=True)
@@ -134,17 +124,6 @@ def summary(unused: list[tuple[str, str]]) -> str:
     return f"Not used: {len(unused)} of what is there: {'; '.join(parts)}."
 
 
-def decoded(data: bytes, name: str) -> str:
-    """A text file's contents. Raises ValueError with the line that is not UTF-8."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{name} is not UTF-8 text (line {line}): save it as UTF-8."
-        ) from None
-
-
 def _folder(
     root: Path, files: list[Path], skipped: list[tuple[Path, str]], unused: list[tuple[str, str]]
 ) -> list[Captioned]:
@@ -153,23 +132,23 @@ def _folder(
     def name(file: Path) -> str:
         return shown(file.relative_to(root).as_posix())
 
-    tables = [file for file in files if file.name.lower() in TABLES]
+    tables = [file for file in files if file.name.lower() in captions.TABLES]
     listed: dict[Path, str] = {}
     for table in tables:
-        listed |= _table(table, name(table), unused)
+        listed |= captions.table(table, name(table), unused)
     texts: dict[Path, list[Path]] = {}
     for file in files:
-        if file.suffix.lower() in CAPTIONS:
+        if file.suffix.lower() in captions.SUFFIXES:
             texts.setdefault(file.with_suffix(""), []).append(file)
     pictures = {file for file in files if file.suffix.lower() in picture_suffixes()} | set(listed)
     found, missing, taken = [], [], set()
     for picture in sorted(pictures):
         caption = listed.get(picture, "").strip()
         beside = texts.get(picture.with_suffix(""), [])
-        if not caption and beside:
-            text = min(beside, key=lambda file: (CAPTIONS.index(file.suffix.lower()), file))
-            taken.add(text)
-            caption = _caption(text.read_bytes(), text.suffix, name(text)).strip()
+        for text in sorted(beside, key=lambda file: captions.SUFFIXES.index(file.suffix.lower())):
+            if not caption:
+                taken.add(text)
+                caption = captions.caption(text.read_bytes(), text.suffix, name(text)).strip()
         if not caption:
             missing.append(name(picture))
             continue
@@ -180,97 +159,11 @@ def _folder(
     for file in files:
         if file in taken or file in pictures or file in tables:
             continue
-        is_caption = file.suffix.lower() in CAPTIONS
+        is_caption = file.suffix.lower() in captions.SUFFIXES
         beside = file.with_suffix("") in stems
         unused.append((name(file), (SECOND if beside else ALONE) if is_caption else UNKNOWN))
     unused += [(name(file), reason) for file, reason in skipped if file not in pictures]
     return found
-
-
-def _table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, str]:
-    """Picture -> caption out of a metadata.jsonl or metadata.csv."""
-    captions: dict[Path, str] = {}
-    lines: dict[Path, int] = {}
-    form = TABLES[file.name.lower()]
-    rows = _json_lines if file.suffix.lower() == ".jsonl" else _csv_rows
-    for number, row in rows(decoded(file.read_bytes(), name)):
-        picture_name = row.get("file_name") if isinstance(row, dict) else None
-        texts = _texts(row)
-        if not isinstance(picture_name, str) or not texts or "\0" in picture_name:
-            raise ValueError(
-                f"Line {number} of {name} is not of the form {form}, with text or caption: "
-                f"{str(row)[:80]!r}"
-            )
-        picture = file.parent / picture_name
-        # By its name alone: in a Hugging Face download the pictures themselves are links.
-        if Path(picture_name).is_absolute() or ".." in Path(picture_name).parts:
-            raise ValueError(f"Line {number} of {name} leaves its folder: {picture_name!r}.")
-        if not picture.is_file():
-            raise ValueError(
-                f"Line {number} of {name} names {picture_name!r}, which is not there."
-            )
-        if picture in captions:
-            unused.append((f"line {lines[picture]} of {name}", REPEATED))
-        caption = next(filter(str.strip, texts), "")
-        captions[picture] = _valid(caption, f"Line {number} of {name}")
-        lines[picture] = number
-    return captions
-
-
-def _json_lines(text: str) -> Iterator[tuple[int, object]]:
-    """(number of the line, what it holds); a line that is no JSON as it is."""
-    # Not splitlines(), which would also cut at the U+2028 that a JSON string may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = line
-            yield number, row
-
-
-def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
-    """(number of its last line, column -> cell) of each row; what is no row as its error."""
-    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try:
-        for row in rows:
-            yield rows.line_num, row if "file_name" in row else ",".join(rows.fieldnames or ())
-    except csv.Error as error:
-        yield rows.reader.line_num, str(error)
-
-
-def _texts(entry: object) -> list[str]:
-    """The captions that a row of a table, or a .json file, holds."""
-    columns = [entry.get(column) for column in COLUMNS] if isinstance(entry, dict) else []
-    return [text for text in columns if isinstance(text, str)]
-
-
-def _caption(data: bytes, suffix: str, name: str) -> str:
-    """The caption that a file holds, "" where there is none in it."""
-    text = decoded(data, name)
-    if suffix.lower() != ".json":
-        return text
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{name} is no JSON object.")
-    if (wrong := [k for k in COLUMNS if not isinstance(entry.get(k, ""), str | None)]):
-        raise ValueError(f'{name}: its "{wrong[0]}" is no text: {entry[wrong[0]]!r:.80}')
-    return _valid(next(filter(str.strip, _texts(entry)), ""), name)
-
-
-def _valid(text: str, where: str) -> str:
-    """A text out of JSON, which may hold half of a character that no file and no encoder takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {text[error.start]!a} is half of a character and no valid Unicode. Write "
-            "the text anew."
-        ) from None
-    return text
 
 
 def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
@@ -291,7 +184,7 @@ def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
                     continue
                 if file_name.startswith("."):
                     unused.append((name(member), HIDDEN))
-                elif not member.isfile() or suffix not in (*CAPTIONS, *picture_suffixes()):
+                elif not member.isfile() or suffix not in (*captions.SUFFIXES, *picture_suffixes()):
                     unused.append((name(member), UNKNOWN))
                 else:
                     parts = samples.setdefault(f"{folder}/{key}", {})
@@ -303,24 +196,23 @@ def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
     missing, pictures = [], 0
     with open(path, "rb") as file:
         for parts in samples.values():
-            picture, text = (
-                next((parts[suffix] for suffix in suffixes if suffix in parts), None)
-                for suffixes in (picture_suffixes(), CAPTIONS)
-            )
+            picture = next(filter(None, map(parts.get, picture_suffixes())), None)
             if picture is None:
                 unused += [(name(member), ALONE) for member in parts.values()]
                 continue
-            unused += [(name(m), TWICE) for m in parts.values() if m not in (picture, text)]
             pictures += 1
-            caption = ""
-            if text is not None:
-                file.seek(text.offset_data)
-                caption = _caption(file.read(text.size), Path(text.name).suffix, name(text))
-            if not caption.strip():
+            caption, taken = "", [picture]
+            for suffix in captions.SUFFIXES:
+                if not caption and (text := parts.get(suffix)):
+                    taken.append(text)
+                    file.seek(text.offset_data)
+                    caption = captions.caption(file.read(text.size), suffix, name(text)).strip()
+            unused += [(name(part), TWICE) for part in parts.values() if part not in taken]
+            if not caption:
                 missing.append(name(picture))
                 continue
             yield Captioned(
-                name(picture), caption.strip(), (stat.st_size, stat.st_mtime_ns), path,
+                name(picture), caption, (stat.st_size, stat.st_mtime_ns), path,
                 picture.offset_data, picture.size,
             )  # fmt: skip
     _none_missing(missing, pictures)

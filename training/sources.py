@@ -14,7 +14,7 @@ import torch
 
 from ..samplers.noise import picture_seed
 from . import bank
-from .captioned import decoded
+from .captions import decoded
 from .disk import shown
 from .memory import in_parts
 from .pictures import Example, Pictures

@@ -316,6 +316,16 @@ def test_a_caption_is_taken_wherever_tools_put_it(tmp_path, name, text):
     assert [picture.caption for picture in found] == ["x"] and not found.unused
 
 
+def test_the_next_caption_is_taken_where_the_first_is_empty(tmp_path):
+    picture = encoded(gradient(8, 8))
+    files = {"a.png": picture, "a.txt": b" \n", "a.caption": b"x", "a.json": b"no JSON at all"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert [picture.caption for picture in find(tmp_path)] == ["x"]
+    shard(tmp_path / "s.tar", files)
+    assert [picture.caption for picture in find(tmp_path / "s.tar")] == ["x"]
+
+
 def test_a_csv_is_read_as_python_writes_it(tmp_path):
     captions = ['a "quoted", one', "two\nlines", "ein Bär"]
     with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as file:
