@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
+IN_USE = 5, 32, 33  # Windows: access denied, sharing violation, lock violation
+PATIENCE = 2.0  # seconds
 
 
 def temporary_beside(path: Path) -> Path:
@@ -28,10 +32,28 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        patiently(temporary.unlink, missing_ok=True)
+
+
+def patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a call gives; tried again for 2 s where Windows says that a file is in use.
+
+    There a file that another process has open, a reader or a virus scanner, can be neither replaced
+    nor removed. Raises OSError as the call does.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return call(*arguments, **options)
+        except OSError as error:
+            on_windows = os.name == "nt" and isinstance(error, PermissionError)
+            in_use = on_windows or getattr(error, "winerror", None) in IN_USE
+            if not in_use or time.monotonic() > until:
+                raise
+        time.sleep(0.02)
 
 
 def sync(path: Path) -> None:

@@ -90,8 +90,8 @@ def _folder() -> io.Input:
         "folder",
         default="my pictures",
         tooltip=(
-            "A folder in ComfyUI's input folder: pictures with a .txt each or a metadata.jsonl, "
-            "or WebDataset tars."
+            "A folder in ComfyUI's input folder: pictures with a .txt or .caption each or a "
+            "metadata.jsonl or .csv, or WebDataset tars."
         ),
     )
 
@@ -287,7 +287,7 @@ class LCMDistill(io.ComfyNode):
     @classmethod
     def execute(cls, data: dict, style_lora: str, **settings) -> io.NodeOutput:
         style = "" if style_lora == NONE else style_lora
-        source = build(host.Source, data, "LCM_DATA")
-        job, new = host.start(host.Order(data=source, style_lora=style, **settings))
+        order = {"data": data, "style_lora": style, **settings}
+        job, new = host.start(build(host.Order, order, "the order"))
         show("Queued" if new else "This job is there already")
         return io.NodeOutput(job)

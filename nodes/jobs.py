@@ -20,7 +20,7 @@ from ..lora.wire import to_wire
 from ..training import checkpoints, spec
 from ..training.export import vector, with_styles
 from ..training.jobs import host, metrics, ray_job
-from ..training.jobs.store import Job
+from ..training.jobs.store import Job, NoJob
 from ..training.spec import StyleLoRA
 from .chart import chart
 from .distill import CATEGORY, LCMJob
@@ -132,7 +132,7 @@ def _style(lora: StyleLoRA) -> tuple[Vector, float]:
 def _found(job: str) -> Job:
     try:
         return host.store().job(job)
-    except KeyError:
+    except NoJob:
         raise ValueError(f"There is no distillation job {job}: it was deleted.") from None
 
 

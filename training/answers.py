@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ..lora.whole import patiently
 from .spec import Spec
 from .tensors import save
 
@@ -47,7 +48,7 @@ class Answers:
         """Removes the files of earlier steps, which no later pass uses."""
         for file in self.folder.glob(f"{self.rank}-*.safetensors"):
             if int(file.stem.partition("-")[2]) < step:
-                file.unlink()
+                patiently(file.unlink)
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{self.rank}-{step}.safetensors"

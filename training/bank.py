@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from .tensors import save
 log = logging.getLogger("lcm_lora")
 VERSION = 2
 ROWS, TEXTS = 16, 64  # in a file; also what an interrupted build loses at most
+OPEN = 64  # files of rows, and of texts, that stay open
 INDEX = "index.json"
 
 
@@ -81,7 +83,8 @@ def build(
     encode: a caption's text embeddings; after_texts is called when no more of them are wanted.
     progress(what, done, of) is called first and after each file, between() before each call of a
     network: what it raises ends the build, and the files that are whole stay. Raises ValueError
-    when more than `skip_limit` of the examples cannot be used, or when the latents are not finite.
+    when more than `skip_limit` of the examples cannot be used, or when latents or texts are not
+    finite in half precision.
     """
     if (folder / INDEX).exists():
         return
@@ -93,7 +96,7 @@ def build(
         return encode(unique[number])
 
     _files(folder, "texts", len(unique), TEXTS, processes, progress, lambda numbers: _texts(
-        numbers, [text(number) for number in numbers]
+        numbers, [unique[n] for n in numbers], [text(n) for n in numbers]
     ))  # fmt: skip
     after_texts()
     processes.wait()
@@ -126,13 +129,26 @@ def _files(folder, kind, count, size, processes, progress, make) -> None:
         progress(kind, min(count, (number + 1) * size), count)
 
 
-def _texts(numbers: range, texts: list[dict[str, torch.Tensor]]):
-    tensors = {
-        f"{number}.{name}": tensor.half().contiguous()
-        for number, text in zip(numbers, texts, strict=True)
-        for name, tensor in text.items()
-    }
+def _texts(numbers: range, captions: list[str], texts: list[dict[str, torch.Tensor]]):
+    tensors: dict[str, torch.Tensor] = {}
+    for number, caption, text in zip(numbers, captions, texts, strict=True):
+        for name, tensor in text.items():
+            half = tensor.half().contiguous()
+            if not half.isfinite().all():
+                raise ValueError(
+                    f"The text encoder's answer to {caption[:60]!r} {_wrong(tensor)}. A text "
+                    "encoder in half precision is the usual cause: start ComfyUI with "
+                    "--fp32-text-enc; or its weights are damaged, as an embedding's may be."
+                )
+            tensors[f"{number}.{name}"] = half
     return tensors, {}
+
+
+def _wrong(tensor: torch.Tensor) -> str:
+    """What is wrong with numbers that half precision does not hold."""
+    if not tensor.isfinite().all():
+        return "is not finite"
+    return f"is not finite in half precision: it reaches {float(tensor.abs().max()):.3g} of 65504"
 
 
 def _rows(numbers: range, found: list[Row | Unreadable], caption_of: list[int]):
@@ -140,14 +156,14 @@ def _rows(numbers: range, found: list[Row | Unreadable], caption_of: list[int]):
     skipped = [str(row) for row in found if isinstance(row, Unreadable)]
     for reason in skipped:
         log.warning("skipped: %s", reason)
-    for number, row in used:
-        if not row.latent.isfinite().all():
+    tensors = {str(i): row.latent.half().contiguous() for i, (_, row) in enumerate(used)}
+    for half, (number, row) in zip(tensors.values(), used, strict=True):
+        if not half.isfinite().all():
             raise ValueError(
-                f"The latent of example {number} is not finite. A VAE in half precision is the "
-                "usual cause (SDXL's overflows in fp16): start ComfyUI with --fp32-vae or "
+                f"The latent of example {number} {_wrong(row.latent)}. A VAE in half precision is "
+                "the usual cause (SDXL's overflows in fp16): start ComfyUI with --fp32-vae or "
                 "--bf16-vae. For latents that the teacher draws, precision bf16 or fp32 helps."
             )
-    tensors = {str(i): row.latent.half().contiguous() for i, (_, row) in enumerate(used)}
     tensors["sizes"] = torch.tensor([row.sizes for _, row in used], dtype=torch.int32).view(-1, 6)
     tensors["captions"] = torch.tensor([caption_of[n] for n, _ in used], dtype=torch.int32)
     tensors["numbers"] = torch.tensor([n for n, _ in used], dtype=torch.int32)
@@ -176,36 +192,41 @@ def _finish(folder: Path, count: int, captions: list[str], skip_limit: float) ->
     disk.replace(folder / INDEX, json.dumps(index, ensure_ascii=False))
 
 
+def _opener(folder: Path) -> Callable[[str], Any]:
+    """Opens a folder's safetensors files by name, and keeps the OPEN that were used last: a bank of
+    a million rows has more files than a process may map."""
+    return lru_cache(OPEN)(lambda name: safe_open(folder / name, framework="pt"))
+
+
 class Texts:
     """Text embeddings by number of the caption: {"context": [L, D], "pooled": [P]}, float32."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self._open: dict[int, Any] = {}
+        self._opened = _opener(folder)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        file = self._open.get(number // TEXTS)
-        if file is None:
-            path = self.folder / f"texts-{number // TEXTS:05d}.safetensors"
-            file = self._open[number // TEXTS] = safe_open(path, framework="pt")
+        file = self._opened(f"texts-{number // TEXTS:05d}.safetensors")
         names = [name for name in ("context", "pooled") if f"{number}.{name}" in file.keys()]
         return {name: file.get_tensor(f"{number}.{name}").float() for name in names}
 
 
 class Bank:
-    """A complete bank. Rows are numbered without the skipped examples.
+    """A complete bank. Rows are numbered without the skipped examples, of which `skipped` has the
+    names and reasons.
 
-    Raises ValueError where a file is missing or has another size than was written.
+    Raises ValueError where a file is missing or has another size than was written, and OSError
+    where the disk fails.
     """
 
     def __init__(self, folder: Path):
-        index = disk.read_json(folder / INDEX)
+        index = disk.read_surely(folder / INDEX)
         if index is None:
             raise ValueError(f"{folder} holds no complete latent bank.")
         self.folder, self.texts = folder, Texts(folder)
         self.shapes: list[tuple[int, ...]] = []
+        self.skipped: list[str] = index["skipped"]
         self._where: list[tuple[str, int]] = []
-        self._open: dict[str, Any] = {}
+        self._opened = _opener(folder)
         for name, told in index["rows"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != told["bytes"]:
@@ -227,13 +248,10 @@ class Bank:
         latents, sizes, texts = [], [], []
         for row in rows:
             name, at = self._where[row]
-            if name not in self._open:
-                file = safe_open(self.folder / name, framework="pt")
-                self._open[name] = file, file.get_tensor("sizes"), file.get_tensor("captions")
-            file, all_sizes, captions = self._open[name]
+            file = self._opened(name)
             latents.append(file.get_tensor(str(at)).float())
-            sizes.append(all_sizes[at])
-            texts.append(self.texts[int(captions[at])])
+            sizes.append(file.get_slice("sizes")[at])
+            texts.append(self.texts[int(file.get_slice("captions")[at])])
         return torch.stack(latents), {"sizes": torch.stack(sizes), **together(texts)}
 
 

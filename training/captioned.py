@@ -1,17 +1,27 @@
-"""Pictures with their captions: in a folder as text files or metadata.jsonl, or in tar shards."""
+"""Pictures with their captions: in a folder as text files or a table, or in tar shards."""
 
 from __future__ import annotations
 
-import io
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from PIL import Image, ImageFile
+
+from . import captions, disk
+from .disk import shown
+
+USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ZIPPED = (".tar.gz", ".tgz")
 NAMED = 3  # how many faulty files a message names
+
+HIDDEN = "hidden: the name begins with a dot"
+UNKNOWN = "no picture that Pillow reads, no caption and no tar"
+ALONE = "no picture has its name"
+SECOND = "another caption of its picture is taken"
+TWICE = "another picture or caption of its sample is taken"
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,8 @@ class Captioned:
     """One picture that is not opened yet.
 
     Attributes:
-        name: for messages, relative to what the user named.
-        caption: never empty.
+        name: for messages, relative to what the user named; valid Unicode.
+        caption: never empty, valid Unicode.
         stamp: changes with the file: its size and time of change.
         file, offset, size: where its bytes lie; size None means to the file's end.
     """
@@ -38,155 +48,185 @@ class Captioned:
             return file.read(-1 if self.size is None else self.size)
 
 
-def _is_shown(file: Path) -> bool:
-    """Not one of the `._name` files that macOS puts beside each file, nor in a hidden folder."""
-    return not any(part.startswith(".") for part in file.parts)
+class DataSet(list[Captioned]):
+    """The captioned pictures of a folder or tar, by name.
 
-
-def find(path: Path) -> list[Captioned]:
-    """Every captioned picture of a folder or tar, by name.
-
-    Folder: Hugging Face's imagefolder layout, with `<stem>.txt` beside each picture or a
-    metadata.jsonl of {"file_name", "text"}, tar shards, or both. Tar: a WebDataset shard,
-    whose members belong together up to the first dot of their file name, with a .txt, or a .json
-    with "caption" or "text". Raises ValueError when there is no picture, when a caption is missing,
-    empty or not UTF-8, and for a broken metadata.jsonl or tar.
+    unused: (name, reason) of everything else that lies there.
     """
-    one = path.is_file() and path.name.lower().endswith((".tar", *ZIPPED))
-    if not one and not path.is_dir():
-        raise ValueError(f"There is no folder and no tar file {path}.")
-    inside = path.rglob("*") if not one else ()
-    shown = (file for file in inside if _is_shown(file.relative_to(path)) and file.is_file())
-    files = [path] if one else sorted(shown)
+
+    def __init__(self, pictures: list[Captioned], unused: list[tuple[str, str]]):
+        super().__init__(pictures)
+        self.unused = unused
+
+
+@cache
+def picture_suffixes() -> tuple[str, ...]:
+    """The endings of the formats that Pillow reads, the usual ones first.
+
+    Without those that it only knows the name of: a "stub" needs another program, and of a film it
+    reads the size alone.
+    """
+    Image.init()
+    readers = {kind: reader for kind, (reader, _) in Image.OPEN.items() if kind != "MPEG"}
+    stubs = {
+        kind for kind, reader in readers.items()
+        if isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
+    }  # fmt: skip
+    endings = {
+        ending for ending, kind in Image.registered_extensions().items() if kind in readers
+        and kind not in stubs
+    }  # fmt: skip
+    return (*USUAL, *sorted(endings - set(USUAL)))
+
+
+def find(path: Path) -> DataSet:
+    """Every captioned picture of a folder or tar, by name, and what else lies there.
+
+    Folder: a caption beside each picture (`<stem>.txt`, `.caption`, or a `.json` with "text" or
+    "caption"), Hugging Face's imagefolder layout with a metadata.jsonl or metadata.csv of
+    "file_name" and "text" or "caption", tar shards, or all of these. Linked folders are followed.
+    Tar: a WebDataset shard, whose members belong together up to the first dot of their file name.
+    Raises ValueError when there is no picture, when a caption is missing, empty or not valid
+    Unicode, and for a broken table or tar.
+    """
+    is_tar = path.is_file() and path.name.lower().endswith((".tar", *ZIPPED))
+    if not is_tar and not path.is_dir():
+        raise ValueError(f"There is no folder and no tar file {shown(path)}.")
+    files, skipped = ([path], []) if is_tar else disk.files_under(path)
     if zipped := [file.name for file in files if file.name.lower().endswith(ZIPPED)]:
         raise ValueError(
-            f"{zipped[0]} is a compressed tar, out of which single pictures cannot be read. Unpack "
-            "it to a plain .tar with gunzip."
+            f"{shown(zipped[0])} is a compressed tar, out of which single pictures cannot be read. "
+            "Unpack it to a plain .tar with gunzip."
         )
+    unused: list[tuple[str, str]] = []
     shards = [file for file in files if file.suffix.lower() == ".tar"]
-    found = [each for shard in shards for each in _tar(shard)]
-    found += _folder(path, files)
-    if not found:
+    pictures = [picture for shard in shards for picture in _tar(shard, unused)]
+    if not is_tar:
+        others = [file for file in files if file.suffix.lower() != ".tar"]
+        pictures += _folder(path, others, skipped, unused)
+    if not pictures:
+        there = f" {summary(unused)}" if unused else ""
         raise ValueError(
-            f"There is no picture in {path}: expected {', '.join(SUFFIXES)} files, or WebDataset "
-            ".tar files."
+            f"There is no picture in {shown(path)}: expected files that Pillow reads, such as "
+            f"{', '.join(USUAL)}, or WebDataset .tar files.{there}"
         )
-    return found
+    return DataSet(pictures, unused)
 
 
-def _folder(root: Path, files: list[Path]) -> list[Captioned]:
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
-    told: dict[Path, str] = {}
+def summary(unused: list[tuple[str, str]]) -> str:
+    """A sentence: how many files are not used, with some of their names and why; "" for none."""
+    if not unused:
+        return ""
+    names: dict[str, list[str]] = {}
+    for name, reason in unused:
+        names.setdefault(reason, []).append(name)
+    parts = [f"{_some(of_reason)} ({reason})" for reason, of_reason in names.items()]
+    return f"Not used: {len(unused)} of what is there: {'; '.join(parts)}."
+
+
+def _folder(
+    root: Path, files: list[Path], skipped: list[tuple[Path, str]], unused: list[tuple[str, str]]
+) -> list[Captioned]:
+    """The pictures of a folder. skipped: what its list of files leaves out, and why."""
+
+    def name(file: Path) -> str:
+        return shown(file.relative_to(root).as_posix())
+
+    tables = [file for file in files if file.name.lower() in captions.TABLES]
+    listed: dict[Path, str] = {}
+    for table in tables:
+        listed |= captions.table(table, name(table), unused)
+    texts: dict[Path, list[Path]] = {}
     for file in files:
-        if file.name == "metadata.jsonl":
-            told |= _metadata(file)
-    found, missing = [], []
-    for picture in pictures:
-        text = picture.with_suffix(".txt")
-        caption = told.get(picture) or (
-            _decoded(text.read_bytes(), text.name) if text.is_file() else ""
-        )
-        if not caption.strip():
-            missing.append(picture.name)
+        if file.suffix.lower() in captions.SUFFIXES:
+            texts.setdefault(file.with_suffix(""), []).append(file)
+    pictures = {file for file in files if file.suffix.lower() in picture_suffixes()} | set(listed)
+    found, missing, taken = [], [], set()
+    for picture in sorted(pictures):
+        caption = listed.get(picture, "").strip()
+        beside = texts.get(picture.with_suffix(""), [])
+        for text in sorted(beside, key=lambda file: captions.SUFFIXES.index(file.suffix.lower())):
+            if not caption:
+                taken.add(text)
+                caption = captions.caption(text.read_bytes(), text.suffix, name(text)).strip()
+        if not caption:
+            missing.append(name(picture))
             continue
         stat = picture.stat()
-        stamp = stat.st_size, stat.st_mtime_ns
-        name = picture.relative_to(root).as_posix()
-        found.append(Captioned(name, caption.strip(), stamp, picture))
+        found.append(Captioned(name(picture), caption, (stat.st_size, stat.st_mtime_ns), picture))
     _none_missing(missing, len(pictures))
+    stems = {picture.with_suffix("") for picture in pictures}
+    for file in files:
+        if file in taken or file in pictures or file in tables:
+            continue
+        is_caption = file.suffix.lower() in captions.SUFFIXES
+        beside = file.with_suffix("") in stems
+        unused.append((name(file), (SECOND if beside else ALONE) if is_caption else UNKNOWN))
+    unused += [(name(file), reason) for file, reason in skipped if file not in pictures]
     return found
 
 
-def _metadata(file: Path) -> dict[Path, str]:
-    """Picture -> caption out of a metadata.jsonl."""
-    told = {}
-    # Not splitlines(), which would also cut at the U+2028 that a JSON string may hold.
-    for number, line in enumerate(_decoded(file.read_bytes(), file.name).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-            if not isinstance(name, str) or not isinstance(text, str) or "\0" in name:
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'Line {number} of {file.name} is not of the form {{"file_name": "a.png", "text": '
-                f'"a caption"}}: {line[:80]}'
-            ) from None
-        picture = file.parent / name
-        # By its name alone: in a Hugging Face download the pictures themselves are links.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"Line {number} of {file.name} leaves its folder: {name!r}.")
-        if not picture.is_file():
-            raise ValueError(f"Line {number} of {file.name} names {name!r}, which is not there.")
-        told[picture] = text
-    return told
-
-
-def _tar(path: Path) -> Iterator[Captioned]:
+def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
     """The samples of a shard; only its index is read now, nothing is unpacked."""
     stat = path.stat()
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+
+    def name(member: tarfile.TarInfo) -> str:
+        return f"{shown(path.name)}/{shown(member.name)}"
+
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, suffix = name.partition(".")
-                    samples.setdefault(f"{folder}/{key}", {})[f".{suffix.lower()}"] = member
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path.name} is no whole tar file: {error}.") from None
+                folder, _, file_name = member.name.rpartition("/")
+                key, _, suffix = file_name.partition(".")
+                suffix = f".{suffix.lower()}"
+                if member.isdir():
+                    continue
+                if file_name.startswith("."):
+                    unused.append((name(member), HIDDEN))
+                elif not member.isfile() or suffix not in (*captions.SUFFIXES, *picture_suffixes()):
+                    unused.append((name(member), UNKNOWN))
+                else:
+                    parts = samples.setdefault(f"{folder}/{key}", {})
+                    if suffix in parts:
+                        unused.append((name(parts[suffix]), TWICE))
+                    parts[suffix] = member
+    except tarfile.TarError as error:
+        raise ValueError(f"{shown(path.name)} is no whole tar file: {error}.") from None
     missing, pictures = [], 0
     with open(path, "rb") as file:
         for parts in samples.values():
-            picture = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
+            picture = next(filter(None, map(parts.get, picture_suffixes())), None)
             if picture is None:
+                unused += [(name(member), ALONE) for member in parts.values()]
                 continue
             pictures += 1
-            caption = _tar_caption(file, parts, path.name).strip()
+            caption, taken = "", [picture]
+            for suffix in captions.SUFFIXES:
+                if not caption and (text := parts.get(suffix)):
+                    taken.append(text)
+                    file.seek(text.offset_data)
+                    caption = captions.caption(file.read(text.size), suffix, name(text)).strip()
+            unused += [(name(part), TWICE) for part in parts.values() if part not in taken]
             if not caption:
-                missing.append(f"{path.name}/{picture.name}")
+                missing.append(name(picture))
                 continue
             yield Captioned(
-                f"{path.name}/{picture.name}", caption, (stat.st_size, stat.st_mtime_ns), path,
+                name(picture), caption, (stat.st_size, stat.st_mtime_ns), path,
                 picture.offset_data, picture.size,
             )  # fmt: skip
     _none_missing(missing, pictures)
 
 
-def _tar_caption(file: io.BufferedReader, parts: dict[str, tarfile.TarInfo], shard: str) -> str:
-    for suffix in (".txt", ".json"):
-        if (member := parts.get(suffix)) is None:
-            continue
-        file.seek(member.offset_data)
-        text = _decoded(file.read(member.size), f"{shard}/{member.name}")
-        if suffix == ".txt":
-            return text
-        try:
-            told = json.loads(text)
-            caption = told.get("caption") or told.get("text") or ""
-        except (ValueError, AttributeError):
-            raise ValueError(f"{shard}/{member.name} is no JSON object.") from None
-        if not isinstance(caption, str):
-            raise ValueError(f'{shard}/{member.name}: its "caption" is no text: {caption!r:.80}')
-        return caption
-    return ""
-
-
-def _decoded(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8 text (byte {error.start}): save the captions as UTF-8."
-        ) from None
-
-
 def _none_missing(missing: list[str], pictures: int) -> None:
     if missing:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise ValueError(
-            f"{len(missing)} of {pictures} pictures have no caption: {', '.join(missing[:NAMED])}"
-            f"{more}. Put a .txt file of the same name beside each, or list it in metadata.jsonl."
+            f"{len(missing)} of {pictures} pictures have no caption: {_some(missing)}. Put a .txt "
+            "or .caption file of the same name beside each, or list it in metadata.jsonl or "
+            "metadata.csv."
         )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..lora.whole import patiently
 from . import disk, tensors
 
 log = logging.getLogger("lcm_lora")
@@ -40,7 +41,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     if path.exists():
         if not _torn(path):
             return path  # the same step has the same state, and it may be the only one
-        shutil.rmtree(path)
+        patiently(shutil.rmtree, path)
     folder.mkdir(parents=True, exist_ok=True)
     with disk.whole_folder(path) as new:
         tensors.save(new / "adapter.safetensors", checkpoint.adapter)
@@ -83,12 +84,12 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     paths = sorted(folder.glob("step-*"))
     for path in paths[:-keep]:
         if path.name != f"step-{best or 0:08d}":
-            shutil.rmtree(path)
+            patiently(shutil.rmtree, path)
 
 
 def _torn(path: Path) -> str:
-    """Why a checkpoint cannot be used; empty for a whole one."""
-    manifest = disk.read_json(path / MANIFEST)
+    """Why a checkpoint cannot be used; "" for a whole one. Raises OSError where the disk fails."""
+    manifest = disk.read_surely(path / MANIFEST)
     if not isinstance(manifest, dict):
         return f"it has no {MANIFEST}"
     for name, told in manifest.items():

@@ -6,21 +6,32 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ..lora.whole import TEMPORARY, sync, temporary_beside, whole_file
+from ..lora.whole import TEMPORARY, patiently, sync, temporary_beside, whole_file
 from ..lora.whole import sha256 as sha256
 
 
-def replace(path: Path, content: str | bytes) -> None:
-    """Writes a small file at once: a reader sees the old one or the new one."""
+def replace(path: Path, content: str) -> None:
+    """Writes a small JSON file at once: a reader sees the old one or the new one."""
     with whole_file(path) as new:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.write_bytes(json_text(content).encode())
+
+
+def json_text(text: str) -> str:
+    """JSON that any encoder takes: half of a character, as in the name of a file whose bytes are no
+    UTF-8, as the escape that JSON has for it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(path: Path | str) -> str:
+    """A path as text that can be written: a byte of it that is no UTF-8 appears as \\xe9."""
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -33,17 +44,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        os.rename(temporary, path)
+        patiently(os.rename, temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """The parsed file, or None where it is not there or torn."""
+def read_surely(path: Path) -> Any:
+    """The parsed file, or None where it is not there or torn. Raises OSError where the disk fails:
+    for those who would write it anew, or give up what it stands for."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(patiently(path.read_text, encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None where it is not there, torn, or cannot be read just now."""
+    try:
+        return read_surely(path)
+    except OSError:
         return None
 
 
@@ -51,6 +71,53 @@ def read_object(path: Path) -> dict[str, Any]:
     """The parsed file; {} where it is not there, torn, or holds no JSON object."""
     found = read_json(path)
     return found if isinstance(found, dict) else {}
+
+
+def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """(the files of a folder and of those in it, sorted; what is left out, each with the reason).
+
+    Links to folders are followed, after the folders that lie there themselves. Each folder is read
+    once, so that a link to one above it ends. Raises OSError where the disk fails.
+    """
+    files: list[Path] = []
+    left_out: list[tuple[Path, str]] = []
+    read: set[str] = set()
+    folders, linked = [root], []
+    while folders or linked:
+        folder = folders.pop() if folders else linked.pop(0)
+        real = os.path.realpath(folder)
+        if real in read:
+            left_out.append((folder, "its folder is read already, under another name"))
+            continue
+        read.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except PermissionError:
+            left_out.append((folder, "this folder may not be read"))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                left_out.append((path, "hidden: the name begins with a dot"))
+            elif entry.is_dir():
+                (linked if entry.is_symlink() else folders).append(path)
+            elif entry.is_file():
+                files.append(path)
+            else:
+                dangling = entry.is_symlink()
+                reason = "a link that leads nowhere" if dangling else "no file and no folder"
+                left_out.append((path, reason))
+    return sorted(files), left_out
+
+
+def stamps(roots: Sequence[Path]) -> str:
+    """What changes with any file of these folders: a hash of their names, sizes and times."""
+    files = [(root, file) for root in roots if root.is_dir() for file in files_under(root)[0]]
+    listed = [
+        (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)
+        for root, file in files
+    ]
+    return name_of(json.dumps(listed))
 
 
 def clear_torn(folder: Path) -> None:

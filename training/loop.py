@@ -17,7 +17,14 @@ from .adapter import Adapter
 from .answers import Answers, folder
 from .bank import Bank
 from .journal import Journal
-from .memory import compile_blocks, give_back, is_out_of_memory, memory, recompute_blocks
+from .memory import (
+    TooLittleMemory,
+    compile_blocks,
+    give_back,
+    is_out_of_memory,
+    memory,
+    recompute_blocks,
+)
 from .objective import lcm_loss, teacher_step
 from .phased import phased_loss
 from .processes import Processes
@@ -72,7 +79,11 @@ class Run:
         spec = self.spec
         self.folder = self.job / "checkpoints"
         self.parameters = list(self.adapter.parameters())
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=0.0)
+        # In one kernel on CUDA; on the processor that would be another order of rounding.
+        fused = self.teacher.device.type == "cuda" or None
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused
+        )
         self.order = draws.Order(self.bank.shapes, spec.batch * self.processes.world, spec.seed)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress(
@@ -123,38 +134,39 @@ class Run:
         while True:
             try:
                 loss = self._gradients()
+                gradients = [parameter.grad for parameter in self.parameters]
+                self.processes.mean_([loss, *gradients])
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler, whose traceback would keep the tensors that did not fit.
             self._use_less_memory()
-        gradients = [parameter.grad for parameter in self.parameters]
-        self.processes.mean_([loss, *gradients])
         if self.progress.scale != 1:
             torch._foreach_div_(gradients, self.progress.scale)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
-        if not self._finite(loss, norm):
-            return float(loss), float(norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.spec, self.step)
-        self.optimiser.step()
-        return float(loss), float(norm)
+        clipped = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        # The one moment of a step in which the device is waited for.
+        loss, norm = torch.stack([loss, clipped]).tolist()
+        if self._finite(loss, norm):
+            for group in self.optimiser.param_groups:
+                group["lr"] = learning_rate(self.spec, self.step)
+            self.optimiser.step()
+        return loss, norm
 
-    def _finite(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+    def _finite(self, loss: float, norm: float) -> bool:
         """Whether the step may be taken; raises Diverged where a smaller scale will not help."""
         progress = self.progress
-        if loss.isfinite() and norm.isfinite():
+        if math.isfinite(loss) and math.isfinite(norm):
             progress.good += 1
             if self.half and progress.good % GROWTH == 0:
                 progress.scale *= 2
             return True
-        if loss.isfinite() and self.half and progress.scale > 1:
+        if math.isfinite(loss) and self.half and progress.scale > 1:
             progress.scale, progress.good = progress.scale / 2, 0
             log.info("a gradient overflowed: step %d is left out", self.step + 1)
             return False
         raise Diverged(
-            f"The loss became {float(loss)} and the gradient's norm {float(norm)} in step "
+            f"The loss became {loss} and the gradient's norm {norm} in step "
             f"{self.step + 1}. The newest checkpoint is good; go on from it with a lower lr"
             + (" or with precision bf16." if self.half else ".")
         )
@@ -227,8 +239,8 @@ class Run:
                 self.journal.metrics(step=self.step, endpoint_error=errors)
                 log.info("step %d: endpoint error %s", self.step, errors)
                 error.fill_(errors["1"])
-            except RuntimeError as found:
-                if not is_out_of_memory(found):
+            except (RuntimeError, MemoryError) as failed:
+                if not is_out_of_memory(failed):
                     raise
                 log.warning("out of memory: no sample pictures of step %d", self.step)
         error = self._from_first(error)
@@ -328,7 +340,7 @@ class _Since:
 def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
     """Half as many pictures at a time, and then blocks that are computed again.
 
-    Raises MemoryError when neither is left to do.
+    Raises TooLittleMemory when neither is left to do.
     """
     if progress.micro_batch > 1:
         progress.micro_batch = math.ceil(progress.micro_batch / 2)
@@ -337,11 +349,11 @@ def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
             progress.micro_batch, math.ceil(spec.batch / progress.micro_batch),
         )  # fmt: skip
     elif not progress.recompute and spec.checkpointing == "auto":
-        progress.recompute = True
         recompute_blocks(network)
+        progress.recompute = True
         log.warning("out of memory: going on with blocks computed again in backward")
     else:
-        raise MemoryError(
+        raise TooLittleMemory(
             "The device's memory does not hold one picture's training step. Choose a smaller "
             "resolution or rank, or close what else uses the device."
         )

@@ -6,8 +6,10 @@ import ctypes
 import gc
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -17,12 +19,20 @@ from torch.utils.checkpoint import checkpoint
 log = logging.getLogger("lcm_lora")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A CUDA device's own error, or a plain RuntimeError with the words of a Mac's or the CPU's
-    allocator, which on Windows has others."""
-    words = "allocate memory", "out of memory", "not enough memory"
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in words)
+class TooLittleMemory(MemoryError):
+    """The device does not hold the smallest part of the work: to try again is no use."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: a device's own error or Python's, or one with the words of an
+    allocator: a Mac's, the CPU's (which on Windows has others), or that of a library such as cuBLAS
+    and cuDNN, which ask the device themselves."""
+    words = (
+        "out of memory|allocate memory|not enough memory|ALLOC(ATION)?_FAILED|StatusAllocFailed"
+        "|status_memory_error|OUT_OF_(HOST_|DEVICE_)?MEMORY"
+    )
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or re.search(words, str(error)) is not None
 
 
 def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> list:
@@ -33,7 +43,7 @@ def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> li
         try:
             made += make(items[len(made) : len(made) + size])
             continue
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
         # Outside the handler, whose traceback would keep the tensors that did not fit.
@@ -48,6 +58,10 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if torch.xpu.is_available():
+        torch.xpu.empty_cache()
 
 
 def keep_freed() -> None:
@@ -70,25 +84,57 @@ def memory(device: torch.device) -> int:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The UNet's residual and transformer blocks: what is recomputed or compiled as one."""
-    kinds = ("ResBlock", "SpatialTransformer")
-    return [module for module in network.modules() if type(module).__name__ in kinds]
+    """The UNet's residual and transformer blocks: what is recomputed or compiled as one.
+
+    Raises ValueError where there is none, for then neither would be done.
+    """
+    kinds = {"ResBlock", "SpatialTransformer"}
+    blocks = [
+        module for module in network.modules()
+        if kinds & {base.__name__ for base in type(module).__mro__}
+    ]  # fmt: skip
+    if not blocks:
+        raise ValueError(
+            f"{type(network).__name__} has no block that can be recomputed or compiled: expected "
+            f"ComfyUI's {' and '.join(sorted(kinds))}. Set checkpointing to off and compile to "
+            "false."
+        )
+    return blocks
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Gradient checkpointing (arXiv 1604.06174) by block; the adapter must be on at backward."""
+    """Gradient checkpointing (arXiv 1604.06174) by block; the adapter must be on at backward.
+
+    Raises ValueError where the network has no block that is known.
+    """
     for block in _blocks(network):
         forward = block.forward
 
         def again(*args, _forward=forward, **kwargs):
             if not torch.is_grad_enabled():
                 return _forward(*args, **kwargs)
-            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+            # Nothing in the blocks is random: the network is in eval mode, and has no dropout.
+            return checkpoint(
+                _forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
 
         block.forward = again
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """torch.compile for each block; the first steps take longer."""
-    for block in _blocks(network):
-        block.forward = torch.compile(block.forward)
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """torch.compile, with its options, for each block; the first steps take longer.
+
+    Raises ValueError where the network has no block that is known.
+    """
+    blocks = _blocks(network)
+    # All blocks are one function to Dynamo, which gives up for good after its eighth variant; each
+    # block has one with the adapter off, on, and on with gradients, for two or three batch sizes.
+    config, variants = torch._dynamo.config, 16 * len(blocks)
+    for limit in (
+        "recompile_limit", "accumulated_recompile_limit",
+        "cache_size_limit", "accumulated_cache_size_limit",  # their names before torch 2.7
+    ):  # fmt: skip
+        if hasattr(config, limit):
+            setattr(config, limit, max(getattr(config, limit), variants))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, **options)

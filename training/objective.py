@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -88,4 +89,10 @@ def solver_times(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def on_grid(index: torch.Tensor) -> torch.Tensor:
     """The timesteps at these places of the grid: 0..49 -> 19, 39, ..., 999."""
-    return torch.as_tensor(grid(ORIGIN_STEPS), device=index.device)[index]
+    return table(tuple(grid(ORIGIN_STEPS)), index.device)[index]
+
+
+@cache
+def table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Whole numbers as int64 [N] on a device, copied there once: each copy makes it wait."""
+    return torch.tensor(values, device=device)

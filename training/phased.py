@@ -13,7 +13,7 @@ import torch
 
 from ..samplers.timesteps import timesteps
 from .adapter import Adapter
-from .objective import ORIGIN_STEPS, on_grid, step_loss
+from .objective import ORIGIN_STEPS, on_grid, step_loss, table
 from .solver import Schedule
 
 
@@ -33,8 +33,8 @@ def edges(phases: int) -> list[int]:
 
 def edge_below(t: torch.Tensor, phases: int) -> torch.Tensor:
     """The lower edge of the segment that t is in or on top of: int64 [B] -> [B], below t."""
-    found = torch.as_tensor(edges(phases), device=t.device)
-    return found[torch.searchsorted(found, t) - 1]
+    lower = table(tuple(edges(phases)), t.device)
+    return lower[torch.searchsorted(lower, t) - 1]
 
 
 def phased_loss(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..samplers.noise import picture_seed
 from .bank import Unreadable
 from .captioned import Captioned, find
+
+log = logging.getLogger("lcm_lora")
 
 
 @dataclass(frozen=True)
@@ -115,25 +118,52 @@ class Pictures:
 
 
 def _opened(source: Captioned) -> Image.Image:
-    """RGB, upright, on white where it was transparent."""
+    """RGB, upright, on white where it was transparent.
+
+    Raises Unreadable for a file that is gone, closed to us or no whole picture, and OSError where
+    the disk fails, which says nothing about the picture.
+    """
+    try:
+        data = source.read()
+    except (FileNotFoundError, PermissionError) as error:
+        raise Unreadable(f"{source.name}: {error.strerror}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source.read()))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit greys, which convert() would clip
-                grey = np.asarray(image, np.float32) / 257.0
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            image = Image.open(io.BytesIO(data))
+            # A camera's MPO has previews beside its picture, and a PSD the layers of its own.
+            if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+                log.warning("only the first frame is used of %s", source.name)
+            return _rgb(image)
     except UnidentifiedImageError:
         raise Unreadable(f"{source.name}: this is no picture that Pillow can read.") from None
+    except MemoryError:
+        raise
     # Pillow raises many kinds of error for a broken file, SyntaxError among them.
     except Exception as error:
         raise Unreadable(f"{source.name}: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A picture as it is opened -> RGB, upright, on white. Raises what Pillow raises."""
+    deep = ";16" in repr(image.tile)  # before the pixels are loaded, which Pillow does in 8 bits
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits.")
+    clear = image.info.get("transparency")  # of a PNG: the one colour that is transparent
+    if image.mode.startswith("I"):  # 16-bit greys, which convert() would clip
+        grey = np.asarray(image, np.float32)
+        image = Image.fromarray((grey / 257.0).round().clip(0, 255).astype(np.uint8))
+        if isinstance(clear, int):
+            image = image.convert("RGBA")
+            image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    elif deep and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _nearest(height: int, width: int, known: list[tuple[int, int]]) -> tuple[int, int]:

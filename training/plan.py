@@ -61,7 +61,7 @@ def _measured(spec: Spec, teacher, adapter: Adapter, progress: Progress, known: 
         count = progress.micro_batch
         try:
             return _seconds(spec, teacher, adapter, count, known) * spec.batch / count
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler, whose traceback would keep the tensors that did not fit.

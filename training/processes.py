@@ -18,15 +18,19 @@ class Processes:
     world: int = 1
 
     @classmethod
-    def join(cls) -> Processes:
-        """Reads torchrun's environment; NCCL where there is CUDA and it, else gloo."""
+    def join(cls, on_cpu: bool = False) -> Processes:
+        """Reads torchrun's environment. on_cpu: the job trains on the processor, CUDA or not.
+
+        Tensors on CUDA go through NCCL where there is it, all others through gloo.
+        """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
-        if torch.cuda.is_available():
+        on_cuda = torch.cuda.is_available() and not on_cpu
+        if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not in builds for Windows
-        backend = "nccl" if nccl else "gloo"
+        nccl = on_cuda and dist.is_nccl_available()  # not in builds for Windows
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         # Long, for one process may draw a bank or samples while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
         return cls(dist.get_rank(), world)

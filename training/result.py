@@ -11,6 +11,7 @@ from pathlib import Path
 from ..lora import files
 from ..lora.acceleration import FAMILY
 from ..lora.delta import Vector
+from ..lora.whole import patiently
 from . import disk
 from .spec import Spec
 
@@ -20,16 +21,17 @@ MADE = "result.safetensors"  # in the job's folder, until it has been moved into
 
 def about(spec: Spec, teacher, steps: int, base_hash: str, bank: str) -> dict[str, str]:
     """The file's metadata, strings only."""
+    styles = [[disk.shown(Path(lora.path).name), lora.strength] for lora in spec.loras]
     types = {"SD1.5": "sd_v1", "SD2": "sd_v2"}
     return {
         "ss_base_model_version": types.get(teacher.family, "sdxl_base_v1-0"),
-        "ss_sd_model_name": Path(spec.checkpoint).name,
+        "ss_sd_model_name": disk.shown(Path(spec.checkpoint).name),
         "ss_new_sd_model_hash": base_hash,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(spec.rank),
         "ss_network_alpha": f"{spec.lora_alpha:g}",
         "ss_max_train_steps": str(steps),
-        "ss_output_name": Path(spec.output).stem,
+        "ss_output_name": disk.shown(Path(spec.output).stem),
         "lcm_lora.version": VERSION,
         FAMILY: spec.objective,
         "lcm_lora.base_family": teacher.family,
@@ -38,7 +40,7 @@ def about(spec: Spec, teacher, steps: int, base_hash: str, bank: str) -> dict[st
         "lcm_lora.resolution": str(spec.resolution),
         "lcm_lora.batch": str(spec.batch),
         "lcm_lora.bank": bank,
-        "lcm_lora.style_loras": json.dumps([[Path(x.path).name, x.strength] for x in spec.loras]),
+        "lcm_lora.style_loras": json.dumps(styles),
     }
 
 
@@ -62,12 +64,12 @@ def write(
     told = {"file": str(output), "sha256": disk.sha256(output), "made": time.time()}
     told["metadata"] = dict(vector.metadata)
     disk.replace(job / "result.json", json.dumps(told, indent=1))
-    made.unlink()
+    patiently(made.unlink)
 
 
 def finished(job: Path, output: Path) -> bool:
     """Whether this job has written its result and it is still there."""
-    told = disk.read_json(job / "result.json")
+    told = disk.read_surely(job / "result.json")
     return told is not None and output.is_file() and disk.sha256(output) == told["sha256"]
 
 

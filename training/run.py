@@ -19,11 +19,13 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DISK_FULL = 75
 PATIENCE = 60.0  # seconds to wait for memory
+LISTED = 1000  # unused files that the log names
 NICE = 10  # a job on the processor leaves it to the prompts
 _held: list = []  # locks of the devices
 log = logging.getLogger("lcm_lora")
@@ -62,7 +64,9 @@ def main(arguments: list[str]) -> int:
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         log.setLevel(logging.INFO)
         return ray_job.main(chosen.spec, chosen.ray)
+    from lcm_lora.training import disk
     from lcm_lora.training.journal import Journal
+    from lcm_lora.training.memory import TooLittleMemory
     from lcm_lora.training.processes import Processes
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -71,7 +75,9 @@ def main(arguments: list[str]) -> int:
     if not job.is_dir():
         log.error("There is no job description %s.", chosen.spec)
         return 1
-    processes = Processes.join()
+    # Before the description is checked, for what is wrong in it only the first process tells.
+    flags = disk.read_object(chosen.spec).get("host_flags")
+    processes = Processes.join(isinstance(flags, list) and "--cpu" in flags)
     journal = Journal(job) if processes.first and not chosen.dry_run else None
     try:
         return _job(chosen.spec, job, processes, journal, chosen.dry_run)
@@ -79,22 +85,22 @@ def main(arguments: list[str]) -> int:
         # A launcher of several processes ends them all when one fails; else some would wait for it.
         status = int(processes.world > 1)
         state, message = "paused", str(paused)
-    except (ValueError, MemoryError) as error:
+    except (ValueError, TooLittleMemory) as error:
         state, message, status = "failed", str(error), 1
-    except OSError as error:
-        full = disk_is_full(error)
-        state, status = ("paused", DISK_FULL) if full else ("failed", 1)
+    except Exception as error:
+        if not (isinstance(error, OSError) and disk_is_full(error)):
+            # A fault of ours, of a device or of the disk, or another process of the job is no more:
+            # the state tells it too, the traceback goes to the log, and the supervisor tries again.
+            if journal is not None:
+                with suppress(OSError):
+                    message = f"{type(error).__name__}: {error}"
+                    journal.state("failed", message=message, crash=True)
+            raise
+        state, status = "paused", DISK_FULL
         message = (
             f"The disk is full ({error}). Nothing is lost: make room and start the job again, it "
             "goes on after its newest checkpoint."
-            if full else str(error)
-        )  # fmt: skip
-    except Exception as error:
-        # A fault of ours, of a device, or another process of the job is no more: the state tells it
-        # too, the traceback goes to the log, and the supervisor tries again.
-        if journal is not None:
-            journal.state("failed", message=f"{type(error).__name__}: {error}", crash=True)
-        raise
+        )
     finally:
         processes.leave()
     log.log(logging.ERROR if status else logging.INFO, "%s", message)
@@ -201,14 +207,19 @@ def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) 
 
 def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) -> int:
     import torch
-    from lcm_lora.training import bank, export, result, sources
+    from lcm_lora.training import bank, disk, export, result, sources
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.answers import FOLDER as ANSWERS
+    from lcm_lora.training.captioned import summary
     from lcm_lora.training.loop import Run
     from lcm_lora.training.plan import plan
     from lcm_lora.training.watch import Samples
 
     source = sources.source(spec, teacher)
+    for name, reason in source.unused[:LISTED] if processes.first else ():
+        log.warning("not used: %s: %s", name, reason)
+    if processes.first and len(source.unused) > LISTED:
+        log.warning("not used: %d more", len(source.unused) - LISTED)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
     if dry_run:
         print(plan(spec, teacher, adapter, len(source)))  # noqa: T201 (the plan is asked for)
@@ -228,12 +239,15 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     base_hash, *styles = [result.file_hash(path, Path(spec.banks)) for path in paths]
     strengths = [lora.strength for lora in spec.loras]
     told = source.settings() | {"loras": list(zip(styles, strengths, strict=True))}
+    if any("embedding:" in caption for caption in source.captions()):
+        told["embeddings"] = disk.stamps([Path(path) for path in spec.embeddings])
     folder = Path(spec.banks) / bank.key(base_hash, told)
 
-    if not (folder / bank.INDEX).exists():
+    if is_new := not (folder / bank.INDEX).exists():
         needed = _bank_bytes(spec, teacher, source) - _bytes(folder)
         _room(Path(spec.banks), needed, "the latent bank")
     shown, reached = [0.0], ["before the training began"]
+    unused = summary(source.unused)
 
     def between() -> None:
         # Each process looks for itself, and none waits for another's answer: all read the same
@@ -246,7 +260,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         now = time.monotonic()
         if journal is not None and (now - shown[0] > 2 or done in (0, of)):
             shown[0] = now
-            journal.state("preparing", message=f"{what}: {done} of {of}")
+            journal.state("preparing", message=_with(f"{what}: {done} of {of}", unused))
             log.info("bank, %s: %d of %d", what, done, of)
 
     try:
@@ -263,7 +277,13 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     teacher.free_text_encoders()
     teacher.free_vae()
     torch.manual_seed(spec.seed)
-    run = Run(spec, job, teacher, adapter, bank.Bank(folder), processes, journal, samples, asked)
+    rows = bank.Bank(folder)
+    for reason in rows.skipped if processes.first and not is_new else ():
+        log.warning("skipped: %s", reason)
+    run = Run(spec, job, teacher, adapter, rows, processes, journal, samples, asked)
+    if journal is not None:
+        begins = f"{len(rows)} examples in the bank"
+        journal.state("preparing", message=_with(begins, unused, _skipped(rows.skipped)))
     outcome = run.train()
     if outcome == "pause":
         if journal is not None:
@@ -276,9 +296,24 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         made = export.with_styles(made, teacher.styles)
         result.write(job, Path(spec.output), made, teacher.untaken)
         shutil.rmtree(job / ANSWERS, ignore_errors=True)
-        journal.state("done", step=run.step, message=f"{Path(spec.output).name} is ready")
+        ready = f"{Path(spec.output).name} is ready"
+        message = _with(ready, unused, _skipped(rows.skipped))
+        journal.state("done", step=run.step, message=message)
     processes.wait()
     return 0
+
+
+def _with(message: str, *notes: str) -> str:
+    """A message with the sentences that are to be read with it, as far as there are any."""
+    return ". ".join([message, *(note.removesuffix(".") for note in notes if note)])
+
+
+def _skipped(reasons: list[str]) -> str:
+    """A sentence about the examples that the bank has not; "" where it has all."""
+    if not reasons:
+        return ""
+    first = [reason.removesuffix(".") for reason in dict.fromkeys(reasons)][:3]
+    return f"Unreadable: {len(reasons)} of the examples, the first: {'; '.join(first)}"
 
 
 def _room(folder: Path, needed: float, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from ..samplers.noise import picture_seed
 from . import bank
+from .captions import decoded
+from .disk import shown
 from .memory import in_parts
 from .pictures import Example, Pictures
 from .solver import ddim
@@ -27,6 +30,7 @@ class Drawn:
     """Latents that the teacher draws from prompts: nobody needs a data set.
 
     Guided DDIM from noise that follows from (seed, number); the prompts are taken in turn.
+    unused: (prompt, reason) of those that never have their turn.
     """
 
     def __init__(self, spec: Spec, teacher):
@@ -34,6 +38,8 @@ class Drawn:
         self.prompts = spec.data.prompts or tuple(read_prompts(spec.data.path))
         self.spec = spec
         self.cfg = sum(spec.guidance) / len(spec.guidance)
+        reason = f"count is {len(self)}, a prompt each"
+        self.unused = [(prompt[:60], reason) for prompt in self.prompts[len(self) :]]
 
     def __len__(self) -> int:
         return self.spec.data.count
@@ -75,7 +81,7 @@ class Drawn:
 
 
 class Encoded:
-    """Latents of pictures with captions."""
+    """Latents of pictures with captions. unused: as captioned.DataSet has it."""
 
     def __init__(self, spec: Spec, teacher):
         self.teacher = teacher
@@ -84,6 +90,7 @@ class Encoded:
         self.pictures = Pictures(
             Path(data.path), spec.resolution, data.crops, data.flip, spec.seed, multiple
         )
+        self.unused = self.pictures.found.unused
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -133,15 +140,12 @@ def read_prompts(path: str) -> list[str]:
     """The prompts of a UTF-8 text file, one a line; empty lines and lines with # are left out."""
     file = Path(path) if path else PROMPTS
     try:
-        # Not splitlines, which ends a line at what Unicode has for paragraphs too.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        data = file.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"There is no file of prompts {file}.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from None
+        raise ValueError(f"There is no file of prompts {shown(file)}.") from None
+    # Not splitlines, which ends a line at what Unicode has for paragraphs too.
+    lines = re.split("\r\n?|\n", decoded(data, shown(file.name)))
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
-        raise ValueError(f"{file.name} holds no prompt: expected one a line.")
+        raise ValueError(f"{shown(file.name)} holds no prompt: expected one a line.")
     return prompts

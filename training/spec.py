@@ -8,10 +8,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from . import disk
+
 OBJECTIVES = ("lcm", "phased")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("constant", "cosine", "linear")
 CHECKPOINTING = ("auto", "on", "off")
+# Settings that name files, whose bytes that are no UTF-8 Python spells as halves of characters.
+PATHS = ("host", "checkpoint", "output", "banks", "embeddings", "path", "style_lora")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Spec:
 
     Attributes:
         host: ComfyUI's folder. host_flags: its command line flags, as the server was started.
-        checkpoint: the teacher. loras: baked into it first. embeddings: folder of embeddings.
+        checkpoint: the teacher. loras: baked into it first. embeddings: folders of embeddings, of
+            which the first that has one of the name counts.
         output: the LoRA file to write; overwrite: whether it may replace one.
         banks: folder of the latent banks, which jobs share. data: see Data.
         resolution: side of the square, in pixels, whose area the pictures have.
@@ -82,7 +87,7 @@ class Spec:
     banks: str
     host_flags: tuple[str, ...] = ()
     loras: tuple[StyleLoRA, ...] = ()
-    embeddings: str = ""
+    embeddings: tuple[str, ...] = ()
     overwrite: bool = False
     data: Data = field(default_factory=Data)
     resolution: int = 512
@@ -151,7 +156,8 @@ class Spec:
         return self.alpha or float(self.rank)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """Valid Unicode, and for `read` the same description, whatever the paths hold."""
+        return disk.json_text(json.dumps(asdict(self), indent=1, ensure_ascii=False)) + "\n"
 
 
 def read(path: Path) -> Spec:
@@ -167,6 +173,8 @@ def read(path: Path) -> Spec:
         raise ValueError(f"{path.name} is no JSON text: {error}.") from None
     if isinstance(found, dict) and isinstance(found.get("guidance"), int | float):
         found["guidance"] = [found["guidance"]]
+    if isinstance(found, dict) and isinstance(found.get("embeddings"), str):  # of an older version
+        found["embeddings"] = [found["embeddings"]] if found["embeddings"] else []
     return build(Spec, found, path.name)
 
 
@@ -202,7 +210,21 @@ def _cast(kind: Any, value: Any, name: str) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         words = {str: "text", int: "a whole number", float: "a number", bool: "true/false"}
         raise ValueError(f"{name} must be {words[kind]}, found {value!r}.")
+    if kind is str and name not in PATHS:
+        _require_unicode(value, name)
     return value
+
+
+def _require_unicode(text: str, name: str) -> None:
+    """Raises ValueError for half of a character, which JSON can hold and no encoder takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        raise ValueError(
+            f"{name} holds half of a character ({text[error.start]!a}) in line {line}, which is no "
+            "valid Unicode. Write the text anew."
+        ) from None
 
 
 def _any(known: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import nn
 from ..lora import files
 from ..lora.delta import Vector
 from ..samplers.guidance import refuse_guidance_embedding
+from . import disk
+from .memory import is_out_of_memory
 from .solver import Schedule
 from .spec import StyleLoRA
 
@@ -48,11 +51,15 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     kept = [flag for flag in flags if flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION]
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
+    other = any(flag == "--cpu" or flag.startswith("--directml") for flag in kept)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen and not has_device and "--cpu" not in kept and "--directml" not in " ".join(kept):
+    lacking = not has_device or (
+        torch.cuda.is_available() and torch.cuda.device_count() < len((chosen or "").split(","))
+    )
+    if chosen and lacking and not other:
         raise ValueError(
-            f"There is no device {chosen} here for PyTorch. Set `device` to the number of one that "
-            "there is, 0 for the first, or leave it empty."
+            f"There is no device {chosen} here for PyTorch, or not all of them. Set `device` to "
+            "the number of one that there is, 0 for the first, or leave it empty."
         )
     cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
     before = sys.argv
@@ -81,8 +88,8 @@ class Teacher:
         network: the host's UNet, frozen, on `device` in `dtype`.
         schedule: alphas_cumprod on `device`, and the prediction type.
         family: "SD1.5", "SDXL", ... channels: of a latent.
-        uncond: the unconditional input, as `text` gives it: encode("") for SD1 and 2, zeros for
-            the SDXL kinds.
+        uncond: the unconditional input, as `text` gives it but on `device`: encode("") for SD1 and
+            2, zeros for the SDXL kinds.
         styles: the LoRAs baked into the network, as far as it took them, and their strengths.
     """
 
@@ -101,25 +108,28 @@ class Teacher:
     @classmethod
     def load(
         cls, checkpoint: Path, precision: str = "auto", loras: tuple[StyleLoRA, ...] = (),
-        embeddings: str = "",
+        embeddings: tuple[str, ...] = (),
     ) -> Teacher:  # fmt: skip
         """Raises ValueError when the file is no checkpoint of a family that can be distilled."""
         import comfy.model_management as management
         import comfy.sd
 
         if not checkpoint.is_file():
-            raise ValueError(f"There is no checkpoint {checkpoint}.")
+            raise ValueError(f"There is no checkpoint {disk.shown(checkpoint)}.")
         refuse_guidance_embedding(checkpoint)
         device = management.get_torch_device()
         dtype = _dtype(precision, device)
         try:
             patcher, clip, vae = comfy.sd.load_checkpoint_guess_config(
-                str(checkpoint), embedding_directory=embeddings or None,
+                str(checkpoint), embedding_directory=list(embeddings) or None,
                 model_options={"dtype": dtype}, disable_dynamic=True,
             )[:3]  # fmt: skip
         except Exception as error:
+            if not _blames_the_file(error):
+                log.error("ComfyUI failed to load %s.", disk.shown(checkpoint.name))
+                raise
             raise ValueError(
-                f"{checkpoint.name} is not a checkpoint that ComfyUI can load: {error}"
+                f"{disk.shown(checkpoint.name)} is not a checkpoint that ComfyUI can load: {error}"
             ) from error
         family, prediction = _checked(checkpoint.name, patcher, clip, vae)
         styles = []
@@ -137,7 +147,7 @@ class Teacher:
         empty = teacher.text("")
         if teacher.has_sizes:
             empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
-        teacher.uncond = empty
+        teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
         return teacher
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor):
@@ -175,13 +185,13 @@ class Teacher:
         Both have the same sizes, as in the reference recipe.
         """
         context = batch["context"].to(self.device)
-        empty = self.uncond["context"].to(self.device)
+        empty = self.uncond["context"]
         windows = context.shape[1] // empty.shape[0]
         cond = {"context": context}
         uncond = {"context": empty.repeat(windows, 1).expand_as(context)}
         if self.has_sizes:
             pooled = batch["pooled"].to(self.device)
-            none = self.uncond["pooled"].to(self.device).expand_as(pooled)
+            none = self.uncond["pooled"].expand_as(pooled)
             cond["y"] = self.sized(pooled, batch["sizes"])
             uncond["y"] = self.sized(none, batch["sizes"])
         return cond, uncond
@@ -231,6 +241,22 @@ class Teacher:
 
         keys = comfy.lora.model_lora_keys_unet(self._patcher.model, {})
         return sorted(files.read(path).modules() - keys.keys())
+
+
+def _blames_the_file(error: Exception) -> bool:
+    """Whether ComfyUI's loader says that a file is no checkpoint. All else that it raises is about
+    the machine, or about ComfyUI itself, and says nothing of the file."""
+    words, kind = str(error), type(error).__name__
+    if is_out_of_memory(error) or re.search(r"os error \d+", words):
+        return False
+    # The reader of safetensors files, and those of the .ckpt kind.
+    if kind in ("SafetensorError", "UnpicklingError") or isinstance(error, EOFError):
+        return True
+    said = (
+        "Could not detect model type", "safetensors file is corrupt", "loading state_dict",
+        "PytorchStreamReader", "weights_only=True",
+    )  # fmt: skip
+    return isinstance(error, RuntimeError | ValueError) and any(word in words for word in said)
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lcm_lora.tests.host.queued import (
     PROMPTS,
     at_step,
@@ -21,6 +22,7 @@ from lcm_lora.tests.tally import half_files, orphans
 from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Data
+from safetensors.torch import save_file
 
 
 @pytest.mark.faults
@@ -191,6 +193,64 @@ def test_a_job_gets_the_flags_that_decide_how_a_model_is_computed(comfy, monkeyp
     monkeypatch.setattr(sys, "argv", ["main.py", *given])
     assert host._flags() == tuple(kept)
     parser.parse_args(kept)  # which ends the process where it does not know them
+
+
+def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeypatch):
+    """With a second folder, as extra_model_paths.yaml names it."""
+    import folder_paths
+    from comfy.sd1_clip import load_embed
+    from lcm_lora.training.jobs.host import Order, _spec
+
+    kept = folder_paths.folder_names_and_paths["embeddings"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([*kept[0]], kept[1]))
+    (comfy.checkpoints / "any.safetensors").write_bytes(b"x")
+    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "badhands.safetensors")
+    assert load_embed("badhands", folder_paths.get_folder_paths("embeddings"), 768) is None
+    folder_paths.add_model_folder_path("embeddings", str(tmp_path))
+    spec = _spec(Order(checkpoint="any.safetensors", name="x"), tmp_path)
+    assert spec.embeddings == tuple(folder_paths.get_folder_paths("embeddings"))
+    assert load_embed("badhands", spec.embeddings, 768).shape == (2, 768)
+
+
+def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
+    comfy, store, toy_checkpoint, monkeypatch
+):
+    import folder_paths
+    from lcm_lora.nodes.distill import LCMDistill, LCMDistillData
+    from lcm_lora.training.jobs import host
+
+    monkeypatch.setattr(host, "store", lambda: store)
+    monkeypatch.setattr(host, "work", lambda: None)
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda _: ["toy.safetensors"])
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda *_: str(toy_checkpoint))
+
+    def ordered(prompts):
+        source = {"source": "prompts", "prompts": prompts, "count": 4, "draw_steps": 2}
+        (data,) = LCMDistillData.execute(source, 64).args
+        return LCMDistill.execute(
+            data=data, style_lora="none", checkpoint="toy.safetensors", name="made", steps=2
+        ).args[0]
+
+    identifier = ordered("a bag\na dress")
+    spec = json.loads((store.path(identifier) / "spec.json").read_text())
+    assert spec["data"]["prompts"] == ["a bag", "a dress"] and spec["steps"] == 2
+    with pytest.raises(ValueError, match="prompts holds half of a character .* in line 2"):
+        ordered("a bag\na \ud83d")
+
+
+def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path, monkeypatch):
+    import folder_paths
+    from lcm_lora.training.jobs.host import _given
+
+    given, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
+    for folder in (given, elsewhere):
+        folder.mkdir()
+    (given / "linked").symlink_to(elsewhere)
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(given))
+    assert _given("linked") == str(given / "linked")
+    for name in ("linked/../../elsewhere", "../elsewhere", str(elsewhere), ".", "linked/..", ""):
+        with pytest.raises(ValueError, match="is not inside ComfyUI's input folder"):
+            _given(name)
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):

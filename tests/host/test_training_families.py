@@ -202,8 +202,10 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
 def test_a_caption_may_name_an_embedding(comfy, toy_checkpoint, tmp_path):
     from lcm_lora.training.teacher import Teacher
 
-    save_file({"emb_params": torch.randn(2, 768)}, tmp_path / "mine.safetensors")
-    with_it = Teacher.load(toy_checkpoint, embeddings=str(tmp_path))
+    second = tmp_path / "second"
+    second.mkdir()
+    save_file({"emb_params": torch.randn(2, 768)}, second / "mine.safetensors")
+    with_it = Teacher.load(toy_checkpoint, embeddings=(str(tmp_path), str(second)))
     told = with_it.text("a photo, embedding:mine")["context"]
     assert told.isfinite().all()
     assert not torch.equal(told, with_it.text("a photo,")["context"])

@@ -1,5 +1,6 @@
 """The loop on the toy in this process: what memory, precision and patience change, and what not."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,112 @@ def restore(forwards):
             module.__dict__.pop("forward", None)
         else:
             module.forward = forward
+
+
+def test_it_goes_on_with_less_when_memory_runs_out_in_backward(trained, teacher, caplog):
+    """Half of the gradients are there already: none of them may be counted twice."""
+    parts = []
+
+    def at_most_two(_module, _inputs, outputs):
+        if torch.is_grad_enabled() and outputs.requires_grad:
+            outputs.register_hook(lambda gradient: parts.append(len(gradient)))
+            if len(outputs) > 2:
+                outputs.register_hook(full)
+
+    def full(_gradient):
+        raise torch.OutOfMemoryError("this device holds two gradients at a time")
+
+    limit = teacher.network.output_blocks[0][0].register_forward_hook(at_most_two)
+    try:
+        run, found = trained()
+    finally:
+        limit.remove()
+    assert parts[:3] == [4, 2, 2] and run.progress.micro_batch == 2
+    assert "2 pictures at a time, 2 times a step" in caplog.text
+    _, wanted = trained(micro_batch=2)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_memory_that_runs_out_as_gradients_are_averaged_is_tried_again(
+    trained, teacher, monkeypatch
+):
+    averaged = Processes.mean_
+    calls = []
+
+    def full_at_first(self, tensors):
+        calls.append(len(tensors))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room for a copy of all gradients")
+        return averaged(self, tensors)
+
+    monkeypatch.setattr(Processes, "mean_", full_at_first)
+    run, found = trained()
+    assert run.progress.micro_batch == 2 and len(calls) == 4
+    _, wanted = trained(micro_batch=2)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps the graphs, and runs them as they are."""
+
+    def __call__(self, graph, _inputs):
+        self.append(graph)
+        return graph.forward
+
+
+def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monkeypatch):
+    """Two blocks, each adapter off, on, and on with gradients; torch's limit of variants is lower,
+    as the usual limit is for a whole UNet."""
+    import comfy.ldm.modules.attention as attention
+    from lcm_lora.training import loop, memory
+
+    # As the trainer's own process has it; the other, for the processor, asks the system for memory.
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, attention.attention_pytorch)
+    _, plain = trained(steps=1)
+    blocks, graphs = memory._blocks(teacher.network)[:2], Graphs()
+    monkeypatch.setattr(memory, "_blocks", lambda _: blocks)
+    monkeypatch.setattr(loop, "compile_blocks", partial(memory.compile_blocks, backend=graphs))
+    for limit in ("recompile_limit", "cache_size_limit"):
+        if hasattr(torch._dynamo.config, limit):
+            monkeypatch.setattr(torch._dynamo.config, limit, 2)
+    forwards = {block: block.__dict__.get("forward") for block in blocks}
+    torch._dynamo.reset()
+    try:
+        _, found = trained(steps=1, compile=True)
+        count = len(graphs)
+        assert count >= 3 * len(blocks)
+        _, again = trained(steps=1)  # the blocks are compiled still
+        assert len(graphs) == count
+    finally:
+        restore(forwards)
+        torch._dynamo.reset()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
+def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
+    trained, teacher, latents, toy_checkpoint, tmp_path, monkeypatch
+):
+    from lcm_lora.training.loop import Run
+
+    plain, asked = torch.optim.AdamW, []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, **o: plain(p, **o | {"fused": True}))
+    _, wanted = trained(steps=2)
+    spec = spec_of(tmp_path / "job", toy_checkpoint, steps=2)
+    adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+    pause_after_one = lambda: asked.append(1) or ("pause" if len(asked) == 2 else "")  # noqa: E731
+    try:
+        for outcome in ("pause", "done"):
+            run = Run(
+                spec, tmp_path / "job", teacher, adapter, latents, Processes(), None, None,
+                pause_after_one,
+            )  # fmt: skip
+            assert run.train() == outcome
+        found = adapter.state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    finally:
+        adapter.detach()
 
 
 def test_phased_trains_as_well(trained):

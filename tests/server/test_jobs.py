@@ -184,6 +184,7 @@ def test_order_over_http(client, subject, store):
         ({"name": "CON"}, "cannot be used"),
         ({"name": "a\u0000b"}, "cannot be used"),
         ({"device": "0; rm"}, "device must be"),
+        ({"device": "07"}, "There is no device 7"),
         ({"policy": "rude"}, "policy must be"),
         ({"steps": 0}, "steps must be"),
         ({"steps": "4"}, "steps must be"),
@@ -192,6 +193,7 @@ def test_order_over_http(client, subject, store):
         ({"data": {"kind": "pictures", "path": "../.."}}, "input folder"),
         ({"data": {"kind": "prompt file", "path": "/etc/passwd"}}, "input folder"),
         ({"data": {"kind": "prompts", "prompts": "x" * 3000}}, "at most"),
+        ({"data": {"kind": "prompts", "prompts": "a\n\ud800"}}, "half of a character"),
         ({"data": []}, "must be a JSON object"),
     ],
 )

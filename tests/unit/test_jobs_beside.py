@@ -1,10 +1,13 @@
 """Stepping aside for prompts, and telling what changed: the server's side without a server."""
 
+import io
 import json
 import os
+import time
 
 import pytest
 from lcm_lora.training.jobs import processes, supervisor
+from lcm_lora.training.jobs import store as store_module
 from lcm_lora.training.jobs.beside import IDLE, Beside
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
@@ -226,3 +229,60 @@ def test_only_what_changed_is_sent(server):
     server.store.delete(one)
     server.look()
     assert server.sent.pop() == [{"id": one, "state": "deleted"}]
+
+
+def calls_of(server, looks):
+    """How many calls of the file system so many looks make, half a second apart."""
+    asked = []
+
+    def counted(call):
+        return lambda *arguments, **options: asked.append(call) or call(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((os, "stat"), (os, "scandir"), (io, "open"), (os, "open")):
+            patch.setattr(module, name, counted(getattr(module, name)))
+        for _ in range(looks):
+            server.look(0.5)
+    return len(asked)
+
+
+def settle(server):
+    for _ in range(2):
+        server.look(0.5)
+        time.sleep(0.1)
+
+
+def test_kept_jobs_are_not_read_while_nothing_happens(server, monkeypatch):
+    """At two looks a second no more than a few calls a second, however many jobs are kept."""
+    monkeypatch.setattr(store_module, "SETTLED", 0.05)
+    jobs = [server.job("yield", str(number)) for number in range(40)]
+    for job in jobs:
+        (server.store.path(job) / "status.json").write_text('{"state": "done"}')
+    settle(server)
+    assert 0 < calls_of(server, 20) <= 4 * 10
+    server.sent.clear()
+    # What is asked by this server or another process is seen at the next look.
+    Store(server.store.folder).delete(jobs[0])
+    server.look(0.5)
+    assert server.sent.pop() == [{"id": jobs[0], "state": "deleted"}]
+    (server.store.path(jobs[1]) / "status.json").unlink()
+    server.store.ask(jobs[1], "pause")
+    server.look(0.5)
+    assert [told["state"] for told in server.sent.pop()] == ["paused"]
+    settle(server)
+    assert calls_of(server, 20) <= 4 * 10
+    server.store.ask(jobs[1], "")
+    server.look(0.5)
+    assert server.worked and server.store.job(jobs[1]).state == "queued"
+    server.prompts = 1
+    server.look(0.5)
+    assert server.asked(jobs[1]) == ("pause", True)
+
+
+def test_a_prompt_beside_jobs_that_have_ended_reads_none_of_them(server, monkeypatch):
+    monkeypatch.setattr(store_module, "SETTLED", 0.05)
+    job = server.job("yield")
+    (server.store.path(job) / "status.json").write_text('{"state": "done"}')
+    settle(server)
+    server.prompts = 1
+    assert calls_of(server, 20) <= 4 * 10

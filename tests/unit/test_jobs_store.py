@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from lcm_lora.training import disk, run
-from lcm_lora.training.jobs import processes
+from lcm_lora.training.jobs import processes, supervisor
+from lcm_lora.training.jobs import store as store_module
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
 
@@ -360,3 +363,73 @@ def test_a_torn_control_file_is_whole_again(store, tmp_path):
     torn.write_text('{"order": 1')
     store.clean(10, 1e9)
     assert json.loads(torn.read_text()) == {} and whole.read_text() == before
+
+
+def test_a_lock_that_is_held_is_told_without_a_path(store, tmp_path, monkeypatch):
+    job, _ = store.create(spec(tmp_path), "a")
+    monkeypatch.setattr(store_module, "LONGEST", 0.05)
+    with FileLock(store.folder / ".changing.lock"):
+        for change in (
+            lambda: store.create(spec(tmp_path, seed=1), "b"), lambda: store.ask(job, "pause"),
+            lambda: store.delete(job), lambda: store.move(job, None),
+        ):  # fmt: skip
+            with pytest.raises(store_module.Busy, match="try again") as error:
+                change()
+            assert "/" not in str(error.value)
+    store.ask(job, "pause")
+
+
+def test_a_supervisor_that_may_not_change_the_jobs_yet_tries_again(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "LONGEST", 0.05)
+    monkeypatch.setattr(supervisor, "FULL", 0.05)
+    rounds = []
+    monkeypatch.setattr(supervisor.Supervisor, "_round", lambda _: rounds.append(1))
+    store.folder.mkdir()
+    lock = FileLock(store.folder / ".changing.lock")
+    lock.acquire()
+    clean = Store.clean
+
+    def then_it_is_free(self, *limits):
+        try:
+            clean(self, *limits)
+        finally:
+            lock.release()
+
+    monkeypatch.setattr(Store, "clean", then_it_is_free)
+    assert supervisor.main(store.folder) == 0
+    assert rounds == [1]
+
+
+def test_what_cannot_be_read_is_not_written_anew(store, tmp_path, monkeypatch):
+    """A job's name and place would be lost with it."""
+    job, _ = store.create(spec(tmp_path), "a")
+    file = store.path(job) / "control.json"
+    before, read_text = file.read_bytes(), Path.read_text
+
+    def fails(path, *_, **__):
+        if path == file:
+            raise OSError(5, "Input/output error")
+        return read_text(path, *_, **__)
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        store.ask(job, "pause")
+    monkeypatch.undo()
+    assert file.read_bytes() == before
+
+
+def test_a_fault_of_ours_is_no_job_that_is_gone(store, tmp_path, monkeypatch):
+    store.create(spec(tmp_path), "a")
+
+    def faulty(*_):
+        raise KeyError("rows")
+
+    monkeypatch.setattr(store_module, "state_of", faulty)
+    with pytest.raises(KeyError, match="rows"):
+        store.jobs()
+    missing = FileNotFoundError(2, "No such file", "python")
+    with pytest.raises(FileNotFoundError):
+        with store.unless_deleted(next(store.folder.glob("*-*-*")).name):
+            raise missing
+    with store.unless_deleted("00000000-0000-4000-8000-000000000000"):
+        raise missing

@@ -1,9 +1,11 @@
 """The latent bank: built once, resumable, complete or not used."""
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import psutil
 import pytest
 import torch
 from lcm_lora.training import bank
@@ -148,6 +150,7 @@ def test_unreadable_examples_are_left_out_and_named(tmp_path, caplog):
     found = build(tmp_path, Numbers(100, bad=[3, 70]))
     assert len(found) == 98
     assert found.batch([2, 3])[0][:, 0, 0, 0].tolist() == [2, 4]
+    assert found.skipped == ["3.png is cut off", "70.png is cut off"]
     assert "3.png is cut off" in caplog.text and "70.png is cut off" in caplog.text
 
 
@@ -163,6 +166,38 @@ def test_latents_that_are_not_finite_are_an_error(tmp_path):
 
     with pytest.raises(ValueError, match="not finite.*--fp32-vae"):
         build(tmp_path, Broken(3))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(1e5, "reaches 1e.05 of 65504"), (torch.inf, "is not finite")]
+)
+def test_what_half_precision_does_not_hold_is_an_error(tmp_path, value, words):
+    def large(caption):
+        return {"context": torch.full((77, 3), value if caption == "b" else 1.0)}
+
+    class Large(Numbers):
+        def rows(self, numbers, text, between):
+            return [bank.Row(torch.full((4, 2, 2), value), SIZES) for _ in numbers]
+
+    with pytest.raises(ValueError, match=f"answer to 'b' .*{words}.*--fp32-text-enc"):
+        build(tmp_path, Numbers(3), large)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=f"latent of example 0 .*{words}.*--fp32-vae"):
+        build(tmp_path, Large(3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process lists its maps so")
+def test_a_large_bank_keeps_few_files_open(tmp_path, monkeypatch):
+    """20 files of rows and 5 of texts, of which 4 each may be open."""
+    monkeypatch.setattr(bank, "OPEN", 4)
+    captions = [chr(33 + i % 90) + str(i) for i in range(320)]
+    found = build(tmp_path, Numbers(320, captions=captions))
+    for row in range(0, 320, 16):
+        latents, about = found.batch([row])
+        assert latents[0, 0, 0, 0] == row and about["sizes"][0, 0] == row
+    maps = psutil.Process().memory_maps(grouped=False)
+    held = {path.path for path in maps if str(tmp_path) in path.path}
+    assert 0 < len(held) <= 8
 
 
 def test_a_damaged_file_is_noticed(tmp_path):

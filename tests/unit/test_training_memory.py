@@ -4,7 +4,12 @@ import errno
 
 import pytest
 import torch
-from lcm_lora.training.memory import in_parts, is_out_of_memory
+from lcm_lora.training.memory import (
+    compile_blocks,
+    in_parts,
+    is_out_of_memory,
+    recompute_blocks,
+)
 from lcm_lora.training.run import disk_is_full
 
 
@@ -15,11 +20,28 @@ from lcm_lora.training.run import disk_is_full
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("HIPBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Native API failed: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"), True),
+        (MemoryError(), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
 def test_running_out_of_memory_is_known_by_its_words(error, so):
     assert is_out_of_memory(error) == so
+
+
+@pytest.mark.parametrize("change", [recompute_blocks, compile_blocks])
+def test_a_network_without_known_blocks_is_an_error_and_no_silence(change):
+    class ResidualBlock(torch.nn.Module):
+        """As a later ComfyUI might call it."""
+
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), ResidualBlock())
+    with pytest.raises(ValueError, match="Sequential has no block .* expected ComfyUI's ResBlock"):
+        change(network)
 
 
 def test_parts_become_smaller_until_they_fit():

@@ -1,14 +1,19 @@
 """Pictures with captions become examples, the same ones whenever they are asked for."""
 
+import csv
 import io
 import json
+import os
+import struct
+import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from lcm_lora.training.bank import Unreadable
-from lcm_lora.training.captioned import find
+from lcm_lora.training.captioned import find, picture_suffixes, summary
 from lcm_lora.training.pictures import Pictures, buckets
 from lcm_lora.training.sources import source
 from lcm_lora.training.spec import Data, Spec
@@ -266,3 +271,236 @@ def test_before_each_picture_and_each_encoding_one_may_end(folder):
     rows = source(spec, Encoder()).rows([0, 1, 2], None, lambda: done.append("asked"))
     assert len(rows) == 3
     assert done == ["asked"] * 3 + ["asked", "encoded 1"] * 3  # three shapes
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tiff", ".TIF", ".ppm", ".tga", ".ico", ".jfif"])
+def test_every_format_of_pillow_is_read(tmp_path, suffix):
+    with open(tmp_path / f"a{suffix}", "wb") as file:
+        gradient(64, 64).save(file, Image.registered_extensions()[suffix.lower()])
+    (tmp_path / "a.txt").write_text("a gradient")
+    pixels = Pictures(tmp_path, 64, flip=False).example(0).pixels
+    wanted = torch.from_numpy(np.asarray(gradient(64, 64), np.float32) / 255)
+    assert (pixels - wanted).abs().mean() < 0.1  # a GIF has 256 colours, a JPEG is lossy
+
+
+def test_frames_that_are_not_used_are_named(tmp_path, caplog):
+    for name, more in (("film", [gradient(64, 64, "L")]), ("still", [])):
+        with open(tmp_path / f"{name}.gif", "wb") as file:
+            gradient(64, 64).save(file, "GIF", save_all=True, append_images=more)
+        (tmp_path / f"{name}.txt").write_text(name)
+    pictures = Pictures(tmp_path, 64, flip=False)
+    assert all(pictures.example(number).pixels.shape == (64, 64, 3) for number in range(2))
+    assert caplog.messages == ["only the first frame is used of film.gif"]
+
+
+def test_no_ending_is_taken_that_pillow_knows_by_name_only():
+    assert {".gif", ".tif", ".psd"} <= set(picture_suffixes())
+    assert not {".h5", ".grib", ".mpg", ".pdf", ".txt", ".tar", ".json"} & set(picture_suffixes())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.caption", "x"), ("a.TXT", "x"), ("a.Caption", "x"), ("a.json", '{"caption": "x"}'),
+        ("metadata.csv", "file_name,text\na.png,x\n"),
+        ("METADATA.CSV", "\ufefffile_name, caption\r\na.png, x\r\n"),
+        ("metadata.csv", 'id,caption,file_name\n1,"x",a.png\n'),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "x"}'),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "", "caption": "x"}'),
+    ],
+)  # fmt: skip
+def test_a_caption_is_taken_wherever_tools_put_it(tmp_path, name, text):
+    (tmp_path / "a.png").write_bytes(encoded(gradient(8, 8)))
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    found = find(tmp_path)
+    assert [picture.caption for picture in found] == ["x"] and not found.unused
+
+
+def test_the_next_caption_is_taken_where_the_first_is_empty(tmp_path):
+    picture = encoded(gradient(8, 8))
+    files = {"a.png": picture, "a.txt": b" \n", "a.caption": b"x", "a.json": b"no JSON at all"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert [picture.caption for picture in find(tmp_path)] == ["x"]
+    shard(tmp_path / "s.tar", files)
+    assert [picture.caption for picture in find(tmp_path / "s.tar")] == ["x"]
+
+
+def test_a_csv_is_read_as_python_writes_it(tmp_path):
+    captions = ['a "quoted", one', "two\nlines", "ein Bär"]
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text"])
+        for number, caption in enumerate(captions):
+            (tmp_path / f"{number}.png").write_bytes(encoded(gradient(8, 8)))
+            table.writerow([f"{number}.png", caption])
+    assert [picture.caption for picture in find(tmp_path)] == captions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name;text\na.png;x\n", "Line 2 of metadata.csv is not of the form file_name,text"),
+        ("file_name,text\na.png\n", "Line 2 of metadata.csv is not of the form"),
+        ('file_name,text\na.png,"x\n', "Line 2 of metadata.csv is not of the form"),
+        ("file_name,text\n../a.png,x\n", "leaves its folder"),
+        ("file_name,text\nb.png,x\n", "'b.png', which is not there"),
+    ],
+)
+def test_a_broken_csv_is_told_with_its_line(tmp_path, text, message):
+    (tmp_path / "a.png").write_bytes(encoded(gradient(8, 8)))
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path)
+
+
+def test_a_picture_that_a_table_names_is_taken_whatever_its_ending(tmp_path):
+    (tmp_path / "0001").write_bytes(encoded(gradient(64, 64)))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0001,x\n")
+    assert Pictures(tmp_path, 64).example(0).caption == "x"
+
+
+HALF = "\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"metadata.jsonl": f'\n{{"file_name": "a.png", "text": "{HALF}"}}'.encode()},
+            "Line 2 of metadata.jsonl: .*ud800",
+        ),
+        ({"a.json": f'{{"caption": "{HALF} x"}}'.encode()}, "a.json: .*ud800"),
+        ({"a.txt": b"fine\nBr\xfcnn"}, "a.txt is not UTF-8 text .line 2"),
+        ({"metadata.csv": b"file_name,text\na.png,x\nb.png,\xff"}, "metadata.csv .*line 3"),
+    ],
+)
+def test_a_caption_that_is_no_unicode_is_told_with_its_line(tmp_path, files, message):
+    picture = encoded(gradient(8, 8))
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "a.png").write_bytes(picture)
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path)
+    if "a.json" in files:
+        tar = shard(tmp_path / "s.tar", {**files, "a.png": picture})
+        with pytest.raises(ValueError, match=f"s.tar/{message}"):
+            find(tar)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_unicode_can_be_written_and_its_picture_is_used(tmp_path):
+    for stem in (b"caf\xe9", b"caf\xe8"):
+        for suffix, data in ((b".png", encoded(gradient(64, 64))), (b".txt", b"a cafe")):
+            with open(os.fsencode(tmp_path) + b"/" + stem + suffix, "wb") as file:
+                file.write(data)
+    pictures = Pictures(tmp_path, 64)
+    assert [picture.name for picture in pictures.found] == ["caf\\xe8.png", "caf\\xe9.png"]
+    assert pictures.example(1).pixels.shape == (64, 64, 3)
+    tar = shard(tmp_path / "s.tar", {"b\udce9.png": encoded(gradient(8, 8)), "b\udce9.txt": b"x"})
+    assert [picture.name for picture in find(tar)] == ["s.tar/b\\xe9.png"]
+
+
+def test_linked_folders_are_followed_once(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    for name in ("x", "deep/y"):
+        (elsewhere / f"{name}.png").write_bytes(encoded(gradient(64, 64)))
+        (elsewhere / f"{name}.txt").write_text(name)
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "deep" / "back").symlink_to(folder)
+    (folder / "again").symlink_to(folder / "more")
+    (folder / "nowhere.png").symlink_to(tmp_path / "none")
+    found = find(folder)
+    assert [picture.name for picture in found] == [
+        "a.png", "b.png", "linked/deep/y.png", "linked/x.png", "more/c.png",
+    ]  # fmt: skip
+    assert sorted(name for name, _ in found.unused) == ["again", "linked/deep/back", "nowhere.png"]
+
+
+def test_everything_that_is_not_used_is_named(folder):
+    (folder / "second.txt").write_text("no picture has this name")
+    (folder / "a.caption").write_text("the .txt is taken")
+    for name in ("film.mp4", "table.parquet", ".DS_Store"):
+        (folder / name).write_bytes(b"")
+    picture, lines = encoded(gradient(64, 64)), '{"file_name": "c.png", "text": "x"}\n' * 2
+    (folder / "more" / "metadata.jsonl").write_text(lines)
+    shard(folder / "s.tar", {
+        "1.png": picture, "1.txt": b"x", "1.json": b"{}", "1.jpg": picture, "1.cls": b"3",
+        "2.txt": b"y", "._1.png": b"", "v.2.png": picture,
+    })  # fmt: skip
+    found = find(folder)
+    assert [picture.caption for picture in found] == ["x", "ein Bär, a", "ein Bär, b", "x"]
+    names = [name for name, _ in found.unused]
+    assert sorted(names) == sorted([
+        "second.txt", "a.caption", "film.mp4", "table.parquet", ".DS_Store", "more/c.txt",
+        "line 1 of more/metadata.jsonl", "s.tar/1.json", "s.tar/1.jpg", "s.tar/1.cls",
+        "s.tar/2.txt", "s.tar/._1.png", "s.tar/v.2.png",
+    ])  # fmt: skip
+    sentence = summary(found.unused)
+    assert "13 of what is there" in sentence and "film.mp4" in sentence
+    assert summary([]) == ""
+
+
+def test_prompts_beyond_the_count_are_named():
+    data = Data(prompts=("a", "b", "c"), count=2)
+    spec = Spec("/host", "/checkpoint", "/o.safetensors", "/banks", data=data)
+    assert [prompt for prompt, _ in source(spec, None).unused] == ["c"]
+
+
+def png16(pixels, colour, clear=None):
+    """A PNG of 16 bits, which Pillow does not write: [H, W, C] numbers; clear: its tRNS chunk."""
+
+    def chunk(kind, data):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))]
+    parts += [(b"tRNS", np.array(clear, ">u2").tobytes())] if clear else []
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("colour", "pixel", "clear"),
+    [
+        (0, [1000], [1000]),  # grey, one of which is transparent
+        (2, [1000, 2000, 60000], [1000, 2000, 60000]),  # RGB, likewise
+        (4, [1000, 0], None),  # grey and alpha
+        (6, [1000, 2000, 60000, 0], None),
+    ],
+)
+def test_what_is_transparent_in_16_bits_becomes_white_too(folder, colour, pixel, clear):
+    solid = 65535 // 2
+    pixels = np.full((64, 64, len(pixel)), solid, np.uint16)
+    pixels[..., -1] = 65535 if colour in (4, 6) else solid
+    pixels[:, :32] = pixel
+    (folder / "b.png").write_bytes(png16(pixels, colour, clear))
+    found = Pictures(folder, 64, flip=False).example(1).pixels
+    assert (found[:, :31] == 1).all()
+    assert (found[:, 33:] - 0.5).abs().max() < 0.01
+
+
+def test_a_disk_that_fails_is_no_broken_picture(folder, monkeypatch):
+    def fails(_):
+        raise OSError(5, "Input/output error")
+
+    pictures = Pictures(folder, 64)
+    (folder / "a.png").unlink()
+    with pytest.raises(Unreadable, match="a.png: No such file"):
+        pictures.example(0)
+    monkeypatch.setattr(type(pictures.found[1]), "read", fails)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        pictures.example(1)
+    assert not isinstance(error.value, Unreadable)
+
+
+def test_memory_that_runs_out_is_no_broken_picture(folder, monkeypatch):
+    def full(_):
+        raise MemoryError
+
+    monkeypatch.setattr("lcm_lora.training.pictures.ImageOps.exif_transpose", full)
+    with pytest.raises(MemoryError):
+        Pictures(folder, 64).example(0)

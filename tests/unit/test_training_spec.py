@@ -24,6 +24,18 @@ def test_it_comes_back_from_its_own_json(tmp_path):
     assert read(path) == spec
 
 
+def test_paths_may_hold_bytes_that_are_no_unicode(tmp_path):
+    spec = Spec(**GOOD | {"checkpoint": "/caf\udce9.safetensors"}, embeddings=("/\udce9",))
+    path = tmp_path / "spec.json"
+    path.write_text(spec.to_json(), encoding="utf-8")
+    assert read(path) == spec
+
+
+def test_the_one_folder_of_embeddings_of_an_older_job_is_read(tmp_path):
+    assert read(written(tmp_path, embeddings="/e")).embeddings == ("/e",)
+    assert read(written(tmp_path, embeddings="")).embeddings == ()
+
+
 def test_only_the_paths_are_needed(tmp_path):
     spec = read(written(tmp_path, guidance=4))
     assert spec.guidance == (4.0,)
@@ -51,6 +63,7 @@ def test_only_the_paths_are_needed(tmp_path):
         ({"data": {"count": 0}}, "data.count must be at least 1"),
         ({"loras": [{"strength": 1.0}]}, "lacks path"),
         ({"sample_prompts": "a bag"}, "sample_prompts must be a list"),
+        ({"data": {"prompts": ["a", "b\n\ud800"]}}, "prompts holds half of a character.*in line 2"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, changes, message):

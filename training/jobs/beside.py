@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +64,7 @@ class Beside:
         for job in jobs:
             if job.remote:
                 continue  # it takes nothing of this machine
-            with suppress(KeyError):  # it was deleted meanwhile
+            with self.store.unless_deleted(job.id):
                 if job.policy == "yield" and busy and _goes(job):
                     asked |= self.store.ask(job.id, "pause", aside=self._me(), only=_goes)
                 elif rested and self._may_come_back(job):
@@ -97,7 +96,9 @@ class Beside:
 
     def _may_come_back(self, job: Job) -> bool:
         """Whether it stands aside for this server, or for one that is no more."""
-        return job.forsaken or (job.state == "paused" and job.aside == self._me())
+        if job.state != "paused" or not job.aside:
+            return False
+        return job.forsaken or job.aside == self._me()
 
 
 def _goes(job: Job) -> bool:

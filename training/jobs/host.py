@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
+import torch
 
 from ...lora.files import inside
 from ..spec import Data, Spec, StyleLoRA
@@ -21,6 +22,14 @@ from . import ray_job, supervisor
 from .store import POLICIES, Store
 
 SOURCES = ("prompts", "prompt file", "pictures")
+# The server's own flags that decide how a model is loaded and computed: alone, or with a value.
+FLAGS = (
+    "--cpu", "--force-fp32", "--force-fp16", "--fp32-unet", "--bf16-unet", "--fp16-unet",
+    "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp16-text-enc", "--fp32-text-enc",
+    "--force-upcast-attention", "--dont-upcast-attention", "--force-channels-last",
+    "--deterministic", "--lowvram", "--novram", "--highvram",
+)  # fmt: skip
+VALUED_FLAGS = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 2_000
 _stores: dict[Path, Store] = {}
 waiting: list[str] = []
@@ -97,16 +106,19 @@ def start(order: Order) -> tuple[str, bool]:
     if order.policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {order.policy!r}.")
     jobs = store()
-    count = _processes(order.device, jobs.folder.parent / ray_job.SETTINGS)
+    device, count = _devices(order.device, jobs.folder.parent / ray_job.SETTINGS)
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
-    found = jobs.create(spec, name, order.device, count, order.policy)
+    queued = jobs.create(spec, name, device, count, order.policy, _visible(device))
     work()
-    return found
+    return queued
 
 
-def _processes(device: str, cluster: Path) -> int:
-    """How many processes train on what a user calls a device."""
+def _devices(device: str, cluster: Path) -> tuple[str, int]:
+    """(what a user calls a device, in one spelling; how many processes train on it).
+
+    Raises ValueError for a device that is not there, or that is named twice.
+    """
     if not re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?|ray(:[1-9]\d{0,2})?", device):
         raise ValueError(
             'device must be empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" '
@@ -114,8 +126,40 @@ def _processes(device: str, cluster: Path) -> int:
         )
     if device.startswith("ray"):
         ray_job.Cluster.read(cluster)
-        return int(device.partition(":")[2] or 1)
-    return len(device.split(","))
+        return device, int(device.partition(":")[2] or 1)
+    numbers, there = [int(number) for number in device.split(",") if number], len(_there())
+    if missing := [number for number in numbers if number >= there]:
+        known = {0: "PyTorch finds none here", 1: "there is one here, 0"}
+        known = known.get(there, f"there are {there} here, 0 to {there - 1}")
+        raise ValueError(f"There is no device {missing[0]}: {known}.")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"device names one device twice: {device!r}.")
+    return ",".join(map(str, numbers)), max(1, len(numbers))
+
+
+def _there() -> list[str]:
+    """The devices that jobs can choose, as the driver calls them, in the order of their numbers.
+
+    Those that this server sees, whatever hides the others: CUDA_VISIBLE_DEVICES, which ComfyUI's
+    --cuda-device sets, or HIP_VISIBLE_DEVICES. [""] for the only one of another kind.
+    """
+    flags = _flags()
+    other = torch.backends.mps.is_available() or torch.xpu.is_available()
+    if other or any(flag == "--cpu" or flag.startswith("--directml") for flag in flags):
+        return [""]
+    count = torch.cuda.device_count()
+    names = os.environ.get("HIP_VISIBLE_DEVICES") if torch.version.hip else None
+    names = names or os.environ.get("CUDA_VISIBLE_DEVICES") or ""
+    shown = [name.strip() for name in names.split(",") if name.strip()][:count]
+    return shown if len(shown) == count else list(map(str, range(count)))
+
+
+def _visible(device: str) -> str:
+    """What a job's CUDA_VISIBLE_DEVICES must be, "" to leave it."""
+    if device.startswith("ray"):
+        return ""
+    there = _there() or [""]
+    return ",".join(there[int(number)] for number in (device or "0").split(","))
 
 
 @contextmanager
@@ -138,11 +182,10 @@ def _spec(order: Order, banks: Path) -> Spec:
     styles = ()
     if order.style_lora:
         styles = (StyleLoRA(_listed("loras", order.style_lora), order.style_strength),)
-    embeddings = folder_paths.get_folder_paths("embeddings")
     return Spec(
         host=str(Path(folder_paths.__file__).resolve().parent), host_flags=_flags(),
         checkpoint=_listed("checkpoints", order.checkpoint), loras=styles,
-        embeddings=embeddings[0] if embeddings else "",
+        embeddings=tuple(map(os.path.abspath, folder_paths.get_folder_paths("embeddings"))),
         output=str(inside(_loras(), order.name)), overwrite=order.overwrite, banks=str(banks),
         data=_data(order.data), resolution=order.data.resolution, steps=order.steps,
         batch=order.batch, rank=order.rank, guidance=(order.guidance,), lr=order.lr,
@@ -173,9 +216,9 @@ def _data(source: Source) -> Data:
 
 
 def _given(name: str) -> str:
-    """Path of what a user put into the host's input folder."""
-    base = Path(folder_paths.get_input_directory()).resolve()
-    path = (base / name).resolve()
+    """Path of what a user put into the host's input folder, a link to elsewhere perhaps."""
+    base = Path(os.path.abspath(folder_paths.get_input_directory()))
+    path = Path(os.path.normpath(base / name))
     if not name.strip() or not path.is_relative_to(base) or path == base:
         raise ValueError(f"{name!r} is not inside ComfyUI's input folder, where it must lie.")
     if not path.exists():
@@ -187,8 +230,11 @@ def _listed(kind: str, name: str) -> str:
     """Path of a file that the host offers under this name."""
     if name not in folder_paths.get_filename_list(kind):
         raise ValueError(f"ComfyUI lists no {name!r} among its {kind}.")
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ValueError(f"The file of {name!r} is gone, though ComfyUI lists it.")
     # As it is called there: what a link leads to may have no suffix, which tells how to read it.
-    return os.path.abspath(folder_paths.get_full_path_or_raise(kind, name))
+    return os.path.abspath(path)
 
 
 def _loras() -> Path:
@@ -196,20 +242,13 @@ def _loras() -> Path:
 
 
 def _flags() -> tuple[str, ...]:
-    """The server's own flags that decide how a model is loaded and computed."""
-    alone = (
-        "--cpu", "--force-fp32", "--force-fp16", "--fp32-unet", "--bf16-unet", "--fp16-unet",
-        "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu-vae", "--fp16-text-enc",
-        "--fp32-text-enc", "--force-upcast-attention", "--dont-upcast-attention",
-        "--force-channels-last", "--deterministic", "--lowvram", "--novram", "--highvram",
-    )  # fmt: skip
-    with_value = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
+    """Those of this server's flags that its jobs get too."""
     given, kept = sys.argv[1:], []
     for i, flag in enumerate(given):
-        if flag in alone:
+        if flag in FLAGS:
             kept.append(flag)
-        elif flag in with_value:  # --directml may be without one
+        elif flag in VALUED_FLAGS:  # --directml may be without one
             kept += [flag, *(word for word in given[i + 1 : i + 2] if not word.startswith("-"))]
-        elif flag.startswith(tuple(f"{each}=" for each in with_value)):
+        elif flag.startswith(tuple(f"{valued}=" for valued in VALUED_FLAGS)):
             kept.append(flag)
     return tuple(kept)

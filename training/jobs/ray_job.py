@@ -233,7 +233,7 @@ class Follower:
             "host": self.cluster.host,
             "host_flags": () if self.cluster.gpus else ("--cpu",),
             "checkpoint": self._brought(spec.checkpoint),
-            "embeddings": self._brought(spec.embeddings if Path(spec.embeddings).is_dir() else ""),
+            "embeddings": [self._brought(path) for path in spec.embeddings if Path(path).is_dir()],
             "banks": there(Path(self.cluster.storage) / "banks"),
             "output": there(self.remote / "made" / Path(spec.output).name),
             "overwrite": True,
@@ -248,14 +248,19 @@ class Follower:
             raise ValueError(f"There is no {source}.")
         if source.resolve().is_relative_to(storage.resolve()):
             return self.cluster.there(storage / source.resolve().relative_to(storage.resolve()))
-        files = sorted(source.rglob("*")) if source.is_dir() else [source]
+        # With what links lead to, as the trainer reads it.
+        files = disk.files_under(source)[0] if source.is_dir() else [source]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         folder = storage / "files" / disk.name_of(json.dumps(stamps))
         if not folder.exists():
             log.info("%s is copied to the storage", source.name)
             with disk.whole_folder(folder) as new:
-                copy = shutil.copytree if source.is_dir() else shutil.copyfile
-                copy(source, new / source.name)
+                if source.is_dir():
+                    (new / source.name).mkdir()
+                for file in files:
+                    copy = new / source.name / file.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
         return self.cluster.there(folder / source.name)
 
     def mirror_control(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from filelock import Timeout
 from server import PromptServer
 
 from .. import disk
+from ..run import disk_is_full
 from ..spec import build
 from . import host
 from .beside import Beside
 from .metrics import read
-from .store import Job
+from .store import Busy, Job, NoJob, is_id
 
+log = logging.getLogger("lcm_lora")
 LARGEST = 1 << 20  # bytes of a request
 LOG_PART = 1 << 16
 ACTIONS = {"pause": "pause", "stop": "stop", "finish": "finish", "resume": ""}
@@ -77,15 +81,30 @@ def _response(handler: Callable[[], Any]) -> web.Response:
     """What a handler finds, or the sentence it raises, as an answer; runs in a thread."""
     try:
         found = handler()
-    except KeyError as error:
-        return _error(404, f"There is no job {error.args[0]}.")
-    except FileNotFoundError as error:
-        return _error(404, f"There is no {Path(str(error.filename or error)).name}.")
+    except NoJob as error:
+        return _error(404, str(error))
+    except (Busy, Timeout):
+        return _error(503, str(Busy()))
     except ValueError as error:
         return _error(400, str(error))
-    except OSError as error:
-        return _error(507, f"The server's disk failed: {error.strerror or error}.")
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and (deleted := _deleted(error)):
+            return _error(404, str(NoJob(deleted)))
+        log.exception("A request could not be answered.")
+        if not isinstance(error, OSError):
+            return _error(500, f"A fault of this pack: {type(error).__name__}. See ComfyUI's log.")
+        if disk_is_full(error):
+            return _error(507, "The server's disk is full.")
+        # Its words without the path, which is no client's business.
+        return _error(500, f"The server's disk failed: {error.strerror or type(error).__name__}.")
     return found if isinstance(found, web.Response) else _json(found)
+
+
+def _deleted(error: FileNotFoundError) -> str:
+    """The id of the job that was deleted while a file of it was read; "" where it is there."""
+    file = Path(str(error.filename or ""))
+    folder = next((folder for folder in (file, *file.parents) if is_id(folder.name)), None)
+    return folder.name if folder is not None and not folder.is_dir() else ""
 
 
 def _object(body: bytes) -> dict:
@@ -166,7 +185,7 @@ def job(request: web.Request) -> dict:
     }
 
 
-def log(request: web.Request) -> dict:
+def job_log(request: web.Request) -> dict:
     """From the byte `offset` on; negative: that many bytes before the end."""
     offset = _number(request, "offset", -LOG_PART, -LOG_PART, 1 << 40)
     path = _path(request) / "log.txt"
@@ -195,7 +214,7 @@ def samples(request: web.Request) -> web.Response:
     stem = name.removeprefix("step-").removesuffix(".png")
     path = _path(request) / "samples" / name
     if name != f"step-{stem}.png" or not (stem.isascii() and stem.isdigit()) or not path.is_file():
-        raise FileNotFoundError(2, "", name)
+        return _error(404, f"There is no picture {name}.")
     return web.Response(body=path.read_bytes(), content_type="image/png")
 
 
@@ -235,8 +254,10 @@ def move(request: web.Request, told: dict) -> dict:
         raise ValueError(f"before must be a job's id or null, found {before!r}.")
     try:
         host.store().move(request.match_info["id"], before)
-    except KeyError as error:
-        raise ValueError(f"There is no job {error.args[0]}.") from None
+    except NoJob as error:
+        if error.args[0] == request.match_info["id"]:
+            raise
+        raise ValueError(str(error)) from None
     return {"id": request.match_info["id"]}
 
 
@@ -245,7 +266,7 @@ def openapi(request: web.Request) -> Any:
 
 
 READS = {
-    "jobs": jobs, "jobs/{id}": job, "jobs/{id}/log": log, "jobs/{id}/metrics": metrics,
+    "jobs": jobs, "jobs/{id}": job, "jobs/{id}/log": job_log, "jobs/{id}/metrics": metrics,
     "jobs/{id}/samples/{name}": samples, "openapi.json": openapi,
 }  # fmt: skip
 CHANGES = {

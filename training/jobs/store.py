@@ -20,22 +20,40 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from ...lora.whole import patiently
 from .. import disk
 from ..spec import Spec
 from . import ray_job
 from .processes import alive
 
+CHANGED = ".changed"
+SETTLED = 5.0  # seconds without a change, for a file system may count its times in seconds
+LONGEST = 20.0  # seconds to wait for another process's change
 POLICIES = ("yield", "exclusive", "share")
 ACTIVE = ("preparing", "running", "stopping")
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _WATCHED = ("spec.json", "control.json", "supervisor.json", "status.json")
+
+
+class NoJob(KeyError):
+    """There is no job of this id, or not any more."""
+
+    def __str__(self) -> str:
+        return f"There is no job {self.args[0]}."
+
+
+class Busy(TimeoutError):
+    """Another process is changing the jobs and does not come to an end."""
+
+    def __init__(self) -> None:
+        super().__init__("Another process is changing the jobs just now: try again in a moment.")
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Job:
         policy: beside the graph: "yield" steps aside while prompts run, "exclusive" has the server
             unload its models, "share" does nothing.
         aside: who asked it to step aside, {} for nobody.
+        visible: the devices it trains on as the driver calls them, "" where there is no choice.
     """
 
     id: str
@@ -71,6 +90,7 @@ class Job:
     order: float
     key: str
     error: str | None
+    visible: str
 
     @property
     def remote(self) -> bool:
@@ -90,7 +110,7 @@ class Job:
 
     def told(self) -> dict[str, Any]:
         """For a page: all but the inner workings. aside: whether it comes back by itself."""
-        told = {k: v for k, v in vars(self).items() if k not in ("order", "key")}
+        told = {k: v for k, v in vars(self).items() if k not in ("order", "key", "visible")}
         return told | {"aside": bool(self.aside) and self.state in ("paused", "stopping")}
 
 
@@ -100,22 +120,27 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = folder
         self._seen: dict[str, tuple[tuple, Job]] = {}
+        self._listed: list[Job] = []
+        self._is_at_rest = False
+        self._stamp: tuple = ()
+        self._moved_at = 0.0
 
     def path(self, job: str) -> Path:
-        """The folder of a job. Raises ValueError for what is no id, KeyError for one unknown."""
-        if not isinstance(job, str) or not _is_id(job):
+        """The folder of a job. Raises ValueError for what is no id, NoJob for one unknown."""
+        if not isinstance(job, str) or not is_id(job):
             raise ValueError(f"A job's id is a UUID, found {job!r}.")
         path = self.folder / job
         if not path.is_dir():
-            raise KeyError(job)
+            raise NoJob(job)
         return path
 
     def create(
-        self, spec: Spec, name: str, device: str = "", processes: int = 1, policy: str = "share"
-    ) -> tuple[str, bool]:
+        self, spec: Spec, name: str, device: str = "", processes: int = 1, policy: str = "share",
+        visible: str = "",
+    ) -> tuple[str, bool]:  # fmt: skip
         """Queues a job; -> (its id, whether it is new).
 
-        name: the LoRA's, as loaders show it without its ending.
+        name: the LoRA's, as loaders show it without its ending. device, visible: see Job.
 
         Where there is a job with the same settings it is returned instead, and tried again if it
         had failed; but not one whose LoRA is gone. Raises ValueError where the LoRA is there, or
@@ -136,7 +161,7 @@ class Store:
             control = {
                 "action": "", "turn": 0, "order": max((job.order for job in jobs), default=0) + 1,
                 "name": name, "key": key, "device": device, "processes": processes,
-                "policy": policy, "created": time.time(),
+                "policy": policy, "created": time.time(), "visible": visible,
             }  # fmt: skip
             with disk.whole_folder(self.folder / identifier) as new:
                 (new / "spec.json").write_text(text, encoding="utf-8")
@@ -154,21 +179,33 @@ class Store:
                 )
 
     def jobs(self) -> list[Job]:
-        """Every job: active ones, then the queue in its order, then the others, newest first."""
+        """Every job: active ones, then the queue in its order, then the others, newest first.
+
+        Where all have ended or are paused for good and nobody has changed one for a while, this
+        costs two calls of the file system, however many are kept.
+        """
+        # Another one when a job comes, goes or is asked something, or a supervisor starts or ends.
+        stamp = _stamps(self.folder, (".", CHANGED))
+        if stamp != self._stamp:
+            self._stamp, self._moved_at = stamp, time.monotonic()
+        elif self._is_at_rest and time.monotonic() - self._moved_at > SETTLED:
+            return list(self._listed)
         seen = {}
         for path in self._folders():
-            with suppress(KeyError):  # it was deleted meanwhile
+            with suppress(NoJob):  # it was deleted meanwhile
                 seen[path.name] = self._read(path)
         self._seen = seen  # at once, for other threads look too
-        found = [job for _, job in seen.values()]
+        jobs = [job for _, job in seen.values()]
         waiting = ("queued", "lost")
         rank = {**dict.fromkeys(ACTIVE, 0), **dict.fromkeys(waiting, 1)}
-        return sorted(
-            found,
+        jobs.sort(
             key=lambda job: (
                 rank.get(job.state, 2), job.order if job.state in waiting else -job.created
-            ),
-        )  # fmt: skip
+            )
+        )
+        self._is_at_rest = not any(job.waits or job.state in ACTIVE for job in jobs)
+        self._listed = jobs
+        return list(jobs)
 
     def job(self, identifier: str) -> Job:
         """Raises as `path` does."""
@@ -225,7 +262,7 @@ class Store:
             there = ray_job.remote(path)
             # Renamed first, so that a crash in between leaves no half of a job.
             gone = self.folder / f"{disk.TEMPORARY}{identifier}"
-            path.rename(gone)
+            patiently(path.rename, gone)
         if there:
             shutil.rmtree(there, ignore_errors=True)
         shutil.rmtree(gone, ignore_errors=True)
@@ -241,7 +278,7 @@ class Store:
         ended = [job for job in self.jobs() if job.state in ("done", "failed")]
         taken = 0
         for number, job in enumerate(ended):
-            with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
+            with self.unless_deleted(job.id):
                 files = self.path(job.id).rglob("*")
                 taken += sum(file.stat().st_size for file in files if file.is_file())
                 if number >= keep or taken > room:
@@ -252,21 +289,51 @@ class Store:
             return  # made with the first job
         with os.scandir(self.folder) as entries:  # with thousands of jobs, faster than pathlib
             for entry in entries:
-                if _is_id(entry.name) and entry.is_dir():
+                if is_id(entry.name) and entry.is_dir():
                     yield Path(entry.path)
 
-    def _changing(self) -> FileLock:
+    @contextmanager
+    def unless_deleted(self, identifier: str) -> Iterator[None]:
+        """Passes over a job that is deleted while one is at work on it."""
+        try:
+            yield
+        except NoJob:
+            pass
+        except FileNotFoundError:
+            if (self.folder / identifier).exists():
+                raise
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Inside, no other process changes the jobs. Raises Busy where one does for 20 s."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".changing.lock", timeout=20)
+        lock = FileLock(self.folder / ".changing.lock", timeout=LONGEST)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise Busy from None
+        try:
+            yield
+        finally:
+            # For those who only look: what is within a job's folder changes no time outside it.
+            with suppress(OSError):  # a full disk; what was changed is there all the same
+                (self.folder / CHANGED).write_text(str(time.time_ns()))
+            lock.release()
 
     def _ask(self, path: Path, action: str, aside: dict[str, Any] | None = None) -> None:
-        control = disk.read_object(path / "control.json")
+        control = self._control(path)
         control["turn"] = control.get("turn", 0) + (action == "")
         self._write_control(path, control | {"action": action, "aside": aside or {}})
 
     def _place(self, identifier: str, order: float) -> None:
         path = self.path(identifier)
-        self._write_control(path, disk.read_object(path / "control.json") | {"order": order})
+        self._write_control(path, self._control(path) | {"order": order})
+
+    def _control(self, path: Path) -> dict:
+        """control.json to be changed: where it is there and cannot be read, that is an OSError and
+        not an empty one, which would then be written."""
+        control = disk.read_surely(path / "control.json")
+        return control if isinstance(control, dict) else {}
 
     def _write_control(self, path: Path, control: dict) -> None:
         disk.replace(path / "control.json", json.dumps(control))
@@ -283,7 +350,7 @@ class Store:
 def read(path: Path) -> Job:
     """One job out of its folder; a file that is torn or missing is a state, not an exception.
 
-    Raises KeyError where the whole folder is gone.
+    Raises NoJob where the whole folder is gone.
     """
     spec, control = disk.read_object(path / "spec.json"), disk.read_object(path / "control.json")
     supervisor, status = (
@@ -297,7 +364,7 @@ def read(path: Path) -> Job:
     aside = control.get("aside")
     changed = max(time for time, _ in _stamps(path)) / 1e9
     if not path.is_dir():  # asked last, for it may be deleted while its files are read
-        raise KeyError(path.name)
+        raise NoJob(path.name)
     return Job(
         id=path.name, name=name, state=state, message=message,
         step=_number(status.get("step"), 0), steps=_number(spec.get("steps"), 0),
@@ -309,6 +376,7 @@ def read(path: Path) -> Job:
         lora_name=f"{name}.safetensors" if state == "done" else None,
         order=_number(control.get("order"), 0.0), key=str(control.get("key", "")),
         error=message if state == "failed" else None,
+        visible=str(control.get("visible", control.get("device", ""))),
     )  # fmt: skip
 
 
@@ -346,10 +414,10 @@ def _number(value: object, otherwise: Any) -> Any:
     return value if fine else otherwise
 
 
-def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
+def _stamps(path: Path, names: tuple[str, ...] = _WATCHED) -> tuple[tuple[int, int], ...]:
     """Time of change in ns and size of each watched file; zeros for one that is not there."""
     found = []
-    for name in _WATCHED:
+    for name in names:
         try:
             stat = os.stat(f"{path}{os.sep}{name}")
             found.append((stat.st_mtime_ns, stat.st_size))
@@ -358,7 +426,7 @@ def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _is_id(name: str) -> bool:
+def is_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None
 
 

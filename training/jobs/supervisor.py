@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,26 +88,29 @@ class Supervisor:
     asked_since: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.store.clean(KEEP, ROOM)
+        is_clean = False
         while True:
             try:
+                if not is_clean:
+                    self.store.clean(KEEP, ROOM)
+                    is_clean = True
                 if not self._round():
                     return
                 time.sleep(TICK)
-            except OSError:  # a full disk: what is asked stays on it, so the next round does it
+            except OSError:  # a full disk, a lock that is held: the next round does what is left
                 log.exception("The queue could not be worked on.")
                 time.sleep(FULL)
 
     def _round(self) -> bool:
         """Looks at every job and starts what may start; -> whether anything is left to do."""
         for job in self.store.jobs():
-            with suppress(KeyError, FileNotFoundError):  # it was deleted meanwhile
+            with self.store.unless_deleted(job.id):
                 self._look(job)
         jobs = self.store.jobs()
         busy = set().union(*(_devices(job) for job in jobs if job.state in ACTIVE))
         waiting = [job for job in jobs if job.state == "queued"]
         for job in waiting:
-            with suppress(KeyError, FileNotFoundError):
+            with self.store.unless_deleted(job.id):
                 if busy.isdisjoint(_devices(job)) and self._may_start(job):
                     self._launch(job)
                     busy |= _devices(job)
@@ -141,8 +143,9 @@ class Supervisor:
             command += ["--nproc-per-node", str(count)]
         # libuv is missing from torch's builds for Windows, where torchrun asks for it.
         told = {"USE_LIBUV": "0"} if sys.platform == "win32" else {}
-        if job.device and not job.remote:
-            told["CUDA_VISIBLE_DEVICES"] = job.device
+        if job.visible and not job.remote:
+            # As ComfyUI's --cuda-device sets them: ROCm reads the second first.
+            told |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), job.visible)
         # By this the words of an earlier process are known from those of this one.
         earlier = disk.read_object(path / "status.json").get("started")
         process = processes.start(
@@ -224,4 +227,4 @@ def _devices(job: Job) -> set[str]:
     """The devices a job takes; the first where none is named, and on a cluster none of ours."""
     if job.remote:
         return {job.id}
-    return set((job.device or "0").split(","))
+    return set((job.visible or "0").split(","))

@@ -1,0 +1,112 @@
+"""How captions are written down: as a text, in a .json file, or in a table of many pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+SUFFIXES = (".txt", ".caption", ".json")  # the first of them that lies beside a picture is taken
+TABLES = {
+    "metadata.jsonl": '{"file_name": "a.png", "text": "a caption"}',
+    "metadata.csv": "file_name,text",
+}
+COLUMNS = ("text", "caption")  # of a table, or keys of a .json file
+REPEATED = "a later line names its picture again"
+
+
+def decoded(data: bytes, name: str) -> str:
+    """A text file's contents. Raises ValueError with the line that is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name} is not UTF-8 text (line {line}): save it as UTF-8.") from None
+
+
+def caption(data: bytes, suffix: str, name: str) -> str:
+    """The caption that a file holds, "" where there is none in it."""
+    text = decoded(data, name)
+    if suffix.lower() != ".json":
+        return text
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is no JSON object.")
+    if wrong := [column for column in COLUMNS if not isinstance(entry.get(column), str | None)]:
+        raise ValueError(f'{name}: its "{wrong[0]}" is no text: {entry[wrong[0]]!r:.80}')
+    return _valid(next(filter(str.strip, _texts(entry)), ""), name)
+
+
+def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, str]:
+    """Picture -> caption out of a metadata.jsonl or metadata.csv."""
+    captions: dict[Path, str] = {}
+    lines: dict[Path, int] = {}
+    form = TABLES[file.name.lower()]
+    rows = _json_lines if file.suffix.lower() == ".jsonl" else _csv_rows
+    for number, row in rows(decoded(file.read_bytes(), name)):
+        picture_name = row.get("file_name") if isinstance(row, dict) else None
+        texts = _texts(row)
+        if not isinstance(picture_name, str) or not texts or "\0" in picture_name:
+            raise ValueError(
+                f"Line {number} of {name} is not of the form {form}, with text or caption: "
+                f"{str(row)[:80]!r}"
+            )
+        picture = file.parent / picture_name
+        # By its name alone: in a Hugging Face download the pictures themselves are links.
+        if Path(picture_name).is_absolute() or ".." in Path(picture_name).parts:
+            raise ValueError(f"Line {number} of {name} leaves its folder: {picture_name!r}.")
+        if not picture.is_file():
+            raise ValueError(
+                f"Line {number} of {name} names {picture_name!r}, which is not there."
+            )
+        if picture in captions:
+            unused.append((f"line {lines[picture]} of {name}", REPEATED))
+        caption = next(filter(str.strip, texts), "")
+        captions[picture] = _valid(caption, f"Line {number} of {name}")
+        lines[picture] = number
+    return captions
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, object]]:
+    """(number of the line, what it holds); a line that is no JSON as it is."""
+    # Not splitlines(), which would also cut at the U+2028 that a JSON string may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = line
+            yield number, row
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
+    """(number of its last line, column -> cell) of each row; what is no row as its error."""
+    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        for row in rows:
+            yield rows.line_num, row if "file_name" in row else ",".join(rows.fieldnames or ())
+    except csv.Error as error:
+        yield rows.reader.line_num, str(error)
+
+
+def _texts(entry: object) -> list[str]:
+    """The captions that a row of a table, or a .json file, holds."""
+    columns = [entry.get(column) for column in COLUMNS] if isinstance(entry, dict) else []
+    return [text for text in columns if isinstance(text, str)]
+
+
+def _valid(text: str, where: str) -> str:
+    """A text out of JSON, which may hold half of a character that no file and no encoder takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {text[error.start]!a} is half of a character and no valid Unicode. Write "
+            "the text anew."
+        ) from None
+    return text
