@@ -119,6 +119,8 @@ class Teacher:
         refuse_guidance_embedding(checkpoint)
         device = management.get_torch_device()
         dtype = _dtype(precision, device)
+        if dtype == torch.float32:  # otherwise cuDNN's convolutions round their inputs to TF32
+            torch.backends.cudnn.allow_tf32 = False
         try:
             patcher, clip, vae = comfy.sd.load_checkpoint_guess_config(
                 str(checkpoint), embedding_directory=list(embeddings) or None,

@@ -102,8 +102,8 @@ def a_step(checkpoint, tmp_path):
     cond, uncond = teacher.conditions(about)
     assert cond.keys() == uncond.keys()
     assert ("y" in cond) == teacher.has_sizes
-    z0, eps = torch.randn(2, 1, 4, 8, 8)
-    index = torch.tensor([30])
+    z0, eps = torch.randn(2, 1, 4, 8, 8).to(teacher.device)
+    index = torch.tensor([30], device=teacher.device)
     loss = lcm_loss(teacher, adapter, teacher.schedule, z0, eps, index, cond, uncond, 7.5)
     loss.backward()
     assert loss.isfinite()
@@ -163,8 +163,10 @@ def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precis
         adapter = Adapter(teacher.network, 4, 4.0)
         about = {name: value[None] for name, value in teacher.text("a photo of a bag").items()}
         cond, uncond = teacher.conditions(about)
-        z0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        batch = z0, eps, torch.tensor([30]), cond, uncond, 2.5
+        noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        z0, eps = noise.to(teacher.device)
+        index = torch.tensor([30], device=teacher.device)
+        batch = z0, eps, index, cond, uncond, 2.5
         loss = lcm_loss(teacher, adapter, teacher.schedule, *batch)
         loss.backward()
         grads = torch.cat([layer.up.grad.flatten() for layer in adapter.layers])
@@ -194,8 +196,9 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
     model.patch_model()
     changed = 0
     for name, wanted in model.model.diffusion_model.named_parameters():
-        assert torch.allclose(found[name], wanted, rtol=1e-5, atol=1e-6), name
-        changed += not torch.equal(wanted, plain[name])
+        baked, wanted, before = (p.cpu() for p in (found[name], wanted, plain[name]))
+        assert torch.allclose(baked, wanted, rtol=1e-5, atol=1e-6), name
+        changed += not torch.equal(wanted, before)
     assert changed > 10
 
 
