@@ -153,17 +153,18 @@ def _merges(vector: Vector, chosen: dict[str, Target]) -> dict[Target, Merge]:
 
 def _on_scaled_inputs(patches: dict[Target, Any], patcher: ModelPatcher) -> dict[Target, Any]:
     """The patches with D / s in place of D where a layer multiplies its inputs by a scale s first,
-    W (s x). The host takes the function as the third item of a key; the second is a part."""
+    W (s x). The host takes the function as the third item of a key; the second is a slice."""
 
     def divided_by(scale: Tensor):
         return lambda change: change / scale.to(change)
 
-    divided: dict[Target, Any] = {}
-    for target, patch in patches.items():
-        key, part = _weight_of(target), None if isinstance(target, str) else target[1]
-        scale = input_scale(patcher, key) if key.endswith(".weight") else None
-        divided[target if scale is None else (key, part, divided_by(scale))] = patch
-    return divided
+    # No layer that the host knows parts of has such a scale.
+    weights = [key for key in patches if isinstance(key, str) and key.endswith(".weight")]
+    scales = {key: input_scale(patcher, key) for key in weights}
+    return {
+        key if scales.get(key) is None else (key, None, divided_by(scales[key])): patch
+        for key, patch in patches.items()
+    }
 
 
 def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
@@ -275,7 +276,7 @@ def _misfit(
 def _shape(layers: Layers, target: Target) -> tuple[int, ...]:
     """The shape of a weight, or of a part of it."""
     shape = layers.shape(_weight_of(target))
-    if isinstance(target, str):
+    if isinstance(target, str) or target[1] is None:
         return shape
     dim, _, size = target[1]
     return (*shape[:dim], size, *shape[dim + 1 :])
