@@ -115,7 +115,7 @@ class LCMLoRACombine(io.ComfyNode):
                     display_name="report",
                     tooltip=(
                         "Modules and ranks of the inputs and the result; for exact and svd, the "
-                        "angles between the inputs; and what a reduction loses in which part."
+                        "angles between the inputs; and what a reduction loses in each part."
                     ),
                 ),
             ],

@@ -25,7 +25,7 @@ class LCMLoRAExtract(io.ComfyNode):
             ),
             search_aliases=["extract lora", "model difference", "lora from checkpoint", "subtract"],
             inputs=[
-                io.Model.Input("distilled", tooltip="The fast model, or any other changed model."),
+                io.Model.Input("distilled", tooltip="The fast model, or any other modified model."),
                 io.Model.Input("base", tooltip="The model it was made from."),
                 io.Int.Input(
                     "rank",

@@ -108,7 +108,7 @@ class LCMLoRAProtect(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The style for Combine."),
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The changed style."),
                 io.String.Output(
                     display_name="report", tooltip="How much of the style was removed."
                 ),
