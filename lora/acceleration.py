@@ -34,8 +34,8 @@ def acceleration(metadata: Mapping[str, str], name: str) -> tuple[str, str]:
     SEVERAL.
     """
     if metadata.get(FAMILY):
-        return metadata[FAMILY], f"its metadata, {FAMILY}"
-    told = [(metadata.get(key, ""), f"its metadata, {key}") for key in _TITLES]
+        return metadata[FAMILY], f"the file's metadata, {FAMILY}"
+    told = [(metadata.get(key, ""), f"the file's metadata, {key}") for key in _TITLES]
     told += [(part, f"the name {part}") for part in reversed(re.split(r"[/\\]", name))]
     for text, where in told:
         found = [family for family, sign in _SIGNS.items() if sign.search(text)]

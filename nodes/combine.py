@@ -27,9 +27,9 @@ class LCMLoRACombine(io.ComfyNode):
             display_name="Combine LoRA Vectors",
             category="LCM-LoRA",
             description=(
-                "Adds LoRA vectors by weights: a style LoRA and the LCM-LoRA become one LoRA that "
-                "paints the style in few steps. The LCM paper takes 1.0 for the LCM-LoRA and 0.8 "
-                "for the style."
+                "Adds LoRA vectors with weights. A style LoRA and the LCM-LoRA become one LoRA "
+                "that draws the style in a few steps. The LCM-LoRA paper uses 1.0 for the LCM-LoRA "
+                "and 0.8 for the style."
             ),
             search_aliases=[
                 "merge lora", "combine lora", "add lora", "lora sum", "mix lora", *RULES
@@ -43,10 +43,11 @@ class LCMLoRACombine(io.ComfyNode):
                     options=["exact", "svd", *RULES],
                     default="exact",
                     tooltip=(
-                        "exact: the true weighted sum, with no error. Its rank is the sum of the "
-                        "ranks, so the file grows accordingly. svd: the same sum, reduced to what "
-                        "rank, keep_energy and max_error allow, with the least error there is. "
-                        f"{rules}; these rules take minutes for SDXL, and are reduced to a rank."
+                        "exact: the weighted sum, without any error. Its rank is the sum of the "
+                        "ranks, so the file grows accordingly. svd: the same sum, reduced as far "
+                        "as rank, keep_energy and max_error allow, with the smallest possible "
+                        f"error. {rules}. These rules take minutes on SDXL, and their result is "
+                        "reduced to a rank."
                     ),
                 ),
                 io.Int.Input(
@@ -55,8 +56,8 @@ class LCMLoRACombine(io.ComfyNode):
                     min=0,
                     max=4096,
                     tooltip=(
-                        "The most ranks a module may have. 0: no limit for svd, the sum of the "
-                        "ranks for the others. The exact method needs 0."
+                        "Maximum rank of a module. 0 means no limit for svd, and the sum of the "
+                        "ranks for the rules. exact needs 0."
                     ),
                 ),
                 io.Float.Input(
@@ -66,9 +67,9 @@ class LCMLoRACombine(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     tooltip=(
-                        "svd: share of the energy (the squared norm) of all modules together to "
-                        "keep, with the fewest ranks; 0.99 is a relative error of 10 %. The other "
-                        "methods need 1."
+                        "svd: share of the energy (the squared norm of all modules together) to "
+                        "keep, with as few ranks as possible. 0.99 gives a relative error of 10 %. "
+                        "The other methods need 1."
                     ),
                 ),
                 io.Float.Input(
@@ -80,9 +81,9 @@ class LCMLoRACombine(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "svd: the relative error to allow over all modules together, another way "
-                        "to say keep_energy: 0.1 is 0.99 of the energy. 0 asks for none; where "
-                        "both are set the stricter one counts. The other methods need 0."
+                        "svd: relative error to allow over all modules together. This is another "
+                        "way to set keep_energy: 0.1 means 0.99 of the energy. 0 switches it off. "
+                        "If both are set, the stricter one counts. The other methods need 0."
                     ),
                 ),
                 io.Float.Input(
@@ -93,7 +94,7 @@ class LCMLoRACombine(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     advanced=True,
-                    tooltip=f"{', '.join(RULES)}: the share of each vector's numbers to keep.",
+                    tooltip=f"{', '.join(RULES)}: share of each vector's values to keep.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -103,7 +104,7 @@ class LCMLoRACombine(io.ComfyNode):
                     control_after_generate=False,  # a new seed each time would merge each time
                     optional=True,
                     advanced=True,
-                    tooltip="dare, della: of what is left out at random.",
+                    tooltip="dare, della: random seed for the values that are dropped.",
                 ),
             ],
             outputs=[
@@ -113,8 +114,8 @@ class LCMLoRACombine(io.ComfyNode):
                 io.String.Output(
                     display_name="report",
                     tooltip=(
-                        "Modules and ranks of every input and of the result, for exact and svd the "
-                        "angles between the inputs, and what a reduction loses where."
+                        "Modules and ranks of the inputs and the result; for exact and svd, the "
+                        "angles between the inputs; and what a reduction loses in each part."
                     ),
                 ),
             ],
@@ -133,7 +134,7 @@ class LCMLoRACombine(io.ComfyNode):
             )
         if method in RULES and (keep_energy != 1 or max_error != 0):
             raise ValueError(
-                f"The method {method} is reduced to a rank alone, so it cannot honour keep_energy "
+                f"The method {method} only reduces to a rank, so it cannot honour keep_energy "
                 f"{keep_energy:g} and max_error {max_error:g}; set them to 1 and 0."
             )
         numbers = range(1, int(count["count"]) + 1)
@@ -166,6 +167,6 @@ def _row(number: int) -> list[io.Input]:
             min=-10.0,
             max=10.0,
             step=0.01,
-            tooltip=f"Weight of vector {number}; negative takes it away, 0 leaves it out.",
+            tooltip=f"Weight of vector {number}. A negative weight subtracts it; 0 leaves it out.",
         ),
     ]

@@ -25,9 +25,9 @@ class LCMDistillData(io.ComfyNode):
             display_name="Distillation Data",
             category=CATEGORY,
             description=(
-                "What an LCM-LoRA is distilled from. With prompts the checkpoint draws the "
-                "pictures itself, so that no data set is needed; or take your own pictures, with "
-                "captions beside them."
+                "Sets what an LCM-LoRA is distilled from. With prompts, the checkpoint draws the "
+                "pictures itself and you need no data set. You can also use your own pictures "
+                "with captions."
             ),
             search_aliases=["dataset", "training data", "captions", "prompts"],
             inputs=[
@@ -38,7 +38,8 @@ class LCMDistillData(io.ComfyNode):
                         io.DynamicCombo.Option("prompt file", [_file(), *_drawn()]),
                         io.DynamicCombo.Option("pictures", [_folder(), *_cropped()]),
                     ],
-                    tooltip="prompts: the checkpoint draws. pictures: your own, with captions.",
+                    tooltip="prompts: the checkpoint draws the pictures. pictures: your own, with "
+                    "captions.",
                 ),
                 io.Int.Input(
                     "resolution",
@@ -47,14 +48,14 @@ class LCMDistillData(io.ComfyNode):
                     max=2048,
                     step=64,
                     tooltip=(
-                        "Side in pixels of the square whose area the pictures have: 512 for SD1.5, "
-                        "768 for SD2, 1024 for SDXL."
+                        "Size of the pictures, as the side in pixels of a square with the same "
+                        "area: 512 for SD1.5, 768 for SD2, 1024 for SDXL."
                     ),
                 ),
             ],
             outputs=[
                 LCMData.Output(
-                    display_name="LCM_DATA", tooltip="For Distill LCM-LoRA. Holds no pictures."
+                    display_name="LCM_DATA", tooltip="For Distill LCM-LoRA. It holds no pictures."
                 )
             ],
         )
@@ -73,7 +74,7 @@ def _prompts() -> io.Input:
         "prompts",
         multiline=True,
         default="",
-        tooltip="One a line. Empty: the list that comes with the pack.",
+        tooltip="One prompt per line. Leave it empty to use the list that comes with the pack.",
     )
 
 
@@ -81,7 +82,7 @@ def _file() -> io.Input:
     return io.String.Input(
         "file",
         default="prompts.txt",
-        tooltip="A text file (UTF-8, one prompt a line) in ComfyUI's input folder.",
+        tooltip="A text file (UTF-8, one prompt per line) in ComfyUI's input folder.",
     )
 
 
@@ -104,8 +105,8 @@ def _drawn() -> list[io.Input]:
             min=1,
             max=1_000_000,
             tooltip=(
-                "Pictures the checkpoint draws, once: later jobs with the same checkpoint, data, "
-                "guidance, seed, resolution, precision and style LoRA use them again."
+                "Number of pictures that the checkpoint draws. Later jobs with the same "
+                "checkpoint, data, guidance, seed, resolution, precision and style LoRA reuse them."
             ),
         ),
         io.Int.Input(
@@ -113,15 +114,15 @@ def _drawn() -> list[io.Input]:
             default=25,
             min=1,
             max=1000,
-            tooltip="Its DDIM steps for each of them.",
+            tooltip="DDIM steps for each of these pictures.",
         ),
     ]
 
 
 def _cropped() -> list[io.Input]:
     return [
-        io.Int.Input("crops", default=1, min=1, max=16, tooltip="Crops of each picture."),
-        io.Boolean.Input("flip", default=True, tooltip="Mirror half of them."),
+        io.Int.Input("crops", default=1, min=1, max=16, tooltip="Crops from each picture."),
+        io.Boolean.Input("flip", default=True, tooltip="Mirror half of the crops."),
     ]
 
 
@@ -133,10 +134,10 @@ class LCMDistill(io.ComfyNode):
             display_name="Distill LCM-LoRA (background)",
             category=CATEGORY,
             description=(
-                "Makes an LCM-LoRA of a checkpoint, in a process of its own: this node returns at "
-                "once and the graph stays free. The job goes on when the browser or ComfyUI is "
-                "closed; the tab LCM-LoRA jobs shows it. Queued again with the same settings, it "
-                "is the same job."
+                "Distills an LCM-LoRA from a checkpoint in a separate process. This node returns "
+                "immediately and the graph stays free. The job goes on when you close the browser "
+                "or ComfyUI; the tab LCM-LoRA jobs shows it. Queuing the same settings again gives "
+                "the same job."
             ),
             search_aliases=["train lora", "training", "distill", "make lcm lora", "train"],
             is_output_node=True,
@@ -146,28 +147,30 @@ class LCMDistill(io.ComfyNode):
                     options=checkpoint_names(),
                     tooltip="The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega or KOALA.",
                 ),
-                LCMData.Input("data", tooltip="From Distillation Data."),
+                LCMData.Input("data", tooltip="The data from Distillation Data."),
                 io.String.Input(
                     "name",
                     default="my-lcm-lora",
-                    tooltip="Of the file in the loras folder; subfolders as folder/name.",
+                    tooltip="File name in the loras folder. For a subfolder, write folder/name.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=1000,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimiser steps. The paper's LoRAs took some thousands.",
+                    tooltip="Number of optimiser steps. The paper's LoRAs took a few thousand.",
                 ),
                 io.Int.Input(
                     "batch",
                     default=12,
                     min=1,
                     max=1024,
-                    tooltip="Pictures a step. Halved by itself, with more turns, if memory ends.",
+                    tooltip="Pictures per step. If memory runs out, the batch is halved "
+                    "automatically and gradients are accumulated.",
                 ),
                 io.Int.Input(
-                    "rank", default=64, min=1, max=1024, tooltip="Of the LoRA; 64 is the paper's."
+                    "rank", default=64, min=1, max=1024,
+                    tooltip="Rank of the LoRA; the paper uses 64.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -175,8 +178,8 @@ class LCMDistill(io.ComfyNode):
                     min=1.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="The cfg scale that is distilled in: what you draw this model with, or "
-                    "somewhat less, since each of several steps guides anew.",
+                    tooltip="The cfg scale that is distilled into the LoRA: the one you use with "
+                    "this model, or somewhat less, because every sampling step applies it again.",
                 ),
                 io.Float.Input(
                     "lr",
@@ -193,30 +196,30 @@ class LCMDistill(io.ComfyNode):
                     min=0,
                     max=2**32 - 1,
                     control_after_generate=False,  # a new seed each time would be a new job
-                    tooltip="Of everything that is drawn. Another seed is another job.",
+                    tooltip="Random seed of the job. Another seed makes another job.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="Of the checkpoint's weights while training; the LoRA is float32.",
+                    tooltip="Precision of the checkpoint in training; the LoRA is float32.",
                 ),
                 io.Combo.Input(
                     "policy",
                     options=list(POLICIES),
                     default=POLICIES[0],
                     tooltip=(
-                        "Beside your prompts. yield: the job saves, ends, and comes back when the "
-                        "queue is empty; ComfyUI unloads its models each time the job starts. "
-                        "exclusive: the job goes on, and ComfyUI unloads its models when it starts "
-                        "and each time the queue has run empty. share: both simply go on."
+                        "What happens while you generate. yield: the job saves and ends, and "
+                        "resumes when the queue is empty; ComfyUI unloads its models each time the "
+                        "job starts. exclusive: the job goes on; ComfyUI unloads its models when "
+                        "the job starts and each time the queue becomes empty. share: both go on."
                     ),
                 ),
                 io.Combo.Input(
                     "style_lora",
                     options=[NONE, *lora_names()],
                     default=NONE,
-                    tooltip="A style to bake in, for an accelerated style in one file.",
+                    tooltip="A style to bake in. You get an accelerated style in one file.",
                 ),
                 io.Float.Input(
                     "style_strength",
@@ -238,14 +241,14 @@ class LCMDistill(io.ComfyNode):
                     default=100,
                     min=1,
                     max=1_000_000,
-                    tooltip="Steps between checkpoints: at most that many are lost in a crash.",
+                    tooltip="Steps between the job's checkpoints. A crash loses at most that many.",
                 ),
                 io.String.Input(
                     "device",
                     default="",
                     tooltip=(
-                        'Numbers of the GPUs, such as "1" or "0,1"; empty for the first. "ray" or '
-                        '"ray:4": as many workers of your Ray cluster.'
+                        'GPU numbers, such as "1" or "0,1"; leave it empty for the first GPU. '
+                        '"ray" uses one worker of your Ray cluster, "ray:4" four.'
                     ),
                 ),
                 io.Boolean.Input(
@@ -258,9 +261,9 @@ class LCMDistill(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "What it learns. lcm: to leap to the picture from anywhere, for 1 to 8 "
-                        "steps. phased: to follow the teacher in exactly 4 steps without fresh "
-                        "noise, which is better there and worse everywhere else."
+                        "What the LoRA learns. lcm: to jump to the picture from any timestep, for "
+                        "1 to 8 steps. phased: to follow the teacher in exactly 4 steps without "
+                        "fresh noise; this is better at 4 steps and worse at any other number."
                     ),
                 ),
                 io.Int.Input(
@@ -271,9 +274,9 @@ class LCMDistill(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "How many passes over the training pictures use the same answers of the "
-                        "teacher, which are kept on disk. 8 makes a step about a quarter cheaper; "
-                        "then give it a third more steps."
+                        "Number of passes over the training pictures that reuse the teacher's "
+                        "outputs from disk. 8 makes a step about a quarter cheaper; then use a "
+                        "third more steps."
                     ),
                 ),
             ],

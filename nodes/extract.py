@@ -19,28 +19,29 @@ class LCMLoRAExtract(io.ComfyNode):
             display_name="Acceleration Vector from Models",
             category="LCM-LoRA",
             description=(
-                "The difference of two models as a LoRA: of an LCM, Turbo or Lightning checkpoint "
-                "and the model it was distilled from, this is the acceleration alone, to use with "
-                "other models of the family or to combine with styles."
+                "Makes a LoRA of the difference between two models. For an LCM, Turbo or Lightning "
+                "checkpoint and the model it was distilled from, this is the acceleration alone. "
+                "Use it on other models of the same architecture, or combine it with styles."
             ),
             search_aliases=["extract lora", "model difference", "lora from checkpoint", "subtract"],
             inputs=[
-                io.Model.Input("distilled", tooltip="The fast model, or any that was changed."),
+                io.Model.Input("distilled", tooltip="The fast model, or any other modified model."),
                 io.Model.Input("base", tooltip="The model it was made from."),
                 io.Int.Input(
                     "rank",
                     default=64,
                     min=1,
                     max=1024,
-                    tooltip="Of the LoRA. The report tells what a rank leaves out.",
+                    tooltip="Rank of the LoRA. The report says how much this rank leaves out.",
                 ),
             ],
             outputs=[
                 io.LoraModel.Output(
-                    display_name="LORA_MODEL", tooltip="Distilled minus base: apply, combine, save."
+                    display_name="LORA_MODEL", tooltip="Distilled minus base, as a vector."
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="Layers, and the relative error of the rank."
+                    display_name="report",
+                    tooltip="The number of layers, and the relative error at this rank.",
                 ),
             ],
         )

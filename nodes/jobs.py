@@ -28,7 +28,7 @@ from .host import lora_path, show
 
 
 def _job_input() -> io.Input:
-    return LCMJob.Input("job", tooltip="From Distill LCM-LoRA.")
+    return LCMJob.Input("job", tooltip="The job from Distill LCM-LoRA.")
 
 
 class LCMJobStatus(io.ComfyNode):
@@ -39,15 +39,16 @@ class LCMJobStatus(io.ComfyNode):
             display_name="Distillation Job Status",
             category=CATEGORY,
             description=(
-                "Where a distillation is: in words, its loss as a plot, and its newest sample "
-                "pictures (columns: the teacher at 50 steps, then 1, 2 and 4 steps)."
+                "Shows how far a distillation is: its state, a plot of its loss and its newest "
+                "sample pictures (columns: the teacher at 50 steps, then the LoRA at 1, 2 and 4 "
+                "steps)."
             ),
             search_aliases=["progress", "loss", "training status"],
             is_output_node=True,
             inputs=[_job_input()],
             outputs=[
                 io.String.Output(display_name="progress", tooltip="State, step, loss, time left."),
-                io.Image.Output(display_name="loss", tooltip="Loss by steps, on a log scale."),
+                io.Image.Output(display_name="loss", tooltip="Loss over steps, on a log scale."),
                 io.Image.Output(display_name="samples", tooltip="The newest sample pictures."),
             ],
         )
@@ -75,8 +76,9 @@ class LCMJobResult(io.ComfyNode):
             display_name="Distillation Job Result",
             category=CATEGORY,
             description=(
-                "The LoRA of a distillation. Waits until it is done, which can be interrupted "
-                "without harm to the job; or gives what the newest checkpoint holds."
+                "Gives the LoRA of a distillation job. It waits until the job is done, and "
+                "interrupting it does the job no harm. With wait off, it gives the LoRA of the "
+                "newest checkpoint."
             ),
             search_aliases=["trained lora", "wait for training"],
             inputs=[
@@ -84,16 +86,18 @@ class LCMJobResult(io.ComfyNode):
                 io.Boolean.Input(
                     "wait",
                     default=True,
-                    tooltip="Off: the newest checkpoint's LoRA while the job goes on.",
+                    tooltip="Wait until the job is done. If off, you get the LoRA of its newest "
+                    "checkpoint while it goes on.",
                 ),
             ],
             outputs=[
                 io.LoraModel.Output(
-                    display_name="LORA_MODEL", tooltip="For Apply LoRA Vector or Combine."
+                    display_name="LORA_MODEL",
+                    tooltip="The LoRA as a vector, for Apply LoRA Vector or Combine.",
                 ),
                 io.String.Output(
                     display_name="file name",
-                    tooltip="As LoRA loaders show it; empty while the job is not done.",
+                    tooltip="The name that LoRA loaders show; empty until the job is done.",
                 ),
             ],
         )

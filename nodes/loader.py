@@ -23,8 +23,8 @@ class LCMLoRALoader(io.ComfyNode):
             description=(
                 "Applies an LCM-LoRA, or a TCD, DMD2, Hyper-SD, PCM or Lightning LoRA, to a model "
                 "and sets the model's sampling for it, so that 1 to 8 steps at cfg 1 to 2 give "
-                "finished pictures. Works with LCM KSampler, and an LCM-LoRA with the KSampler "
-                "node too (sampler lcm, scheduler simple)."
+                "finished pictures. Use it with LCM KSampler. An LCM-LoRA also works with the "
+                "KSampler node (sampler lcm, scheduler simple)."
             ),
             search_aliases=[
                 "lcm", "lcm lora", "load lora", "few steps", "fast", "acceleration", "tcd", "dmd2",
@@ -36,10 +36,10 @@ class LCMLoRALoader(io.ComfyNode):
                     "lora_name",
                     options=lora_names(),
                     tooltip=(
-                        "The LCM-LoRA, or another one for few steps, made for this kind of model "
-                        "(SD1.5, SDXL, SSD-1B). Among SD1.5, SD2 and SDXL one of another kind is "
-                        "refused; between SDXL and its relatives (SSD-1B, Vega, KOALA) it is "
-                        "applied as far as it fits, with a warning."
+                        "The LCM-LoRA, or another few-step LoRA, for this model's architecture "
+                        "(SD1.5, SDXL, SSD-1B). An SD1.5, SD2 or SDXL model refuses a LoRA made "
+                        "for another of the three. Between SDXL and its relatives (SSD-1B, Vega, "
+                        "KOALA), the LoRA is applied as far as it fits, with a warning."
                     ),
                 ),
                 io.Float.Input(
@@ -55,9 +55,9 @@ class LCMLoRALoader(io.ComfyNode):
                     options=["auto", *FAMILIES],
                     default="auto",
                     tooltip=(
-                        "How the LoRA was distilled, which decides timesteps and noise. auto looks "
-                        "at the file's metadata, then at its name, takes lcm where neither tells, "
-                        "and says so on the node."
+                        "How the LoRA was distilled. This sets the timesteps and the noise. auto "
+                        "reads the file's metadata, then its name. If neither names a family, it "
+                        "uses lcm. The node shows the choice."
                     ),
                 ),
             ],
@@ -78,7 +78,7 @@ class LCMLoRALoader(io.ComfyNode):
         vector = read(lora_path(lora_name))
         family, why = _chosen(family, vector, lora_name)
         model, _, coverage = apply(model, None, vector, strength, 0.0)
-        show(f"{coverage} Sampled as {family}: {why}.")
+        show(f"{coverage} Sampling as {family} ({why}).")
         return io.NodeOutput(patch_sampling(model, family))
 
 
@@ -88,10 +88,10 @@ def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:
         return family, "chosen on this node"
     found, where = acceleration(vector.metadata, lora_name)
     if not found:
-        return "lcm", "neither metadata nor name tell, and most are"
+        return "lcm", "the default: neither the file's metadata nor its name says otherwise"
     if found not in FAMILIES:
         raise ValueError(
-            f"{lora_name} cannot be sampled as {found!r}, as {where} has it: expected one of "
-            f"{', '.join(FAMILIES)}. Choose the family on the node."
+            f"{lora_name} cannot be sampled as {found!r}, which comes from {where}. Expected one "
+            f"of {', '.join(FAMILIES)}. Choose the family on the node."
         )
-    return found, f"says {where}"
+    return found, f"from {where}"

@@ -20,11 +20,11 @@ class LCMModelSampling(io.ComfyNode):
             display_name="LCM Model Sampling",
             category=CATEGORY,
             description=(
-                "Makes a MODEL sample as a latent consistency model: the distillation grid and the "
-                "consistency function, with the model's own prediction type (eps or v) and noise "
-                "levels kept. Load LCM-LoRA does this already; use it after other LoRA loaders. "
-                "In the KSampler of ComfyUI, take sampler lcm and scheduler simple. Its families "
-                "are for TCD, DMD2, Hyper-SD, PCM and Lightning models."
+                "Makes a MODEL sample as a latent consistency model, with the distillation grid "
+                "and the consistency function. The model keeps its own prediction type (eps or v) "
+                "and noise levels. Load LCM-LoRA does this already; use this node after other LoRA "
+                "loaders. In ComfyUI's KSampler, choose sampler lcm and scheduler simple. For TCD, "
+                "DMD2, Hyper-SD, PCM and Lightning models, choose their family."
             ),
             search_aliases=[
                 "lcm", "ModelSamplingDiscrete", "consistency", "model sampling", "tcd", "dmd2",
@@ -36,7 +36,7 @@ class LCMModelSampling(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family", options=list(FAMILIES), default="lcm", optional=True,
-                    tooltip="How the LoRA, or the whole model, was distilled: LCM Schedule, LCM "
+                    tooltip="How the LoRA or the full model was distilled. LCM Schedule, LCM "
                     "Sampler and LCM KSampler follow it.",
                 ),
             ],
@@ -62,10 +62,10 @@ class LCMSchedule(io.ComfyNode):
             display_name="LCM Schedule",
             category=CATEGORY,
             description=(
-                "The noise levels of a few-step run at exactly the timesteps the LCM-LoRA was "
-                "distilled on, for SamplerCustom and SamplerCustomAdvanced. 4 steps are the "
-                "timesteps 999, 759, 499, 259 of an LCM, and those of its family for a MODEL that "
-                "has another."
+                "Gives the noise levels of a few-step run for SamplerCustom and "
+                "SamplerCustomAdvanced, at exactly the timesteps the LCM-LoRA was distilled on. "
+                "With 4 steps, an LCM uses the timesteps 999, 759, 499, 259; a MODEL of another "
+                "family uses the timesteps of that family."
             ),
             search_aliases=["lcm", "sigmas", "scheduler", "timesteps", "few steps"],
             inputs=[
@@ -79,17 +79,18 @@ class LCMSchedule(io.ComfyNode):
                 io.Float.Input(
                     "strength", default=1.0, min=0.01, max=1.0, step=0.01,
                     tooltip="1 starts from pure noise. Lower values keep more of the input "
-                    "picture: 0.5 starts at timestep 499. The steps are never fewer than asked.",
+                    "picture: 0.5 starts at timestep 499. The number of steps stays the same.",
                 ),
                 io.Int.Input(
                     "origin_steps", default=50, min=1, max=1000, advanced=True,
-                    tooltip="Points of the grid the LoRA was distilled on. LCM-LoRAs use 50, which "
-                    "leaves it to the MODEL's family; others make it an LCM's grid of that many.",
+                    tooltip="Number of points in the grid the LoRA was distilled on. LCM-LoRAs use "
+                    "50; at 50 the MODEL's family sets the grid. Any other number gives an LCM "
+                    "grid with that many points.",
                 ),
                 io.String.Input(
                     "timesteps", default="", optional=True, advanced=True,
-                    tooltip='Your own descending list, such as "999, 749, 499, 249". Replaces '
-                    "steps, strength and origin_steps. Empty for none.",
+                    tooltip='Your own descending list, such as "999, 749, 499, 249". It '
+                    "replaces steps, strength and origin_steps. Leave it empty to use those.",
                 ),
             ],
             outputs=[
@@ -116,25 +117,24 @@ class LCMSampler(io.ComfyNode):
             description=(
                 "The few-step sampler of latent consistency models, for SamplerCustom and "
                 "SamplerCustomAdvanced. Its noise between steps depends on the seed, the step and "
-                "the picture's place in the batch, counted from 0; the first noise comes from "
-                "those nodes. For the same picture alone or in a batch, take LCM KSampler."
+                "the picture's index in the batch, counted from 0. Those nodes draw the first "
+                "noise. To get the same picture alone and in a batch, use LCM KSampler."
             ),
             search_aliases=["lcm", "tcd", "sampler", "eta", "gamma", "consistency"],
             inputs=[
                 io.Float.Input(
                     "eta", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="Share of fresh noise between steps (TCD's gamma). 1 is LCM, 0 is "
-                    "deterministic; TCD LoRAs like 0.3.",
+                    "deterministic; 0.3 suits TCD LoRAs.",
                 ),
                 io.Combo.Input(
                     "noise_device", options=["cpu", "gpu"], default="cpu", advanced=True,
-                    tooltip="Where noise between steps is drawn. cpu gives the same noise on "
-                    "every machine; gpu draws on the device that samples.",
+                    tooltip="Where the noise between steps is drawn. cpu gives the same noise on "
+                    "every machine; gpu draws it on the sampling device.",
                 ),
                 io.Boolean.Input(
                     "family_eta", default=False, optional=True,
-                    tooltip="Take the eta that the MODEL's family wants in place of the number "
-                    "above.",
+                    tooltip="Use the eta of the MODEL's family instead of the number above.",
                 ),
             ],
             outputs=[
@@ -157,10 +157,9 @@ class LCMKSampler(io.ComfyNode):
             display_name="LCM KSampler",
             category=CATEGORY,
             description=(
-                "Samples a picture in 1 to 8 steps with everything set right for an LCM-LoRA: "
-                "noise schedule, timesteps and sampler. Give it the MODEL of Load LCM-LoRA, whose "
-                "family (LCM, TCD, DMD2, ...) it follows, or one that has an LCM-LoRA from another "
-                "loader."
+                "Samples a picture in 1 to 8 steps, with the noise schedule, timesteps and sampler "
+                "that an LCM-LoRA needs. It follows the family (LCM, TCD, DMD2, ...) of a MODEL "
+                "from Load LCM-LoRA. A MODEL with an LCM-LoRA from another loader works too."
             ),
             search_aliases=[
                 "lcm", "ksampler", "sampler", "few steps", "fast", "txt2img", "tcd", "dmd2",
@@ -178,31 +177,32 @@ class LCMKSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01,
-                    tooltip="1 to 2. Guidance is distilled into the LCM-LoRA: at 1 the negative "
-                    "prompt is not used and a step is one network call; above 2 colours burn.",
+                    tooltip="Use 1 to 2, because guidance is distilled into the LCM-LoRA. At 1 the "
+                    "negative prompt is not used and a step is one network call; above 2 colours "
+                    "burn.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input(
                     "negative", tooltip="What it should not show. Only used when cfg is not 1."
                 ),
                 io.Latent.Input(
-                    "latent", tooltip="An empty latent, or a picture's for image to image."
+                    "latent", tooltip="An empty latent, or a picture's latent for image to image."
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.01, max=1.0, step=0.01,
                     tooltip="1 makes a new picture. Lower values keep more of the input latent: "
-                    "0.5 starts at timestep 499. The steps are never fewer than asked.",
+                    "0.5 starts at timestep 499. The number of steps stays the same.",
                 ),
                 io.Float.Input(
                     "eta", default=-1.0, min=-1.0, max=1.0, step=0.01, optional=True, advanced=True,
-                    tooltip="Share of fresh noise between steps: 1 is LCM, 0 deterministic. Below "
-                    "0: what the MODEL's family wants.",
+                    tooltip="Share of fresh noise between steps: 1 is LCM, 0 is deterministic. "
+                    "Below 0, the MODEL's family sets it.",
                 ),
                 io.Combo.Input(
                     "noise_device", options=["cpu", "gpu"], default="cpu", optional=True,
                     advanced=True,
-                    tooltip="Where noise between steps is drawn. cpu gives the same noise on "
-                    "every machine; gpu draws on the device that samples.",
+                    tooltip="Where the noise between steps is drawn. cpu gives the same noise on "
+                    "every machine; gpu draws it on the sampling device.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent.")],

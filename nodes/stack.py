@@ -19,17 +19,17 @@ class LCMLoRAFromStack(io.ComfyNode):
             display_name="LoRA Vector from Stack",
             category="LCM-LoRA",
             description=(
-                "Adds up a LoRA stack of another pack, exactly, with its strengths: the result "
-                "does what the same LoRAs do one after the other."
+                "Adds up the LoRAs of another pack's LoRA stack, exactly, with their strengths. "
+                "The result does the same as applying these LoRAs one after the other."
             ),
             search_aliases=["lora stack", "lora stacker", "unpack stack"],
             inputs=[
-                STACK.Input("lora_stack", tooltip="From a LoRA stacker of any pack."),
+                STACK.Input("lora_stack", tooltip="A stack from any pack's LoRA stacker."),
             ],
             outputs=[
                 io.LoraModel.Output(
                     display_name="LORA_MODEL",
-                    tooltip="Their weighted sum: combine it with the LCM-LoRA's vector.",
+                    tooltip="Their weighted sum. Combine it with the LCM-LoRA's vector.",
                 ),
                 io.String.Output(display_name="report", tooltip="What was added up."),
             ],
@@ -57,7 +57,7 @@ class LCMLoRAToStack(io.ComfyNode):
                 io.String.Input(
                     "file_name",
                     default="",
-                    tooltip="As loaders show it: connect the file name of Save LoRA Vector.",
+                    tooltip="As LoRA loaders show it. Connect the file name of Save LoRA Vector.",
                 ),
                 io.Float.Input(
                     "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01,
@@ -68,7 +68,7 @@ class LCMLoRAToStack(io.ComfyNode):
                     tooltip="Weight on the text encoder.",
                 ),
                 STACK.Input(
-                    "lora_stack", optional=True, tooltip="A stack to add it to the end of."
+                    "lora_stack", optional=True, tooltip="A stack to append the file to."
                 ),
             ],
             outputs=[

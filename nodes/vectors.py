@@ -22,8 +22,8 @@ class LCMLoRAVectorLoader(io.ComfyNode):
             display_name="Load LoRA Vector",
             category=CATEGORY,
             description=(
-                "Reads a LoRA file without applying it, to combine it with others. Takes kohya, "
-                "diffusers/PEFT and native ComfyUI key names."
+                "Reads a LoRA file without applying it, so that you can combine it with others. "
+                "It reads kohya, diffusers/PEFT and native ComfyUI key names."
             ),
             search_aliases=["load lora", "lora vector", "lora model", "read lora"],
             inputs=[
@@ -60,9 +60,9 @@ class LCMLoRAApply(io.ComfyNode):
             display_name="Apply LoRA Vector",
             category=CATEGORY,
             description=(
-                "Adds a LoRA vector to a model and, where a CLIP is connected, to its text "
-                "encoder. Refuses a LoRA of another family and names the modules that do not fit. "
-                "Sampling is left as it is: add LCM Model Sampling or use LCM KSampler."
+                "Adds a LoRA vector to a model and, if a CLIP is connected, to its text encoder. "
+                "It refuses a LoRA for another architecture and names the modules that do not fit. "
+                "It does not change the sampling: add LCM Model Sampling or use LCM KSampler."
             ),
             search_aliases=["apply lora", "load lora model", "lora vector"],
             inputs=[
@@ -72,7 +72,7 @@ class LCMLoRAApply(io.ComfyNode):
                     optional=True,
                     tooltip="The text encoder, for LoRAs that change it too.",
                 ),
-                io.LoraModel.Input("vector", tooltip="From Load LoRA Vector or Combine."),
+                io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
                 io.Float.Input(
                     "strength_model",
                     default=1.0,
@@ -129,18 +129,18 @@ class LCMLoRASave(io.ComfyNode):
                 io.String.Input(
                     "filename",
                     default="lcm-lora-combined",
-                    tooltip="Name within the loras folder; subfolders as folder/name.",
+                    tooltip="Name within the loras folder. For a subfolder, write folder/name.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
                     default="fp16",
-                    tooltip="Number format: fp16 is usual and small, fp32 is exact and twice that.",
+                    tooltip="Number format. fp16 is usual; fp32 is exact and twice as large.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace a file of the same name; otherwise that is an error.",
+                    tooltip="Replace a file of the same name. If off, such a file is an error.",
                 ),
             ],
             outputs=[

@@ -20,20 +20,20 @@ class LCMLoRABlocks(io.ComfyNode):
             display_name="Weight LoRA Blocks",
             category="LCM-LoRA",
             description=(
-                "Gives the parts of a LoRA vector weights of their own: input, middle and output "
-                "blocks, attention and feed-forward, the text encoder. For styles that should "
-                "paint and not compose, or the other way about."
+                "Gives each part of a LoRA vector its own weight: input, middle and output blocks, "
+                "attention and feed-forward, the text encoder. Use it when a style should change "
+                "the look and not the composition, or the other way round."
             ),
             search_aliases=["lora block weight", "lbw", "block weights", "b-lora", "layer weights"],
             inputs=[
-                io.LoraModel.Input("vector", tooltip="From Load LoRA Vector or Combine."),
+                io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
                     default="all",
                     tooltip=(
-                        "Weights that are often wanted. SDXL style and SDXL content keep the one "
-                        "block that B-LoRA found to hold it."
+                        "Weights that are often useful. SDXL style and SDXL content keep only the "
+                        "block that holds the style or the content, according to B-LoRA."
                     ),
                 ),
                 io.String.Input(
@@ -41,9 +41,10 @@ class LCMLoRABlocks(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip=(
-                        "Your own, times the preset's: output=0.8, feed_forward=0.5, "
-                        f"down_blocks_1=0. Names: {', '.join(NAMES)}, a block's own name, and rest "
-                        "for what no other name fits. What fits several has their product."
+                        "Your own weights, multiplied with the preset's: output=0.8, "
+                        f"feed_forward=0.5, down_blocks_1=0. Names: {', '.join(NAMES)}, a block's "
+                        "own name, and rest for everything that no other name matches. If several "
+                        "names match, their weights are multiplied."
                     ),
                 ),
                 io.Float.Input(
@@ -52,7 +53,7 @@ class LCMLoRABlocks(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Weight of the text encoder's part; 0 leaves it out.",
+                    tooltip="Weight of the text encoder part; 0 leaves it out.",
                 ),
             ],
             outputs=[
@@ -86,14 +87,14 @@ class LCMLoRAProtect(io.ComfyNode):
             display_name="Protect Acceleration",
             category="LCM-LoRA",
             description=(
-                "Takes out of a style LoRA what it does to the main directions of the LCM-LoRA, "
-                "so that pictures of few steps break up less when the two are combined. Put it "
+                "Removes the part of a style LoRA that acts on the main directions of the "
+                "LCM-LoRA. Few-step pictures then break up less when the two are combined. Put it "
                 "between the style and Combine LoRA Vectors."
             ),
             search_aliases=["np-lora", "null space", "orthogonal", "lora conflict", "project"],
             inputs=[
                 io.LoraModel.Input("style", tooltip="The style's vector."),
-                io.LoraModel.Input("acceleration", tooltip="The LCM-LoRA's vector, kept whole."),
+                io.LoraModel.Input("acceleration", tooltip="The LCM-LoRA's vector, not changed."),
                 io.Float.Input(
                     "share",
                     default=0.5,
@@ -101,15 +102,15 @@ class LCMLoRAProtect(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How much of it to take out: 0 leaves the style as it is, 1 takes all. "
-                        "More makes few steps cleaner and the style weaker."
+                        "How much of that part to remove: 0 leaves the style as it is, 1 removes "
+                        "all of it. More makes few-step pictures cleaner and the style weaker."
                     ),
                 ),
             ],
             outputs=[
-                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The style, for Combine."),
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The changed style."),
                 io.String.Output(
-                    display_name="report", tooltip="How much of the style was taken out."
+                    display_name="report", tooltip="How much of the style was removed."
                 ),
             ],
         )

@@ -18,6 +18,6 @@ def refuse_guidance_embedding(file: Path) -> None:
     if b'cond_proj.weight"' in header:
         raise ValueError(
             f"{file.name} is a full LCM with a guidance embedding (time_embedding.cond_proj). "
-            "ComfyUI has no such input and leaves it out, so that nobody knows at which guidance "
-            "it would draw. Take the checkpoint that it was made from, and an LCM-LoRA."
+            "ComfyUI has no input for the guidance and drops this weight, so the model would draw "
+            "at an undefined guidance. Use the checkpoint it was made from, and an LCM-LoRA."
         )

@@ -106,8 +106,8 @@ def sampling_class(own: torch.nn.Module, model_name: str) -> type[LCMSampling]:
     kind = ", ".join(base.__name__ for base in type(own).__bases__)
     raise ValueError(
         f"LCM sampling needs a model with a table of noise levels and eps, v or x0 prediction "
-        f"(Stable Diffusion 1, 2, XL and relatives). This MODEL is a {model_name} that samples "
-        f"with {kind}: use its own samplers."
+        f"(Stable Diffusion 1, 2, XL and relatives). This MODEL is a {model_name}, which samples "
+        f"with {kind}. Use a sampler made for it."
     )
 
 

@@ -56,12 +56,12 @@ def test_it_applies_the_whole_file_and_sets_the_sampling(model, path, family):
 @pytest.mark.parametrize(
     ("name", "metadata", "chosen", "family", "why"),
     [
-        (NAME, {}, "auto", "lcm", "says the name lcm-lora-loader-test"),
-        (NAME, {"lcm_lora.family": "phased"}, "auto", "phased", "says its metadata, lcm_lora.fam"),
+        (NAME, {}, "auto", "lcm", "from the name lcm-lora-loader-test"),
+        (NAME, {"lcm_lora.family": "phased"}, "auto", "phased", "from the file's metadata, lcm_l"),
         (NAME, {"lcm_lora.family": "phased"}, "tcd", "tcd", "chosen on this node"),
-        ("Hyper-SD15-1step.safetensors", {}, "auto", "hyper-sd-1step", "says the name Hyper-SD15"),
+        ("Hyper-SD15-1step.safetensors", {}, "auto", "hyper-sd-1step", "from the name Hyper-SD15"),
         ("some.safetensors", {"modelspec.title": "DMD2"}, "auto", "dmd2", "modelspec.title"),
-        ("some.safetensors", {}, "auto", "lcm", "neither metadata nor name tell"),
+        ("some.safetensors", {}, "auto", "lcm", "neither the file's metadata nor"),
     ],
 )
 def test_it_finds_the_family_and_says_why(
@@ -72,7 +72,7 @@ def test_it_finds_the_family_and_says_why(
     save_file(dialects(model)["kohya"], path.with_name(name), metadata or None)
     (loaded,) = LCMLoRALoader.execute(model, name, 1.0, chosen).result
     assert family_of(loaded) == family
-    assert f"Sampled as {family}" in shown[-1] and why in shown[-1]
+    assert f"Sampling as {family}" in shown[-1] and why in shown[-1]
 
 
 def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, shown):

@@ -314,7 +314,7 @@ def test_finish_writes_what_there_is(job):
     found = files.read(Path(json.loads(spec.read_text())["output"]))
     assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
     assert not (spec.parent / "answers").exists()
-    assert acceleration(found.metadata, "x") == ("lcm", "its metadata, lcm_lora.family")
+    assert acceleration(found.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])

@@ -43,8 +43,9 @@ def test_names(name):
 def test_metadata_goes_before_the_name_and_our_own_before_others():
     name = "sdxl_lightning_4step_lora.safetensors"
     title = {"modelspec.title": "TCD-SDXL-LoRA", "ss_output_name": "my pcm"}
-    assert acceleration(title, name) == ("tcd", "its metadata, modelspec.title")
-    assert acceleration(title | {FAMILY: "phased"}, name) == ("phased", f"its metadata, {FAMILY}")
+    assert acceleration(title, name) == ("tcd", "the file's metadata, modelspec.title")
+    ours = title | {FAMILY: "phased"}
+    assert acceleration(ours, name) == ("phased", f"the file's metadata, {FAMILY}")
     assert acceleration({"ss_output_name": "style"}, name)[0] == "lightning"
     assert acceleration({}, f"lcm/{name}") == ("lightning", f"the name {name}")
 
