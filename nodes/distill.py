@@ -91,8 +91,8 @@ def _folder() -> io.Input:
         "folder",
         default="my pictures",
         tooltip=(
-            "A folder in ComfyUI's input folder: pictures with a .txt or .caption each or a "
-            "metadata.jsonl or .csv, or WebDataset tars."
+            "A folder in ComfyUI's input folder. It holds pictures with a .txt or .caption file "
+            "each, or with a metadata.jsonl or .csv, or it holds WebDataset tars."
         ),
     )
 
