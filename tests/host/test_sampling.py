@@ -207,7 +207,7 @@ def test_models_without_a_noise_table_are_refused(kind):
             conditioning(1), conditioning(2), latent, seed=1,
         ),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"BaseModel that samples with .*{kind}"):
+        with pytest.raises(ValueError, match=f"BaseModel, which samples with .*{kind}"):
             call()
 
 
