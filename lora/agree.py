@@ -1,4 +1,4 @@
-"""What vectors must have in common, and each by itself, before one is worked into another."""
+"""Checks of vectors before they are merged: alone, and against each other."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .family import family_of
 
 
 def require_sum(vector: Vector) -> None:
-    """Raises ValueError where the vector holds what is more than a sum (DoRA, OFT, GLoRA)."""
+    """Raises ValueError if the vector has modules that are not sums (DoRA, OFT, GLoRA)."""
     if vector.opaque:
         raise ValueError(
-            f"{vector.source} holds {vector.opaque_kinds} weights. What they do depends on the "
-            "weights they are added to, so that no sum of vectors is their sum. Apply it alone, "
-            "with Apply LoRA Vector, and add the others after it."
+            f"{vector.source} holds {vector.opaque_kinds} weights. Their change depends on the "
+            "weights of the model, so they cannot be added to other vectors. Apply this file alone "
+            "with Apply LoRA Vector, and apply the others after it."
         )
 
 
 def require_one_shape(name: str, changes: Sequence[tuple[Vector, Sequence[int]]]) -> None:
-    """Raises ValueError where the changes of one weight, each of a vector, have different shapes.
+    """Raises ValueError if vectors change one weight in different shapes.
 
     Compared as matrices, as some tools keep 1x1 convolutions as [out, in].
     """
@@ -37,12 +37,12 @@ def require_one_shape(name: str, changes: Sequence[tuple[Vector, Sequence[int]]]
 
 
 def require_finite(name: str, vectors: Sequence[Vector]) -> None:
-    """Raises ValueError where a vector's delta of the module holds numbers that are not finite."""
+    """Raises ValueError if a vector's delta of the module contains NaN or infinity."""
     for vector in vectors:
         delta = vector.deltas[name]
         # The inner product is cheap; of large numbers it can be infinite where they are not.
         if not math.isfinite(delta.inner(delta)) and not delta.matrix().isfinite().all():
             raise ValueError(
-                f"{vector.source} has numbers in {name} that are not finite, so that no sum of it "
-                "is: the file is broken or its training was. Leave it out."
+                f"{vector.source} contains NaN or infinity in {name}: the file is damaged, or its "
+                "training diverged. Leave it out."
             )

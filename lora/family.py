@@ -88,8 +88,8 @@ def require_one_family(made_for: Iterable[tuple[str, Shapes]]) -> None:
     for source, kind in known[1:]:
         if kind.width != known[0][1].width:
             raise ValueError(
-                f"{known[0][0]} was made for {known[0][1]} and {source} for {kind}; vectors add up "
-                "only within one family of models."
+                f"{known[0][0]} was made for {known[0][1]} and {source} for {kind}. Only "
+                "vectors for the same architecture can be added."
             )
 
 

@@ -179,7 +179,8 @@ def differences(distilled: ModelPatcher, base: ModelPatcher) -> Iterator[Layer]:
     if kinds[0] != kinds[1] or kinds[1] is None:
         raise ValueError(
             f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
-            f"{kinds[1] or 'of another kind'}; expected two models of one Stable Diffusion family."
+            f"{kinds[1] or 'of another kind'}; expected two Stable Diffusion models of the "
+            "same architecture."
         )
     keys = [model.model.state_dict().keys() for model in (distilled, base)]
     paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)

@@ -292,5 +292,5 @@ class LCMDistill(io.ComfyNode):
         style = "" if style_lora == NONE else style_lora
         order = {"data": data, "style_lora": style, **settings}
         job, new = host.start(build(host.Order, order, "the order"))
-        show("Queued" if new else "This job is there already")
+        show("Queued" if new else "This job already exists")
         return io.NodeOutput(job)

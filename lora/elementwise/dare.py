@@ -17,5 +17,5 @@ def dare(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 DARE = Rule(
     "dare", "arXiv 2311.03099",
-    "the sum of random numbers of each vector, made larger for those that are left out", dare,
+    "the sum of random values of each vector, scaled up to make up for the dropped ones", dare,
 )  # fmt: skip

@@ -27,6 +27,6 @@ def della(changes: Tensor, density: float, generator: torch.Generator) -> Tensor
 
 DELLA = Rule(
     "della", "arXiv 2406.11617",
-    "random numbers of each vector, large ones rather, and of them the mean of those that agree",
+    "like dare, but large values stay more often; then the mean of those that agree in sign",
     della,
 )  # fmt: skip

@@ -15,5 +15,5 @@ def magnitude(changes: Tensor, density: float, generator: torch.Generator) -> Te
 
 MAGNITUDE = Rule(
     "magnitude", "arXiv 1506.02626",
-    "the sum of the largest numbers of each vector", magnitude,
+    "the sum of each vector's largest values", magnitude,
 )  # fmt: skip

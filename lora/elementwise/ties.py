@@ -15,5 +15,5 @@ def ties(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 TIES = Rule(
     "ties", "arXiv 2306.01708",
-    "the largest numbers of each vector, and of them the mean of those that agree in sign", ties,
+    "the mean of each vector's largest values, where they agree in sign", ties,
 )  # fmt: skip
