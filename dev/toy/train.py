@@ -24,7 +24,7 @@ from ...training import export
 from ...training.adapter import Adapter
 from ...training.objective import ORIGIN_STEPS, lcm_loss
 from ...training.solver import Schedule
-from . import assemble, data, judge, networks, pack
+from . import assemble, data, judge, learn, networks, pack
 
 log = logging.getLogger("lcm_lora")
 UNET_BITS, VAE_BITS = 4, 8
@@ -32,7 +32,7 @@ UNET_BITS, VAE_BITS = 4, 8
 
 def autocast() -> torch.autocast:
     """bfloat16 products, float32 sums: twice as fast on a processor that has them."""
-    return torch.autocast("cpu", torch.bfloat16)
+    return learn.autocast(torch.device("cpu"))
 
 
 def steps(name: str, count: int, optimiser: torch.optim.Optimizer, lr: float) -> Iterator[int]:

@@ -39,6 +39,7 @@ def file_of(host: Path, module: str) -> Path:
 
 
 @pytest.mark.usefixtures("network")
+@pytest.mark.faults
 def test_what_passes_without_the_pack_passes_with_it(host_folder, tmp_path):
     plugins = tmp_path / "plugins"
     subprocess.run(
