@@ -234,6 +234,7 @@ def _is_portable(part: str) -> bool:
         bool(part)
         and part == part.strip(" ")
         and not part.endswith(".")
+        and not any("\ud800" <= character <= "\udfff" for character in part)  # halves of one
         and not _FORBIDDEN.search(part)
         and not _WINDOWS_RESERVED.fullmatch(part)
     )

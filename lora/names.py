@@ -28,10 +28,13 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.alpha$"), "alpha"),
     (re.compile(r"\.(?:diff_b|b_norm|bias\.diff)$"), "diff_b"),
     (re.compile(r"\.(?:diff|w_norm)$"), "diff"),
-    # LyCORIS: the part is called as the file does.
-    (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$"), None),
+    # LyCORIS, or PEFT with an adapter's name: the part is called as the file does.
+    (
+        re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.[^.]+)?$"),
+        None,
+    ),
     # Not linear in the weights. PEFT and ai-toolkit call DoRA's magnitude so.
-    (re.compile(r"\.(?:lora_)?(magnitude)(?:_vector)?(?:(?:\.[^.]+)?\.weight)?$"), None),
+    (re.compile(r"\.(?:lora_)?(magnitude)(?:_vector)?(?:\.[^.]+)?(?:\.weight)?$"), None),
     (re.compile(r"\.(dora_scale|oft_blocks|rescale|(?:[ab][12]|bm)\.weight)$"), None),
 )
 NOT_LINEAR = {
@@ -77,9 +80,9 @@ _UNKNOWN_ADAPTERS = tuple(
 # What torch.compile, FSDP, activation checkpointing, Fabric and DDP put into a module's path.
 _WRAPPED = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)"
 _WRAPPERS = re.compile(
-    rf"[._]{_WRAPPED}(?=[._])|^{_WRAPPED}[._]|(?:^|(?<=\.))module\."
+    rf"[._]{_WRAPPED}(?=[._])|^{_WRAPPED}[._]|(?:^|(?<=\.))module(?:\.{_WRAPPED})*\."
 )
-_FLAT = re.compile(r"lora_unet_|lora_te\d?_|lycoris_")
+_FLAT = re.compile(r"(?:lora|oft)_unet_|lora_te\d?_|lycoris_")
 _FLAT_WRAPPERS = re.compile(r"_(?:module|base_model_model)(?=_)")
 _PEFT_MODEL = "base_model.model."
 
@@ -361,6 +364,8 @@ def places(host_names: Mapping[str, Target]) -> dict[str, Target]:
         encoder, path, target = match[1], _flat_path(match), host_names[match[0]]
         names = [f"{encoder}.{match[2]}"]
         if encoder in CLIPS:
+            if len(encoders & CLIPS) == 1:  # whatever a file calls the only CLIP
+                names += [f"text_encoders.{clip}.transformer.{match[2]}" for clip in CLIPS]
             names += [f"lora_te{number}_{path}" for number in _clip_numbers(encoder, encoders)]
         elif uses[path] == 1:  # the path tells which encoder it is, whatever its number
             names += [f"lora_te{number}_{path}" for number in ("", 1, 2, 3, 4)]

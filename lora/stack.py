@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vect
 
 def _entry(entry: Any) -> tuple[str, float, float]:
     fine = isinstance(entry, list | tuple) and len(entry) == 3 and isinstance(entry[0], str)
-    if not fine or not all(isinstance(value, int | float) for value in entry[1:]):
+    if not fine or not all(isinstance(value, Real) for value in entry[1:]):
         raise ValueError(
             f"The LoRA stack holds {entry!r}; expected (file name, model strength, CLIP strength)."
         )

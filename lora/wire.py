@@ -89,7 +89,11 @@ def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
     """A LORA_MODEL of any node as a vector on the CPU, where sums are computed. The host's trainer
     may leave its tensors on a device."""
     metadata, source = getattr(tensors, "metadata", {}), getattr(tensors, "source", "LORA_MODEL")
-    vector = parse({key: t.detach().cpu() for key, t in tensors.items()}, metadata, source)
+    if odd := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{source} has a {type(tensors[odd[0]]).__name__} under {odd[0]}; expected a tensor."
+        )
+    vector = parse({key: t.detach().cpu() for key, t in tensors.items()}, metadata or {}, source)
     ignored = (*getattr(tensors, "ignored", ()), *vector.ignored)
     return replace(vector, sha256=getattr(tensors, "sha256", ""), ignored=ignored)
 

@@ -29,7 +29,8 @@ def is_out_of_memory(error: Exception) -> bool:
     and cuDNN, which ask the device themselves."""
     words = (
         "out of memory|allocate memory|not enough memory|ALLOC(ATION)?_FAILED|StatusAllocFailed"
-        "|status_memory_error|OUT_OF_(HOST_|DEVICE_)?MEMORY"
+        "|status_memory_error|OUT_OF_(HOST_|DEVICE_)?MEMORY|OUT_OF_RESOURCES|allocate tensor"
+        "|Invalid buffer size|paging file is too small"
     )
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or re.search(words, str(error)) is not None

@@ -146,7 +146,8 @@ def _opened(source: Captioned) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     """A picture as it is opened -> RGB, upright, on white. Raises what Pillow raises."""
-    deep = ";16" in repr(image.tile)  # before the pixels are loaded, which Pillow does in 8 bits
+    tile = repr(image.tile)  # before the pixels are loaded, which Pillow does in 8 bits
+    deep = ";16" in tile
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -160,6 +161,8 @@ def _rgb(image: Image.Image) -> Image.Image:
             image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     elif deep and isinstance(clear, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif image.mode == "L" and isinstance(clear, int):  # greys of 2 and 4 bits are scaled to 8
+        image.info["transparency"] = clear * (85 if ";2" in tile else 17 if ";4" in tile else 1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

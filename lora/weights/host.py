@@ -34,13 +34,12 @@ class Layers:
     def unpatchable(self, key: str) -> str:
         """Why the host cannot change the weight; empty where it can.
 
-        It can add to floating point numbers and to its own packed formats. A pack with another
-        format brings a tensor class or a patcher of its own.
+        It can add to floating point numbers and to its own packed formats. A pack whose format
+        LoRAs can be added to brings a patcher of its own.
         """
         weight = self._weight(key)
         own = type(self.patcher).patch_weight_to_device is not ModelPatcher.patch_weight_to_device
-        plain = type(weight) in (Tensor, torch.nn.Parameter)
-        if own or not plain or weight.is_floating_point():
+        if own or isinstance(weight, QuantizedTensor) or weight.is_floating_point():
             return ""
         return f"the model's weight is stored as {weight.dtype}, to which ComfyUI cannot add"
 

@@ -170,16 +170,21 @@ def test_a_gguf_model_takes_every_module_and_is_not_extracted(comfy):
             list(differences(*pair))
 
 
-def test_integers_that_nobody_unpacks_are_named_and_not_applied(model):
-    """A pack that stores plain integers beside a scale, on the host's own patcher: it would add to
-    the integers."""
+class OfAnotherPack(torch.nn.Parameter):
+    """As bitsandbytes' Params4bit: a parameter of bytes that only its own layer reads."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, OfAnotherPack])
+def test_integers_that_nobody_unpacks_are_named_and_not_applied(model, kind):
+    """A pack that stores integers beside a scale, on the host's own patcher: it would add to the
+    integers, or fail with a line in the log."""
     from lcm_lora.lora.host import apply
 
     base = tiny_model()
     key = packed.keys_of(base)[0]
     layer = base.model.get_submodule(key.removesuffix(".weight"))
     integers = (layer.weight * 1000).round().to(torch.int8)
-    layer.weight = torch.nn.Parameter(integers, requires_grad=False)
+    layer.weight = kind(integers, requires_grad=False)
     _, _, coverage = apply(base, None, vector(dialects(model)["kohya"]), 1.0, 0.0)
     assert len(coverage.left_over) == 1
     assert "stored as torch.int8, to which ComfyUI cannot add" in str(coverage)

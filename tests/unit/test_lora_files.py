@@ -211,7 +211,7 @@ def test_names_go_into_the_folder(tmp_path, name, expected):
     ["", " ", "../a", "a/../../b", "a\\..\\b", "/etc/a", "\\a", "C:\\a", "c:a", "a\0b", "a\nb", "."]
     + ["con", "NUL.safetensors", "a/com1", "a/", "a//b", "a.", "a /b", "what?", "x" * 300]
     + ["COM\u00b9", "lpt\u00b2", "Com\u00b3.safetensors", "CONIN$", "conout$.x", "nul .x"]
-    + [".safetensors", "a/.safetensors", " .safetensors "],
+    + [".safetensors", "a/.safetensors", " .safetensors ", "half \ud83d of a character"],
 )
 def test_names_that_leave_the_folder_or_fail_elsewhere_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="file name"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.names import canonical_names, host_name, split_key
+from lcm_lora.lora.names import canonical_names, host_name, places, split_key
 from lcm_lora.lora.wire import from_wire, parse, to_wire
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -63,6 +63,10 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
         # What compilers and data parallelism leave in a path, wherever it stands.
         (f"unet._orig_mod.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
         (f"_orig_mod.module.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
+        (f"unet.module._orig_mod.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
+        (f"unet.{BLOCK}.module._fsdp_wrapped_module.attn1.to_q.lora_A.weight", Q, "down"),
+        (f"oft_unet_module_{Q[10:]}.alpha", Q, "alpha"),
+        (f"unet.{BLOCK}.attn1.to_q.lokr_w1.default", Q, "lokr_w1"),
         (f"unet.{BLOCK}._orig_mod.attn1.to_q._orig_mod.lora_B.weight", Q, "up"),
         (f"base_model.model.{BLOCK}._fsdp_wrapped_module.attn1.to_q.lora_B.weight", Q, "up"),
         (f"unet.module.base_model.model.{BLOCK}.attn1.module.to_q.lora_B.default.weight", Q, "up"),
@@ -262,6 +266,7 @@ def test_adapters_that_are_not_known_are_named_and_refused(piece):
         ({"dora_scale": (8,)}, "DoRA"),
         ({"lora_magnitude_vector": (8,)}, "DoRA"),
         ({"lora_magnitude_vector.default.weight": (8,)}, "DoRA"),
+        ({"lora_magnitude_vector.my_adapter": (8,)}, "DoRA"),
         ({"oft_blocks": (2, 4, 4), "rescale": (8, 1)}, "OFT or BOFT"),
         (
             {"a1.weight": (9, 2), "a2.weight": (2, 9), "b1.weight": (8, 2), "b2.weight": (2, 9)},
@@ -280,7 +285,7 @@ def test_what_is_no_sum_is_kept_for_the_host_and_not_combined(pieces, kind):
     assert len(wire) == len(tensors)
     assert (f"{Q}.dora_scale" in wire) == (kind == "DoRA")
     assert from_wire(wire).opaque.keys() == {Q}
-    with pytest.raises(ValueError, match=f"a holds {kind} weights.*Apply it alone"):
+    with pytest.raises(ValueError, match=f"a holds {kind} weights.*Apply this file alone"):
         exact([vector], [1.0])
 
 
@@ -350,3 +355,19 @@ def test_a_factor_without_its_partner_is_refused_by_name():
 def test_keys_that_are_no_lora_are_remembered():
     tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {"bundle_emb.x": torch.ones(2)}
     assert parse(tensors, {}, "a").ignored == ("bundle_emb.x",)
+
+
+def test_the_only_clip_of_a_model_takes_what_a_file_says_of_another():
+    """A file tells which CLIP it is for by the width of its layers, which models may vary."""
+    path = "transformer.text_model.final_layer_norm"
+    alone = places({f"text_encoders.clip_h.{path}": "weight"})
+    assert [alone[f"text_encoders.clip_{clip}.{path}"] for clip in "lgh"] == ["weight"] * 3
+    two = {f"text_encoders.clip_l.{path}": "l", f"text_encoders.clip_g.{path}": "g"}
+    assert f"text_encoders.clip_h.{path}" not in places(two)
+
+
+@pytest.mark.parametrize("value", [1.0, None, "x"])
+def test_a_value_of_another_node_that_is_not_a_tensor_is_refused_by_its_key(value):
+    tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.alpha": value}
+    with pytest.raises(ValueError, match=rf"has a \w+ under {Q}.alpha; expected a tensor"):
+        from_wire(tensors)

@@ -450,16 +450,20 @@ def test_prompts_beyond_the_count_are_named():
 
 def png16(pixels, colour, clear=None):
     """A PNG of 16 bits, which Pillow does not write: [H, W, C] numbers; clear: its tRNS chunk."""
+    return png(pixels.astype(">u2"), pixels.shape[1], 16, colour, clear)
+
+
+def png(rows, width, bits, colour, clear=None):
+    """A PNG of packed rows [H, ...]."""
 
     def chunk(kind, data):
         checksum = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + checksum
 
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))]
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0))]
     parts += [(b"tRNS", np.array(clear, ">u2").tobytes())] if clear else []
-    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts += [(b"IDAT", zlib.compress(data)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
@@ -481,6 +485,21 @@ def test_what_is_transparent_in_16_bits_becomes_white_too(folder, colour, pixel,
     found = Pictures(folder, 64, flip=False).example(1).pixels
     assert (found[:, :31] == 1).all()
     assert (found[:, 33:] - 0.5).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_what_is_transparent_in_few_bits_becomes_white_too(folder, bits):
+    """Greys of 0 and of the most; 0 is transparent. Pillow scales them to 8 bits."""
+    most = 2**bits - 1
+    greys = np.full((64, 64, 1), most, np.uint8)
+    greys[:, :32] = 0
+    packed = np.packbits(np.unpackbits(greys, axis=2)[..., -bits:].reshape(64, -1), axis=1)
+    (folder / "b.png").write_bytes(png(packed, 64, bits, 0, [0]))
+    assert (Pictures(folder, 64, flip=False).example(1).pixels == 1).all()
+    (folder / "b.png").write_bytes(png(packed, 64, bits, 0, [most]))
+    pixels = Pictures(folder, 64, flip=False).example(1).pixels
+    assert (pixels[:, :31] == 0).all()
+    assert (pixels[:, 33:] == 1).all()
 
 
 def test_a_disk_that_fails_is_no_broken_picture(folder, monkeypatch):
