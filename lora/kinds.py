@@ -106,7 +106,9 @@ def left_out_because(key: str) -> str:
 
 
 def _first(kinds: Iterable[tuple[str, str]], keys: Iterable[str]) -> str | None:
-    names = list(keys)
+    kinds = list(kinds)
+    some = re.compile("|".join(f"(?:{pattern})" for pattern, _ in kinds))
+    names = list(filter(some.match, keys))  # of a plain LoRA none
     for pattern, kind in kinds:
         if any(re.match(pattern, name) for name in names):
             return kind

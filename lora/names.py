@@ -176,9 +176,13 @@ def unwrapped(key: str) -> str:
     return _FLAT_WRAPPERS.sub("", key) if _FLAT.match(key) else key
 
 
+# One search for a key that has nothing of any of them, as nearly all keys do.
+_ANY_UNKNOWN = re.compile("|".join(pattern.pattern for pattern, _ in _UNKNOWN_ADAPTERS))
+
+
 def unknown_adapter(keys: Iterable[str]) -> str | None:
     """Name of the adapter that some key belongs to, if it is one that is not read here."""
-    for key in keys:
+    for key in filter(_ANY_UNKNOWN.search, keys):
         for pattern, name in _UNKNOWN_ADAPTERS:
             if pattern.search(key):
                 return name

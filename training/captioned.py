@@ -11,13 +11,12 @@ from pathlib import Path
 from PIL import Image, ImageFile
 
 from . import captions, disk
-from .disk import shown
+from .disk import HIDDEN, shown
 
 USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ZIPPED = (".tar.gz", ".tgz")
 NAMED = 3  # how many faulty files a message names
 
-HIDDEN = "hidden: the name begins with a dot"
 UNKNOWN = "no picture that Pillow reads, no caption and no tar"
 ALONE = "no picture has its name"
 SECOND = "another caption of its picture is taken"

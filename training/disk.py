@@ -73,6 +73,9 @@ def read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+HIDDEN = "hidden: the name begins with a dot"
+
+
 def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     """(the files of a folder and of those in it, sorted; what is left out, each with the reason).
 
@@ -98,7 +101,7 @@ def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         for entry in entries:
             path = folder / entry.name
             if entry.name.startswith("."):
-                left_out.append((path, "hidden: the name begins with a dot"))
+                left_out.append((path, HIDDEN))
             elif entry.is_dir():
                 (linked if entry.is_symlink() else folders).append(path)
             elif entry.is_file():

@@ -141,7 +141,6 @@ def backdrops(
     def edge(u: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(sharp * u)
 
-    px = ((x / period + phase) % 1 - 0.5) * period
     row = (y / period).floor()
     px = ((x / period + phase + 0.5 * (row % 2)) % 1 - 0.5) * period
     py = ((y / period) % 1 - 0.5) * period
