@@ -43,6 +43,8 @@ class PeftConfig:
             ValueError: a value is of the wrong kind, a pattern is no regular expression or takes
                 too long, or the adapter changes the weights that it was trained on.
         """
+        if not self._values:
+            return None
         prefix = module.partition(".")[0] + "."
         if not any(f"{prefix}{key}" in self._values for key in ("lora_alpha", "alpha")):
             prefix = ""

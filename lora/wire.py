@@ -121,13 +121,14 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         raise ValueError(f"{source} holds no LoRA: {what_it_looks_like(tensors)}.")
     if kind := not_a_plain_lora(tensors):
         raise ValueError(f"{source} holds no LoRA for a model alone: it looks like {kind}.")
-    modules = _joined(modules)
+    names = canonical_names(modules)
+    modules = _joined(modules, names)
     config = PeftConfig(metadata)
     deltas: dict[str, Delta] = {}
     diffs: dict[str, Tensor] = {}
     others: dict[str, Opaque] = {}
-    for module, name in canonical_names(modules).items():
-        parts = modules[module]
+    for module, parts in modules.items():
+        name = names[module]
         if parts.keys() == {"alpha"}:
             ignored.append(f"{module}.alpha")
             continue
@@ -157,11 +158,16 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     return respelled(found, has_two_text_encoders(found.shapes))
 
 
-def _joined(modules: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def _joined(
+    modules: Mapping[str, dict[str, Tensor]], canonical: Mapping[str, str]
+) -> dict[str, dict[str, Tensor]]:
     """The modules, with the parts of one module joined if the file spells its name in two ways, as
-    diffusers does for DoRA's magnitudes. Spellings that share a part stay apart: two modules."""
+    diffusers does for DoRA's magnitudes. Spellings that share a part stay apart: two modules.
+
+    canonical: the canonical name of each module.
+    """
     spellings: dict[str, list[str]] = {}
-    for module, name in canonical_names(modules).items():
+    for module, name in canonical.items():
         spellings.setdefault(text_encoder_prefix(name, True), []).append(module)
     joined = {}
     for names in spellings.values():
