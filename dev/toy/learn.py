@@ -114,8 +114,8 @@ def differences(wrong: torch.Tensor) -> torch.Tensor:
     return wrong.abs().mean() + 4 * wrong.square().mean() + edges
 
 
-def vae(painter: Painter, clock: Clock, batch: int = 1) -> nn.Module:
-    """Reconstructs scenes of every hand; `batch` times the mixture at a step.
+def vae(painter: Painter, clock: Clock) -> nn.Module:
+    """Reconstructs scenes of every hand, in the shares of MIXTURE.
 
     Latents are kept near unit deviation, and noise on them keeps the decoder smooth.
     """
@@ -126,12 +126,9 @@ def vae(painter: Painter, clock: Clock, batch: int = 1) -> nn.Module:
     generator = torch.Generator(device).manual_seed(2)
     weights = [*model.taesd_encoder.parameters(), *model.taesd_decoder.parameters()]
     optimiser = optimiser_of(weights)
-    shares = {hand: count * batch for hand, count in MIXTURE.items()}
-    pool = painter.mixed(shares)
     for _ in clock.steps(optimiser, 1.2e-3):
-        if clock.step % 2 == 0:  # each picture is seen twice, for drawing takes as long as a step
-            pool = painter.mixed(shares)
-        x = pool
+        if clock.step % 2 == 0:  # each picture is used twice: drawing takes as long as a step
+            x = painter.mixed(MIXTURE)
         with autocast(device):
             z = model.taesd_encoder(x).float()
             noise = torch.randn(z.shape, generator=generator, device=device)
@@ -167,7 +164,7 @@ class Critic(nn.Module):
         return self.last(x), seen
 
 
-def sharpen(model: nn.Module, painter: Painter, clock: Clock, batch: int = 1) -> nn.Module:
+def sharpen(model: nn.Module, painter: Painter, clock: Clock) -> nn.Module:
     """Trains the decoder on, against a critic (hinge loss and its features, as VQGAN's,
     arXiv 2012.09841); the encoder, and with it what latents mean, stays as it is.
     """
@@ -181,9 +178,8 @@ def sharpen(model: nn.Module, painter: Painter, clock: Clock, batch: int = 1) ->
     optimiser = optimiser_of(decoder.parameters())
     judge = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(0.5, 0.9), weight_decay=0)
     last = [p for p in decoder.parameters() if p.dim() == 4][-1]
-    shares = {hand: count * batch for hand, count in MIXTURE.items()}
     for progress in clock.steps(optimiser, 5e-4):
-        x = painter.mixed(shares)
+        x = painter.mixed(MIXTURE)
         with autocast(device):
             with torch.no_grad():
                 z = model.taesd_encoder(x).float()

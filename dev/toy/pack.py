@@ -12,21 +12,23 @@ import torch
 RUN = 32
 
 
-def packable(tensor: torch.Tensor) -> bool:
-    return tensor.dim() >= 2 and tensor[0].numel() % RUN == 0
+def packable(tensor: torch.Tensor, run: int = RUN) -> bool:
+    return tensor.dim() >= 2 and tensor[0].numel() % run == 0
 
 
-def levels(tensor: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[out, ...] -> (levels 0..2**bits - 1 [runs, 32], steps [runs, 1] exact in float16)."""
-    runs = tensor.detach().float().reshape(-1, RUN)
+def levels(tensor: torch.Tensor, bits: int, run: int = RUN) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out, ...] -> (levels 0..2**bits - 1 [runs, run], steps [runs, 1] exact in float16)."""
+    runs = tensor.detach().float().reshape(-1, run)
     middle = (2**bits - 1) / 2
-    step = (runs.abs().amax(1, keepdim=True) / middle).clamp(min=2**-14).half().float()
+    # With few levels, cutting off the largest numbers costs less than coarse steps.
+    reach = (0.85 if bits < 4 else 1.0) / middle
+    step = (runs.abs().amax(1, keepdim=True) * reach).clamp(min=2**-14).half().float()
     return (runs / step + middle).round().clamp(0, 2**bits - 1), step
 
 
-def rounded(tensor: torch.Tensor, bits: int) -> torch.Tensor:
+def rounded(tensor: torch.Tensor, bits: int, run: int = RUN) -> torch.Tensor:
     """The tensor as it will be after packing, with the gradient of the original."""
-    level, step = levels(tensor, bits)
+    level, step = levels(tensor, bits, run)
     value = ((level - (2**bits - 1) / 2) * step).reshape(tensor.shape)
     return tensor + (value - tensor).detach()
 

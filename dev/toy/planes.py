@@ -13,28 +13,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from . import pack as runs
+
 RUN = 64
 
 
 def packable(tensor: torch.Tensor) -> bool:
-    return tensor.dim() >= 2 and tensor[0].numel() % RUN == 0
-
-
-def levels(tensor: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[out, ...] -> (levels 0..2**bits - 1 [runs, 64], steps [runs, 1] exact in float16)."""
-    runs = tensor.detach().float().reshape(-1, RUN)
-    middle = (2**bits - 1) / 2
-    # With few levels, cutting off the largest numbers costs less than coarse steps.
-    reach = 0.85 if bits < 4 else 1.0
-    step = (runs.abs().amax(1, keepdim=True) * (reach / middle)).clamp(min=2**-14).half().float()
-    return (runs / step + middle).round().clamp(0, 2**bits - 1), step
+    return runs.packable(tensor, RUN)
 
 
 def rounded(tensor: torch.Tensor, bits: int) -> torch.Tensor:
     """The tensor as it will be after packing, with the gradient of the original."""
-    level, step = levels(tensor, bits)
-    value = ((level - (2**bits - 1) / 2) * step).reshape(tensor.shape)
-    return tensor + (value - tensor).detach()
+    return runs.rounded(tensor, bits, RUN)
 
 
 def pack(
@@ -47,7 +37,7 @@ def pack(
             packed[name] = tensor.detach().half().cpu().contiguous()
             continue
         bits = bits_of(tensor)
-        level, step = levels(tensor, bits)
+        level, step = runs.levels(tensor, bits, RUN)
         level = level.to(torch.uint8).cpu().numpy().reshape(-1)
         planes = [np.packbits((level >> bit) & 1) for bit in range(bits)]
         packed[name] = torch.from_numpy(np.stack(planes))
@@ -70,6 +60,6 @@ def unpack(
             np.unpackbits(plane).astype(np.float32) * 2**bit
             for bit, plane in enumerate(tensor.numpy())
         )
-        runs = torch.from_numpy(level).reshape(-1, RUN) - (2**bits - 1) / 2
-        state[name] = (runs * packed[name + ".step"].float().view(-1, 1)).reshape(shape).half()
+        steps = torch.from_numpy(level).reshape(-1, RUN) - (2**bits - 1) / 2
+        state[name] = (steps * packed[name + ".step"].float().view(-1, 1)).reshape(shape).half()
     return state

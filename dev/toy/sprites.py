@@ -87,10 +87,10 @@ def fetched(package: str, digest: str, folder: Path) -> Path:
                 f"npm could not fetch {package}: {made.stderr.strip()[-300:]} Check the network "
                 "and run it again."
             )
-        found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
-        if found != digest:
+        actual = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if actual != digest:
             raise RuntimeError(
-                f"{package} has the sha256 {found}, expected {digest}. Nothing of it was used."
+                f"{package} has the sha256 {actual}, expected {digest}. Nothing of it was used."
             )
         os.replace(archives[0], path)
     return path

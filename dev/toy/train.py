@@ -24,15 +24,12 @@ from ...training import export
 from ...training.adapter import Adapter
 from ...training.objective import ORIGIN_STEPS, lcm_loss
 from ...training.solver import Schedule
-from . import assemble, data, judge, learn, networks, pack
+from . import assemble, data, judge, networks, pack
+from .learn import autocast, decode, descend, encode
 
 log = logging.getLogger("lcm_lora")
 UNET_BITS, VAE_BITS = 4, 8
-
-
-def autocast() -> torch.autocast:
-    """bfloat16 products, float32 sums: twice as fast on a processor that has them."""
-    return learn.autocast(torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 def steps(name: str, count: int, optimiser: torch.optim.Optimizer, lr: float) -> Iterator[int]:
@@ -48,13 +45,6 @@ def steps(name: str, count: int, optimiser: torch.optim.Optimizer, lr: float) ->
             last = now
             left = (now - start) / (step + 1) * (count - step - 1)
             log.info("%s: step %d of %d, %.0f s left", name, step + 1, count, left)
-
-
-def descend(loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 1.0)
-    optimiser.step()
 
 
 def classifier(
@@ -77,7 +67,7 @@ def classifier(
         if torch.rand((), generator=generator) < 0.6:
             images = blurred(images, 0.4 + 1.4 * torch.rand((), generator=generator).item())
         images = images + 0.03 * torch.randn(images.shape, generator=generator)
-        with autocast():
+        with autocast(CPU):
             guesses = model(images)
         told = zip(guesses, (labels[pick], *rest), strict=True)
         descend(sum(F.cross_entropy(guess.float(), truth) for guess, truth in told), optimiser)
@@ -109,7 +99,7 @@ def vae(pixels: torch.Tensor, count: int = 1800, batch: int = 16) -> nn.Module:
         x, *_ = data.dyed(grey, generator)
         x[: batch // 4] = data.blueprint(grey[: batch // 4])
         x = x.contiguous(memory_format=torch.channels_last)
-        with autocast():
+        with autocast(CPU):
             z = model.taesd_encoder(x).float()
             y = model.taesd_decoder(z + 0.1 * torch.randn(z.shape, generator=generator)).float()
         spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
@@ -121,21 +111,6 @@ def vae(pixels: torch.Tensor, count: int = 1800, batch: int = 16) -> nn.Module:
             log.info("vae: loss %.4f", average)
         descend(loss, optimiser)
     return model.eval()
-
-
-@torch.no_grad()
-def encode(model: nn.Module, images: torch.Tensor, batch: int = 100) -> torch.Tensor:
-    """[N, 3, 64, 64] in 0..1 -> diffusion latents [N, 4, 8, 8]."""
-    with autocast():
-        return torch.cat([model.taesd_encoder(part).float() for part in images.split(batch)])
-
-
-@torch.no_grad()
-def decode(model: nn.Module, latents: torch.Tensor, batch: int = 100) -> torch.Tensor:
-    """Diffusion latents [N, 4, 8, 8] -> [N, 3, 64, 64] in 0..1."""
-    with autocast():
-        parts = [model.taesd_decoder(part).float() for part in latents.split(batch)]
-    return torch.cat(parts).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -206,7 +181,7 @@ def unet(
                 name: pack.rounded(w, UNET_BITS) if pack.packable(w) else w
                 for name, w in weights.items()
             }
-        with autocast():
+        with autocast(CPU):
             guess = torch.func.functional_call(model, weights, (z, t.float(), c)).float()
         snr = a / (1 - a)
         loss = ((guess - eps).square() * (snr.clamp(max=5) / snr)).mean()
@@ -246,7 +221,7 @@ def lcm_lora(
         index = torch.randint(ORIGIN_STEPS, (batch,), generator=generator)
         eps = torch.randn(latents[pick].shape, generator=generator)
         cond, uncond = _conditions(context, labels[pick], generator)
-        with autocast():
+        with autocast(CPU):
             loss = lcm_loss(
                 network(model), adapter, schedule, latents[pick], eps, index, cond, uncond, cfg
             )
@@ -271,7 +246,7 @@ def style_lora(
         t = torch.randint(1000, (batch,), generator=generator)
         eps = torch.randn(latents[pick].shape, generator=generator)
         cond, _ = _conditions(context, labels[pick], generator)
-        with autocast():
+        with autocast(CPU):
             guess = network(model)(schedule.noised(latents[pick], eps, t), t, **cond)
         snr = (schedule.alpha(t) / schedule.sigma(t)).square()
         weight = snr.clamp(max=5) / snr
