@@ -95,11 +95,11 @@ def elementwise(
 
 
 def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
-    """The vector with one module for each weight of a model. Modules that are two spellings of one
-    layer are added; only the model shows that they are. Modules that are no sum, or have different
-    shapes, are left as they are.
+    """The vector with one module per weight of a model. Two modules that change the same weight are
+    added; only the model shows that they do. DoRA, OFT and GLoRA modules, and modules of different
+    shapes, stay as they are.
 
-    target_of: from the name of a module to the weight it changes.
+    target_of: the weight that a module changes, by the module's name.
     """
     sharing: dict[Hashable, list[str]] = {}
     for name in sorted(vector.modules() - vector.opaque.keys()):

@@ -124,7 +124,7 @@ class Vector:
         deltas: canonical module name (kohya spelling, see names.py) to its delta.
         diffs: full-rank changes that the host's own trainer writes for norms and biases:
             `<module>.diff` for the weight, `<module>.diff_b` for the bias.
-        opaque: modules that are no sum of anything (DoRA, OFT, GLoRA), see opaque.py.
+        opaque: modules that are not sums (DoRA, OFT, GLoRA), see opaque.py.
         metadata: strings of the file's header.
         source: what to call this vector in messages: a file name, or how it was made.
         ignored: keys of the file that are no part of a LoRA we know.

@@ -1,4 +1,4 @@
-"""What a file is if it is no plain LoRA, by the names of its tensors, and where to load it."""
+"""Recognises files that are not plain LoRAs by their tensor names, and says where to load them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def what_it_looks_like(tensors: Mapping[str, Tensor]) -> str:
 
 
 def left_out_because(key: str) -> str:
-    """Why a key of a LoRA's file is no part of the LoRA, in a few words."""
+    """Why a key of a LoRA file is not part of the LoRA, in a few words."""
     if key.startswith("bundle_emb."):
         return "an embedding bundled with the LoRA; embeddings are loaded from their own folder"
     if key.endswith(".alpha"):

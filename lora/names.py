@@ -176,7 +176,7 @@ def unwrapped(key: str) -> str:
     return _FLAT_WRAPPERS.sub("", key) if _FLAT.match(key) else key
 
 
-# One search for a key that has nothing of any of them, as nearly all keys do.
+# Nearly every key is done with after this one search.
 _ANY_UNKNOWN = re.compile("|".join(pattern.pattern for pattern, _ in _UNKNOWN_ADAPTERS))
 
 

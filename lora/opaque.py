@@ -170,9 +170,9 @@ def _oft_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
         or not blocks.numel()
         or not blocks.is_floating_point()
     ):
-        found = "none" if blocks is None else f"{list(blocks.shape)} of {blocks.dtype}"
+        actual = "none" if blocks is None else f"{list(blocks.shape)} of {blocks.dtype}"
         raise ValueError(
-            f"its oft_blocks are {found}; expected floating point numbers [blocks, n, n] (OFT) or "
+            f"its oft_blocks are {actual}; expected floating point numbers [blocks, n, n] (OFT) or "
             "[m, blocks, n, n] (BOFT)"
         )
     out, n = blocks.shape[-3] * blocks.shape[-1], blocks.shape[-1]

@@ -15,7 +15,7 @@ from .lycoris import rank_of
 # diffusers keeps the adapter's configuration under this key of the file's header.
 PEFT_METADATA = "lora_adapter_metadata"
 LONGEST_PATTERN = 1000  # characters
-MOST = 1e30  # of an alpha or a rank; a larger one is no setting of a training
+MOST = 1e30  # no training uses a larger alpha or rank
 PATIENCE = 2.0  # seconds that all patterns of a file may take; in practice they take milliseconds
 # Beginnings of what `init_lora_weights` may say where PEFT takes a part out of the base's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -40,7 +40,7 @@ class PeftConfig:
         (arXiv 2312.03732) alpha / sqrt(r).
 
         Raises:
-            ValueError: a value is of the wrong kind, a pattern is no regular expression or takes
+            ValueError: a value is of the wrong kind, a pattern is not a regular expression or takes
                 too long, or the adapter changes the weights that it was trained on.
         """
         if not self._values:
@@ -93,8 +93,8 @@ class PeftConfig:
             return bool(self._patterns[pattern].match(path, timeout=self._left))
         except (regex.error, RecursionError) as error:
             raise ValueError(
-                f"its header has the pattern {pattern[:80]!r}, which is no regular expression: "
-                f"{error}"
+                f"its header has the pattern {pattern[:80]!r}, which is not a valid regular "
+                f"expression: {error}"
             ) from None
         except TimeoutError:
             raise ValueError(

@@ -136,9 +136,9 @@ def _texts(numbers: range, captions: list[str], texts: list[dict[str, torch.Tens
             half = tensor.half().contiguous()
             if not half.isfinite().all():
                 raise ValueError(
-                    f"The text encoder's answer to {caption[:60]!r} {_wrong(tensor)}. A text "
+                    f"The text encoder's output for {caption[:60]!r} {_wrong(tensor)}. A text "
                     "encoder in half precision is the usual cause: start ComfyUI with "
-                    "--fp32-text-enc; or its weights are damaged, as an embedding's may be."
+                    "--fp32-text-enc. Damaged weights or a damaged embedding are another."
                 )
             tensors[f"{number}.{name}"] = half
     return tensors, {}

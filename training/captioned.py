@@ -17,10 +17,10 @@ USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ZIPPED = (".tar.gz", ".tgz")
 NAMED = 3  # how many faulty files a message names
 
-UNKNOWN = "no picture that Pillow reads, no caption and no tar"
-ALONE = "no picture has its name"
-SECOND = "another caption of its picture is taken"
-TWICE = "another picture or caption of its sample is taken"
+UNKNOWN = "neither a picture that Pillow reads nor a caption nor a tar"
+ALONE = "no picture has the same name"
+SECOND = "another caption of its picture is used"
+TWICE = "another picture or caption of its sample is used"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Captioned:
 class DataSet(list[Captioned]):
     """The captioned pictures of a folder or tar, by name.
 
-    unused: (name, reason) of everything else that lies there.
+    unused: (name, reason) of everything else in it.
     """
 
     def __init__(self, pictures: list[Captioned], unused: list[tuple[str, str]]):
@@ -79,7 +79,7 @@ def picture_suffixes() -> tuple[str, ...]:
 
 
 def find(path: Path) -> DataSet:
-    """Every captioned picture of a folder or tar, by name, and what else lies there.
+    """Every captioned picture of a folder or tar, by name, and what else is in it.
 
     Folder: a caption beside each picture (`<stem>.txt`, `.caption`, or a `.json` with "text" or
     "caption"), Hugging Face's imagefolder layout with a metadata.jsonl or metadata.csv of
@@ -113,14 +113,14 @@ def find(path: Path) -> DataSet:
 
 
 def summary(unused: list[tuple[str, str]]) -> str:
-    """A sentence: how many files are not used, with some of their names and why; "" for none."""
+    """A sentence with the number, some names and the reasons of what is not used; "" if all is."""
     if not unused:
         return ""
     names: dict[str, list[str]] = {}
     for name, reason in unused:
         names.setdefault(reason, []).append(name)
     parts = [f"{_some(of_reason)} ({reason})" for reason, of_reason in names.items()]
-    return f"Not used: {len(unused)} of what is there: {'; '.join(parts)}."
+    return f"Not used ({len(unused)}): {'; '.join(parts)}."
 
 
 def _folder(
@@ -191,7 +191,7 @@ def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
                         unused.append((name(parts[suffix]), TWICE))
                     parts[suffix] = member
     except tarfile.TarError as error:
-        raise ValueError(f"{shown(path.name)} is no whole tar file: {error}.") from None
+        raise ValueError(f"{shown(path.name)} is not a complete tar file: {error}.") from None
     missing, pictures = [], 0
     with open(path, "rb") as file:
         for parts in samples.values():

@@ -1,4 +1,4 @@
-"""How captions are written down: as a text, in a .json file, or in a table of many pictures."""
+"""Reads captions from text files, .json files and tables of many pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def caption(data: bytes, suffix: str, name: str) -> str:
-    """The caption that a file holds, "" where there is none in it."""
+    """The caption in a file, "" if it has none."""
     text = decoded(data, name)
     if suffix.lower() != ".json":
         return text
@@ -36,9 +36,9 @@ def caption(data: bytes, suffix: str, name: str) -> str:
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
-        raise ValueError(f"{name} is no JSON object.")
+        raise ValueError(f"{name} is not a JSON object.")
     if wrong := [column for column in COLUMNS if not isinstance(entry.get(column), str | None)]:
-        raise ValueError(f'{name}: its "{wrong[0]}" is no text: {entry[wrong[0]]!r:.80}')
+        raise ValueError(f'{name}: its "{wrong[0]}" is not text: {entry[wrong[0]]!r:.80}')
     return _valid(next(filter(str.strip, _texts(entry)), ""), name)
 
 
@@ -73,7 +73,7 @@ def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, st
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, object]]:
-    """(number of the line, what it holds); a line that is no JSON as it is."""
+    """(line number, its value); a line that is not JSON comes as the text it is."""
     # Not splitlines(), which would also cut at the U+2028 that a JSON string may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -85,7 +85,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, object]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
-    """(number of its last line, column -> cell) of each row; what is no row as its error."""
+    """(number of its last line, column -> cell) of each row; for a broken row, the error's text."""
     rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         for row in rows:
@@ -101,12 +101,12 @@ def _texts(entry: object) -> list[str]:
 
 
 def _valid(text: str, where: str) -> str:
-    """A text out of JSON, which may hold half of a character that no file and no encoder takes."""
+    """A text from JSON, checked: JSON can hold half of a character, which cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: {text[error.start]!a} is half of a character and no valid Unicode. Write "
-            "the text anew."
+            f"{where} contains half of a character ({text[error.start]!a}), which is not valid "
+            "Unicode. Type the text again."
         ) from None
     return text

@@ -18,19 +18,19 @@ from ..lora.whole import sha256 as sha256
 
 
 def replace(path: Path, content: str) -> None:
-    """Writes a small JSON file at once: a reader sees the old one or the new one."""
+    """Writes a small JSON file in one step: a reader sees the old file or the new one."""
     with whole_file(path) as new:
         new.write_bytes(json_text(content).encode())
 
 
 def json_text(text: str) -> str:
-    """JSON that any encoder takes: half of a character, as in the name of a file whose bytes are no
-    UTF-8, as the escape that JSON has for it."""
+    """JSON text that can be encoded: half of a character becomes its JSON escape. Python puts such
+    halves into the names of files whose bytes are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(path: Path | str) -> str:
-    """A path as text that can be written: a byte of it that is no UTF-8 appears as \\xe9."""
+    """A path as printable text: a byte that is not UTF-8 appears as \\xe9."""
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
@@ -51,8 +51,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def read_surely(path: Path) -> Any:
-    """The parsed file, or None where it is not there or torn. Raises OSError where the disk fails:
-    for those who would write it anew, or give up what it stands for."""
+    """The parsed file, or None if it is missing or incomplete. Raises OSError if the disk fails, so
+    that a caller does not overwrite the file or drop what it describes."""
     try:
         return json.loads(patiently(path.read_text, encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -60,7 +60,7 @@ def read_surely(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file, or None where it is not there, torn, or cannot be read just now."""
+    """The parsed file, or None if it is missing, incomplete or cannot be read at the moment."""
     try:
         return read_surely(path)
     except OSError:
@@ -77,10 +77,10 @@ HIDDEN = "hidden: the name begins with a dot"
 
 
 def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """(the files of a folder and of those in it, sorted; what is left out, each with the reason).
+    """(sorted files of a folder and its subfolders; (path, reason) of everything left out).
 
-    Links to folders are followed, after the folders that lie there themselves. Each folder is read
-    once, so that a link to one above it ends. Raises OSError where the disk fails.
+    Links to folders are followed, after the real folders. Each folder is read once, so a link to a
+    folder above it ends. Raises OSError if the disk fails.
     """
     files: list[Path] = []
     left_out: list[tuple[Path, str]] = []
@@ -90,7 +90,7 @@ def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         folder = folders.pop() if folders else linked.pop(0)
         real = os.path.realpath(folder)
         if real in read:
-            left_out.append((folder, "its folder is read already, under another name"))
+            left_out.append((folder, "this folder was already read under another name"))
             continue
         read.add(real)
         try:
@@ -108,13 +108,13 @@ def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
                 files.append(path)
             else:
                 dangling = entry.is_symlink()
-                reason = "a link that leads nowhere" if dangling else "no file and no folder"
+                reason = "a link that leads nowhere" if dangling else "neither a file nor a folder"
                 left_out.append((path, reason))
     return sorted(files), left_out
 
 
 def stamps(roots: Sequence[Path]) -> str:
-    """What changes with any file of these folders: a hash of their names, sizes and times."""
+    """A hash of the names, sizes and times of all files in these folders."""
     files = [(root, file) for root in roots if root.is_dir() for file in files_under(root)[0]]
     listed = [
         (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)

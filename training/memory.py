@@ -20,13 +20,12 @@ log = logging.getLogger("lcm_lora")
 
 
 class TooLittleMemory(MemoryError):
-    """The device does not hold the smallest part of the work: to try again is no use."""
+    """The device cannot hold even the smallest part of the work, so trying again is useless."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: a device's own error or Python's, or one with the words of an
-    allocator: a Mac's, the CPU's (which on Windows has others), or that of a library such as cuBLAS
-    and cuDNN, which ask the device themselves."""
+    """Whether memory ran out: PyTorch's or Python's own error, or one with the words of another
+    allocator, such as those of MPS, the CPU, cuBLAS or cuDNN."""
     words = (
         "out of memory|allocate memory|not enough memory|ALLOC(ATION)?_FAILED|StatusAllocFailed"
         "|status_memory_error|OUT_OF_(HOST_|DEVICE_)?MEMORY|OUT_OF_RESOURCES|allocate tensor"
@@ -87,7 +86,7 @@ def memory(device: torch.device) -> int:
 def _blocks(network: nn.Module) -> list[nn.Module]:
     """The UNet's residual and transformer blocks: what is recomputed or compiled as one.
 
-    Raises ValueError where there is none, for then neither would be done.
+    Raises ValueError if there is none, because then neither would happen.
     """
     kinds = {"ResBlock", "SpatialTransformer"}
     blocks = [

@@ -309,7 +309,7 @@ def _with(message: str, *notes: str) -> str:
 
 
 def _skipped(reasons: list[str]) -> str:
-    """A sentence about the examples that the bank has not; "" where it has all."""
+    """A sentence about the examples that are missing from the bank; "" if none are."""
     if not reasons:
         return ""
     first = [reason.removesuffix(".") for reason in dict.fromkeys(reasons)][:3]

@@ -38,7 +38,7 @@ class Drawn:
         self.prompts = spec.data.prompts or tuple(read_prompts(spec.data.path))
         self.spec = spec
         self.cfg = sum(spec.guidance) / len(spec.guidance)
-        reason = f"count is {len(self)}, a prompt each"
+        reason = f"count is {len(self)}, so only that many prompts are used"
         self.unused = [(prompt[:60], reason) for prompt in self.prompts[len(self) :]]
 
     def __len__(self) -> int:

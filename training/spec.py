@@ -14,7 +14,7 @@ OBJECTIVES = ("lcm", "phased")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("constant", "cosine", "linear")
 CHECKPOINTING = ("auto", "on", "off")
-# Settings that name files, whose bytes that are no UTF-8 Python spells as halves of characters.
+# Settings that name files. Python spells bytes that are not UTF-8 as halves of characters.
 PATHS = ("host", "checkpoint", "output", "banks", "embeddings", "path", "style_lora")
 
 
@@ -170,7 +170,7 @@ def read(path: Path) -> Spec:
     except FileNotFoundError:
         raise ValueError(f"There is no job description {path}.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} is no JSON text: {error}.") from None
+        raise ValueError(f"{path.name} is not JSON: {error}.") from None
     if isinstance(found, dict) and isinstance(found.get("guidance"), int | float):
         found["guidance"] = [found["guidance"]]
     if isinstance(found, dict) and isinstance(found.get("embeddings"), str):  # of an older version
@@ -216,14 +216,14 @@ def _cast(kind: Any, value: Any, name: str) -> Any:
 
 
 def _require_unicode(text: str, name: str) -> None:
-    """Raises ValueError for half of a character, which JSON can hold and no encoder takes."""
+    """Raises ValueError for half of a character, which JSON can hold but nothing can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         line = text.count("\n", 0, error.start) + 1
         raise ValueError(
-            f"{name} holds half of a character ({text[error.start]!a}) in line {line}, which is no "
-            "valid Unicode. Write the text anew."
+            f"{name} contains half of a character ({text[error.start]!a}) in line {line}, which is "
+            "not valid Unicode. Type the text again."
         ) from None
 
 

@@ -58,8 +58,8 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     )
     if chosen and lacking and not other:
         raise ValueError(
-            f"There is no device {chosen} here for PyTorch, or not all of them. Set `device` to "
-            "the number of one that there is, 0 for the first, or leave it empty."
+            f"PyTorch does not see the devices {chosen}, or not all of them. Set `device` to the "
+            "number of a device that exists, 0 for the first, or leave it empty."
         )
     cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
     before = sys.argv

@@ -81,7 +81,7 @@ def make_world(work: Path, cache: Path, minutes: float) -> None:
     """Trains what `work` does not hold yet of the emoji model, on the host's device.
 
     Every stage leaves one file, so an interrupted training goes on at the stage where it stopped.
-    The packed weights in `work` are those that belong into git. If git already holds a packed UNet,
+    The packed weights in `work` are the ones to commit. If git already holds a packed UNet,
     training starts from it.
     """
     import comfy.model_management

@@ -26,8 +26,8 @@ log = logging.getLogger("lcm_lora")
 class Clock:
     """Counts the seconds that a stage has worked, of those it has; a pause does not count.
 
-    seconds: a number, or a function that gives it anew at every step. between: called before every
-    step, for whoever wants the device in between. After `limit` steps a stage ends too.
+    seconds: a number, or a function that returns it at every step. between: called before every
+    step; what it takes does not count. A stage also ends after `limit` steps.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ def test_a_lock_that_is_held_says_to_try_again(routes, store, job, monkeypatch):
     request = SimpleNamespace(match_info={"id": identifier})
     with FileLock(store.folder / ".changing.lock"):
         status, sentence = answer(routes, lambda: routes.act("pause", request, {}))
-    assert status == 503 and "try again" in sentence and "/" not in sentence
+    assert status == 503 and "Try again" in sentence and "/" not in sentence
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
     identifier = ordered("a bag\na dress")
     spec = json.loads((store.path(identifier) / "spec.json").read_text())
     assert spec["data"]["prompts"] == ["a bag", "a dress"] and spec["steps"] == 2
-    with pytest.raises(ValueError, match="prompts holds half of a character .* in line 2"):
+    with pytest.raises(ValueError, match="prompts contains half of a character .* in line 2"):
         ordered("a bag\na \ud83d")
 
 

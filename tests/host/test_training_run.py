@@ -268,7 +268,7 @@ def test_pictures_with_captions_become_a_lora(job, tmp_path):
     assert "skipped: broken.png" in log and "not used: film.mp4" in log
     told = status(spec)
     assert told["state"] == "done"
-    assert "Not used: 1 of what is there: film.mp4" in told["message"]
+    assert "Not used (1): film.mp4" in told["message"]
     assert "Unreadable: 2 of the examples, the first: broken.png" in told["message"]
 
 

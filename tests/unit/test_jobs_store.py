@@ -373,7 +373,7 @@ def test_a_lock_that_is_held_is_told_without_a_path(store, tmp_path, monkeypatch
             lambda: store.create(spec(tmp_path, seed=1), "b"), lambda: store.ask(job, "pause"),
             lambda: store.delete(job), lambda: store.move(job, None),
         ):  # fmt: skip
-            with pytest.raises(store_module.Busy, match="try again") as error:
+            with pytest.raises(store_module.Busy, match="Try again") as error:
                 change()
             assert "/" not in str(error.value)
     store.ask(job, "pause")

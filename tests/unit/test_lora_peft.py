@@ -154,7 +154,7 @@ def test_alpha_is_read_from_a_diffusers_header(tmp_path, config, scale):
 @pytest.mark.parametrize(
     ("pattern", "value", "words"),
     [
-        ("(", 1, "is no regular expression"),
+        ("(", 1, "is not a valid regular expression"),
         ("x" * 2000, 1, "is too long"),
         ("to_q", "many", "has the alpha 'many'; expected a number"),
         ("to_q", float("inf"), "has the alpha 'inf'; expected a number"),

@@ -179,7 +179,7 @@ def test_what_half_precision_does_not_hold_is_an_error(tmp_path, value, words):
         def rows(self, numbers, text, between):
             return [bank.Row(torch.full((4, 2, 2), value), SIZES) for _ in numbers]
 
-    with pytest.raises(ValueError, match=f"answer to 'b' .*{words}.*--fp32-text-enc"):
+    with pytest.raises(ValueError, match=f"output for 'b' .*{words}.*--fp32-text-enc"):
         build(tmp_path, Numbers(3), large)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=f"latent of example 0 .*{words}.*--fp32-vae"):

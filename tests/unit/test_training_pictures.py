@@ -241,7 +241,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="no picture in"):
         find(shard(tmp_path / "texts.tar", {"a.txt": b"a"}))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(ValueError, match="bad.tar is no whole tar"):
+    with pytest.raises(ValueError, match="bad.tar is not a complete tar"):
         find(tmp_path / "bad.tar")
     (folder / "a.txt").write_bytes("ein Bär".encode("latin-1"))
     with pytest.raises(ValueError, match="a.txt is not UTF-8 text"):
@@ -368,9 +368,9 @@ HALF = "\\ud800"
     [
         (
             {"metadata.jsonl": f'\n{{"file_name": "a.png", "text": "{HALF}"}}'.encode()},
-            "Line 2 of metadata.jsonl: .*ud800",
+            "Line 2 of metadata.jsonl contains .*ud800",
         ),
-        ({"a.json": f'{{"caption": "{HALF} x"}}'.encode()}, "a.json: .*ud800"),
+        ({"a.json": f'{{"caption": "{HALF} x"}}'.encode()}, "a.json contains .*ud800"),
         ({"a.txt": b"fine\nBr\xfcnn"}, "a.txt is not UTF-8 text .line 2"),
         ({"metadata.csv": b"file_name,text\na.png,x\nb.png,\xff"}, "metadata.csv .*line 3"),
     ],
@@ -438,7 +438,7 @@ def test_everything_that_is_not_used_is_named(folder):
         "s.tar/2.txt", "s.tar/._1.png", "s.tar/v.2.png",
     ])  # fmt: skip
     sentence = summary(found.unused)
-    assert "13 of what is there" in sentence and "film.mp4" in sentence
+    assert "Not used (13)" in sentence and "film.mp4" in sentence
     assert summary([]) == ""
 
 

@@ -63,7 +63,7 @@ def test_only_the_paths_are_needed(tmp_path):
         ({"data": {"count": 0}}, "data.count must be at least 1"),
         ({"loras": [{"strength": 1.0}]}, "lacks path"),
         ({"sample_prompts": "a bag"}, "sample_prompts must be a list"),
-        ({"data": {"prompts": ["a", "b\n\ud800"]}}, "prompts holds half of a character.*in line 2"),
+        ({"data": {"prompts": ["a", "b\n\ud800"]}}, "prompts contains half .*in line 2"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, changes, message):
@@ -76,7 +76,7 @@ def test_a_file_that_is_missing_or_no_json(tmp_path):
         read(tmp_path / "spec.json")
     path = tmp_path / "broken.json"
     path.write_text('{"host": ', encoding="utf-8")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         read(path)
     path.write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="must be a JSON object"):

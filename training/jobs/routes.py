@@ -95,7 +95,7 @@ def _response(handler: Callable[[], Any]) -> web.Response:
             return _error(500, f"A fault of this pack: {type(error).__name__}. See ComfyUI's log.")
         if disk_is_full(error):
             return _error(507, "The server's disk is full.")
-        # Its words without the path, which is no client's business.
+        # Without the path, which clients should not see.
         return _error(500, f"The server's disk failed: {error.strerror or type(error).__name__}.")
     return found if isinstance(found, web.Response) else _json(found)
 
@@ -108,13 +108,13 @@ def _deleted(error: FileNotFoundError) -> str:
 
 
 def _object(body: bytes) -> dict:
-    """Raises ValueError where a request's body is no JSON object."""
+    """Raises ValueError if a request's body is not a JSON object."""
     try:
         told = json.loads(body or b"{}")
     except RecursionError:
         raise ValueError("The body is nested too deep.") from None
     except ValueError as error:  # UnicodeDecodeError too
-        raise ValueError(f"The body is no JSON: {error}.") from None
+        raise ValueError(f"The body is not JSON: {error}.") from None
     if not isinstance(told, dict):
         raise ValueError(f"The body must be a JSON object, found {type(told).__name__}.")
     return told

@@ -34,7 +34,7 @@ from . import ray_job
 from .processes import alive
 
 CHANGED = ".changed"
-SETTLED = 5.0  # seconds without a change, for a file system may count its times in seconds
+SETTLED = 5.0  # seconds without a change; some file systems keep times in whole seconds
 LONGEST = 20.0  # seconds to wait for another process's change
 POLICIES = ("yield", "exclusive", "share")
 ACTIVE = ("preparing", "running", "stopping")
@@ -43,17 +43,17 @@ _WATCHED = ("spec.json", "control.json", "supervisor.json", "status.json")
 
 
 class NoJob(KeyError):
-    """There is no job of this id, or not any more."""
+    """No job has this id, or it was deleted."""
 
     def __str__(self) -> str:
         return f"There is no job {self.args[0]}."
 
 
 class Busy(TimeoutError):
-    """Another process is changing the jobs and does not come to an end."""
+    """Another process keeps the jobs locked."""
 
     def __init__(self) -> None:
-        super().__init__("Another process is changing the jobs just now: try again in a moment.")
+        super().__init__("Another process is changing the jobs. Try again in a moment.")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Store:
         self._moved_at = 0.0
 
     def path(self, job: str) -> Path:
-        """The folder of a job. Raises ValueError for what is no id, NoJob for one unknown."""
+        """The folder of a job. Raises ValueError if it is not an id, NoJob if it is unknown."""
         if not isinstance(job, str) or not is_id(job):
             raise ValueError(f"A job's id is a UUID, found {job!r}.")
         path = self.folder / job
