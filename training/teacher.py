@@ -58,7 +58,7 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     )
     if chosen and lacking and not other:
         raise ValueError(
-            f"PyTorch does not see the devices {chosen}, or not all of them. Set `device` to the "
+            f"There is no device {chosen}, or PyTorch does not see it. Set `device` to the "
             "number of a device that exists, 0 for the first, or leave it empty."
         )
     cpu = [] if has_device or "--cpu" in kept else ["--cpu"]

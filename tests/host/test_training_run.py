@@ -386,7 +386,7 @@ def test_bad_jobs_say_what_is_wrong(job, failing, tmp_path, toy_checkpoint):
 def test_a_device_that_is_not_there_is_told(job):
     spec = job(host_flags=[])
     assert start(spec, CUDA_VISIBLE_DEVICES="99").wait(timeout=300) == 1
-    assert "no device 99" in status(spec)["message"]
+    assert "There is no device 99" in status(spec)["message"]
     assert done(job("with-cpu", host_flags=["--cpu"]), CUDA_VISIBLE_DEVICES="99").exists()
 
 
