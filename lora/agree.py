@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .architecture import family_of
 from .delta import Vector, as_matrix
-from .family import family_of
 
 
 def require_sum(vector: Vector) -> None:

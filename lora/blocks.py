@@ -10,8 +10,8 @@ from difflib import get_close_matches
 
 from .acceleration import FAMILY
 from .delta import Vector
-from .metadata import recipe
-from .names import UNET, in_doubt, is_text
+from .formats.metadata import recipe
+from .formats.names import UNET, in_doubt, is_text
 
 # By what a canonical name begins with, or holds; the first that fits counts.
 _PLACES = (
@@ -48,14 +48,14 @@ PRESETS = {
 
 
 def place_of(module: str) -> str:
-    """"input", "middle", "output", "text", or "other" for a canonical module name."""
+    """ "input", "middle", "output", "text", or "other" for a canonical module name."""
     if is_text(module):
         return TEXT
     return next((name for name, pattern in _PLACES if pattern.match(module)), "other")
 
 
 def kind_of(module: str) -> str:
-    """"attention", "feed_forward", "resnet" or "other" for a canonical module name."""
+    """ "attention", "feed_forward", "resnet" or "other" for a canonical module name."""
     return next((name for name, pattern in _KINDS if pattern.match(module)), "other")
 
 

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from .acceleration import FAMILY, SEVERAL, joined
 from .agree import require_finite, require_one_shape, require_sum
+from .architecture import require_one_family
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector, as_matrix
 from .elementwise.rule import Rule
-from .family import require_one_family
-from .loss import Loss
-from .metadata import agreed, recipe
+from .formats.describe import left_out
+from .formats.metadata import agreed, recipe
+from .formats.spelling import in_one_spelling
 from .nearest import nearest
-from .wire import in_one_spelling, left_out
+from .truncation import Loss
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:

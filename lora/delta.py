@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .names import NOT_LINEAR
+NOT_LINEAR = {
+    "dora_scale": "DoRA", "magnitude": "DoRA",
+    "oft_blocks": "OFT or BOFT", "rescale": "OFT or BOFT",
+    "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
+    "bm.weight": "GLoRA",
+}  # fmt: skip
+"""Parts by which a module is told to be more than a sum, and what it then is."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,7 @@ class Delta:
         if 0 in (self.up.shape[1], self.down.shape[0]):
             raise ValueError("its rank is 0; expected 1 or more")
         if not self.up.numel() or not self.down.numel():
-            raise ValueError(
-                f"it has no numbers: up {_shape(self.up)}, down {_shape(self.down)}"
-            )
+            raise ValueError(f"it has no numbers: up {_shape(self.up)}, down {_shape(self.down)}")
         if self.up.shape[1] != self.down.shape[0] or self.up.shape[2:].numel() != 1:
             raise ValueError(
                 f"its factors do not multiply: up {_shape(self.up)}, down {_shape(self.down)}; "

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from .delta import Delta, Vector
-from .loss import Loss
-from .metadata import recipe
+from .formats.metadata import recipe
 from .nearest import nearest
+from .truncation import Loss
 
 Layer = tuple[str, Tensor | None, Tensor | None]
 """canonical name, difference of the weights, difference of the biases; None where there is none"""

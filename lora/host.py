@@ -15,15 +15,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
+from .architecture import SDXL_TYPE, Family, Shapes, family, family_of
 from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .extract import Layer
-from .family import SDXL_TYPE, Family, Shapes, family, family_of
-from .kinds import left_out_because
-from .names import canonical_names, is_text, places
+from .formats.kinds import left_out_because
+from .formats.names import canonical_names, is_text, places
+from .formats.spelling import for_host
+from .formats.wire import to_wire
 from .opaque import misfit
 from .weights.host import Layers, Merge, input_scale, stored, with_patches
-from .wire import for_host, to_wire
 
 logger = logging.getLogger("lcm_lora")
 

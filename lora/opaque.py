@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Opaque
-from .lycoris import has_core, product, rank_of, without_core
+from .formats.lycoris import has_core, product, rank_of, without_core
 
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 # Adapters by how the names of their parts begin. A magnitude (DoRA) goes with the first three.

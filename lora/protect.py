@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .agree import require_finite, require_one_shape, require_sum
+from .architecture import require_one_family
 from .delta import Delta, Vector
-from .family import require_one_family
-from .metadata import recipe
+from .formats.metadata import recipe
+from .formats.spelling import in_one_spelling
 from .reduce import decomposed
-from .wire import in_one_spelling
 
 ENERGY = 0.9  # main directions are the fewest that hold this share of a layer's squared norm
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
-from .loss import Loss
-from .metadata import METHOD
+from .formats.metadata import METHOD
+from .truncation import Loss
 
 
 def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Loss]:

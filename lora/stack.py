@@ -12,7 +12,7 @@ from .agree import require_sum
 from .blocks import place_of, weighted
 from .combine import exact
 from .delta import Vector
-from .files import read_named
+from .formats.files import read_named
 
 
 def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vector, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..lora.extract import extract
+from ..lora.formats.wire import to_wire
 from ..lora.host import differences
-from ..lora.wire import to_wire
 
 SEED = 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_execution.utils import get_executing_context
 
-from ..lora.files import inside, offered
+from ..lora.formats.filenames import inside, offered
 
 
 def lora_names() -> list[str]:

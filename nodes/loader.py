@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..lora.acceleration import acceleration
 from ..lora.delta import Vector
-from ..lora.files import fingerprint, read
+from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
 from ..samplers.families import FAMILIES
 from ..samplers.host import patch_sampling

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..lora.formats.wire import to_wire
 from ..lora.stack import of_stack
-from ..lora.wire import to_wire
 from .host import lora_names, lora_path
 
 STACK = io.Custom("LORA_STACK")

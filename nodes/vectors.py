@@ -6,9 +6,10 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..lora.acceleration import FAMILY
-from ..lora.files import DTYPES, fingerprint, read_named, write
+from ..lora.formats.describe import describe
+from ..lora.formats.files import DTYPES, fingerprint, read_named, write
+from ..lora.formats.wire import from_wire, to_wire
 from ..lora.host import apply
-from ..lora.wire import describe, from_wire, to_wire
 from .host import lora_names, lora_path, new_lora_path, show
 
 CATEGORY = "LCM-LoRA"

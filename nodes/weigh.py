@@ -7,8 +7,8 @@ import math
 from comfy_api.v0_0_2 import io
 
 from ..lora.blocks import NAMES, PRESETS, parse_weights, weighted
+from ..lora.formats.wire import from_wire, to_wire
 from ..lora.protect import protected
-from ..lora.wire import from_wire, to_wire
 from .host import show
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import files
 from ..lora.delta import Vector
+from ..lora.formats import files
 from ..samplers.guidance import refuse_guidance_embedding
 from . import disk
 from .memory import is_out_of_memory

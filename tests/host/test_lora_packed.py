@@ -21,7 +21,7 @@ def model(comfy):
 
 
 def vector(tensors):
-    from lcm_lora.lora.wire import parse
+    from lcm_lora.lora.formats.parse import parse
 
     return parse(tensors, {}, "a")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lcm_lora.lora.blocks import PRESETS, group_of, parse_weights, weighted
 from lcm_lora.lora.delta import Delta, Vector
-from lcm_lora.lora.metadata import METHOD, RECIPE
+from lcm_lora.lora.formats.metadata import METHOD, RECIPE
 
 DOWN = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 FEED = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"

@@ -12,8 +12,10 @@ from lcm_lora.lora.acceleration import FAMILY
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.elementwise.table import RULES
-from lcm_lora.lora.metadata import METHOD, RECIPE
-from lcm_lora.lora.wire import describe, from_wire, parse, to_wire
+from lcm_lora.lora.formats.describe import describe
+from lcm_lora.lora.formats.metadata import METHOD, RECIPE
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 from torch import nn
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -7,11 +7,12 @@ import re
 
 import pytest
 import torch
+from lcm_lora.lora.architecture import family_of
 from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
-from lcm_lora.lora.family import family_of
-from lcm_lora.lora.files import DTYPES, balanced, fingerprint, inside, offered, read, write
-from lcm_lora.lora.names import native_to_diffusers
+from lcm_lora.lora.formats.filenames import inside, offered
+from lcm_lora.lora.formats.files import DTYPES, balanced, fingerprint, read, write
+from lcm_lora.lora.formats.names import native_to_diffusers
 from safetensors.torch import load_file, save_file
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.names import canonical_names, host_name, places, split_key
-from lcm_lora.lora.wire import from_wire, parse, to_wire
+from lcm_lora.lora.formats.names import canonical_names, host_name, places, split_key
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lcm_lora.lora.combine import exact
 from lcm_lora.lora.delta import Delta, Opaque, Vector
-from lcm_lora.lora.metadata import METHOD
+from lcm_lora.lora.formats.metadata import METHOD
 from lcm_lora.lora.protect import ENERGY, protected
 
 IN = "lora_unet_down_blocks_0_attentions_0_proj_in"

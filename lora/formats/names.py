@@ -37,13 +37,6 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.(?:lora_)?(magnitude)(?:_vector)?(?:\.[^.]+)?(?:\.weight)?$"), None),
     (re.compile(r"\.(dora_scale|oft_blocks|rescale|(?:[ab][12]|bm)\.weight)$"), None),
 )
-NOT_LINEAR = {
-    "dora_scale": "DoRA", "magnitude": "DoRA",
-    "oft_blocks": "OFT or BOFT", "rescale": "OFT or BOFT",
-    "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
-    "bm.weight": "GLoRA",
-}  # fmt: skip
-"""Parts by which a module is told to be more than a sum, and what it then is."""
 
 # Adapters that are not read here, by what follows the module in one of their keys.
 _UNKNOWN_ADAPTERS = tuple(

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .acceleration import FAMILY
-from .delta import Vector
-from .family import SDXL_TYPE, family_of
+from ..acceleration import FAMILY
+from ..architecture import SDXL_TYPE, family_of
+from ..delta import Vector
 
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
-SHOWN, RECIPE_SHOWN = 120, 2000  # characters of a value, and of the recipe, for people
-_RECIPE_READ = 100_000  # a longer one is not of this pack
 
 # Family by cross-attention width: kohya's name and ModelSpec's.
 _ARCHITECTURES = {
@@ -75,34 +73,6 @@ def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]
                 term["method"] = vector.metadata[METHOD]
         told.append(term)
     return {RECIPE: json.dumps(told), METHOD: method}
-
-
-def described(metadata: Mapping[str, str]) -> list[str]:
-    """The metadata in lines for people: first how the vector was made, with all its sources."""
-    told = dict(sorted(metadata.items()))
-    lines = []
-    if RECIPE in told:
-        recipe, method = told.pop(RECIPE), told.pop(METHOD, "")
-        try:
-            short = len(recipe) <= _RECIPE_READ
-            made = "\n".join(_made(json.loads(recipe), method)) if short else recipe
-        except (ValueError, RecursionError):  # of a file that somebody else wrote
-            made = recipe
-        lines.append(made if len(made) <= RECIPE_SHOWN else f"{made[:RECIPE_SHOWN]} ...")
-    return lines + [f"{key}: {value[:SHOWN]}" for key, value in told.items()]
-
-
-def _made(recipe: Any, method: Any) -> list[str]:
-    """A recipe in lines; those of a source that was made itself are below it."""
-    if not isinstance(recipe, list) or not all(isinstance(term, dict) for term in recipe):
-        raise ValueError("of a file that somebody else wrote")
-    lines = [f"made of ({method}):" if method else "made of:"]
-    for term in recipe:
-        sha256 = f", sha256 {term['sha256']}" if "sha256" in term else ""
-        lines.append(f"  {term.get('weight')} x {term.get('source')}{sha256}")
-        if "recipe" in term:
-            lines += [f"    {line}" for line in _made(term["recipe"], term.get("method", ""))]
-    return lines
 
 
 def _finer(told: str, found: str) -> str:

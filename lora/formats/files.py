@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,28 +15,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .acceleration import FAMILY, acceleration
-from .delta import Delta, Vector
-from .family import cross_attention_width
+from ..acceleration import FAMILY, acceleration
+from ..architecture import cross_attention_width
+from ..delta import Delta, Vector
+from ..whole import sha256, whole_file
 from .metadata import standard
+from .parse import parse
 from .peft_config import PEFT_METADATA
-from .whole import sha256, whole_file
-from .wire import for_host, one_change, parse
+from .spelling import for_host
+from .wire import one_change
 
 logger = logging.getLogger("lcm_lora")
 
-SUFFIX = ".safetensors"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOST = 0.02  # of a tensor's norm, by rounding to fewer bits, is worth a word; bf16 loses 0.002
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a file's header
 
 # SD1 leads into its transformers by convolutions; LyCORIS' products do not tell that.
 _PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
-# Windows takes superscript digits for digits here (learn.microsoft.com, "Naming Files").
-_WINDOWS_RESERVED = re.compile(
-    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])( *\..*)?", re.IGNORECASE
-)
-_FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
 def read(path: Path) -> Vector:
@@ -205,44 +201,6 @@ def _bytes(key: str, tensor: torch.Tensor, kind: torch.dtype) -> memoryview:
 
 def _called(kind: torch.dtype) -> str:
     return next(name for name, each in DTYPES.items() if each == kind)
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Path of the LoRA that a user calls `name` (subfolders as `a/b`) within `folder`.
-
-    `.safetensors` is added where it is missing.
-
-    Raises:
-        ValueError: the name would leave the folder, or is not valid on Windows, Linux and macOS.
-    """
-    parts = name.strip().replace("\\", "/").split("/")
-    if parts[-1] in ("", SUFFIX) or not all(map(_is_portable, parts)):
-        raise ValueError(
-            f"The file name {name!r} cannot be used: expected a name such as `my lora` or "
-            "`folder/my lora`, without `..`, drive letters, a leading slash, control characters, "
-            'any of <>:"|?*, or names reserved by Windows.'
-        )
-    if not parts[-1].endswith(SUFFIX):
-        parts[-1] += SUFFIX
-    if too_long := [part for part in parts if len(part.encode()) > 255]:
-        raise ValueError(f"The file name {too_long[0][:40]}... is longer than 255 bytes.")
-    return folder.joinpath(*parts)
-
-
-def _is_portable(part: str) -> bool:
-    return (
-        bool(part)
-        and part == part.strip(" ")
-        and not part.endswith(".")
-        and not any("\ud800" <= character <= "\udfff" for character in part)  # halves of one
-        and not _FORBIDDEN.search(part)
-        and not _WINDOWS_RESERVED.fullmatch(part)
-    )
-
-
-def offered(names: Iterable[str]) -> list[str]:
-    """The file names that `read` can open."""
-    return [name for name in names if name.lower().endswith((SUFFIX, ".sft"))]
 
 
 def fingerprint(path: Path) -> tuple[str, int, int]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .delta import Delta
+from ..delta import Delta
 
 Pair = tuple[Tensor, Tensor]
 """up [out, r] and down [r, columns] in float32; a convolution's columns are flattened."""
