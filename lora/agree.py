@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .architecture import family_of
+from .architecture import architecture_of
 from .delta import Vector, as_matrix
 
 
@@ -27,7 +27,7 @@ def require_one_shape(name: str, changes: Sequence[tuple[Vector, Sequence[int]]]
     if len({as_matrix(shape) for _, shape in changes}) > 1:
         found = ", ".join(
             f"{list(shape)} in {vector.source}"
-            + (f" (made for {kind})" if (kind := family_of(vector.shapes)) else "")
+            + (f" (made for {kind})" if (kind := architecture_of(vector.shapes)) else "")
             for vector, shape in changes
         )
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .acceleration import FAMILY, SEVERAL, joined
 from .agree import require_finite, require_one_shape, require_sum
-from .architecture import require_one_family
+from .architecture import require_one_architecture
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector, as_matrix
@@ -22,7 +22,7 @@ from .formats.describe import left_out
 from .formats.metadata import agreed, recipe
 from .formats.spelling import in_one_spelling
 from .nearest import nearest
-from .truncation import Loss
+from .truncation import Truncation
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:
@@ -92,7 +92,7 @@ def elementwise(
     metadata = _metadata(terms, f"{rule.name}, density {density:g}, rank {rank}, seed {seed}")
     combined = Vector(deltas, _sum_diffs(terms), metadata, f"{rule.name} of {_source(terms)}")
     report = _report(terms, combined)
-    return combined, f"{report}\n{Loss(energies, ranks)}" if deltas else report
+    return combined, f"{report}\n{Truncation(energies, ranks)}" if deltas else report
 
 
 def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
@@ -132,7 +132,7 @@ def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Ve
         require_sum(vector)
     alike = in_one_spelling([vector for vector, _ in terms])
     terms = [(vector, weight) for vector, (_, weight) in zip(alike, terms, strict=True)]
-    require_one_family((vector.source, vector.shapes) for vector, _ in terms)
+    require_one_architecture((vector.source, vector.shapes) for vector, _ in terms)
     return terms
 
 

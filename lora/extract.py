@@ -12,7 +12,7 @@ from torch import Tensor
 from .delta import Delta, Vector
 from .formats.metadata import recipe
 from .nearest import nearest
-from .truncation import Loss
+from .truncation import Truncation
 
 Layer = tuple[str, Tensor | None, Tensor | None]
 """canonical name, difference of the weights, difference of the biases; None where there is none"""
@@ -50,7 +50,7 @@ def extract(layers: Iterable[Layer], rank: int, seed: int, source: str) -> tuple
     report = f"{len(deltas)} layers of rank {rank} or less, {len(diffs)} norms and biases whole."
     method = f"extracted, rank {rank}, seed {seed}"
     if deltas:
-        loss = Loss(energies, ranks)
+        loss = Truncation(energies, ranks)
         report += f"\n{loss}"
         method += f", relative error {loss.error:.2e}"
     terms = [(Vector({}, source="distilled"), 1.0), (Vector({}, source="base"), -1.0)]

@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
-from .architecture import SDXL_TYPE, Family, Shapes, family, family_of
+from .architecture import SDXL_TYPE, Architecture, Shapes, architecture, architecture_of
 from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .extract import Layer
@@ -80,10 +80,10 @@ def apply(
         ValueError: the vector was made for another family, or none of its modules fits.
     """
     model, clip = model.clone(), clip.clone() if clip is not None else None
-    made_for, found = family_of(vector.shapes), detect(model)
+    made_for, found = architecture_of(vector.shapes), detect(model)
     parts = []
     if strength_model != 0:
-        _require_family(vector.source, made_for, found)
+        _require_architecture(vector.source, made_for, found)
         keys = places(comfy.lora.model_lora_keys_unet(model.model, {}))
         parts.append((model, keys, strength_model))
     if clip is not None and strength_clip != 0:
@@ -227,12 +227,12 @@ def watched(names: Sequence[str]) -> Iterator[str]:
         bar.update(1)
 
 
-def detect(model: ModelPatcher) -> Family | None:
+def detect(model: ModelPatcher) -> Architecture | None:
     """The family of a model, or None where it has no cross-attention as the SD types have."""
     config: dict[str, Any] = model.model.model_config.unet_config
     if "num_res_blocks" not in config:
         return None
-    return family(config.get("context_dim"), config["transformer_depth"][-1])
+    return architecture(config.get("context_dim"), config["transformer_depth"][-1])
 
 
 def _weight_of(target: Target) -> str:
@@ -289,7 +289,9 @@ def _bias(weight: str) -> str:
     return weight.removesuffix(".weight") + ".bias"
 
 
-def _require_family(source: str, made_for: Family | None, found: Family | None) -> None:
+def _require_architecture(
+    source: str, made_for: Architecture | None, found: Architecture | None
+) -> None:
     if made_for and found and made_for.width != found.width:
         raise ValueError(
             f"{source} was made for {made_for}, but the model is {found}. Choose a LoRA made for "
@@ -297,14 +299,17 @@ def _require_family(source: str, made_for: Family | None, found: Family | None) 
         )
 
 
-def _doubt(made_for: Family | None, found: Family | None) -> str:
+def _doubt(made_for: Architecture | None, found: Architecture | None) -> str:
     if made_for and found and made_for.name not in (found.name, SDXL_TYPE):
         return f"It seems made for {made_for.name}, the model is {found.name}: expect less of it."
     return ""
 
 
 def _nothing_taken(
-    vector: Vector, made_for: Family | None, found: Family | None, left_over: tuple[str, ...]
+    vector: Vector,
+    made_for: Architecture | None,
+    found: Architecture | None,
+    left_over: tuple[str, ...],
 ) -> str:
     if not left_over:
         return (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .agree import require_finite, require_one_shape, require_sum
-from .architecture import require_one_family
+from .architecture import require_one_architecture
 from .delta import Delta, Vector
 from .formats.metadata import recipe
 from .formats.spelling import in_one_spelling
@@ -38,7 +38,7 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
         raise ValueError(f"share must be between 0 and 1, found {share:g}.")
     require_sum(style)
     style, acceleration = in_one_spelling([style, acceleration])
-    require_one_family((vector.source, vector.shapes) for vector in (style, acceleration))
+    require_one_architecture((vector.source, vector.shapes) for vector in (style, acceleration))
     deltas, taken, whole, shared = {}, 0.0, 0.0, 0
     for name, delta in style.deltas.items():
         delta = delta.plain()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .delta import Delta, Vector
 from .formats.metadata import METHOD
-from .truncation import Loss
+from .truncation import Truncation
 
 
-def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Loss]:
+def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Truncation]:
     """The vector with the smallest singular values of its deltas left out, and what that loses.
 
     By Eckart and Young (1936) no other deltas of these ranks are nearer. Works in float32; what is
@@ -49,7 +49,7 @@ def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[
         ranks[name] = vector.deltas[name].rank, kept
         energy = part.values.double().square()
         energies[name] = float(energy[kept:].sum()), float(energy.sum())
-    loss = Loss(energies, ranks)
+    loss = Truncation(energies, ranks)
     asked = f"svd, rank {rank}, keep_energy {keep_energy:.12g}"
     metadata = {**vector.metadata, METHOD: f"{asked}, relative error {loss.error:.2e}"}
     return replace(vector, deltas=deltas, metadata=metadata), loss

@@ -1,34 +1,38 @@
-"""What an approximation of a vector leaves out, told as a whole and by parts of the model."""
+"""What a vector loses when its ranks are lowered, in total and by parts of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .blocks import group_of
 
+Energies = tuple[float, float]
+"""The squared Frobenius norm of what is left out, and of the full change."""
+
 
 @dataclass(frozen=True)
-class Loss:
-    """Per module, by its canonical name.
+class Truncation:
+    """The loss of each module, by its canonical name.
 
     Attributes:
-        energies: (squared Frobenius norm of what is left out, of the whole).
-        ranks: (before, after); before is the stacked rank, or the layer's size where there is none.
+        energies: what is left out of each module.
+        ranks: (before, after). Before is the sum of the ranks, or the smaller side of the layer if
+            its change had no factors.
     """
 
-    energies: Mapping[str, tuple[float, float]]
+    energies: Mapping[str, Energies]
     ranks: Mapping[str, tuple[int, int]]
 
     @property
     def energy(self) -> float:
-        """Share of the squared norm that is kept, 0 to 1, over all modules."""
-        return 1.0 - _share(self.energies.values())
+        """The share of the squared norm that is kept, 0 to 1, over all modules."""
+        return 1.0 - _lost_share(self.energies.values())
 
     @property
     def error(self) -> float:
-        """Relative error in the Frobenius norm, over all modules."""
-        return _share(self.energies.values()) ** 0.5
+        """The relative error in the Frobenius norm, over all modules."""
+        return _lost_share(self.energies.values()) ** 0.5
 
     def __str__(self) -> str:
         before, after = zip(*self.ranks.values(), strict=True)
@@ -37,22 +41,22 @@ class Loss:
             f"average: {100 * self.energy:.3f} % of the energy kept, relative error "
             f"{self.error:.2e}."
         ]
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for name, pair in self.energies.items():
-            groups.setdefault(group_of(name), []).append(pair)
+        groups: dict[str, list[Energies]] = {}
+        for name, energies in self.energies.items():
+            groups.setdefault(group_of(name), []).append(energies)
         lines += [
-            f"  {group}: error {_share(pairs) ** 0.5:.2e} in {len(pairs)} modules"
-            for group, pairs in sorted(groups.items())
+            f"  {group}: error {_lost_share(members) ** 0.5:.2e} in {len(members)} modules"
+            for group, members in sorted(groups.items())
         ]
-        worst = max(self.energies, key=lambda name: _share([self.energies[name]]))
-        lines.append(f"  at worst {_share([self.energies[worst]]) ** 0.5:.2e}, in {worst}")
+        worst = max(self.energies, key=lambda name: _lost_share([self.energies[name]]))
+        lines.append(f"  at worst {_lost_share([self.energies[worst]]) ** 0.5:.2e}, in {worst}")
         return "\n".join(lines)
 
 
-def _share(pairs) -> float:
-    """Lost of whole, summed; 0 where there is nothing to lose."""
-    lost, whole = (sum(column) for column in zip(*pairs, strict=True))
-    return max(0.0, lost / whole) if whole else 0.0
+def _lost_share(energies: Collection[Energies]) -> float:
+    """The share of the summed energy that is left out; 0 if there is no energy."""
+    lost, total = (sum(column) for column in zip(*energies, strict=True))
+    return max(0.0, lost / total) if total else 0.0
 
 
 def _range(ranks: tuple[int, ...]) -> str:

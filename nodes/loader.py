@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import acceleration
-from ..lora.delta import Vector
+from ..lora.acceleration import choose
 from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
-from ..samplers.families import FAMILIES
+from ..samplers.families import DEFAULT, FAMILIES
 from ..samplers.host import patch_sampling
 from .host import lora_names, lora_path, show
 
@@ -27,8 +26,17 @@ class LCMLoRALoader(io.ComfyNode):
                 "KSampler node (sampler lcm, scheduler simple)."
             ),
             search_aliases=[
-                "lcm", "lcm lora", "load lora", "few steps", "fast", "acceleration", "tcd", "dmd2",
-                "hyper-sd", "pcm", "lightning",
+                "lcm",
+                "lcm lora",
+                "load lora",
+                "few steps",
+                "fast",
+                "acceleration",
+                "tcd",
+                "dmd2",
+                "hyper-sd",
+                "pcm",
+                "lightning",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's model."),
@@ -76,22 +84,7 @@ class LCMLoRALoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name: str, strength: float, family: str) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
-        family, why = _chosen(family, vector, lora_name)
+        family, why = choose(family, vector.metadata, lora_name, FAMILIES, DEFAULT)
         model, _, coverage = apply(model, None, vector, strength, 0.0)
         show(f"{coverage} Sampling as {family} ({why}).")
         return io.NodeOutput(patch_sampling(model, family))
-
-
-def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:
-    """(the family to sample as, why). ValueError where the file tells several or an unknown one."""
-    if family != "auto":
-        return family, "chosen on this node"
-    found, where = acceleration(vector.metadata, lora_name)
-    if not found:
-        return "lcm", "the default: neither the file's metadata nor its name says otherwise"
-    if found not in FAMILIES:
-        raise ValueError(
-            f"{lora_name} cannot be sampled as {found!r}, which comes from {where}. Expected one "
-            f"of {', '.join(FAMILIES)}. Choose the family on the node."
-        )
-    return found, f"from {where}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..samplers import host
-from ..samplers.families import FAMILIES
+from ..samplers.families import DEFAULT, FAMILIES
 
 CATEGORY = "LCM-LoRA"
 
@@ -35,7 +35,7 @@ class LCMModelSampling(io.ComfyNode):
                     "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA applied."
                 ),
                 io.Combo.Input(
-                    "family", options=list(FAMILIES), default="lcm", optional=True,
+                    "family", options=list(FAMILIES), default=DEFAULT, optional=True,
                     tooltip="How the LoRA or the full model was distilled. LCM Schedule, LCM "
                     "Sampler and LCM KSampler follow it.",
                 ),
@@ -48,7 +48,7 @@ class LCMModelSampling(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, family="lcm") -> io.NodeOutput:
+    def execute(cls, model, family=DEFAULT) -> io.NodeOutput:
         return io.NodeOutput(host.patch_sampling(model, family))
 
 
@@ -213,8 +213,5 @@ class LCMKSampler(io.ComfyNode):
         cls, model, seed, steps, cfg, positive, negative, latent, denoise,
         eta=-1.0, noise_device="cpu",
     ) -> io.NodeOutput:  # fmt: skip
-        result = host.sample(
-            model, seed, steps, cfg, positive, negative, latent, denoise,
-            None if eta < 0 else eta, noise_device,
-        )  # fmt: skip
-        return io.NodeOutput(result)
+        run = host.Run(seed, steps, cfg, denoise, None if eta < 0 else eta, noise_device)
+        return io.NodeOutput(host.sample(model, run, positive, negative, latent))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import FAMILY
+from ..lora.acceleration import sampling_hint
 from ..lora.formats.describe import describe
 from ..lora.formats.files import DTYPES, fingerprint, read_named, write
 from ..lora.formats.wire import from_wire, to_wire
@@ -104,11 +104,9 @@ class LCMLoRAApply(io.ComfyNode):
     def execute(
         cls, model, vector, strength_model: float, strength_clip: float, clip=None
     ) -> io.NodeOutput:
-        given = from_wire(vector)
-        model, clip, coverage = apply(model, clip, given, strength_model, strength_clip)
-        family = given.metadata.get(FAMILY)
-        hint = f" Its family is {family}: choose it in LCM Model Sampling." if family else ""
-        show(f"{coverage}{hint}")
+        lora = from_wire(vector)
+        model, clip, coverage = apply(model, clip, lora, strength_model, strength_clip)
+        show(f"{coverage} {sampling_hint(lora.metadata)}".rstrip())
         return io.NodeOutput(model, clip)
 
 

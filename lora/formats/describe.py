@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..architecture import family_of
+from ..architecture import architecture_of
 from ..delta import Vector
 from .kinds import left_out_because
 from .metadata import METHOD, RECIPE
@@ -21,7 +21,7 @@ def describe(vector: Vector) -> str:
     text = sum(map(is_text, vector.modules()))
     scales = sorted({round(delta.scale, 4) for delta in vector.deltas.values()})
     lines = [
-        f"{vector.source}: made for {family_of(vector.shapes) or 'an unknown base model'}",
+        f"{vector.source}: made for {architecture_of(vector.shapes) or 'an unknown base model'}",
         f"{len(vector.modules())} modules, {text} of them in text encoders",
         f"rank {vector.ranks()}, alpha / rank {', '.join(f'{scale:g}' for scale in scales[:5])}",
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..acceleration import FAMILY, acceleration
+from ..acceleration import FAMILY, family_named
 from ..architecture import cross_attention_width
 from ..delta import Delta, Vector
 from ..whole import sha256, whole_file
@@ -74,11 +74,12 @@ def _beside(path: Path) -> dict[str, str]:
 
 
 def read_named(path: Path, name: str) -> Vector:
-    """A file for sums: with its hash, and with the family in its metadata where only `name`, the
-    user's name of the file, tells it, for a sum has another name. Raises as `read`."""
+    """A file to combine with others: with its hash, and with its family in the metadata. A sum has
+    another name than its files, so what `name`, the user's name of the file, says of the family
+    would be lost. Raises as `read`."""
     vector = replace(read(path), sha256=sha256(path))
-    found, _ = acceleration(vector.metadata, name)
-    return replace(vector, metadata={**vector.metadata, FAMILY: found}) if found else vector
+    family, _ = family_named(vector.metadata, name)
+    return replace(vector, metadata={**vector.metadata, FAMILY: family}) if family else vector
 
 
 def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..acceleration import FAMILY
-from ..architecture import SDXL_TYPE, family_of
+from ..architecture import SDXL_TYPE, architecture_of
 from ..delta import Vector
 
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
@@ -40,7 +40,7 @@ def standard(vector: Vector) -> dict[str, str]:
         told["ss_network_dim"] = _one([delta.rank for delta in vector.deltas.values()])
         alphas = [delta.scale * delta.rank for delta in vector.deltas.values()]
         told["ss_network_alpha"] = _one([f"{alpha:g}" for alpha in alphas])
-    kind = family_of(vector.shapes)
+    kind = architecture_of(vector.shapes)
     if kind and kind.width in _ARCHITECTURES:
         version, architecture = _ARCHITECTURES[kind.width]
         found = {"ss_base_model_version": version, "modelspec.architecture": architecture}
