@@ -7,8 +7,8 @@ from comfy_api.v0_0_2 import io
 from ..lora.combine import elementwise, exact
 from ..lora.elementwise.table import RULES
 from ..lora.formats.wire import from_wire, to_wire
-from ..lora.host import device, watched
 from ..lora.reduce import truncated
+from .host import device, watched
 
 MAX_VECTORS = 8
 

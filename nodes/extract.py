@@ -6,7 +6,8 @@ from comfy_api.v0_0_2 import io
 
 from ..lora.extract import extract
 from ..lora.formats.wire import to_wire
-from ..lora.host import differences
+from ..lora.weights.host import differences
+from .host import watched
 
 SEED = 0
 
@@ -48,5 +49,7 @@ class LCMLoRAExtract(io.ComfyNode):
 
     @classmethod
     def execute(cls, distilled, base, rank: int) -> io.NodeOutput:
-        vector, report = extract(differences(distilled, base), rank, SEED, "distilled - base")
+        vector, report = extract(
+            differences(distilled, base, watched), rank, SEED, "distilled - base"
+        )
         return io.NodeOutput(to_wire(vector), report)

@@ -275,7 +275,7 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
     """(family, prediction type), or a ValueError with what this checkpoint is instead."""
     import comfy.model_base as base
 
-    from ..lora.host import detect
+    from ..lora.weights.host import detect
 
     if (
         patcher is None

@@ -174,7 +174,7 @@ def test_a_magnitude_that_does_not_fit_is_named_and_not_applied(model):
 @pytest.mark.parametrize("held", [False, True], ids=["at rest", "held by the host"])
 def test_what_was_applied_is_extracted_again(model, held):
     """The whole difference; also while the host has patched the weights that both models share."""
-    from lcm_lora.lora.host import differences
+    from lcm_lora.lora.weights.host import differences
 
     tensors, expected = made(model, "DoRA")
     before = {key: model.model.state_dict()[key].clone() for key in expected}

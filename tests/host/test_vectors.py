@@ -309,7 +309,7 @@ def test_what_was_applied_in_the_graph_is_extracted_again(model):
     """A LoRA, a bias and a norm on a model: the difference to the model is what was applied."""
     from lcm_lora.lora.extract import extract
     from lcm_lora.lora.formats.wire import from_wire
-    from lcm_lora.lora.host import differences
+    from lcm_lora.lora.weights.host import differences
     from lcm_lora.nodes.extract import LCMLoRAExtract
 
     tensors = dialects(model)["kohya"]
@@ -453,7 +453,7 @@ def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, m
 def test_whole_changes_are_worked_on_where_there_are_decompositions(comfy, monkeypatch, given,
                                                                     expected):  # fmt: skip
     import comfy.model_management
-    from lcm_lora.lora.host import device
+    from lcm_lora.nodes.host import device
 
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(given))
     assert device().type == expected
