@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from .architecture import SDXL_TYPE, Architecture, Shapes, architecture_of
 from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .formats.kinds import left_out_because
-from .formats.names import is_text, places
+from .formats.names import is_text
+from .formats.places import places
 from .formats.spelling import for_host
 from .formats.wire import to_wire
 from .opaque import misfit
@@ -130,7 +131,7 @@ class _Network:
 
     def patch(
         self, vector: Vector, sums: dict[str, Tensor], modules: Collection[str]
-    ) -> tuple[Collection[str], dict[str, str]]:
+    ) -> tuple[Set[str], dict[str, str]]:
         """Adds the modules that fit. -> (their names, and why others of this network do not fit).
 
         sums: the tensors of the vector's deltas, as ComfyUI's loader reads them.
@@ -238,8 +239,9 @@ def _on_scaled_inputs(patches: Mapping[Target, Any], patcher: ModelPatcher) -> d
     scaled: dict[Target, Any] = {}
     for key, patch in patches.items():
         # No layer that ComfyUI patches in parts has such a scale.
-        is_weight = isinstance(key, str) and key.endswith(".weight")
-        scale = input_scale(patcher, key) if is_weight else None
+        scale = None
+        if isinstance(key, str) and key.endswith(".weight"):
+            scale = input_scale(patcher, key)
         scaled[key if scale is None else (key, None, divided_by(scale))] = patch
     return scaled
 

@@ -1,7 +1,8 @@
-"""The acceleration of a distilled model, taken out as a LoRA vector."""
+"""The node that makes a LoRA vector from the difference of two models."""
 
 from __future__ import annotations
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..lora.extract import extract
@@ -48,7 +49,7 @@ class LCMLoRAExtract(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, distilled, base, rank: int) -> io.NodeOutput:
+    def execute(cls, distilled: ModelPatcher, base: ModelPatcher, rank: int) -> io.NodeOutput:
         vector, report = extract(
             differences(distilled, base, watched), rank, SEED, "distilled - base"
         )

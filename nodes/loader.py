@@ -1,7 +1,10 @@
-"""The node most people need: an LCM-LoRA on a model, with its sampling set."""
+"""The node that applies an LCM-LoRA and sets the sampling."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..lora.acceleration import choose
@@ -78,11 +81,13 @@ class LCMLoRALoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_) -> tuple[str, int, int]:
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> tuple[str, int, int]:
         return fingerprint(lora_path(lora_name))
 
     @classmethod
-    def execute(cls, model, lora_name: str, strength: float, family: str) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, lora_name: str, strength: float, family: str
+    ) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
         family, why = choose(family, vector.metadata, lora_name, FAMILIES, DEFAULT)
         model, _, coverage = apply(model, None, vector, strength, 0.0)

@@ -1,6 +1,9 @@
-"""To and from the LORA_STACK of other packs, whose entries are a file name and two strengths."""
+"""The nodes for the LORA_STACK of other packs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from comfy_api.v0_0_2 import io
 
@@ -36,7 +39,7 @@ class LCMLoRAFromStack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora_stack) -> io.NodeOutput:
+    def execute(cls, lora_stack: Sequence[Any] | None) -> io.NodeOutput:
         vector, report = of_stack(lora_stack, lora_path)
         return io.NodeOutput(to_wire(vector), report)
 
@@ -78,7 +81,11 @@ class LCMLoRAToStack(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, file_name: str, strength_model: float, strength_clip: float, lora_stack=None
+        cls,
+        file_name: str,
+        strength_model: float,
+        strength_clip: float,
+        lora_stack: Sequence[Any] | None = None,
     ) -> io.NodeOutput:
         if file_name not in lora_names():
             raise ValueError(

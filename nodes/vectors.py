@@ -1,14 +1,16 @@
-"""LoRAs as vectors in weight space: load, apply, save."""
+"""The nodes that load, apply and save LoRA vectors."""
 
 from __future__ import annotations
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.v0_0_2 import io
 
 from ..lora.acceleration import sampling_hint
 from ..lora.formats.describe import describe
 from ..lora.formats.files import DTYPES, fingerprint, read_named, write
-from ..lora.formats.wire import from_wire, to_wire
+from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.host import apply
 from .host import lora_names, lora_path, new_lora_path, show
 
@@ -102,7 +104,12 @@ class LCMLoRAApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vector, strength_model: float, strength_clip: float, clip=None
+        cls,
+        model: ModelPatcher,
+        vector: Tensors,
+        strength_model: float,
+        strength_clip: float,
+        clip: CLIP | None = None,
     ) -> io.NodeOutput:
         lora = from_wire(vector)
         model, clip, coverage = apply(model, clip, lora, strength_model, strength_clip)
@@ -150,7 +157,7 @@ class LCMLoRASave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vector, filename: str, dtype: str, overwrite: bool) -> io.NodeOutput:
+    def execute(cls, vector: Tensors, filename: str, dtype: str, overwrite: bool) -> io.NodeOutput:
         path = new_lora_path(filename)
         write(path, from_wire(vector), dtype, overwrite)
         name = str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))

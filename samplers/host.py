@@ -293,7 +293,7 @@ class Run:
 
 
 def sample(
-    model: ModelPatcher, run: Run, positive: list, negative: list, latent: dict[str, Any]
+    model: ModelPatcher, run: Run, positive: list[Any], negative: list[Any], latent: dict[str, Any]
 ) -> dict[str, Any]:
     """Samples a LATENT with the schedule, noise and sampler of the MODEL's family.
 

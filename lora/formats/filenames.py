@@ -1,4 +1,4 @@
-"""Names that users give to LoRA files."""
+"""The names that users give to LoRA files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SUFFIX = ".safetensors"
-# Windows takes superscript digits for digits here (learn.microsoft.com, "Naming Files").
+# Windows reserves names with superscript digits too (learn.microsoft.com, "Naming Files").
 _WINDOWS_RESERVED = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])( *\..*)?", re.IGNORECASE
 )
@@ -15,9 +15,9 @@ _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of the LoRA that a user calls `name` (subfolders as `a/b`) within `folder`.
+    """The path of the LoRA that a user calls `name`, such as `a` or `subfolder/a`, in `folder`.
 
-    `.safetensors` is added where it is missing.
+    `.safetensors` is added if it is missing.
 
     Raises:
         ValueError: the name would leave the folder, or is not valid on Windows, Linux and macOS.
@@ -41,12 +41,14 @@ def _is_portable(part: str) -> bool:
         bool(part)
         and part == part.strip(" ")
         and not part.endswith(".")
-        and not any("\ud800" <= character <= "\udfff" for character in part)  # halves of one
+        and not any(
+            "\ud800" <= character <= "\udfff" for character in part
+        )  # half a surrogate pair
         and not _FORBIDDEN.search(part)
         and not _WINDOWS_RESERVED.fullmatch(part)
     )
 
 
 def offered(names: Iterable[str]) -> list[str]:
-    """The file names that `read` can open."""
+    """The names of the files that `files.read` can open."""
     return [name for name in names if name.lower().endswith((SUFFIX, ".sft"))]

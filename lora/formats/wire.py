@@ -1,4 +1,4 @@
-"""Between a Vector and the LORA_MODEL that carries it from node to node."""
+"""A Vector as a LORA_MODEL, which carries it from node to node, and back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .lycoris import Product
 from .parse import parse
 from .spelling import for_host
 
+Tensors = Mapping[str, Tensor]
+"""A LORA_MODEL from any node."""
+
 
 class LoraModel(dict[str, Tensor]):
-    """The host's LORA_MODEL, a dict of tensors in kohya names, that knows where it came from."""
+    """ComfyUI's LORA_MODEL, a dict of tensors with kohya names, with what else a Vector holds."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], vector: Vector):
+    def __init__(self, tensors: Tensors, vector: Vector):
         super().__init__(tensors)
         self.metadata = dict(vector.metadata)
         self.source = vector.source
@@ -26,20 +29,20 @@ class LoraModel(dict[str, Tensor]):
 
 
 def to_wire(vector: Vector) -> LoraModel:
-    """A vector as tensors in kohya names; every LoRA gets its alpha written out."""
+    """A vector as tensors with kohya names. Every delta gets an alpha."""
     vector = one_change(for_host(vector))
     tensors: dict[str, Tensor] = {}
     for module, delta in vector.deltas.items():
         parts = delta.wire() if isinstance(delta, Product) else _lora(delta)
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    for module, parts in vector.opaque.items():
-        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    return LoraModel(tensors | vector.diffs, vector)
+    for module, opaque in vector.opaque.items():
+        tensors |= {f"{module}.{part}": tensor for part, tensor in opaque.items()}
+    return LoraModel({**tensors, **vector.diffs}, vector)
 
 
 def one_change(vector: Vector) -> Vector:
-    """The vector with one change of each weight, as the host's loader takes no more: a delta beside
-    a full difference goes into that."""
+    """The vector with one change per weight, because ComfyUI's loader reads only one. A delta is
+    added to the full difference of the same weight."""
     diffs = dict(vector.diffs)
     deltas = dict(vector.deltas)
     for key in diffs:
@@ -56,14 +59,19 @@ def _lora(delta: Delta) -> dict[str, Tensor]:
     return parts | {"alpha": torch.tensor(float(delta.scale * delta.rank))}
 
 
-def from_wire(tensors: Mapping[str, Tensor]) -> Vector:
-    """A LORA_MODEL of any node as a vector on the CPU, where sums are computed. The host's trainer
-    may leave its tensors on a device."""
+def from_wire(tensors: Tensors) -> Vector:
+    """A LORA_MODEL from any node as a vector on the CPU, where sums are computed. ComfyUI's trainer
+    may leave its tensors on a device.
+
+    Raises:
+        ValueError: a value is not a tensor, or `parse` raises it.
+    """
     metadata, source = getattr(tensors, "metadata", {}), getattr(tensors, "source", "LORA_MODEL")
-    if odd := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"{source} has a {type(tensors[odd[0]]).__name__} under {odd[0]}; expected a tensor."
-        )
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{source} has a {type(value).__name__} under {key}; expected a tensor."
+            )
     vector = parse({key: t.detach().cpu() for key, t in tensors.items()}, metadata or {}, source)
     ignored = (*getattr(tensors, "ignored", ()), *vector.ignored)
     return replace(vector, sha256=getattr(tensors, "sha256", ""), ignored=ignored)

@@ -41,9 +41,11 @@ class Layers:
     def shape(self, key: str) -> tuple[int, ...]:
         """[out, in, ...] as the layer computes with it."""
         weight, layer = self._weight(key), _attribute(self.patcher, key.rpartition(".")[0])
-        sides = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+        out, columns = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
         is_packed = key.endswith(".weight") and not weight.is_floating_point()
-        return sides if is_packed and None not in sides else tuple(weight.shape)
+        if is_packed and out is not None and columns is not None:
+            return out, columns
+        return tuple(weight.shape)
 
     def unpatchable(self, key: str) -> str:
         """Why ComfyUI cannot change the weight; empty if it can.
@@ -80,8 +82,9 @@ class Merge(WeightAdapterBase):
 
     @classmethod
     def of(cls, module: Opaque) -> Merge:
-        alpha = {"alpha": float(module["alpha"])} if "alpha" in module else {}
-        return cls(set(), tuple({**module, **alpha}.items()))
+        # ComfyUI moves tensors to a device. The alpha is only a number.
+        weights = ((k, float(part) if k == "alpha" else part) for k, part in module.items())
+        return cls(set(), tuple(weights))
 
     def calculate_weight(
         self,

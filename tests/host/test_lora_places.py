@@ -101,7 +101,9 @@ def assert_none_is_lost(listed: dict, table: dict) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
     import comfy.lora
-    from lcm_lora.lora.formats.names import canonical_names, places, split_key
+    from lcm_lora.lora.formats.keys import split_key
+    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.places import places
 
     model = text_model(family)
     listed = comfy.lora.model_lora_keys_clip(model, {})
@@ -121,7 +123,9 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
 def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
     """Each in a file of its own, so that nothing but the model tells how its blocks are counted."""
     import comfy.lora
-    from lcm_lora.lora.formats.names import canonical_names, places, split_key
+    from lcm_lora.lora.formats.keys import split_key
+    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.places import places
 
     model = patcher(UNETS[family], "meta").model
     listed = comfy.lora.model_lora_keys_unet(model, {})

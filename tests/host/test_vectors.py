@@ -417,7 +417,7 @@ def test_the_nodes_for_parts_and_rules(model):
     assert names and all("attentions" in name for name in names)
     assert attention.source == "1 [attention=1, rest=0; output=0.5]"
     clear, report = LCMLoRAProtect.execute(style, lcm, 1.0).args
-    assert "% of the energy of 1 taken away" in report
+    assert "% of the energy of 1 removed" in report
     count = {"count": "2", "vector_1": lcm, "vector_2": clear, "weight_1": 1.0, "weight_2": 0.8}
     merged, report = LCMLoRACombine.execute(count, "ties", 6, 1.0, 0.0, 0.5, 0).args
     assert {delta.rank for delta in from_wire(merged).deltas.values()} == {6}

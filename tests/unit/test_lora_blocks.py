@@ -133,7 +133,7 @@ def test_what_is_no_sum_has_no_half():
     vector = Vector({}, opaque={UP: parts, DOWN: parts})
     found = weighted(vector, parse_weights("input=0"), "so")
     assert found.opaque.keys() == {UP}
-    with pytest.raises(ValueError, match="DoRA weights, which have no half"):
+    with pytest.raises(ValueError, match="DoRA weights, which cannot be scaled"):
         weighted(vector, parse_weights("input=0.5"), "so")
 
 

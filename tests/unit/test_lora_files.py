@@ -162,9 +162,9 @@ def whole_file() -> bytes:
     ("content", "words"),
     [
         (b"", "is empty"),
-        (whole_file()[:-100], "no whole safetensors file"),
-        (whole_file()[:5], "no whole safetensors file"),
-        (b"<html>404 not found</html>", "no whole safetensors file"),
+        (whole_file()[:-100], "not a complete safetensors file"),
+        (whole_file()[:5], "not a complete safetensors file"),
+        (b"<html>404 not found</html>", "not a complete safetensors file"),
         (pickle.dumps({"a": 1}), "is a pickle"),
         (b"PK\x03\x04 a torch zip", "is a pickle"),
     ],
