@@ -28,11 +28,7 @@ _LCM = re.compile(r"(?<![a-z0-9])lcm(?:[-_ ]?like)?(?![a-z])", re.IGNORECASE)
 
 
 def choose(
-    wanted: str,
-    metadata: Mapping[str, str],
-    name: str,
-    families: Collection[str],
-    default: str,
+    wanted: str, metadata: Mapping[str, str], name: str, families: Collection[str], default: str
 ) -> tuple[str, str]:
     """(the family to sample as, why).
 

@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..lora.elementwise.table import RULES
 from ..lora.formats.wire import from_wire, to_wire
 from ..lora.methods import METHODS, Settings, combine
-from .host import device, watched
+from .host import device, watched, weight_input
 
 MAX_VECTORS = 8
 
@@ -148,12 +148,9 @@ def _row(number: int) -> list[io.Input]:
             f"vector_{number}",
             tooltip="The LCM-LoRA's vector." if first else "A style LoRA's vector, or any other.",
         ),
-        io.Float.Input(
+        weight_input(
             f"weight_{number}",
-            default=1.0 if first else 0.8,
-            min=-10.0,
-            max=10.0,
-            step=0.01,
-            tooltip=f"Weight of vector {number}. A negative weight subtracts it; 0 leaves it out.",
+            f"Weight of vector {number}. A negative weight subtracts it; 0 leaves it out.",
+            1.0 if first else 0.8,
         ),
     ]

@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from comfy_api.v0_0_2 import io
 from comfy_execution.utils import get_executing_context
 
 from ..lora.formats.filenames import inside, offered
@@ -48,6 +49,11 @@ def watched(names: Sequence[str]) -> Iterator[str]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield name
         bar.update(1)
+
+
+def weight_input(name: str, tooltip: str, default: float = 1.0) -> io.Float.Input:
+    """An input for the weight or strength of a LoRA."""
+    return io.Float.Input(name, default=default, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
 
 
 def show(text: str) -> None:

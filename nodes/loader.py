@@ -12,7 +12,7 @@ from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
 from ..samplers.families import DEFAULT, FAMILIES
 from ..samplers.host import patch_sampling
-from .host import lora_names, lora_path, show
+from .host import lora_names, lora_path, show, weight_input
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -53,13 +53,8 @@ class LCMLoRALoader(io.ComfyNode):
                         "KOALA), the LoRA is applied as far as it fits, with a warning."
                     ),
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight of the LoRA. 1 is what it was trained for; 0 leaves it out.",
+                weight_input(
+                    "strength", "Weight of the LoRA. 1 is what it was trained for; 0 leaves it out."
                 ),
                 io.Combo.Input(
                     "family",

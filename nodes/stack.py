@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..lora.formats.wire import to_wire
 from ..lora.stack import of_stack
-from .host import lora_names, lora_path
+from .host import lora_names, lora_path, weight_input
 
 STACK = io.Custom("LORA_STACK")
 
@@ -26,9 +26,7 @@ class LCMLoRAFromStack(io.ComfyNode):
                 "The result does the same as applying these LoRAs one after the other."
             ),
             search_aliases=["lora stack", "lora stacker", "unpack stack"],
-            inputs=[
-                STACK.Input("lora_stack", tooltip="A stack from any pack's LoRA stacker."),
-            ],
+            inputs=[STACK.Input("lora_stack", tooltip="A stack from any pack's LoRA stacker.")],
             outputs=[
                 io.LoraModel.Output(
                     display_name="LORA_MODEL",
@@ -62,14 +60,8 @@ class LCMLoRAToStack(io.ComfyNode):
                     default="",
                     tooltip="As LoRA loaders show it. Connect the file name of Save LoRA Vector.",
                 ),
-                io.Float.Input(
-                    "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01,
-                    tooltip="Weight on the model.",
-                ),
-                io.Float.Input(
-                    "strength_clip", default=1.0, min=-10.0, max=10.0, step=0.01,
-                    tooltip="Weight on the text encoder.",
-                ),
+                weight_input("strength_model", "Weight on the model."),
+                weight_input("strength_clip", "Weight on the text encoder."),
                 STACK.Input(
                     "lora_stack", optional=True, tooltip="A stack to append the file to."
                 ),

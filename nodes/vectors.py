@@ -12,7 +12,7 @@ from ..lora.formats.describe import describe
 from ..lora.formats.files import DTYPES, fingerprint, read_named, write
 from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.host import apply
-from .host import lora_names, lora_path, new_lora_path, show
+from .host import lora_names, lora_path, new_lora_path, show, weight_input
 
 CATEGORY = "LCM-LoRA"
 
@@ -71,27 +71,11 @@ class LCMLoRAApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to add the vector to."),
                 io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="The text encoder, for LoRAs that change it too.",
+                    "clip", optional=True, tooltip="The text encoder, for LoRAs that change it too."
                 ),
                 io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
-                io.Float.Input(
-                    "strength_model",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight on the model; 0 leaves the model as it is.",
-                ),
-                io.Float.Input(
-                    "strength_clip",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight on the text encoder; 0 leaves it as it is.",
-                ),
+                weight_input("strength_model", "Weight on the model; 0 leaves the model as it is."),
+                weight_input("strength_clip", "Weight on the text encoder; 0 leaves it as it is."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the vector added."),

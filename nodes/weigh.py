@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..lora.blocks import NAMES, PRESETS, parse_weights, weighted
 from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.protect import protected
-from .host import show
+from .host import show, weight_input
 
 
 class LCMLoRABlocks(io.ComfyNode):
@@ -47,14 +47,7 @@ class LCMLoRABlocks(io.ComfyNode):
                         "names match, their weights are multiplied."
                     ),
                 ),
-                io.Float.Input(
-                    "text_encoder",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight of the text encoder part; 0 leaves it out.",
-                ),
+                weight_input("text_encoder", "Weight of the text encoder part; 0 leaves it out."),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The weighted vector.")

@@ -32,11 +32,7 @@ def consistency(z: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Ten
 
 
 def x0_and_eps(
-    output: torch.Tensor,
-    z: torch.Tensor,
-    alpha: torch.Tensor,
-    sigma: torch.Tensor,
-    prediction: str,
+    output: torch.Tensor, z: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A network's raw output at z -> (x0, eps), both of z's shape.
 

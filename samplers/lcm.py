@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -44,8 +45,8 @@ def lcm(
     model: Callable[..., torch.Tensor],
     x: torch.Tensor,
     sigmas: torch.Tensor,
-    extra_args: dict | None = None,
-    callback: Callable[[dict], None] | None = None,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
     *,
     noise: Callable[[int], torch.Tensor],
     kept: Sequence[float] | None = None,

@@ -54,10 +54,7 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
 
 
 def picture_noise(
-    like: torch.Tensor,
-    seed: int,
-    batch_index: Sequence[int] | None = None,
-    device: str = "cpu",
+    like: torch.Tensor, seed: int, batch_index: Sequence[int] | None = None, device: str = "cpu"
 ) -> Callable[[int], torch.Tensor]:
     """A function that gives the standard normal noise of a step, in like's shape, dtype and device.
 

@@ -163,9 +163,7 @@ def with_patches(model: ModelPatcher, key: str, called: str) -> Tensor:
 
 
 def differences(
-    distilled: ModelPatcher,
-    base: ModelPatcher,
-    watch: Callable[[list[str]], Iterable[str]] = iter,
+    distilled: ModelPatcher, base: ModelPatcher, watch: Callable[[list[str]], Iterable[str]] = iter
 ) -> Iterator[Layer]:
     """`distilled` minus `base`, layer by layer, in float32 on the CPU. This includes the patches of
     the graph, even while ComfyUI holds the models on a device. Packed weights are unpacked.
