@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all, and the hash by which it is known."""
+"""Files that are written completely or not at all, and their hashes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ PATIENCE = 2.0  # seconds
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the same folder, which tells the process that works on it."""
+    """A new name in the same folder. It contains the id of this process."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex}")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the body ends well.
+    """A path to write to. It becomes `path` if the body raises nothing; until then an old file
+    stays as it is.
 
-    It lies in the same folder, for a rename is atomic only within one file system. Raises OSError
-    when the disk is full or may not be written; an old file is then left as it was.
+    It is in the same folder, because a rename is atomic only within one file system.
+
+    Raises:
+        OSError: the disk is full, or writing is not allowed.
     """
     temporary = temporary_beside(path)
     try:
@@ -39,10 +42,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a call gives; tried again for 2 s where Windows says that a file is in use.
+    """The result of a call. If Windows reports that a file is in use, the call is repeated for 2 s.
 
-    There a file that another process has open, a reader or a virus scanner, can be neither replaced
-    nor removed. Raises OSError as the call does.
+    Windows can neither replace nor remove a file that another process has open, such as a reader or
+    a virus scanner.
+
+    Raises:
+        OSError: as the call does.
     """
     until = time.monotonic() + PATIENCE
     while True:
@@ -57,9 +63,9 @@ def patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders, and needs no such call
+        return  # Windows cannot open folders, and does not need this
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,7 +74,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of the whole file, as 64 hexadecimal digits."""
+    """The hash of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -15,8 +15,8 @@ from PIL import Image
 from ..lora.acceleration import FAMILY
 from ..lora.blocks import place_of
 from ..lora.delta import Vector
-from ..lora.files import read
-from ..lora.wire import to_wire
+from ..lora.formats.files import read
+from ..lora.formats.wire import to_wire
 from ..training import checkpoints, spec
 from ..training.export import vector, with_styles
 from ..training.jobs import host, metrics, ray_job

@@ -1,15 +1,15 @@
-"""Full LCMs whose network wants the guidance scale as an input, which ComfyUI's has not."""
+"""Full LCMs whose network has an input for the guidance scale, which ComfyUI's networks lack."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it: a broken file may claim more
+LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors; a broken file may claim more
 
 
 def refuse_guidance_embedding(file: Path) -> None:
-    """Raises ValueError where a safetensors file holds a UNet with `time_embedding.cond_proj` (LCM,
-    arXiv 2310.04378, section 4.2), told by its header. Other files pass, and missing ones."""
+    """Raises ValueError if the header of a safetensors file lists `time_embedding.cond_proj` (LCM,
+    arXiv 2310.04378, section 4.2). Any other file passes, and a missing one."""
     if file.suffix != ".safetensors" or not file.is_file():
         return
     with open(file, "rb") as opened:

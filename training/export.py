@@ -9,7 +9,7 @@ import torch
 
 from ..lora.combine import exact
 from ..lora.delta import Vector
-from ..lora.wire import parse
+from ..lora.formats.parse import parse
 
 
 def vector(

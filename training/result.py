@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..lora import files
 from ..lora.acceleration import FAMILY
 from ..lora.delta import Vector
+from ..lora.formats import files
 from ..lora.whole import patiently
 from . import disk
 from .spec import Spec

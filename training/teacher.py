@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import files
 from ..lora.delta import Vector
+from ..lora.formats import files
 from ..samplers.guidance import refuse_guidance_embedding
 from . import disk
 from .memory import is_out_of_memory
@@ -275,7 +275,7 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
     """(family, prediction type), or a ValueError with what this checkpoint is instead."""
     import comfy.model_base as base
 
-    from ..lora.host import detect
+    from ..lora.weights.host import detect
 
     if (
         patcher is None

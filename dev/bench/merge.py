@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...lora import files
 from ...lora.combine import exact
 from ...lora.delta import Delta, Vector
+from ...lora.formats import files
 from ...lora.reduce import truncated
 from ...training.adapter import Adapter
 from .. import commands

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...lora import files
 from ...lora.combine import exact
+from ...lora.formats import files
 from ...lora.whole import whole_file
 
 

@@ -13,7 +13,8 @@ from comfy.model_patcher import ModelPatcher
 
 import nodes
 
-from ...lora import combine, files
+from ...lora import combine
+from ...lora.formats import files
 from ...lora.host import apply
 from ...nodes.sampling import LCMKSampler
 from ...samplers.host import patch_sampling

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...lora import files
+from ...lora.formats import files
 from ...training import export
 from ...training.adapter import Adapter
 from ...training.objective import ORIGIN_STEPS, lcm_loss

@@ -47,7 +47,7 @@ def paths_of(model) -> dict[str, str]:
 
 def same_merge(model, unet, merged: dict[str, torch.Tensor], file, taken: int) -> None:
     """Applies a file to the host's model with unet's weights, and compares with `merged`."""
-    from lcm_lora.lora.files import read
+    from lcm_lora.lora.formats.files import read
     from lcm_lora.lora.host import apply
 
     before, keys = unet.state_dict(), paths_of(model)
@@ -138,8 +138,8 @@ def whole(comfy, request):
 
 def test_lcm_loras_are_taken_whole_in_every_dialect(whole):
     """Factors without numbers, of the shapes of the official files."""
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import parse
     from lcm_lora.training.adapter import Adapter
 
     family, model = whole

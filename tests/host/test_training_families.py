@@ -88,7 +88,7 @@ def moved(tensors, old, new):
 
 def a_step(checkpoint, tmp_path):
     """Loads the teacher, takes a training step, writes the LoRA; -> the teacher."""
-    from lcm_lora.lora import files
+    from lcm_lora.lora.formats import files
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.export import vector
     from lcm_lora.training.objective import lcm_loss

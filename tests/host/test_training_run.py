@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lora.lora import files
-from lcm_lora.lora.acceleration import acceleration
+from lcm_lora.lora.acceleration import family_named
+from lcm_lora.lora.formats import files
 from lcm_lora.tests.host.queued import PROMPTS
 from lcm_lora.training import export
 from lcm_lora.training.bank import ROWS
@@ -125,7 +125,7 @@ def test_a_baked_in_style_is_in_the_file(job):
 
 def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
     from lcm_lora.dev.toy import assemble
-    from lcm_lora.lora.wire import from_wire
+    from lcm_lora.lora.formats.wire import from_wire
     from lcm_lora.nodes import jobs
     from lcm_lora.training.jobs.store import Store
 
@@ -314,7 +314,7 @@ def test_finish_writes_what_there_is(job):
     found = files.read(Path(json.loads(spec.read_text())["output"]))
     assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
     assert not (spec.parent / "answers").exists()
-    assert acceleration(found.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
+    assert family_named(found.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])

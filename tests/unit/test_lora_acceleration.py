@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lcm_lora.lora.acceleration import FAMILY, acceleration, joined
+from lcm_lora.lora.acceleration import FAMILY, family_named, joined
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.training.spec import OBJECTIVES
 
@@ -34,7 +34,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names(name):
-    family, why = acceleration({}, name)
+    family, why = family_named({}, name)
     assert family == NAMES[name]
     assert not family or family in FAMILIES
     assert bool(why) == bool(family)
@@ -43,15 +43,15 @@ def test_names(name):
 def test_metadata_goes_before_the_name_and_our_own_before_others():
     name = "sdxl_lightning_4step_lora.safetensors"
     title = {"modelspec.title": "TCD-SDXL-LoRA", "ss_output_name": "my pcm"}
-    assert acceleration(title, name) == ("tcd", "the file's metadata, modelspec.title")
+    assert family_named(title, name) == ("tcd", "the file's metadata, modelspec.title")
     ours = title | {FAMILY: "phased"}
-    assert acceleration(ours, name) == ("phased", f"the file's metadata, {FAMILY}")
-    assert acceleration({"ss_output_name": "style"}, name)[0] == "lightning"
-    assert acceleration({}, f"lcm/{name}") == ("lightning", f"the name {name}")
+    assert family_named(ours, name) == ("phased", f"the file's metadata, {FAMILY}")
+    assert family_named({"ss_output_name": "style"}, name)[0] == "lightning"
+    assert family_named({}, f"lcm/{name}") == ("lightning", f"the name {name}")
 
 
 def test_a_name_of_two_is_neither():
-    assert acceleration({}, "tcd-and-pcm.safetensors")[0] == "tcd + pcm"
+    assert family_named({}, "tcd-and-pcm.safetensors")[0] == "tcd + pcm"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ...lora.files import inside
+from ...lora.formats.filenames import inside
 from ..spec import Data, Spec, StyleLoRA
 from . import ray_job, supervisor
 from .store import POLICIES, Store

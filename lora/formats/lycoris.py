@@ -1,14 +1,14 @@
 """LyCORIS' Hadamard and Kronecker products as low-rank deltas, exactly (arXiv 2309.14859).
 
-Both are products of small factors, and both identities below are exact, so that everything else
-need know one kind of delta only:
+Both are products of small factors. The identities below are exact, so everything else needs only
+one kind of delta:
 
-    (A1 B1) o (A2 B2) = (A1 * A2)(B1 * B2)    the rows' and columns' outer products, rank r1 r2
+    (A1 B1) o (A2 B2) = (A1 * A2)(B1 * B2)    outer products of rows and of columns, rank r1 r2
     (A1 B1) x (A2 B2) = (A1 x A2)(B1 x B2)    Kronecker, rank r1 r2
 
-Where r1 r2 reaches the layer's own size, the dense delta beside an identity is the smaller pair.
-That pair can be a thousand times as large as the file, so it is formed when it is asked for only.
-Shapes are those of LyCORIS 4 and of the host's weight_adapter folder.
+If r1 r2 reaches the size of the layer, the dense delta and an identity are the smaller pair. That
+pair can be a thousand times as large as the file, so it is formed only when it is needed. Shapes
+are those of LyCORIS 4 and of ComfyUI's weight_adapter folder.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .delta import Delta
+from ..delta import Delta
 
 Pair = tuple[Tensor, Tensor]
-"""up [out, r] and down [r, columns] in float32; a convolution's columns are flattened."""
+"""up [out, r] and down [r, columns] in float32, with the columns of a convolution flattened."""
 Parts = Mapping[str, Tensor]
 
 CORE = "lokr_t2"
 LARGEST = 1 << 28  # numbers of a layer; the largest of these models, a text encoder's, has 2^26
-# Convolutions by their names, whose kernels flat factors do not tell.
+# Kernels of convolutions by their names, because flat factors do not show them.
 _KERNELS = (
     (re.compile(r".*(_conv[12]|_conv_in|_conv_out|samplers_0_conv)"), (3, 3)),
     (re.compile(r".*_conv_shortcut"), (1, 1)),
@@ -38,11 +38,11 @@ _KERNELS = (
 
 @dataclass(frozen=True)
 class Product(Delta):
-    """A delta that is kept as its small factors: `up` and `down` have their shapes only (they lie
-    on torch's meta device), and `plain` forms them.
+    """A delta that is kept as its small factors. `up` and `down` are on torch's meta device and
+    have only shapes; `plain` forms them.
 
     Attributes:
-        parts: the factors as a file holds them, by LyCORIS' names.
+        parts: the factors as in a file, by LyCORIS' names.
     """
 
     parts: Parts = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Product(Delta):
         return (change * self.scale).reshape(self.shape)
 
     def wire(self) -> dict[str, Tensor]:
-        """The parts for the host, with the alpha, or the factor, that gives this delta's scale."""
+        """The parts for ComfyUI, with an alpha, or a factor, that gives this delta's scale."""
         if has_core(self.parts):
             return without_core(self.parts, self.scale)
         if (rank := rank_of(self.parts)) is not None:
@@ -66,28 +66,30 @@ class Product(Delta):
 
 
 def has_core(parts: Parts) -> bool:
-    """Whether a LoKr is in need of its Tucker core."""
+    """Whether a LoKr needs its Tucker core."""
     return CORE in parts and "lokr_w2" not in parts
 
 
 def without_core(parts: Parts, scale: float) -> dict[str, Tensor]:
-    """A LoKr's parts with its Tucker core and the scale multiplied into a whole lokr_w2: ComfyUI
-    0.30 fails at the core, with no more than a line in its log."""
+    """A LoKr's parts with its Tucker core and the scale multiplied into one lokr_w2. ComfyUI 0.30
+    fails at the core and only logs it."""
     a, b = _pair(parts, 2)
-    whole = (a @ b * scale).unflatten(1, (-1, *parts[CORE].shape[2:]))
-    told = {part: t for part, t in parts.items() if part not in ("lokr_w2_a", "lokr_w2_b", CORE)}
-    # Of a w1 in two factors the host takes the rank: an alpha that is the rank is no scale.
-    alpha = {"alpha": torch.tensor(float(rank))} if (rank := rank_of(told)) is not None else {}
-    return {**told, "lokr_w2": whole, **alpha}
+    lokr_w2 = (a @ b * scale).unflatten(1, (-1, *parts[CORE].shape[2:]))
+    others = {part: t for part, t in parts.items() if part not in ("lokr_w2_a", "lokr_w2_b", CORE)}
+    # ComfyUI divides by the rank of a w1 in two factors, so an alpha of this rank means scale 1.
+    rank = rank_of(others)
+    alpha = {} if rank is None else {"alpha": torch.tensor(float(rank))}
+    return {**others, "lokr_w2": lokr_w2, **alpha}
 
 
 def product(parts: Parts, alpha: float | None, name: str = "") -> Product:
-    """The delta of a module's parts; name: the module's.
+    """The delta of a module.
 
-    parts: of a Hadamard product (LoHa) `hada_w1_a` [out, r], `hada_w1_b` [r, columns] and the same
-    of w2; with Tucker cores `hada_t1` and `hada_t2` [r, r, kh, kw] they are [r, out] and [r, in].
-    Of a Kronecker product (LoKr) `lokr_w1` [p, q] or its factors, and `lokr_w2` [s, t, ...] or its
-    factors, with or without the core `lokr_t2`.
+    parts: a Hadamard product (LoHa) has `hada_w1_a` [out, r], `hada_w1_b` [r, columns] and the same
+    for w2. With Tucker cores `hada_t1` and `hada_t2` [r, r, kh, kw], these are [r, out] and
+    [r, in]. A Kronecker product (LoKr) has `lokr_w1` [p, q] or its factors, and `lokr_w2`
+    [s, t, ...] or its factors, with or without the core `lokr_t2`.
+    name: the module's canonical name, which shows the kernel if the factors do not.
 
     Raises:
         ValueError: a factor is missing, shapes do not multiply, or the product is larger than any
@@ -120,9 +122,9 @@ def product(parts: Parts, alpha: float | None, name: str = "") -> Product:
 
 
 def rank_of(parts: Parts) -> int | None:
-    """What LyCORIS divides alpha by; None where it takes no alpha, as nothing has a rank."""
-    found = (parts[each] for each in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if each in parts)
-    return next((factor.shape[0] for factor in found), None)
+    """The rank by which LyCORIS divides alpha. None if nothing has a rank, so it uses no alpha."""
+    factors = (parts[name] for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts)
+    return next((factor.shape[0] for factor in factors), None)
 
 
 def _is_loha(parts: Parts) -> bool:
@@ -131,7 +133,7 @@ def _is_loha(parts: Parts) -> bool:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two matrices of a product: its size, its rank, and the kernel if it tells one."""
+    """One of the two matrices of a product: its size, its rank, and its kernel if it shows one."""
 
     rows: int
     columns: int
@@ -140,13 +142,13 @@ class _Side:
 
 
 def _side(parts: Parts, i: int) -> _Side:
-    """Raises ValueError where it is not whole."""
+    """The sizes of one side. Raises ValueError if a factor is missing or does not fit."""
     kind = "hada" if _is_loha(parts) else "lokr"
     side, core = f"{kind}_w{i}", f"{kind}_t{i}"
     if side in parts:
         rows, *columns = _checked(parts, side).shape
         return _Side(rows, math.prod(columns), min(rows, math.prod(columns)), tuple(columns[1:]))
-    a, b = (_checked(parts, f"{side}_{each}").flatten(1).shape for each in "ab")
+    a, b = (_checked(parts, f"{side}_{letter}").flatten(1).shape for letter in "ab")
     if core in parts:
         tucker = _checked(parts, core).shape
         if len(tucker) != 4 or tucker[0] != a[0] or tucker[1] != b[0]:
@@ -158,7 +160,7 @@ def _side(parts: Parts, i: int) -> _Side:
 
 
 def _checked(parts: Parts, name: str) -> Tensor:
-    """A factor with at least 2 dimensions and a number."""
+    """A factor. Raises ValueError if it is missing, is not a matrix, or has no numbers."""
     if name not in parts:
         raise ValueError(f"it has no {name} beside its {', '.join(sorted(parts))}")
     factor = parts[name]
@@ -171,7 +173,7 @@ def _checked(parts: Parts, name: str) -> Tensor:
 
 
 def _formed(parts: Parts, rank: int) -> Pair:
-    """Both factors of a product that is whole, without a scale (FedPara, arXiv 2108.06098,
+    """The up and down factors of a checked product, without a scale (FedPara, arXiv 2108.06098,
     proposition 2; KronA, arXiv 2212.10650, section 4.2)."""
     (a1, b1), (a2, b2) = (_pair(parts, i) for i in (1, 2))
     if _is_loha(parts):
@@ -197,14 +199,14 @@ def _pair(parts: Parts, i: int) -> Pair:
     side, core = (f"{'hada' if _is_loha(parts) else 'lokr'}_{kind}{i}" for kind in "wt")
     if side in parts:
         return _identity(parts[side].float().flatten(1))
-    a, b = (parts[f"{side}_{each}"].float().flatten(1) for each in "ab")
+    a, b = (parts[f"{side}_{letter}"].float().flatten(1) for letter in "ab")
     if core in parts:
         return a.T.contiguous(), torch.einsum("ijkl,jn->inkl", parts[core].float(), b).flatten(1)
     return a, b
 
 
 def _identity(matrix: Tensor) -> Pair:
-    """A whole matrix as a pair, with the smaller identity."""
+    """A matrix as a pair, with the smaller identity."""
     rows, columns = matrix.shape
     if rows <= columns:
         return torch.eye(rows), matrix

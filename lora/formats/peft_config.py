@@ -1,4 +1,4 @@
-"""PEFT's configuration of an adapter, which holds the alphas, read as PEFT itself reads it."""
+"""PEFT's configuration of an adapter, which holds the alphas, read in the same way as in PEFT."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .lycoris import rank_of
 PEFT_METADATA = "lora_adapter_metadata"
 LONGEST_PATTERN = 1000  # characters
 MOST = 1e30  # no training uses a larger alpha or rank
-PATIENCE = 2.0  # seconds that all patterns of a file may take; in practice they take milliseconds
-# Beginnings of what `init_lora_weights` may say where PEFT takes a part out of the base's weights.
+PATIENCE = 2.0  # seconds for all patterns of a file; in practice they take milliseconds
+# Values of `init_lora_weights` begin like this if PEFT takes a part out of the base's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -34,13 +34,14 @@ class PeftConfig:
         self._left = PATIENCE
 
     def scale(self, module: str, parts: Mapping[str, Tensor]) -> float | None:
-        """The factor between a module's product and its delta, or None where no alpha is known.
+        """The factor between a module's product and its delta. None if there is no alpha.
 
-        module: as the file spells it; parts: its tensors. The scale is alpha / r, and for rsLoRA
-        (arXiv 2312.03732) alpha / sqrt(r).
+        The scale is alpha / r, and alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
+
+        module: its name in the file. parts: its tensors.
 
         Raises:
-            ValueError: a value is of the wrong kind, a pattern is not a regular expression or takes
+            ValueError: a value has the wrong type, a pattern is not a regular expression or takes
                 too long, or the adapter changes the weights that it was trained on.
         """
         if not self._values:
@@ -75,7 +76,7 @@ class PeftConfig:
 
     def _by_pattern(self, key: str, path: str, default: Any) -> Any:
         """The value of the first pattern that fits the module's path. As in PEFT's get_pattern_key,
-        a pattern is a regular expression for the whole path, or for its end after a dot."""
+        a pattern is a regular expression for the full path, or for its end after a dot."""
         patterns = self._values.get(key)
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             if self._fits(pattern, path):
@@ -89,7 +90,7 @@ class PeftConfig:
                 raise TimeoutError
             if pattern not in self._patterns:
                 self._patterns[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
-            # re has no timeout, and some expressions would take it for ever.
+            # re has no timeout, and some expressions would take forever.
             return bool(self._patterns[pattern].match(path, timeout=self._left))
         except (regex.error, RecursionError) as error:
             raise ValueError(
@@ -106,7 +107,7 @@ class PeftConfig:
 
 
 def rank_in(parts: Mapping[str, Tensor]) -> int | None:
-    """The rank of a module by its factors. None if they have none, as a LoKr of whole factors."""
+    """The rank of a module's factors. None if they have none, as in a LoKr of two full factors."""
     factors = {part: tensor for part, tensor in parts.items() if tensor.dim() and len(tensor)}
     return len(factors["down"]) if "down" in factors else rank_of(factors)
 

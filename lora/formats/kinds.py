@@ -1,4 +1,4 @@
-"""Recognises files that are not plain LoRAs by their tensor names, and says where to load them."""
+"""Recognises files that are not plain LoRAs by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-# Adapters for something else than a model alone.
+# Files with the factors of a LoRA that need more than a model.
 _ADAPTERS = (
     (r"lora_controlnet$", "a Control-LoRA; load it with a Load ControlNet Model node"),
     (r"lllite_", "a ControlNet-LLLite; it needs a node pack for those"),
@@ -75,13 +75,13 @@ _EMBEDDING = re.compile(r"bundle_emb\.|emb_params$|string_to_param|clip_[lgh]$|t
 
 
 def not_a_plain_lora(keys: Iterable[str]) -> str | None:
-    """What a file is, and where to load it, if it has a LoRA's factors but is not for a model
-    alone. None for other files."""
+    """What a file is, and where to load it, if it has the factors of a LoRA but needs more than a
+    model. None for other files."""
     return _first((*_ADAPTERS, *_FLUX), keys)
 
 
 def what_it_looks_like(tensors: Mapping[str, Tensor]) -> str:
-    """What a file without a LoRA seems to be, and where to load it."""
+    """What a file without a LoRA seems to be, and where to load it, as a clause."""
     if not tensors:
         return "it has no tensors at all"
     if all(map(_EMBEDDING.match, tensors)):
@@ -108,7 +108,7 @@ def left_out_because(key: str) -> str:
 def _first(kinds: Iterable[tuple[str, str]], keys: Iterable[str]) -> str | None:
     kinds = list(kinds)
     some = re.compile("|".join(f"(?:{pattern})" for pattern, _ in kinds))
-    names = list(filter(some.match, keys))  # of a plain LoRA none
+    names = list(filter(some.match, keys))  # empty for a plain LoRA
     for pattern, kind in kinds:
         if any(re.match(pattern, name) for name in names):
             return kind
