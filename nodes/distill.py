@@ -7,7 +7,7 @@ from dataclasses import asdict
 from comfy_api.v0_0_2 import io
 
 from ..training.jobs import host
-from ..training.jobs.store import POLICIES
+from ..training.jobs.host import POLICIES
 from ..training.spec import OBJECTIVES, PRECISIONS, build
 from .host import checkpoint_names, lora_names, show
 

@@ -1,4 +1,4 @@
-"""What a running job tells in words and figures. Without torch, for processes that only watch."""
+"""A running job's reports: its status and its metrics. Without torch, for processes that follow."""
 
 from __future__ import annotations
 
@@ -6,39 +6,46 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import disk
+from .jobs.records import Status
 
 
 class Journal:
-    """status.json, rewritten at once, and metrics.jsonl, appended. Only rank 0 has one."""
+    """Writes status.json and appends to metrics.jsonl. Only rank 0 has one."""
 
     def __init__(self, job: Path):
-        self.status_file, self.metrics_file = job / "status.json", job / "metrics.jsonl"
-        self.status: dict[str, Any] = {"pid": os.getpid(), "started": time.time()}
-        # As far as the process before came: this one has something to tell after some steps only.
-        before = disk.read_object(self.status_file)
-        self.status |= {key: before[key] for key in ("step", "loss") if key in before}
+        self.job, self.metrics_file = job, job / "metrics.jsonl"
+        # Step and loss of the process before stay until this one has figures of its own.
+        before = Status.read(job) or Status()
+        self.status = Status(os.getpid(), time.time(), step=before.step, loss=before.loss)
 
-    def state(self, state: str, **told: Any) -> None:
-        """Writes the job's state (preparing, running, paused, done, failed) and what is told."""
-        self.status |= {"state": state, "updated": time.time(), **told}
-        disk.replace(self.status_file, json.dumps(self.status, indent=1, ensure_ascii=False))
+    def state(self, state: str, **changes: Any) -> None:
+        """Writes the job's state and these fields of its Status; the others stay."""
+        self.status = replace(self.status, state=state, updated=time.time(), **changes)
+        self.status.write(self.job)
 
-    def metrics(self, **figures: float | int | dict) -> None:
-        # JSON has no infinity, as a gradient in half precision may be now and then.
-        known = {
+    def repeat(self, status: Status) -> None:
+        """Writes another process's report, such as the one of a job on a cluster, as its own."""
+        own = self.status
+        self.status = replace(status, pid=own.pid, started=own.started, updated=time.time())
+        self.status.write(self.job)
+
+    def metrics(self, **figures: float | int | dict[str, float]) -> None:
+        # JSON has no infinity, which a gradient in half precision may reach.
+        finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in figures.items()
         }
-        line = json.dumps({"time": round(time.time(), 3), **known})
+        line = json.dumps({"time": round(time.time(), 3), **finite})
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops the metrics of steps that a crash has undone, and a line it has torn."""
+        """Drops the metrics of steps that a crash has undone, and a line that it has torn."""
         if not self.metrics_file.exists():
             return
         kept = []

@@ -59,11 +59,11 @@ def main(arguments: list[str]) -> int:
     if chosen.spec is None:
         parser.error("name the job's spec.json")
     if chosen.ray:
-        from lcm_lora.training.jobs import ray_job
+        from lcm_lora.training.cluster import follower
 
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         log.setLevel(logging.INFO)
-        return ray_job.main(chosen.spec, chosen.ray)
+        return follower.main(chosen.spec, chosen.ray)
     from lcm_lora.training import disk
     from lcm_lora.training.journal import Journal
     from lcm_lora.training.memory import TooLittleMemory

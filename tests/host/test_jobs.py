@@ -19,7 +19,7 @@ from lcm_lora.tests.host.queued import (
     until,
 )
 from lcm_lora.tests.tally import half_files, orphans
-from lcm_lora.training.jobs import processes, supervisor
+from lcm_lora.training.jobs import processes, states, supervisor
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Data
 from safetensors.torch import save_file
@@ -157,7 +157,6 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
     comfy, store, job, monkeypatch, policy, device, times
 ):
     import comfy.model_management as management
-    from lcm_lora.nodes import jobs
     from lcm_lora.training.jobs import host
 
     waited, _ = store.create(job(), "a", device, policy=policy)
@@ -169,9 +168,9 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
             (store.path(waited) / "status.json").write_text('{"state": "done"}')
 
     monkeypatch.setattr(host, "store", lambda: store)
-    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(host, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(management, "unload_all_models", lambda: calls.append("unload"))
-    assert jobs._ended(store.job(waited)).state == "done"
+    assert host._done(store.job(waited), lambda _: None).state == "done"
     assert calls == ["unload"] * times + ["look"] * (6 - times)
 
 
@@ -260,7 +259,7 @@ def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_p
     (host / "comfy" / "__init__.py").touch()
     (host / "comfy" / "sd.py").touch()
     (host / "comfy" / "options.py").write_text("import os, signal; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(supervisor, "PAUSES", (0.1, 0.1, 0.1))
+    monkeypatch.setattr(states, "PAUSES", (0.1, 0.1, 0.1))
     bad, _ = store.create(job("bad", host=str(host)), "bad")
     assert supervisor.main(store.folder) == 0
     found = store.job(bad)

@@ -11,6 +11,7 @@ from filelock import FileLock
 from lcm_lora.training import disk, run
 from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs import store as store_module
+from lcm_lora.training.jobs.records import Control
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Spec
 
@@ -126,10 +127,10 @@ def test_one_that_fails_after_it_was_asked_to_end_has_failed(store, tmp_path, as
 
 def test_only_one_that_has_stepped_aside_is_told_to_come_back(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
-    me = {"pid": os.getpid(), "identity": processes.identity(os.getpid())}
-    told = lambda: (store.job(job).state, store.job(job).told()["aside"])  # noqa: E731
+    me = processes.Process.this()
+    told = lambda: (store.job(job).state, store.job(job).public()["aside"])  # noqa: E731
     assert told() == ("queued", False)
-    tell(store, job, "supervisor", **me, turn=0)
+    tell(store, job, "supervisor", **vars(me), turn=0)
     store.ask(job, "pause", aside=me)
     assert told() == ("stopping", True)
     tell(store, job, "supervisor", ended="paused", turn=0)
@@ -214,14 +215,14 @@ def test_looks_of_several_threads_do_not_disturb_each_other(store, tmp_path):
 def test_a_job_that_is_deleted_while_it_is_read_is_no_job(store, tmp_path, monkeypatch, file):
     jobs = [store.create(spec(tmp_path, name), name)[0] for name in "ab"]
     other, _ = store.create(spec(tmp_path, "c"), "c")
-    read = disk.read_object
+    read = disk.read_json
 
     def read_as_it_goes(path):
         if path.name == file and path.parent.name in jobs and path.parent.exists():
             path.parent.rename(tmp_path / path.parent.name)
         return read(path)
 
-    monkeypatch.setattr(disk, "read_object", read_as_it_goes)
+    monkeypatch.setattr(disk, "read_json", read_as_it_goes)
     fresh = Store(store.folder)  # which has read none of them yet
     with pytest.raises(KeyError, match=jobs[0]):
         fresh.job(jobs[0])
@@ -362,7 +363,7 @@ def test_a_torn_control_file_is_whole_again(store, tmp_path):
     before = whole.read_text()
     torn.write_text('{"order": 1')
     store.clean(10, 1e9)
-    assert json.loads(torn.read_text()) == {} and whole.read_text() == before
+    assert Control.read(torn.parent) == Control() and whole.read_text() == before
 
 
 def test_a_lock_that_is_held_is_told_without_a_path(store, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ LIBRARIES = {
     "regex",  # with transformers, which requires it
 }  # fmt: skip
 # A program of its own, which registers the pack under this name; and one that runs on a cluster.
-ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/jobs/ray_entry.py": {"ray"}}
+ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/cluster/entry.py": {"ray"}}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:

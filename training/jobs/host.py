@@ -8,18 +8,31 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
 import torch
+from comfy import model_management
+from comfy.utils import ProgressBar
 
-from ...lora.files import inside
+from ...lora.acceleration import FAMILY
+from ...lora.blocks import place_of
+from ...lora.delta import Vector
+from ...lora.files import inside, read
+from .. import checkpoints
+from ..cluster import settings
+from ..cluster.settings import Cluster
+from ..export import vector, with_styles
 from ..spec import Data, Spec, StyleLoRA
-from . import ray_job, supervisor
-from .store import POLICIES, Store
+from ..spec import read as read_spec
+from . import supervisor
+from .records import on_cluster
+from .store import Job, Store
+
+POLICIES = ("yield", "exclusive", "share")
 
 SOURCES = ("prompts", "prompt file", "pictures")
 # The server's own flags that decide how a model is loaded and computed: alone, or with a value.
@@ -31,6 +44,7 @@ FLAGS = (
 )  # fmt: skip
 VALUED_FLAGS = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 2_000
+LOOK = 0.5  # seconds between looks at a job that a prompt waits for
 _stores: dict[Path, Store] = {}
 waiting: list[str] = []
 """Ids of the jobs that a running prompt waits for: they must not step aside for it."""
@@ -106,7 +120,7 @@ def start(order: Order) -> tuple[str, bool]:
     if order.policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {order.policy!r}.")
     jobs = store()
-    device, count = _devices(order.device, jobs.folder.parent / ray_job.SETTINGS)
+    device, count = _devices(order.device, jobs.folder.parent / settings.FILE)
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
     queued = jobs.create(spec, name, device, count, order.policy, _visible(device))
@@ -124,8 +138,8 @@ def _devices(device: str, cluster: Path) -> tuple[str, int]:
             'device must be empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" '
             f"for so many workers of your Ray cluster, found {device!r}."
         )
-    if device.startswith("ray"):
-        ray_job.Cluster.read(cluster)
+    if on_cluster(device):
+        Cluster.read(cluster)
         return device, int(device.partition(":")[2] or 1)
     numbers, there = [int(number) for number in device.split(",") if number], len(_there())
     if missing := [number for number in numbers if number >= there]:
@@ -156,26 +170,69 @@ def _there() -> list[str]:
 
 def _visible(device: str) -> str:
     """What a job's CUDA_VISIBLE_DEVICES must be, "" to leave it."""
-    if device.startswith("ray"):
+    if on_cluster(device):
         return ""
     there = _there() or [""]
     return ",".join(there[int(number)] for number in (device or "0").split(","))
 
 
-@contextmanager
-def waited_for(job: str) -> Iterator[None]:
-    """Inside, a prompt waits for this job."""
-    waiting.append(job)
-    try:
-        yield
-    finally:
-        waiting.remove(job)
-
-
 def work() -> None:
-    """Sees that somebody works on the queue. Takes some milliseconds; up to seconds when one who
-    did is just dying."""
+    """Makes sure that a supervisor runs. Takes milliseconds, or seconds if one is just ending."""
     supervisor.ensure(store().folder)
+
+
+def result(identifier: str, wait: bool, show: Callable[[str], None]) -> tuple[Vector, str]:
+    """(the LoRA of a job, its name in ComfyUI's list). For a job that is not done: the LoRA of its
+    newest checkpoint, and "".
+
+    Raises NoJob for an unknown job, and ValueError if there is no LoRA yet, or if the job that is
+    waited for fails or is paused.
+
+    Args:
+        wait: first wait until the job is done. show: is called with lines about the progress.
+    """
+    job = store().job(identifier)
+    if wait and job.state != "done":
+        job = _done(job, show)
+    if job.lora_name is not None:
+        file = Path(folder_paths.get_full_path_or_raise("loras", job.lora_name))
+        return read(file), job.lora_name
+    newest = checkpoints.newest(store().checkpoints(identifier))
+    if newest is None:
+        raise ValueError(f"The job {job.name!r} has no checkpoint yet: {job.progress()}.")
+    spec = read_spec(store().path(identifier) / "spec.json")
+    source = f"{job.name}, step {newest.step}"
+    made = vector(newest.adapter, spec.lora_alpha, {FAMILY: spec.objective}, source)
+    show(f"The LoRA after step {newest.step}")
+    return with_styles(made, [_style(lora) for lora in spec.loras]), ""
+
+
+def _done(job: Job, show: Callable[[str], None]) -> Job:
+    """Waits until the job is done. Raises ValueError if it fails or is paused by a user."""
+    if not job.on_cluster and job.policy != "share":
+        # The server unloads models between prompts only, and this prompt lasts as long as the job.
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
+    bar = ProgressBar(max(1, job.steps))
+    waiting.append(job.id)
+    try:
+        while job.state != "done":
+            model_management.throw_exception_if_processing_interrupted()
+            if job.state == "failed" or (job.state == "paused" and not job.aside):
+                raise ValueError(f"The job {job.name!r} is {job.progress()}.")
+            bar.update_absolute(job.step, max(1, job.steps))
+            show(job.progress())
+            time.sleep(LOOK)
+            job = store().job(job.id)
+    finally:
+        waiting.remove(job.id)
+    return job
+
+
+def _style(lora: StyleLoRA) -> tuple[Vector, float]:
+    """The part of a style that the teacher took over, the one for the model, and its strength."""
+    style = read(Path(lora.path))
+    return style.only({m for m in style.modules() if place_of(m) != "text"}), lora.strength
 
 
 def _spec(order: Order, banks: Path) -> Spec:

@@ -3,7 +3,8 @@
 import pytest
 from lcm_lora.training import disk
 from lcm_lora.training.captioned import find
-from lcm_lora.training.jobs.ray_job import Cluster, Follower
+from lcm_lora.training.cluster.follower import Follower
+from lcm_lora.training.cluster.settings import Cluster
 from lcm_lora.training.journal import Journal
 from lcm_lora.training.spec import Spec
 
