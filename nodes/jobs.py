@@ -17,11 +17,12 @@ from ..lora.blocks import place_of
 from ..lora.delta import Vector
 from ..lora.files import read
 from ..lora.wire import to_wire
-from ..training import checkpoints, spec
+from ..training import spec
 from ..training.export import vector, with_styles
 from ..training.jobs import host, metrics, ray_job
 from ..training.jobs.store import Job, NoJob
 from ..training.spec import StyleLoRA
+from ..training.state import checkpoints
 from .chart import chart
 from .distill import CATEGORY, LCMJob
 from .host import lora_path, show

@@ -31,9 +31,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import disk
-from ..journal import Journal
 from ..run import DISK_FULL, ROOT, disk_is_full
 from ..spec import Spec, build, read
+from ..state.journal import Journal
 
 log = logging.getLogger("lcm_lora")
 SETTINGS = "ray.json"  # beside the folder of jobs

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import disk
+from .. import disk
 
 
 class Journal:
