@@ -3,9 +3,9 @@
 import json
 import math
 
-from lcm_lora.training.answers import folder
-from lcm_lora.training.journal import Journal
+from lcm_lora.training.data.answers import folder
 from lcm_lora.training.spec import Spec
+from lcm_lora.training.state.journal import Journal
 
 
 def test_a_process_that_goes_on_tells_how_far_the_one_before_came(tmp_path):

@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 
 from .. import disk
 from ..jobs.records import Control, Handover, Outline, Result, Status
-from ..journal import Journal
 from ..spec import Spec, read
+from ..state.journal import Journal
 from .api import ENDED, Api, NoAnswer
 from .settings import Cluster
 

@@ -22,12 +22,12 @@ from ...lora.acceleration import FAMILY
 from ...lora.blocks import place_of
 from ...lora.delta import Vector
 from ...lora.files import inside, read
-from .. import checkpoints
 from ..cluster import settings
 from ..cluster.settings import Cluster
 from ..export import vector, with_styles
 from ..spec import Data, Spec, StyleLoRA
 from ..spec import read as read_spec
+from ..state import checkpoints
 from . import supervisor
 from .records import on_cluster
 from .store import Job, Store

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import disk
-from .jobs.records import Status
+from .. import disk
+from ..jobs.records import Status
 
 
 class Journal:
