@@ -198,7 +198,8 @@ def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeyp
     """With a second folder, as extra_model_paths.yaml names it."""
     import folder_paths
     from comfy.sd1_clip import load_embed
-    from lcm_lora.training.jobs.host import Order, _spec
+    from lcm_lora.training.jobs.host import _spec
+    from lcm_lora.training.jobs.order import Order
 
     kept = folder_paths.folder_names_and_paths["embeddings"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([*kept[0]], kept[1]))
@@ -239,17 +240,17 @@ def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
 
 def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path, monkeypatch):
     import folder_paths
-    from lcm_lora.training.jobs.host import _given
+    from lcm_lora.training.jobs.host import _input
 
     given, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
     for folder in (given, elsewhere):
         folder.mkdir()
     (given / "linked").symlink_to(elsewhere)
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(given))
-    assert _given("linked") == str(given / "linked")
+    assert _input("linked") == str(given / "linked")
     for name in ("linked/../../elsewhere", "../elsewhere", str(elsewhere), ".", "linked/..", ""):
         with pytest.raises(ValueError, match="is not inside ComfyUI's input folder"):
-            _given(name)
+            _input(name)
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .. import disk
-from ..spec import build
+from ..checked import build, setting
 
 FILE = "ray.json"  # beside the folder of jobs
 HELP = (
@@ -18,23 +18,17 @@ HELP = (
 
 @dataclass(frozen=True)
 class Cluster:
-    """The settings, from a file that no page and no workflow can read.
+    """The settings, from a file that no page and no workflow can read."""
 
-    Attributes:
-        address: the URL of Ray's dashboard. token: for a cluster that requires one.
-        storage: the path of the shared folder on this machine; storage_there: its path on the
-            cluster, "" if it is the same.
-        host: ComfyUI's folder on the cluster, whose Python needs ComfyUI's requirements.
-        gpus, cpus: resources of each worker; with 0 GPUs it trains on the CPU.
-    """
-
-    address: str
-    storage: str
-    host: str
-    storage_there: str = ""
-    token: str = ""
-    gpus: float = 1.0
-    cpus: float = 1.0
+    address: str = setting("The URL of Ray's dashboard.")
+    storage: str = setting("The path of the shared folder on this machine.")
+    host: str = setting(
+        "ComfyUI's folder on the cluster, whose Python needs ComfyUI's requirements.", is_path=True
+    )
+    storage_there: str = setting("The shared folder's path on the cluster, if it differs.", "")
+    token: str = setting("For a cluster that requires one.", "")
+    gpus: float = setting("GPUs of each worker; with 0 it trains on the CPU.", 1.0)
+    cpus: float = setting("CPUs of each worker.", 1.0)
 
     @classmethod
     def read(cls, file: Path) -> Cluster:
@@ -42,7 +36,7 @@ class Cluster:
         content = disk.read_json(file)
         if content is None:
             raise ValueError(f"The cluster's settings {file} are missing or not JSON. {HELP}")
-        cluster: Cluster = build(cls, content, file.name)
+        cluster = build(cls, content, file.name)
         if not cluster.address.startswith(("http://", "https://")):
             raise ValueError(f"address must begin with http:// or https://. {HELP}")
         if not Path(cluster.storage).is_dir():

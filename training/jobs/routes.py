@@ -21,10 +21,11 @@ from filelock import Timeout
 from server import PromptServer
 
 from .. import disk
-from ..spec import build
+from ..checked import build, schema
 from . import host
 from .beside import Beside
 from .metrics import read
+from .order import DataOrder, Order
 from .records import Attempt, Result
 from .states import ACTIVE
 from .store import Busy, Job, NoJob
@@ -221,7 +222,7 @@ def samples(request: web.Request) -> web.Response:
 
 
 def create(request: web.Request, body: dict[str, Any]) -> web.Response:
-    identifier, new = host.start(build(host.Order, body, "the request"))
+    identifier, new = host.start(build(Order, body, "the request"))
     return _json({"id": identifier, "new": new}, 201 if new else 200)
 
 
@@ -259,7 +260,11 @@ def move(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def openapi(request: web.Request) -> Any:
-    return json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
+    """The file, with the schemas of an order's settings."""
+    document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
+    orders = {kind.__name__: schema(kind) for kind in (Order, DataOrder)}
+    document["components"]["schemas"] |= orders
+    return document
 
 
 READS: dict[str, Handler] = {
