@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
@@ -41,7 +43,7 @@ class LCMJobStatus(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_) -> float:
+    def fingerprint_inputs(cls, **_: Any) -> float:
         return float("nan")
 
     @classmethod
@@ -91,7 +93,7 @@ class LCMJobResult(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_) -> float:
+    def fingerprint_inputs(cls, **_: Any) -> float:
         return float("nan")
 
     @classmethod

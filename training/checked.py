@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -102,7 +101,6 @@ def same(kind: type, name: str, default: Any = None) -> Any:
     return field(default=value, metadata={"setting": theirs.setting})
 
 
-@cache
 def declared(kind: type) -> dict[str, Declared]:
     """The settings of a dataclass by name, in its order."""
     hints = get_type_hints(kind)

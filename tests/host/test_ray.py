@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from lcm_lora.tests.host.queued import ended, gone, kill_supervisor, trainer, until
-from lcm_lora.training.cluster.settings import FILE, Cluster
+from lcm_lora.training.cluster.settings import Cluster
 from lcm_lora.training.jobs import processes, supervisor
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -65,7 +65,7 @@ def settings(store, comfy, tmp_path):
         storage.mkdir(exist_ok=True)
         told = {"address": address, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
         told["token"] = token
-        (store.folder.parent / FILE).write_text(json.dumps(told))
+        (store.folder.parent / Cluster.FILE).write_text(json.dumps(told))
         return storage
 
     return write

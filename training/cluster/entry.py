@@ -51,7 +51,7 @@ def main() -> int:
     places = placement_group([needs] * count, strategy="PACK")
     ray.get(places.ready())
     workers = [
-        Worker.options(
+        Worker.options(  # type: ignore[attr-defined]
             num_cpus=order["cpus"],
             num_gpus=order["gpus"],
             scheduling_strategy=PlacementGroupSchedulingStrategy(places, i),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from .. import disk
 from ..checked import build, setting
 
-FILE = "ray.json"  # beside the folder of jobs
 HELP = (
     'It is a JSON file: {"address": "http://head:8265", "storage": "/folder/that/all/see", '
     '"host": "/ComfyUI/on/the/cluster"}, with "token", "storage_there", "gpus" and "cpus" where '
@@ -20,6 +20,7 @@ HELP = (
 class Cluster:
     """The settings, from a file that no page and no workflow can read."""
 
+    FILE: ClassVar[str] = "ray.json"  # beside the folder of jobs
     address: str = setting("The URL of Ray's dashboard.")
     storage: str = setting("The path of the shared folder on this machine.")
     host: str = setting(

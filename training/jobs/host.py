@@ -21,7 +21,6 @@ from ...lora.blocks import place_of
 from ...lora.delta import Vector
 from ...lora.files import inside, read
 from ..checked import shared
-from ..cluster import settings
 from ..cluster.settings import Cluster
 from ..export import vector, with_styles
 from ..spec import Data, Spec, StyleLoRA
@@ -60,7 +59,7 @@ def start(order: Order) -> tuple[str, bool]:
     that does not exist, or a LoRA's name that is taken.
     """
     jobs = store()
-    device, count = _devices(order.device, jobs.folder.parent / settings.FILE)
+    device, count = _devices(order.device, jobs.folder.parent / Cluster.FILE)
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
     queued = jobs.create(spec, name, device, count, order.policy, _visible(device))

@@ -57,7 +57,7 @@ class Record:
     def _built(cls: type[R], content: Any) -> R | None:
         if not isinstance(content, dict):
             return None
-        kinds = _kinds(cls)
+        kinds = _kinds(cls)  # type: ignore[arg-type] # a class is hashable
         values = {name: _value(kinds[name], content[name]) for name in kinds.keys() & content}
         return cls(**{name: value for name, value in values.items() if value is not None})
 

@@ -286,7 +286,7 @@ CHANGES: dict[str, ChangeHandler] = {
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:
     """The job's settings without the server's paths."""
     hidden = ("host", "host_flags", "checkpoint", "output", "banks", "embeddings", "loras", "data")
-    data = spec.get("data")
     shown = {name: value for name, value in spec.items() if name not in hidden}
-    known = data if isinstance(data, dict) else {}
-    return shown | {"data": {name: value for name, value in known.items() if name != "path"}}
+    data = spec.get("data")
+    items = data.items() if isinstance(data, dict) else ()
+    return shown | {"data": {name: value for name, value in items if name != "path"}}

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .. import disk
-from ..cluster import settings
+from ..cluster.settings import Cluster
 from . import processes, states
 from .processes import Process
 from .records import Attempt, Control, Outline, Status
@@ -148,7 +148,7 @@ class Supervisor:
         control, before = self._control(job), self._attempt(job)
         command, target = [sys.executable], [str(path / Outline.FILE)]
         if job.on_cluster:
-            target = ["--ray", str(self.store.folder.parent / settings.FILE), *target]
+            target = ["--ray", str(self.store.folder.parent / Cluster.FILE), *target]
         elif control.processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
             command += ["--nproc-per-node", str(control.processes)]
