@@ -162,26 +162,6 @@ def test_a_process_that_ended_is_noticed_though_no_file_changed(store, tmp_path)
     assert processes.identity(child.pid) is None
 
 
-@pytest.mark.parametrize(
-    "control, supervisor, status, wanted",
-    [
-        ({}, {}, {}, "queued"),
-        ({"action": "pause"}, {}, {}, "paused"),
-        ({}, {"pid": 1, "ended": "crashed", "turn": 0}, {"state": "running"}, "queued"),
-        ({}, {"pid": 1, "ended": "failed", "turn": 0}, {}, "failed"),
-        ({"turn": 1}, {"pid": 1, "ended": "failed", "turn": 0}, {"state": "failed"}, "queued"),
-        ({}, {"pid": 1, "ended": "paused", "turn": 0}, {"state": "paused"}, "paused"),
-        ({"action": "stop"}, {"pid": 1, "ended": "paused", "turn": 0}, {}, "paused"),
-        ({"action": "finish"}, {"pid": 1, "ended": "done", "turn": 0}, {"state": "done"}, "done"),
-    ],
-)
-def test_the_state_follows_from_the_files(store, tmp_path, control, supervisor, status, wanted):
-    job, _ = store.create(spec(tmp_path), "a")
-    for name, content in (("control", control), ("supervisor", supervisor), ("status", status)):
-        tell(store, job, name, **content)
-    assert state(store, job) == wanted
-
-
 @pytest.mark.parametrize("name", ["spec", "control", "supervisor", "status"])
 @pytest.mark.parametrize("content", [None, "", '{"state": "ru', "[1]", "\x00\x00", '{"step": "x"}'])
 def test_a_torn_or_missing_file_is_a_state_and_no_exception(store, tmp_path, name, content):

@@ -70,7 +70,7 @@ def after_end(control: Control, attempt: Attempt, status: Status, code: int | No
         return replace(attempt, ended="paused", message=report.message)
     crashes = 1 if report.step > attempt.step else attempt.crashes + 1
     if crashes > CRASHES:
-        reason = f": {report.message}" if report.crash else "."
+        reason = f": {report.message.removesuffix('.')}." if report.crash else "."
         message = (
             f"The training crashed {crashes} times in a row at step {report.step}{reason} "
             "See the log for details."
