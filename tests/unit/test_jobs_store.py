@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from lcm_lora.training import disk, run
+from lcm_lora.training.jobs import job as job_module
 from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs import store as store_module
 from lcm_lora.training.jobs.records import Control
@@ -405,7 +406,7 @@ def test_a_fault_of_ours_is_no_job_that_is_gone(store, tmp_path, monkeypatch):
     def faulty(*_):
         raise KeyError("rows")
 
-    monkeypatch.setattr(store_module, "state_of", faulty)
+    monkeypatch.setattr(job_module, "state_of", faulty)
     with pytest.raises(KeyError, match="rows"):
         store.jobs()
     missing = FileNotFoundError(2, "No such file", "python")

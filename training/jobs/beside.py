@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .job import Job
 from .processes import Process
 from .states import ACTIVE
-from .store import Job, Store
+from .store import Store
 
 log = logging.getLogger("lcm_lora")
 TICK = 0.5  # seconds between rounds

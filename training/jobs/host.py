@@ -27,9 +27,10 @@ from ..spec import Data, Spec, StyleLoRA
 from ..spec import read as read_spec
 from ..state import checkpoints
 from . import supervisor
+from .job import Job
 from .order import DataOrder, Order
 from .records import on_cluster
-from .store import Job, Store
+from .store import Store
 
 # ComfyUI's own flags that decide how a model is loaded and computed: alone, or with a value.
 FLAGS = (

@@ -24,11 +24,12 @@ from .. import disk
 from ..checked import build, schema
 from . import host
 from .beside import Beside
+from .job import Job, NoJob
 from .metrics import read
 from .order import DataOrder, Order
 from .records import Attempt, Result
 from .states import ACTIVE
-from .store import Busy, Job, NoJob
+from .store import Busy
 
 log = logging.getLogger("lcm_lora")
 LARGEST = 1 << 20  # bytes of a request

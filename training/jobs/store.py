@@ -1,8 +1,4 @@
-"""The jobs on disk, a folder each.
-
-A job's state is computed from its files (records.py, states.py), so any process may die at any
-moment.
-"""
+"""The folder of all jobs: created, listed, ordered, asked and deleted by any process."""
 
 from __future__ import annotations
 
@@ -15,33 +11,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ...lora.whole import patiently
 from .. import disk
 from ..spec import Spec
+from .job import WAITING, Job, NoJob, Stamps, read, stamps_of
 from .processes import Process
-from .records import Attempt, Control, Handover, Outline, Status, on_cluster
-from .states import ACTIVE, state_of
+from .records import Control, Handover, Outline
+from .states import ACTIVE
 
 CHANGED = ".changed"
 SETTLED = 5.0  # seconds without a change; some file systems keep times in whole seconds
 LONGEST = 20.0  # seconds to wait for another process's change
-WAITING = ("queued", "lost")
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_WATCHED = tuple(record.FILE for record in (Outline, Control, Attempt, Status))
-Stamps = tuple[tuple[int, int], ...]  # time of change in ns and size of each file
-
-
-class NoJob(KeyError):
-    """No job has this id, or it was deleted."""
-
-    def __str__(self) -> str:
-        return f"There is no job {self.args[0]}."
 
 
 class Busy(TimeoutError):
@@ -49,77 +35,6 @@ class Busy(TimeoutError):
 
     def __init__(self) -> None:
         super().__init__("Another process is changing the jobs. Try again in a moment.")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job, as its files describe it.
-
-    Attributes:
-        state: queued, preparing, running, stopping, paused, done, failed, or lost: its process
-            died and the supervisor has not restarted it yet.
-        loss: None before the first report. seconds_left: None unless it is running.
-        created, changed: seconds since 1970.
-        device, policy, aside, order, key: see records.Control.
-        visible: the devices it trains on in the driver's names, "" if there is no choice.
-    """
-
-    id: str
-    name: str
-    state: str
-    message: str
-    step: int
-    steps: int
-    loss: float | None
-    seconds_left: float | None
-    created: float
-    changed: float
-    checkpoint: str
-    device: str
-    policy: str
-    aside: Process | None
-    lora_name: str | None
-    order: float
-    key: str
-    error: str | None
-    visible: str
-
-    @property
-    def on_cluster(self) -> bool:
-        """Whether it trains on a cluster and uses nothing of this machine."""
-        return on_cluster(self.device)
-
-    @property
-    def waits(self) -> bool:
-        """Whether it will go on without a user, so that a supervisor must run."""
-        return self.state in WAITING or (self.state == "paused" and self.aside is not None)
-
-    @property
-    def is_forsaken(self) -> bool:
-        """Whether it is paused for a server that no longer runs."""
-        return self.state == "paused" and self.aside is not None and not self.aside.alive
-
-    def public(self) -> dict[str, Any]:
-        """What a page shows; `aside` is whether it will go on without a user."""
-        internal = ("order", "key", "visible")
-        shown = {name: value for name, value in vars(self).items() if name not in internal}
-        return shown | {"aside": bool(self.aside) and self.state in ("paused", "stopping")}
-
-    def progress(self) -> str:
-        """A line with state, step, loss, time left and message."""
-        parts = [self.state]
-        if self.step:
-            parts.append(f"step {self.step} of {self.steps}")
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:.4f}")
-        if self.seconds_left is not None:
-            minutes, seconds = divmod(int(self.seconds_left), 60)
-            hours, minutes_of_hour = divmod(minutes, 60)
-            long, short = f"{hours} h {minutes_of_hour} min left", f"{minutes} min {seconds} s left"
-            parts.append(long if hours else short)
-        if self.message and self.state != "running":
-            parts.append(self.message)
-        return ", ".join(parts)
 
 
 class Store:
@@ -135,7 +50,7 @@ class Store:
 
     def path(self, identifier: str) -> Path:
         """The folder of a job. Raises ValueError if it is not an id, NoJob if it is unknown."""
-        if not isinstance(identifier, str) or not is_id(identifier):
+        if not isinstance(identifier, str) or not _is_id(identifier):
             raise ValueError(f"A job's id is a UUID, found {identifier!r}.")
         path = self.folder / identifier
         if not path.is_dir():
@@ -210,7 +125,7 @@ class Store:
         """
         # These stamps change when a job is created, deleted or asked something, and when a
         # supervisor starts or ends.
-        stamps = _stamps(self.folder, (".", CHANGED))
+        stamps = stamps_of(self.folder, (".", CHANGED))
         if stamps != self._stamps:
             self._stamps, self._moved_at = stamps, time.monotonic()
         elif self._is_at_rest and time.monotonic() - self._moved_at > SETTLED:
@@ -318,7 +233,7 @@ class Store:
             return  # it is created with the first job
         with os.scandir(self.folder) as entries:  # with thousands of jobs, faster than pathlib
             for entry in entries:
-                if is_id(entry.name) and entry.is_dir():
+                if _is_id(entry.name) and entry.is_dir():
                     yield Path(entry.path)
 
     @contextmanager
@@ -327,7 +242,7 @@ class Store:
         try:
             yield
         except FileNotFoundError:
-            if not is_id(identifier) or (self.folder / identifier).exists():
+            if not _is_id(identifier) or (self.folder / identifier).exists():
                 raise
             raise NoJob(identifier) from None
 
@@ -370,64 +285,12 @@ class Store:
 
     def _read(self, path: Path) -> tuple[Stamps, Job]:
         """A job, and the stamps of the files it was read from."""
-        stamps = _stamps(path)
+        stamps = stamps_of(path)
         seen = self._seen.get(path.name)
         if seen is None or seen[0] != stamps or seen[1].state in ACTIVE:
             return stamps, read(path)
         return seen
 
 
-def read(path: Path) -> Job:
-    """The job in a folder. Files that are torn or missing are a state, not an exception.
-
-    Raises NoJob if the folder is gone.
-    """
-    outline = Outline.read(path)
-    control = Control.read(path) or Control()
-    status = Status.read(path) or Status()
-    state, message = "failed", "The job's description spec.json is damaged or gone."
-    if outline is not None:
-        state, message = state_of(control, Attempt.read(path) or Attempt(), status)
-    outline = outline or Outline()
-    # If control.json is torn, the name of the LoRA file is the best that is left.
-    name = control.name or Path(outline.output or path.name).stem
-    changed = max(nanoseconds for nanoseconds, _ in _stamps(path)) / 1e9
-    if not path.is_dir():  # checked last: the job may be deleted while its files are read
-        raise NoJob(path.name)
-    return Job(
-        id=path.name,
-        name=name,
-        state=state,
-        message=message,
-        step=status.step,
-        steps=outline.steps,
-        loss=status.loss,
-        seconds_left=status.seconds_left if state == "running" else None,
-        created=control.created,
-        changed=changed,
-        checkpoint=Path(outline.checkpoint).name,
-        device=control.device,
-        policy=control.policy,
-        aside=control.aside,
-        lora_name=f"{name}.safetensors" if state == "done" else None,
-        order=control.order,
-        key=control.key,
-        error=message if state == "failed" else None,
-        visible=control.device if control.visible is None else control.visible,
-    )
-
-
-def _stamps(path: Path, names: tuple[str, ...] = _WATCHED) -> Stamps:
-    """Zeros for a file that does not exist."""
-    stamps = []
-    for name in names:
-        try:
-            stat = os.stat(f"{path}{os.sep}{name}")
-            stamps.append((stat.st_mtime_ns, stat.st_size))
-        except OSError:
-            stamps.append((0, 0))
-    return tuple(stamps)
-
-
-def is_id(name: str) -> bool:
+def _is_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None

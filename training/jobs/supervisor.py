@@ -21,10 +21,11 @@ from filelock import FileLock, Timeout
 from .. import disk
 from ..cluster.settings import Cluster
 from . import processes, states
+from .job import Job
 from .processes import Process
 from .records import Attempt, Control, Outline, Status
 from .states import ACTIVE
-from .store import Job, Store
+from .store import Store
 
 log = logging.getLogger("lcm_lora")
 RUN = Path(__file__).resolve().parents[1] / "run.py"
