@@ -18,13 +18,13 @@ import psutil
 from ..lora.whole import TEMPORARY, patiently, sync, temporary_beside, whole_file
 from ..lora.whole import sha256 as sha256
 
-DISK_FULL = 75  # exit status of a trainer that is paused because the disk is full
+DISK_FULL = 75  # exit status of a process that paused because the disk is full
 
 
 def disk_is_full(error: OSError) -> bool:
-    """By its number, or by the words of a library that hides it (Windows has 112)."""
+    """By the error's number, or by the words of a library that hides it (112 is Windows')."""
+    numbers = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no EDQUOT
     words = r"No space left|quota exceeded|os error (28|112)\b"
-    numbers = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no quota's number
     return error.errno in numbers or bool(re.search(words, str(error)))
 
 
