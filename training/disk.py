@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,15 @@ import psutil
 
 from ..lora.whole import TEMPORARY, patiently, sync, temporary_beside, whole_file
 from ..lora.whole import sha256 as sha256
+
+DISK_FULL = 75  # exit status of a process that paused because the disk is full
+
+
+def disk_is_full(error: OSError) -> bool:
+    """By the error's number, or by the words of a library that hides it (112 is Windows')."""
+    numbers = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no EDQUOT
+    words = r"No space left|quota exceeded|os error (28|112)\b"
+    return error.errno in numbers or bool(re.search(words, str(error)))
 
 
 def replace(path: Path, content: str) -> None:

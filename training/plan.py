@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from . import draws
 from .adapter import Adapter
-from .loop import Progress, loss_of, use_less_memory
+from .data import draws
 from .memory import give_back, is_out_of_memory, recompute_blocks
 from .spec import Spec
+from .state.loop import Progress, loss_of, use_less_memory
 
 TEACHER = "teacher: 2 pictures in one, no gradient"
 

@@ -59,15 +59,15 @@ def main(arguments: list[str]) -> int:
     if chosen.spec is None:
         parser.error("name the job's spec.json")
     if chosen.ray:
-        from lcm_lora.training.jobs import ray_job
+        from lcm_lora.training.cluster import follower
 
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         log.setLevel(logging.INFO)
-        return ray_job.main(chosen.spec, chosen.ray)
+        return follower.main(chosen.spec, chosen.ray)
     from lcm_lora.training import disk
-    from lcm_lora.training.journal import Journal
     from lcm_lora.training.memory import TooLittleMemory
-    from lcm_lora.training.processes import Processes
+    from lcm_lora.training.ranks import Ranks
+    from lcm_lora.training.state.journal import Journal
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
@@ -77,13 +77,13 @@ def main(arguments: list[str]) -> int:
         return 1
     # Before the description is checked, for what is wrong in it only the first process tells.
     flags = disk.read_object(chosen.spec).get("host_flags")
-    processes = Processes.join(isinstance(flags, list) and "--cpu" in flags)
-    journal = Journal(job) if processes.first and not chosen.dry_run else None
+    ranks = Ranks.join(isinstance(flags, list) and "--cpu" in flags)
+    journal = Journal(job) if ranks.first and not chosen.dry_run else None
     try:
-        return _job(chosen.spec, job, processes, journal, chosen.dry_run)
+        return _job(chosen.spec, job, ranks, journal, chosen.dry_run)
     except Paused as paused:
-        # A launcher of several processes ends them all when one fails; else some would wait for it.
-        status = int(processes.world > 1)
+        # A launcher of several ranks ends them all when one fails; else some would wait for it.
+        status = int(ranks.world > 1)
         state, message = "paused", str(paused)
     except (ValueError, TooLittleMemory) as error:
         state, message, status = "failed", str(error), 1
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
             "goes on after its newest checkpoint."
         )
     finally:
-        processes.leave()
+        ranks.leave()
     log.log(logging.ERROR if status else logging.INFO, "%s", message)
     if journal is not None:
         try:
@@ -124,7 +124,7 @@ def _as_package() -> None:
     sys.modules.setdefault("lcm_lora", package)
 
 
-def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
+def _job(spec_file: Path, job: Path, ranks, journal, dry_run: bool) -> int:
     from filelock import FileLock, Timeout
     from lcm_lora.training import disk, result
     from lcm_lora.training.jobs.processes import MARK
@@ -145,7 +145,7 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
     banks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(banks / f"{disk.name_of(str(output))}.lock")
     try:
-        if processes.first:
+        if ranks.first:
             lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
@@ -156,14 +156,14 @@ def _job(spec_file: Path, job: Path, processes, journal, dry_run: bool) -> int:
             journal.state("preparing", message="", steps=spec.steps)
             if MARK in os.environ:
                 _wait_for_device(journal, asked)
-        processes.wait()
+        ranks.wait()
         keep_freed()
         enter(Path(spec.host), spec.host_flags)
         _wait_for_memory(Path(spec.checkpoint), free_memory, journal, asked)
         teacher = Teacher.load(Path(spec.checkpoint), spec.precision, spec.loras, spec.embeddings)
         if MARK in os.environ and teacher.device.type == "cpu" and hasattr(os, "nice"):
             os.nice(NICE)
-        return _distil(spec, job, teacher, processes, journal, asked, dry_run)
+        return _distil(spec, job, teacher, ranks, journal, asked, dry_run)
     finally:
         lock.release()
 
@@ -205,20 +205,21 @@ def _wait_for_memory(checkpoint: Path, free: Callable[[], int], journal, asked) 
         time.sleep(1)
 
 
-def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) -> int:
+def _distil(spec, job: Path, teacher, ranks, journal, asked, dry_run: bool) -> int:
     import torch
-    from lcm_lora.training import bank, disk, export, result, sources
+    from lcm_lora.training import disk, export, result
     from lcm_lora.training.adapter import Adapter
-    from lcm_lora.training.answers import FOLDER as ANSWERS
-    from lcm_lora.training.captioned import summary
-    from lcm_lora.training.loop import Run
+    from lcm_lora.training.data import bank, sources
+    from lcm_lora.training.data.answers import FOLDER as ANSWERS
+    from lcm_lora.training.data.captioned import summary
     from lcm_lora.training.plan import plan
-    from lcm_lora.training.watch import Samples
+    from lcm_lora.training.state.loop import Run
+    from lcm_lora.training.state.samples import Samples
 
     source = sources.source(spec, teacher)
-    for name, reason in source.unused[:LISTED] if processes.first else ():
+    for name, reason in source.unused[:LISTED] if ranks.first else ():
         log.warning("not used: %s: %s", name, reason)
-    if processes.first and len(source.unused) > LISTED:
+    if ranks.first and len(source.unused) > LISTED:
         log.warning("not used: %d more", len(source.unused) - LISTED)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
     if dry_run:
@@ -229,13 +230,13 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         needed += 4 * len(source) * teacher.channels * (spec.resolution // 8) ** 2
     _room(job, needed - _bytes(job / "checkpoints", job / ANSWERS), "checkpoints")
     samples = None
-    if processes.first and spec.sample_every:
+    if ranks.first and spec.sample_every:
         prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
         samples = Samples(job, teacher, prompts, spec.resolution, spec.seed, spec.objective)
     paths = [Path(path) for path in (spec.checkpoint, *(lora.path for lora in spec.loras))]
-    for path in paths if processes.first else ():
+    for path in paths if ranks.first else ():
         result.file_hash(path, Path(spec.banks))
-    processes.wait()  # the others read what the first has remembered
+    ranks.wait()  # the others read what the first has remembered
     base_hash, *styles = [result.file_hash(path, Path(spec.banks)) for path in paths]
     strengths = [lora.strength for lora in spec.loras]
     told = source.settings() | {"loras": list(zip(styles, strengths, strict=True))}
@@ -266,21 +267,21 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
     try:
         with adapter.off():
             bank.build(
-                folder, source, teacher.text, spec.data.skip_limit, processes, progress,
+                folder, source, teacher.text, spec.data.skip_limit, ranks, progress,
                 teacher.free_text_encoders, between,
             )  # fmt: skip
     except RuntimeError:
         # One that has drawn its part and waits loses the connection when another is paused.
-        if processes.world > 1:
+        if ranks.world > 1:
             between()
         raise
     teacher.free_text_encoders()
     teacher.free_vae()
     torch.manual_seed(spec.seed)
     rows = bank.Bank(folder)
-    for reason in rows.skipped if processes.first and not is_new else ():
+    for reason in rows.skipped if ranks.first and not is_new else ():
         log.warning("skipped: %s", reason)
-    run = Run(spec, job, teacher, adapter, rows, processes, journal, samples, asked)
+    run = Run(spec, job, teacher, adapter, rows, ranks, journal, samples, asked)
     if journal is not None:
         begins = f"{len(rows)} examples in the bank"
         journal.state("preparing", message=_with(begins, unused, _skipped(rows.skipped)))
@@ -290,7 +291,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
             journal.state("paused", step=run.step, message=f"paused after step {run.step}")
         log.info("paused after step %d", run.step)
         return 0
-    if processes.first:
+    if ranks.first:
         about = result.about(spec, teacher, run.step, base_hash, folder.name)
         made = export.vector(adapter.state(), adapter.alpha, about, Path(spec.output).stem)
         made = export.with_styles(made, teacher.styles)
@@ -299,7 +300,7 @@ def _distil(spec, job: Path, teacher, processes, journal, asked, dry_run: bool) 
         ready = f"{Path(spec.output).name} is ready"
         message = _with(ready, unused, _skipped(rows.skipped))
         journal.state("done", step=run.step, message=message)
-    processes.wait()
+    ranks.wait()
     return 0
 
 

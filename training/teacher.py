@@ -23,7 +23,7 @@ from ..lora.formats import files
 from ..samplers.guidance import refuse_guidance_embedding
 from . import disk
 from .memory import is_out_of_memory
-from .solver import Schedule
+from .objectives.solver import Schedule
 from .spec import StyleLoRA
 
 log = logging.getLogger("lcm_lora")

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ...training.adapter import Adapter
-from ...training.bank import Bank, Row, build
-from ...training.loop import Run
+from ...training.data.bank import Bank, Row, build
 from ...training.memory import recompute_blocks
-from ...training.processes import Processes
-from ...training.solver import Schedule
+from ...training.objectives.solver import Schedule
+from ...training.ranks import Ranks
 from ...training.spec import Spec
+from ...training.state.loop import Run
 from ...training.teacher import DTYPES, Teacher, enter
 from . import networks
 from .given import CFG, PICTURES, SEED, Clock, acp, start_factor
@@ -35,7 +35,7 @@ def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
         network, Schedule(acp(), "eps"), settings["family"], 4, torch.device("cpu"),
         DTYPES[settings["dtype"]], uncond, (), _Sizes(), None, None,
     )  # fmt: skip
-    build(folder / "bank", _Rows(made, side), _texts(made), 0.0, Processes(), lambda *_: None)
+    build(folder / "bank", _Rows(made, side), _texts(made), 0.0, Ranks(), lambda *_: None)
     spec = Spec(
         host=settings["host"], checkpoint=str(folder), output=str(folder / "x.safetensors"),
         banks=str(folder), resolution=8 * side, batch=settings["batch"], rank=settings["rank"],
@@ -46,7 +46,7 @@ def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
     for name, layer in zip(adapter.names, adapter.layers, strict=True):
         start_factor(layer.down.data, name)
     run = Run(
-        spec, folder, teacher, adapter, Bank(folder / "bank"), Processes(), None, None, lambda: ""
+        spec, folder, teacher, adapter, Bank(folder / "bank"), Ranks(), None, None, lambda: ""
     )
     if settings["recompute"]:
         recompute_blocks(network)

@@ -19,7 +19,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...training import draws
+from ...training.data import draws
 from .given import CFG, PICTURES, SEED, Clock, acp, start_factor
 from .networks import RECIPE
 

@@ -22,8 +22,8 @@ from torch import nn
 from ...lora.formats import files
 from ...training import export
 from ...training.adapter import Adapter
-from ...training.objective import ORIGIN_STEPS, lcm_loss
-from ...training.solver import Schedule
+from ...training.objectives.lcm import ORIGIN_STEPS, lcm_loss
+from ...training.objectives.solver import Schedule
 from . import assemble, data, judge, networks, pack
 from .learn import autocast, decode, descend, encode
 

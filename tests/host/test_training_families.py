@@ -91,7 +91,7 @@ def a_step(checkpoint, tmp_path):
     from lcm_lora.lora.formats import files
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.export import vector
-    from lcm_lora.training.objective import lcm_loss
+    from lcm_lora.training.objectives.lcm import lcm_loss
     from lcm_lora.training.teacher import Teacher
 
     teacher = Teacher.load(checkpoint, "fp32")
@@ -153,7 +153,7 @@ def test_an_sd15_teacher(comfy, toy_checkpoint, tmp_path):
 def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precision, near, along):
     """Student and target are close, so that bfloat16's rounding shows in their difference."""
     from lcm_lora.training.adapter import Adapter
-    from lcm_lora.training.objective import lcm_loss
+    from lcm_lora.training.objectives.lcm import lcm_loss
     from lcm_lora.training.teacher import DTYPES, Teacher
 
     found = {}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from lcm_lora.dev.bench.networks import SMALL, host_unet
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import lcm_loss
-from lcm_lora.training.phased import phased_loss
-from lcm_lora.training.solver import Schedule
+from lcm_lora.training.objectives.lcm import lcm_loss
+from lcm_lora.training.objectives.phased import phased_loss
+from lcm_lora.training.objectives.solver import Schedule
 
 FAMILIES = {
     "SD1.5": SMALL,

@@ -109,8 +109,8 @@ def twins(comfy_utils):
 @pytest.mark.parametrize("ours, theirs", [("eps", "epsilon"), ("v", "v_prediction")])
 def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
     import comfy.utils
-    from lcm_lora.training.objective import lcm_loss
-    from lcm_lora.training.solver import Schedule
+    from lcm_lora.training.objectives.lcm import lcm_loss
+    from lcm_lora.training.objectives.solver import Schedule
 
     network, adapter, unet, pairs = twins(comfy.utils)
     reference = Reference(unet, theirs)

@@ -18,7 +18,7 @@ from lcm_lora.lora.acceleration import family_named
 from lcm_lora.lora.formats import files
 from lcm_lora.tests.host.queued import PROMPTS
 from lcm_lora.training import export
-from lcm_lora.training.bank import ROWS
+from lcm_lora.training.data.bank import ROWS
 from safetensors.torch import load_file, save_file
 
 RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
@@ -281,7 +281,7 @@ def test_no_better_for_long_enough_ends_with_the_best(job):
     best = min(range(len(errors)), key=errors.__getitem__)
     assert len(errors) == best + 3
     assert told[-1]["step"] < 60
-    from lcm_lora.training import checkpoints
+    from lcm_lora.training.state import checkpoints
 
     kept = checkpoints.read(spec.parent / "checkpoints", told[best]["step"])
     output = Path(json.loads(spec.read_text())["output"])
@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(job, failin
     spec = job(lr=1.0, clip=1e9, steps=400, checkpoint_every=1, rank=32)
     message = failing(spec)
     assert "step" in message and "checkpoint" in message
-    from lcm_lora.training.checkpoints import newest
+    from lcm_lora.training.state.checkpoints import newest
 
     last = newest(spec.parent / "checkpoints")
     assert all(tensor.isfinite().all() for tensor in last.adapter.values())

@@ -8,8 +8,8 @@ from threading import Barrier
 import psutil
 import pytest
 import torch
-from lcm_lora.training import bank
-from lcm_lora.training.processes import Processes
+from lcm_lora.training.data import bank
+from lcm_lora.training.ranks import Ranks
 
 SIZES = (64, 64, 0, 0, 64, 64)
 
@@ -45,7 +45,7 @@ def encode(caption):
 
 def build(folder, source, encode=encode, limit=0.1, processes=None, told=None):
     told = told if told is not None else []
-    bank.build(folder, source, encode, limit, processes or Processes(), lambda *a: told.append(a))
+    bank.build(folder, source, encode, limit, processes or Ranks(), lambda *a: told.append(a))
     return bank.Bank(folder)
 
 
@@ -108,7 +108,7 @@ def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_p
 
         with pytest.raises(Died):
             bank.build(
-                tmp_path, Draws(300), encode, 0.1, Processes(), lambda *a: told.append(a),
+                tmp_path, Draws(300), encode, 0.1, Ranks(), lambda *a: told.append(a),
                 between=between,
             )  # fmt: skip
         return sorted(file.name for file in tmp_path.iterdir())
@@ -133,7 +133,7 @@ def test_the_half_file_of_a_job_that_builds_the_same_bank_stays(tmp_path):
 def test_two_processes_build_every_other_file(tmp_path):
     barrier = Barrier(2)
 
-    class Threads(Processes):
+    class Threads(Ranks):
         def wait(self):
             barrier.wait(timeout=30)
 

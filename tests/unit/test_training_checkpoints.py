@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from lcm_lora.training import checkpoints, disk
-from lcm_lora.training.checkpoints import Checkpoint, newest, prune, read, save
+from lcm_lora.training import disk
+from lcm_lora.training.state import checkpoints
+from lcm_lora.training.state.checkpoints import Checkpoint, newest, prune, read, save
 
 
 def made(step):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from lcm_lora.training import objective, phased
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import pseudo_huber
-from lcm_lora.training.solver import Schedule
+from lcm_lora.training.objectives import lcm as objective
+from lcm_lora.training.objectives import phased
+from lcm_lora.training.objectives.lcm import pseudo_huber
+from lcm_lora.training.objectives.solver import Schedule
 from torch import nn
 from torch.func import functional_call
 

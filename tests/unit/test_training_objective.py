@@ -4,8 +4,8 @@ import pytest
 import torch
 from lcm_lora.tests.unit.toy_network import ACP, Toy
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import lcm_loss, pseudo_huber
-from lcm_lora.training.solver import Schedule, ddim, guided, teacher
+from lcm_lora.training.objectives.lcm import lcm_loss, pseudo_huber
+from lcm_lora.training.objectives.solver import Schedule, ddim, guided, teacher
 
 
 def batch(n=6, seed=1):

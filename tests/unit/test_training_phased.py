@@ -6,10 +6,10 @@ from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.timesteps import grid, timesteps
 from lcm_lora.tests.unit.toy_network import ACP, Toy
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import pseudo_huber
-from lcm_lora.training.phased import edge_below, edges, phased_loss
-from lcm_lora.training.solver import Schedule, ddim, teacher
-from lcm_lora.training.watch import few_steps
+from lcm_lora.training.objectives.lcm import pseudo_huber
+from lcm_lora.training.objectives.phased import edge_below, edges, phased_loss
+from lcm_lora.training.objectives.solver import Schedule, ddim, teacher
+from lcm_lora.training.state.samples import few_steps
 from torch import nn
 
 INDEX = torch.arange(50)

@@ -12,10 +12,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from lcm_lora.training.bank import Unreadable
-from lcm_lora.training.captioned import find, picture_suffixes, summary
-from lcm_lora.training.pictures import Pictures, buckets
-from lcm_lora.training.sources import source
+from lcm_lora.training.data.bank import Unreadable
+from lcm_lora.training.data.captioned import find, picture_suffixes, summary
+from lcm_lora.training.data.pictures import Pictures, buckets
+from lcm_lora.training.data.sources import source
 from lcm_lora.training.spec import Data, Spec
 from PIL import Image
 
@@ -520,6 +520,6 @@ def test_memory_that_runs_out_is_no_broken_picture(folder, monkeypatch):
     def full(_):
         raise MemoryError
 
-    monkeypatch.setattr("lcm_lora.training.pictures.ImageOps.exif_transpose", full)
+    monkeypatch.setattr("lcm_lora.training.data.pictures.ImageOps.exif_transpose", full)
     with pytest.raises(MemoryError):
         Pictures(folder, 64).example(0)

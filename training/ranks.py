@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Processes:
+class Ranks:
     """This process's place: rank of world. Collective calls do nothing when world is 1."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def join(cls, on_cpu: bool = False) -> Processes:
+    def join(cls, on_cpu: bool = False) -> Ranks:
         """Reads torchrun's environment. on_cpu: the job trains on the processor, CUDA or not.
 
         Tensors on CUDA go through NCCL where there is it, all others through gloo.

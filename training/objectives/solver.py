@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..samplers.consistency import x0_and_eps
+from ...samplers.consistency import x0_and_eps
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ..samplers.noise import picture_seed
+from ...samplers.noise import picture_seed
+from ..disk import shown
+from ..memory import in_parts
+from ..objectives.solver import ddim
+from ..spec import Spec
 from . import bank
 from .captions import decoded
-from .disk import shown
-from .memory import in_parts
 from .pictures import Example, Pictures
-from .solver import ddim
-from .spec import Spec
 
 log = logging.getLogger("lcm_lora")
 AT_ONCE = 16  # latents that are drawn, or pictures that are encoded, in one call

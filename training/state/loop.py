@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoints, disk, draws
-from .adapter import Adapter
-from .answers import Answers, folder
-from .bank import Bank
-from .journal import Journal
-from .memory import (
+from .. import disk
+from ..adapter import Adapter
+from ..data import draws
+from ..data.answers import Answers, folder
+from ..data.bank import Bank
+from ..memory import (
     TooLittleMemory,
     compile_blocks,
     give_back,
@@ -25,11 +25,13 @@ from .memory import (
     memory,
     recompute_blocks,
 )
-from .objective import lcm_loss, teacher_step
-from .phased import phased_loss
-from .processes import Processes
-from .spec import Spec
-from .watch import Samples
+from ..objectives.lcm import lcm_loss, teacher_step
+from ..objectives.phased import phased_loss
+from ..ranks import Ranks
+from ..spec import Spec
+from . import checkpoints
+from .journal import Journal
+from .samples import Samples
 
 log = logging.getLogger("lcm_lora")
 FIRST_SCALE, GROWTH = 2.0**16, 1000
@@ -69,7 +71,7 @@ class Run:
     teacher: object
     adapter: Adapter
     bank: Bank
-    processes: Processes
+    ranks: Ranks
     journal: Journal | None
     samples: Samples | None
     asked: Callable[[], str]
@@ -84,7 +86,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused
         )
-        self.order = draws.Order(self.bank.shapes, spec.batch * self.processes.world, spec.seed)
+        self.order = draws.Order(self.bank.shapes, spec.batch * self.ranks.world, spec.seed)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress(
             spec.micro_batch or spec.batch, spec.checkpointing == "on",
@@ -93,8 +95,8 @@ class Run:
         self.step = 0
         self.answers = None
         if spec.passes > 1:
-            kept = folder(self.job, spec, self.bank.folder.name, self.processes.world)
-            self.answers = Answers(kept, self.processes.rank)
+            kept = folder(self.job, spec, self.bank.folder.name, self.ranks.world)
+            self.answers = Answers(kept, self.ranks.rank)
 
     def train(self) -> str:
         """Runs to the last step, or until something is asked; -> "done", "pause" or "finish".
@@ -130,12 +132,12 @@ class Run:
         return "done"
 
     def one_step(self) -> tuple[float, float]:
-        """One optimiser step; -> (loss, gradient norm before clipping), over all processes."""
+        """One optimiser step; -> (loss, gradient norm before clipping), over all ranks."""
         while True:
             try:
                 loss = self._gradients()
                 gradients = [parameter.grad for parameter in self.parameters]
-                self.processes.mean_([loss, *gradients])
+                self.ranks.mean_([loss, *gradients])
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -174,7 +176,7 @@ class Run:
     def _gradients(self) -> torch.Tensor:
         """Adds up the gradients of this process's batch; -> its mean loss, float32."""
         self.optimiser.zero_grad()
-        spec, first = self.spec, self.processes.rank * self.spec.batch
+        spec, first = self.spec, self.ranks.rank * self.spec.batch
         step = self.order.original(self.step, spec.passes)
         rows = self.order.rows(step)[first : first + spec.batch]
         total = torch.zeros((), device=self.teacher.device)
@@ -216,7 +218,7 @@ class Run:
         if self.journal is None:
             return
         left = since.seconds_a_step * (self.spec.steps - self.step)
-        pictures = self.spec.batch * self.processes.world
+        pictures = self.spec.batch * self.ranks.world
         figures = {
             "step": self.step, "loss": since.loss, "gradient_norm": since.norm,
             "lr": learning_rate(self.spec, self.step - 1),
@@ -254,7 +256,7 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of this step, by the first process; older ones beyond `keep` go."""
-        if self.processes.first:
+        if self.ranks.first:
             state = self.optimiser.state_dict()["state"]
             optimiser = {f"{i}.{k}": v for i, each in state.items() for k, v in each.items()}
             told = checkpoints.Checkpoint(
@@ -262,11 +264,11 @@ class Run:
             )
             checkpoints.save(self.folder, told)
             checkpoints.prune(self.folder, self.spec.keep, self.progress.best_step)
-        self.processes.wait()
+        self.ranks.wait()
 
     def resume(self) -> None:
         """Goes on where the newest whole checkpoint was written, or starts at step 0."""
-        if self.processes.first:
+        if self.ranks.first:
             disk.clear_torn(self.folder)
         found = checkpoints.newest(self.folder)
         if found is not None:
@@ -299,7 +301,7 @@ class Run:
 
     def _agreed(self, wanted: str) -> str:
         """What the first process was asked, or any process to pause: all must do the same."""
-        if self.processes.world == 1:
+        if self.ranks.world == 1:
             return wanted
         answers = ("", "pause", "finish")
         told = torch.tensor(float(answers.index(wanted)), device=self.teacher.device)
@@ -307,7 +309,7 @@ class Run:
         return answers[int(told)]
 
     def _from_first(self, value: torch.Tensor) -> float:
-        if self.processes.world > 1:
+        if self.ranks.world > 1:
             torch.distributed.broadcast(value, 0)
         return float(value)
 

@@ -1,8 +1,8 @@
-"""What a Ray cluster runs for one job: training/run.py on each of its workers.
+"""The program that a Ray cluster runs for one job: training/run.py on each of its workers.
 
-Ray finds the workers their places, on one machine or several; they are to torch.distributed what
-torchrun's processes are. Told by the environment variable LCM_LORA_RAY what ray_job.py wrote there.
-Exit status 0 when every worker ended well; the words about the job are in its folder.
+Ray places the workers, on one machine or several. To torch.distributed they are what torchrun's
+processes are. The environment variable LCM_LORA_RAY holds the order that follower.py wrote. Exit
+status 0 if every worker ended well; the job's folder has the details.
 """
 
 import importlib.util
@@ -22,13 +22,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # n
 @ray.remote(max_restarts=0)
 class Worker:
     def address(self) -> tuple[str, int]:
-        """Of this machine, and a port of it that is free now."""
+        """The address of this machine, and a free port."""
         with socket.socket() as free:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def run(self, spec: str, environment: dict[str, str]) -> int:
-        """run.py's exit status. What it prints goes to the job's log, as a local one's does."""
+        """run.py's exit status. Its output goes to the job's log, as a local trainer's does."""
         os.environ.update(environment)
         rank = environment["RANK"]
         name = "log.txt" if rank == "0" else f"log-{rank}.txt"
@@ -37,37 +37,39 @@ class Worker:
                 os.dup2(log.fileno(), stream)
         # The working directory is the package that was sent.
         path = os.path.join(os.getcwd(), "lcm_lora", "training", "run.py")
-        found = importlib.util.spec_from_file_location("lcm_lora_run", path)
-        run = importlib.util.module_from_spec(found)
-        found.loader.exec_module(run)
+        file = importlib.util.spec_from_file_location("lcm_lora_run", path)
+        assert file is not None and file.loader is not None
+        run = importlib.util.module_from_spec(file)
+        file.loader.exec_module(run)
         return run.main([spec])
 
 
 def main() -> int:
-    told = json.loads(os.environ["LCM_LORA_RAY"])
+    order = json.loads(os.environ["LCM_LORA_RAY"])
     ray.init()
-    count, needs = told["workers"], {"CPU": told["cpus"], "GPU": told["gpus"]}
+    count, needs = order["workers"], {"CPU": order["cpus"], "GPU": order["gpus"]}
     places = placement_group([needs] * count, strategy="PACK")
     ray.get(places.ready())
     workers = [
-        Worker.options(
-            num_cpus=told["cpus"], num_gpus=told["gpus"],
+        Worker.options(  # type: ignore[attr-defined]
+            num_cpus=order["cpus"],
+            num_gpus=order["gpus"],
             scheduling_strategy=PlacementGroupSchedulingStrategy(places, i),
         ).remote()
         for i in range(count)
-    ]  # fmt: skip
+    ]
     address, port = ray.get(workers[0].address.remote())
     common = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    # A worker sees the devices that Ray gave it only, so it is the first of its machine.
+    # A worker sees only the devices that Ray gave it, so its local rank is 0.
     running = [
-        worker.run.remote(told["spec"], common | {"RANK": str(rank), "LOCAL_RANK": "0"})
+        worker.run.remote(order["spec"], common | {"RANK": str(rank), "LOCAL_RANK": "0"})
         for rank, worker in enumerate(workers)
     ]
     worst = 0
     while running and not worst:
         ended, running = ray.wait(running)
         worst = max(map(abs, ray.get(ended)))
-    return worst  # with the job its other workers end too
+    return worst  # when this program ends, Ray ends the other workers
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ..samplers.consistency import consistency
-from ..samplers.families import FAMILIES, Family
-from ..samplers.noise import picture_noise
-from . import disk
-from .bank import together
-from .memory import in_parts
-from .solver import ddim
-from .tensors import save
+from ...samplers.consistency import consistency
+from ...samplers.families import FAMILIES, Family
+from ...samplers.noise import picture_noise
+from .. import disk
+from ..data.bank import together
+from ..memory import in_parts
+from ..objectives.solver import ddim
+from ..tensors import save
 
 log = logging.getLogger("lcm_lora")
 TEACHER_STEPS = 50

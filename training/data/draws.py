@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..samplers.noise import picture_seed
-from .objective import ORIGIN_STEPS
+from ...samplers.noise import picture_seed
+from ..objectives.lcm import ORIGIN_STEPS
 
 
 class Order:

@@ -2,10 +2,11 @@
 
 import pytest
 from lcm_lora.training import disk
-from lcm_lora.training.captioned import find
-from lcm_lora.training.jobs.ray_job import Cluster, Follower
-from lcm_lora.training.journal import Journal
+from lcm_lora.training.cluster.follower import Follower
+from lcm_lora.training.cluster.settings import Cluster
+from lcm_lora.training.data.captioned import find
 from lcm_lora.training.spec import Spec
+from lcm_lora.training.state.journal import Journal
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..lora.whole import patiently
-from . import disk, tensors
+from ...lora.whole import patiently
+from .. import disk, tensors
 
 log = logging.getLogger("lcm_lora")
 MANIFEST = "manifest.json"

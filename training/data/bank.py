@@ -7,7 +7,7 @@
 The key is made of the checkpoint and of everything that decides the rows, so a second job with the
 same teacher and data finds the bank there. A file is written whole or not at all, and what it holds
 follows from its number: an interrupted build goes on at the first file that is missing, and several
-processes build every so many files each.
+ranks build every so many files each.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from . import disk
-from .processes import Processes
-from .tensors import save
+from .. import disk
+from ..ranks import Ranks
+from ..tensors import save
 
 log = logging.getLogger("lcm_lora")
 VERSION = 2
@@ -75,7 +75,7 @@ def key(checkpoint_hash: str, settings: dict[str, Any]) -> str:
 
 def build(
     folder: Path, source: Source, encode: Callable[[str], dict[str, torch.Tensor]],
-    skip_limit: float, processes: Processes, progress: Callable[[str, int, int], None],
+    skip_limit: float, ranks: Ranks, progress: Callable[[str, int, int], None],
     after_texts: Callable[[], None] = lambda: None, between: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Makes the bank in `folder`, or what is missing of it. Every process of the job calls it.
@@ -95,11 +95,11 @@ def build(
         between()
         return encode(unique[number])
 
-    _files(folder, "texts", len(unique), TEXTS, processes, progress, lambda numbers: _texts(
+    _files(folder, "texts", len(unique), TEXTS, ranks, progress, lambda numbers: _texts(
         numbers, [unique[n] for n in numbers], [text(n) for n in numbers]
     ))  # fmt: skip
     after_texts()
-    processes.wait()
+    ranks.wait()
     texts = Texts(folder)
     of = {caption: i for i, caption in enumerate(unique)}
     caption_of = [of[caption] for caption in source.captions()]
@@ -108,20 +108,20 @@ def build(
         found = source.rows(numbers, lambda number: texts[caption_of[number]], between)
         return _rows(numbers, found, caption_of)
 
-    _files(folder, "rows", len(source), ROWS, processes, progress, rows)
-    processes.wait()
-    if processes.first:
+    _files(folder, "rows", len(source), ROWS, ranks, progress, rows)
+    ranks.wait()
+    if ranks.first:
         _finish(folder, len(source), unique, skip_limit)
-    processes.wait()
+    ranks.wait()
     if not (folder / INDEX).exists():
         raise ValueError(f"The latent bank {folder.name} could not be finished.")
 
 
-def _files(folder, kind, count, size, processes, progress, make) -> None:
+def _files(folder, kind, count, size, ranks, progress, make) -> None:
     """Writes the files of one kind that are missing and are this process's to write."""
     total = math.ceil(count / size)
     progress(kind, 0, count)
-    for number in range(processes.rank, total, processes.world):
+    for number in range(ranks.rank, total, ranks.world):
         path = folder / f"{kind}-{number:05d}.safetensors"
         if not path.exists():
             tensors, metadata = make(range(number * size, min(count, (number + 1) * size)))

@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
-from ..samplers.consistency import consistency
-from ..samplers.timesteps import grid
-from .adapter import Adapter
+from ...samplers.consistency import consistency
+from ...samplers.timesteps import grid
+from ..adapter import Adapter
 from .solver import Schedule, teacher
 
 ORIGIN_STEPS = 50

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..samplers.timesteps import timesteps
-from .adapter import Adapter
-from .objective import ORIGIN_STEPS, on_grid, step_loss, table
+from ...samplers.timesteps import timesteps
+from ..adapter import Adapter
+from .lcm import ORIGIN_STEPS, on_grid, step_loss, table
 from .solver import Schedule
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lcm_lora.training import run
-from lcm_lora.training.processes import Processes
+from lcm_lora.training.ranks import Ranks
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_tensors_of_either_kind_have_a_way(monkeypatch, cuda, nccl, on_cpu, back
     joined = lambda kind, **_: chosen.append(kind)  # noqa: E731
     monkeypatch.setattr(torch.distributed, "init_process_group", joined)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    assert Processes.join(on_cpu) == Processes(1, 2)
+    assert Ranks.join(on_cpu) == Ranks(1, 2)
     assert (chosen, devices) == ([backend], device)
 
 
@@ -35,9 +35,9 @@ def test_a_job_on_the_processor_says_so_before_it_joins(tmp_path, monkeypatch, f
 
     def join(where=False):
         asked.append(where)
-        return Processes()
+        return Ranks()
 
-    monkeypatch.setattr(Processes, "join", join)
+    monkeypatch.setattr(Ranks, "join", join)
     (tmp_path / "spec.json").write_text(json.dumps({"host_flags": flags}))
     assert run.main([str(tmp_path / "spec.json")]) == 1  # the rest of the description is missing
     assert asked == [on_cpu]

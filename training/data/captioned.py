@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
-from . import captions, disk
-from .disk import HIDDEN, shown
+from .. import disk
+from ..disk import HIDDEN, shown
+from . import captions
 
 USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ZIPPED = (".tar.gz", ".tgz")

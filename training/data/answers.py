@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..lora.whole import patiently
-from .spec import Spec
-from .tensors import save
+from ...lora.whole import patiently
+from ..spec import Spec
+from ..tensors import save
 
 FOLDER = "answers"  # in the job's folder
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..samplers.noise import picture_seed
+from ...samplers.noise import picture_seed
 from .bank import Unreadable
 from .captioned import Captioned, find
 
