@@ -60,7 +60,7 @@ def read(path: Path) -> Vector:
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path.name} is not a complete safetensors file ({path.stat().st_size} bytes): "
-            f"{error}. Download or save it again."
+            f"{error}. It may be truncated; download or save it again."
         ) from error
     return parse(tensors, metadata, path.name)
 
