@@ -62,7 +62,7 @@ FAMILIES = {
         Family("pcm", eta=0.0),
         # arXiv 2402.13929: Euler, trailing, which is DDIM in another scale.
         Family("lightning", eta=0.0),
-        # Ours, training/phased.py: from edge to edge of its phases.
+        # Ours, training/objectives/phased.py: from edge to edge of its phases.
         Family("phased", eta=0.0, origin_steps=ORIGIN_STEPS),
     )
 }

@@ -31,11 +31,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import disk
-from ..run import DISK_FULL, ROOT, disk_is_full
+from ..disk import DISK_FULL, disk_is_full
 from ..spec import Spec, build, read
 from ..state.journal import Journal
 
 log = logging.getLogger("lcm_lora")
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = "ray.json"  # beside the folder of jobs
 NOTES = "ray.json"  # in a job's folder: what this process must know when it is started again
 SENT = ("training", "lora", "samplers")

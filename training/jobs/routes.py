@@ -21,7 +21,7 @@ from filelock import Timeout
 from server import PromptServer
 
 from .. import disk
-from ..run import disk_is_full
+from ..disk import disk_is_full
 from ..spec import build
 from . import host
 from .beside import Beside

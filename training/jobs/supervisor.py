@@ -20,12 +20,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .. import disk, run
+from .. import disk
 from . import processes, ray_job
 from .store import ACTIVE, Job, Store
 
 log = logging.getLogger("lcm_lora")
-RUN = Path(run.__file__).resolve()
+RUN = Path(__file__).resolve().parents[1] / "run.py"
 LOCK, NAME = ".supervisor.lock", ".supervisor.json"
 TICK = 0.3  # seconds between looks
 FULL = 5.0  # seconds to wait when the disk refuses
@@ -175,7 +175,7 @@ class Supervisor:
         control = disk.read_object(self.store.path(job.id) / "control.json")
         if said == "done" or (said == "failed" and not status.get("crash")):
             outcome = {"ended": said, "message": message}
-        elif control.get("action") or code == run.DISK_FULL or status.get("disk_full"):
+        elif control.get("action") or code == disk.DISK_FULL or status.get("disk_full"):
             outcome = {"ended": "paused", "message": message}
         else:
             step = int(status.get("step", 0))
