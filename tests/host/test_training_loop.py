@@ -99,7 +99,7 @@ def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
     limit = teacher.network.register_forward_pre_hook(never)
     forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
     try:
-        with pytest.raises(MemoryError, match="does not hold one picture's training step"):
+        with pytest.raises(MemoryError, match="too small for a training step with one picture"):
             trained()
     finally:
         limit.remove()
@@ -108,7 +108,7 @@ def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
 
 def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkpoint, monkeypatch):
     from lcm_lora.training.plan import plan
-    from lcm_lora.training.state import loop
+    from lcm_lora.training.state import progress
 
     again = []
 
@@ -116,12 +116,12 @@ def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkp
         if torch.is_grad_enabled() and not (again and len(inputs[0]) == 1):
             raise torch.OutOfMemoryError("too large for a gradient")
 
-    monkeypatch.setattr(loop, "recompute_blocks", again.append)
+    monkeypatch.setattr(progress, "recompute_blocks", again.append)
     adapter = Adapter(teacher.network, 4, 4.0)
     limit = teacher.network.register_forward_pre_hook(only_one_that_is_recomputed)
     try:
         told = plan(spec_of("/b", toy_checkpoint, passes=2), teacher, adapter, 8)
-        with pytest.raises(MemoryError, match="does not hold one picture's training step"):
+        with pytest.raises(MemoryError, match="too small for a training step with one picture"):
             again.clear()
             plan(spec_of("/b", toy_checkpoint, checkpointing="off"), teacher, adapter, 8)
     finally:
@@ -262,7 +262,7 @@ def test_phased_trains_as_well(trained):
 
 
 def test_warm_up_and_decay():
-    from lcm_lora.training.state.loop import learning_rate
+    from lcm_lora.training.state.progress import learning_rate
 
     spec = spec_of("/b", "/c", steps=100, warmup=10, decay="cosine", lr=1.0)
     rates = [learning_rate(spec, step) for step in range(100)]
@@ -328,15 +328,15 @@ def test_sample_pictures_are_drawn_one_by_one_where_memory_is_short(sampled, tea
 def test_sample_pictures_get_the_noise_that_the_objective_wants(
     sampled, monkeypatch, objective, fresh
 ):
-    from lcm_lora.training.state import samples as watch
+    from lcm_lora.training.state import samples
 
-    asked, real = set(), watch.picture_noise
+    asked, real = set(), samples.picture_noise
 
     def noise(*about):
         draw = real(*about)
         return lambda step: asked.add(step) or draw(step)
 
-    monkeypatch.setattr(watch, "picture_noise", noise)
-    monkeypatch.setattr(watch, "TEACHER_STEPS", 2)
+    monkeypatch.setattr(samples, "picture_noise", noise)
+    monkeypatch.setattr(samples, "TEACHER_STEPS", 2)
     sampled(objective, objective)
     assert asked == fresh

@@ -109,7 +109,8 @@ def twins(comfy_utils):
 @pytest.mark.parametrize("ours, theirs", [("eps", "epsilon"), ("v", "v_prediction")])
 def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
     import comfy.utils
-    from lcm_lora.training.objectives.lcm import lcm_loss
+    from lcm_lora.tests.unit.toy_network import a_step
+    from lcm_lora.training.objectives import lcm
     from lcm_lora.training.objectives.solver import Schedule
 
     network, adapter, unet, pairs = twins(comfy.utils)
@@ -125,8 +126,8 @@ def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
     wanted = (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
     wanted.backward()
 
-    loss = lcm_loss(
-        lambda z, t, context: network(z, t.float(), context), adapter,
+    loss = a_step(
+        lcm.loss, lambda z, t, context: network(z, t.float(), context), adapter,
         Schedule(reference.solver.alphas_cumprod, ours), z0, eps, index,
         {"context": c}, {"context": no_c}, 7.5,
     )  # fmt: skip

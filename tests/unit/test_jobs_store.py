@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from lcm_lora.training import disk, run
+from lcm_lora.training import disk, waiting
 from lcm_lora.training.jobs import job as job_module
 from lcm_lora.training.jobs import processes, supervisor
 from lcm_lora.training.jobs import store as store_module
@@ -242,9 +242,9 @@ def test_a_job_is_asked_as_it_is_then(store, tmp_path):
     ("asked", "heard"), [("pause", "pause"), ("stop", "pause"), ("finish", "finish"), ("", "")]
 )
 def test_the_trainer_hears_what_a_job_is_asked(store, tmp_path, monkeypatch, asked, heard):
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(waiting.signal, "signal", lambda *_: None)
     job, _ = store.create(spec(tmp_path), "a")
-    hears = run._Asked(store.path(job) / "control.json")
+    hears = waiting.Request(store.path(job) / "control.json")
     store.ask(job, asked)
     assert hears() == heard
 

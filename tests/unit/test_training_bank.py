@@ -52,11 +52,11 @@ def build(folder, source, encode=encode, limit=0.1, processes=None, told=None):
 def test_rows_come_back_with_their_captions_and_sizes(tmp_path):
     found = build(tmp_path, Numbers(150))
     assert len(found) == 150
-    latents, about = found.batch([0, 149, 77])
+    latents, texts, sizes = found.batch([0, 149, 77])
     assert latents[:, 0, 0, 0].tolist() == [0, 149, 77]
-    assert about["context"].shape == (3, 77, 3) and about["pooled"].shape == (3, 5)
-    assert about["context"][:, 0, 0].tolist() == [ord("abc"[i % 3]) for i in (0, 149, 77)]
-    assert about["sizes"][:, 0].tolist() == [0, 149, 77]
+    assert texts["context"].shape == (3, 77, 3) and texts["pooled"].shape == (3, 5)
+    assert texts["context"][:, 0, 0].tolist() == [ord("abc"[i % 3]) for i in (0, 149, 77)]
+    assert sizes[:, 0].tolist() == [0, 149, 77]
 
 
 def test_each_caption_is_encoded_once(tmp_path):
@@ -193,8 +193,8 @@ def test_a_large_bank_keeps_few_files_open(tmp_path, monkeypatch):
     captions = [chr(33 + i % 90) + str(i) for i in range(320)]
     found = build(tmp_path, Numbers(320, captions=captions))
     for row in range(0, 320, 16):
-        latents, about = found.batch([row])
-        assert latents[0, 0, 0, 0] == row and about["sizes"][0, 0] == row
+        latents, _, sizes = found.batch([row])
+        assert latents[0, 0, 0, 0] == row and sizes[0, 0] == row
     maps = psutil.Process().memory_maps(grouped=False)
     held = {path.path for path in maps if str(tmp_path) in path.path}
     assert 0 < len(held) <= 8
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_noticed(tmp_path):
     build(tmp_path, Numbers(10))
     file = tmp_path / "rows-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="damaged or gone"):
+    with pytest.raises(ValueError, match="damaged or missing"):
         bank.Bank(tmp_path)
 
 

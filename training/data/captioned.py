@@ -1,4 +1,4 @@
-"""Pictures with their captions: in a folder as text files or a table, or in tar shards."""
+"""Finds pictures with their captions, in a folder or in tar shards."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TWICE = "another picture or caption of its sample is used"
 
 @dataclass(frozen=True)
 class Captioned:
-    """One picture that is not opened yet.
+    """A picture that is not opened yet.
 
     Attributes:
         name: for messages, relative to what the user named; valid Unicode.
-        caption: never empty, valid Unicode.
-        stamp: changes with the file: its size and time of change.
-        file, offset, size: where its bytes lie; size None means to the file's end.
+        caption: not empty, valid Unicode.
+        stamp: the file's size and modification time in ns.
+        file, offset, size: the file and the bytes in it; size None means to the end of the file.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Captioned:
 
 
 class DataSet(list[Captioned]):
-    """The captioned pictures of a folder or tar, by name.
+    """The captioned pictures of a folder or tar, sorted by name.
 
     unused: (name, reason) of everything else in it.
     """
@@ -61,10 +61,10 @@ class DataSet(list[Captioned]):
 
 @cache
 def picture_suffixes() -> tuple[str, ...]:
-    """The endings of the formats that Pillow reads, the usual ones first.
+    """The file name suffixes of the formats that Pillow reads, the usual ones first.
 
-    Without those that it only knows the name of: a "stub" needs another program, and of a film it
-    reads the size alone.
+    Formats that Pillow only recognises are left out: a "stub" needs another program, and of a film
+    Pillow reads only the size.
     """
     Image.init()
     readers = {kind: reader for kind, (reader, _) in Image.OPEN.items() if kind != "MPEG"}
@@ -72,22 +72,20 @@ def picture_suffixes() -> tuple[str, ...]:
         kind for kind, reader in readers.items()
         if isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
     }  # fmt: skip
-    endings = {
-        ending for ending, kind in Image.registered_extensions().items() if kind in readers
-        and kind not in stubs
-    }  # fmt: skip
-    return (*USUAL, *sorted(endings - set(USUAL)))
+    readable = readers.keys() - stubs
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in readable}
+    return (*USUAL, *sorted(suffixes - set(USUAL)))
 
 
 def find(path: Path) -> DataSet:
-    """Every captioned picture of a folder or tar, by name, and what else is in it.
+    """Every captioned picture of a folder or tar, and what else is in it.
 
-    Folder: a caption beside each picture (`<stem>.txt`, `.caption`, or a `.json` with "text" or
-    "caption"), Hugging Face's imagefolder layout with a metadata.jsonl or metadata.csv of
-    "file_name" and "text" or "caption", tar shards, or all of these. Linked folders are followed.
-    Tar: a WebDataset shard, whose members belong together up to the first dot of their file name.
-    Raises ValueError when there is no picture, when a caption is missing, empty or not valid
-    Unicode, and for a broken table or tar.
+    A folder may hold a caption beside each picture (`<stem>.txt`, `.caption`, or a `.json` with
+    "text" or "caption"), Hugging Face's imagefolder layout with a metadata.jsonl or metadata.csv of
+    "file_name" and "text" or "caption", tar shards, or all of these. Links to folders are followed.
+    A tar is a WebDataset shard: members whose names agree up to the first dot belong together.
+    Raises ValueError if there is no picture, if a caption is missing, empty or not valid Unicode,
+    or if a table or tar is broken.
     """
     is_tar = path.is_file() and path.name.lower().endswith((".tar", *ZIPPED))
     if not is_tar and not path.is_dir():
@@ -95,7 +93,7 @@ def find(path: Path) -> DataSet:
     files, skipped = ([path], []) if is_tar else disk.files_under(path)
     if zipped := [file.name for file in files if file.name.lower().endswith(ZIPPED)]:
         raise ValueError(
-            f"{shown(zipped[0])} is a compressed tar, out of which single pictures cannot be read. "
+            f"{shown(zipped[0])} is a compressed tar, from which single pictures cannot be read. "
             "Unpack it to a plain .tar with gunzip."
         )
     unused: list[tuple[str, str]] = []
@@ -105,29 +103,29 @@ def find(path: Path) -> DataSet:
         others = [file for file in files if file.suffix.lower() != ".tar"]
         pictures += _folder(path, others, skipped, unused)
     if not pictures:
-        there = f" {summary(unused)}" if unused else ""
         raise ValueError(
             f"There is no picture in {shown(path)}: expected files that Pillow reads, such as "
-            f"{', '.join(USUAL)}, or WebDataset .tar files.{there}"
+            f"{', '.join(USUAL)}, or WebDataset .tar files. {summary(unused)}".rstrip()
         )
     return DataSet(pictures, unused)
 
 
 def summary(unused: list[tuple[str, str]]) -> str:
-    """A sentence with the number, some names and the reasons of what is not used; "" if all is."""
+    """A sentence that says how many files are not used, names some and gives the reasons; "" if all
+    are used."""
     if not unused:
         return ""
     names: dict[str, list[str]] = {}
     for name, reason in unused:
         names.setdefault(reason, []).append(name)
-    parts = [f"{_some(of_reason)} ({reason})" for reason, of_reason in names.items()]
+    parts = [f"{_some(with_reason)} ({reason})" for reason, with_reason in names.items()]
     return f"Not used ({len(unused)}): {'; '.join(parts)}."
 
 
 def _folder(
     root: Path, files: list[Path], skipped: list[tuple[Path, str]], unused: list[tuple[str, str]]
 ) -> list[Captioned]:
-    """The pictures of a folder. skipped: what its list of files leaves out, and why."""
+    """The captioned pictures of a folder. skipped: (file, reason) of what is not in `files`."""
 
     def name(file: Path) -> str:
         return shown(file.relative_to(root).as_posix())
@@ -141,7 +139,7 @@ def _folder(
         if file.suffix.lower() in captions.SUFFIXES:
             texts.setdefault(file.with_suffix(""), []).append(file)
     pictures = {file for file in files if file.suffix.lower() in picture_suffixes()} | set(listed)
-    found, missing, taken = [], [], set()
+    captioned, missing, taken = [], [], set()
     for picture in sorted(pictures):
         caption = listed.get(picture, "").strip()
         beside = texts.get(picture.with_suffix(""), [])
@@ -153,21 +151,22 @@ def _folder(
             missing.append(name(picture))
             continue
         stat = picture.stat()
-        found.append(Captioned(name(picture), caption, (stat.st_size, stat.st_mtime_ns), picture))
-    _none_missing(missing, len(pictures))
+        stamp = stat.st_size, stat.st_mtime_ns
+        captioned.append(Captioned(name(picture), caption, stamp, picture))
+    _require_captions(missing, len(pictures))
     stems = {picture.with_suffix("") for picture in pictures}
     for file in files:
         if file in taken or file in pictures or file in tables:
             continue
         is_caption = file.suffix.lower() in captions.SUFFIXES
-        beside = file.with_suffix("") in stems
-        unused.append((name(file), (SECOND if beside else ALONE) if is_caption else UNKNOWN))
+        reason = SECOND if file.with_suffix("") in stems else ALONE
+        unused.append((name(file), reason if is_caption else UNKNOWN))
     unused += [(name(file), reason) for file, reason in skipped if file not in pictures]
-    return found
+    return captioned
 
 
 def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
-    """The samples of a shard; only its index is read now, nothing is unpacked."""
+    """The samples of a shard. Only its index and captions are read, and nothing is unpacked."""
     stat = path.stat()
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
 
@@ -215,10 +214,10 @@ def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
                 name(picture), caption, (stat.st_size, stat.st_mtime_ns), path,
                 picture.offset_data, picture.size,
             )  # fmt: skip
-    _none_missing(missing, pictures)
+    _require_captions(missing, pictures)
 
 
-def _none_missing(missing: list[str], pictures: int) -> None:
+def _require_captions(missing: list[str], pictures: int) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} of {pictures} pictures have no caption: {_some(missing)}. Put a .txt "

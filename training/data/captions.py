@@ -7,18 +7,19 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-SUFFIXES = (".txt", ".caption", ".json")  # the first of them that lies beside a picture is taken
+SUFFIXES = (".txt", ".caption", ".json")  # in the order of preference
 TABLES = {
     "metadata.jsonl": '{"file_name": "a.png", "text": "a caption"}',
     "metadata.csv": "file_name,text",
 }
-COLUMNS = ("text", "caption")  # of a table, or keys of a .json file
+COLUMNS = ("text", "caption")  # a table's columns, or the keys of a .json file
 REPEATED = "a later line names its picture again"
 
 
 def decoded(data: bytes, name: str) -> str:
-    """A text file's contents. Raises ValueError with the line that is not UTF-8."""
+    """The text of a file's bytes. Raises ValueError naming the line that is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -27,7 +28,7 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def caption(data: bytes, suffix: str, name: str) -> str:
-    """The caption in a file, "" if it has none."""
+    """The caption in a file's bytes, "" if there is none. Raises ValueError if it is not text."""
     text = decoded(data, name)
     if suffix.lower() != ".json":
         return text
@@ -37,13 +38,17 @@ def caption(data: bytes, suffix: str, name: str) -> str:
         entry = None
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is not a JSON object.")
-    if wrong := [column for column in COLUMNS if not isinstance(entry.get(column), str | None)]:
-        raise ValueError(f'{name}: its "{wrong[0]}" is not text: {entry[wrong[0]]!r:.80}')
+    for column in COLUMNS:
+        if not isinstance(entry.get(column), str | None):
+            raise ValueError(f'{name}: its "{column}" is not text: {entry[column]!r:.80}')
     return _valid(next(filter(str.strip, _texts(entry)), ""), name)
 
 
 def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, str]:
-    """Picture -> caption out of a metadata.jsonl or metadata.csv."""
+    """Picture -> caption, from a metadata.jsonl or metadata.csv.
+
+    unused: gets the lines that a later line replaces. Raises ValueError for a broken table.
+    """
     captions: dict[Path, str] = {}
     lines: dict[Path, int] = {}
     form = TABLES[file.name.lower()]
@@ -57,12 +62,12 @@ def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, st
                 f"{str(row)[:80]!r}"
             )
         picture = file.parent / picture_name
-        # By its name alone: in a Hugging Face download the pictures themselves are links.
+        # Only the name is checked, because in a Hugging Face download the pictures are links.
         if Path(picture_name).is_absolute() or ".." in Path(picture_name).parts:
             raise ValueError(f"Line {number} of {name} leaves its folder: {picture_name!r}.")
         if not picture.is_file():
             raise ValueError(
-                f"Line {number} of {name} names {picture_name!r}, which is not there."
+                f"Line {number} of {name} names {picture_name!r}, which does not exist."
             )
         if picture in captions:
             unused.append((f"line {lines[picture]} of {name}", REPEATED))
@@ -72,9 +77,9 @@ def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, st
     return captions
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, object]]:
-    """(line number, its value); a line that is not JSON comes as the text it is."""
-    # Not splitlines(), which would also cut at the U+2028 that a JSON string may hold.
+def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """(line number, its value) of each line. The value of a line that is not JSON is its text."""
+    # splitlines() would also split at the U+2028 that a JSON string may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -84,8 +89,8 @@ def _json_lines(text: str) -> Iterator[tuple[int, object]]:
             yield number, row
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
-    """(number of its last line, column -> cell) of each row; for a broken row, the error's text."""
+def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
+    """(number of its last line, column -> cell) of each row. A broken row gives the error."""
     rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         for row in rows:
@@ -94,14 +99,14 @@ def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
         yield rows.reader.line_num, str(error)
 
 
-def _texts(entry: object) -> list[str]:
-    """The captions that a row of a table, or a .json file, holds."""
+def _texts(entry: Any) -> list[str]:
+    """The captions in a row of a table or in a .json file."""
     columns = [entry.get(column) for column in COLUMNS] if isinstance(entry, dict) else []
     return [text for text in columns if isinstance(text, str)]
 
 
 def _valid(text: str, where: str) -> str:
-    """A text from JSON, checked: JSON can hold half of a character, which cannot be encoded."""
+    """The text. Raises ValueError if it cannot be encoded: JSON can hold half a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

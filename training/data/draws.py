@@ -1,7 +1,7 @@
 """Everything random in a run, as functions of (seed, step, place in the batch).
 
-No generator's state survives a step, so a resumed run draws what the unbroken one would have, two
-processes draw together what one would draw alone, and a smaller micro-batch draws the same.
+No generator's state outlives a step. So a resumed run draws the same numbers as an unbroken one,
+two processes draw together what one would draw alone, and the micro-batch changes nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import torch
 
 from ...samplers.noise import picture_seed
-from ..objectives.lcm import ORIGIN_STEPS
+from ..objectives.batch import ORIGIN_STEPS
 
 
 class Order:
-    """Which rows of the bank make which batch: each epoch a new order, every row once.
+    """Which rows of the bank form which batch: every row once an epoch, in a new order each time.
 
-    shapes: of each row's latent; a batch holds one shape. batch: over all processes. Where a
-    shape's rows do not fill their last batch, the first of them come twice in that epoch.
+    shapes: of the rows' latents; a batch has one shape. batch: pictures a step, of all processes
+    together. If a shape's rows do not fill their last batch, the first of them come twice in that
+    epoch.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], batch: int, seed: int):
@@ -39,8 +40,8 @@ class Order:
         return self._batches[at]
 
     def original(self, step: int, passes: int) -> int:
-        """The step whose batch and draws this one repeats, where each is used in `passes` passes
-        over the bank, one after the other; step itself for 1."""
+        """The step whose batch and draws this step repeats, if each is used in `passes` consecutive
+        passes over the bank. For 1 pass it is the step itself."""
         epoch, at = divmod(step, self.per_epoch)
         return epoch // passes * passes * self.per_epoch + at
 
@@ -51,17 +52,22 @@ class Order:
             order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
             for start in range(0, len(order), self.batch):
                 part = order[start : start + self.batch]
-                batches.append([part[i] if i < len(part) else order[(i - len(part)) % len(order)]
-                                for i in range(self.batch)])  # fmt: skip
+                missing = self.batch - len(part)
+                batches.append(part + [order[i % len(order)] for i in range(missing)])
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def mean_guidance(guidance: Sequence[float]) -> float:
+    """The middle of the range that `draw` takes cfg from."""
+    return sum(guidance) / len(guidance)
 
 
 def draw(
     seed: int, step: int, places: Sequence[int], shape: Sequence[int], guidance: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For the pictures at these places of step's batch: (eps, index, cfg) on the CPU.
+    """(eps, index, cfg) for the pictures at these places of a step's batch, on the CPU.
 
-    eps: [B, *shape] float32; index: int64 [B] in 0..49, the place on the solver's grid; cfg:
+    eps: noise [B, *shape] float32; index: int64 [B] in 0..49, a point of the solver's grid; cfg:
     float32 [B, 1, 1, 1], within the range of guidance.
     """
     eps = torch.empty(len(places), *shape)

@@ -1,7 +1,6 @@
 """Captioned pictures as training examples: oriented, flattened, scaled into a bucket and cropped.
 
-Example `number` is the same whenever it is asked for: what is random in it follows from (seed,
-number).
+Example `number` is always the same: what is random in it depends on (seed, number).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...samplers.noise import picture_seed
-from .bank import Unreadable
+from .bank import Sizes, Unreadable
 from .captioned import Captioned, find
 
 log = logging.getLogger("lcm_lora")
@@ -34,64 +33,63 @@ class Example:
     Attributes:
         pixels: [H, W, 3] float32 in 0..1, of its bucket's size.
         caption: its text.
-        sizes: SDXL's size conditioning (arXiv 2307.01952, section 2.2): original height and width,
-            crop top and left, target height and width.
+        sizes: SDXL's size conditioning, as in Teacher.sized.
     """
 
     pixels: torch.Tensor
     caption: str
-    sizes: tuple[int, int, int, int, int, int]
+    sizes: Sizes
 
 
 def buckets(resolution: int, multiple: int = 64) -> list[tuple[int, int]]:
-    """The sizes (height, width) that pictures are cut to, square first.
+    """The sizes (height, width) that pictures are cropped to, the square first.
 
-    Sides are multiples of `multiple`, the area is at most resolution^2 and as near to it as they
-    allow, the ratio of the sides at most 2.
+    The sides are multiples of `multiple` pixels, the area is as near to resolution^2 as they allow
+    and never above, and the ratio of the sides is at most 2.
     """
     side = resolution // multiple * multiple
-    found = [(side, side)]
+    sizes = [(side, side)]
     for short in range(multiple, side, multiple):
         long = resolution**2 // short // multiple * multiple
         if long <= 2 * short:
-            found += [(short, long), (long, short)]
-    return found
+            sizes += [(short, long), (long, short)]
+    return sizes
 
 
 class Pictures:
-    """Examples out of a folder or tar shards: `crops` of each picture.
+    """Examples from a folder or tar shards, `crops` of each picture.
 
-    resolution: side of the square whose area the buckets have. flip: mirror half of the examples.
-    multiple: of pixels, of the buckets' sides. Raises ValueError as captioned.find does.
+    resolution: side in pixels of the square whose area the buckets have. flip: whether half of the
+    examples are mirrored. multiple: see `buckets`. Raises ValueError as captioned.find does.
     """
 
     def __init__(
         self, path: Path, resolution: int, crops: int = 1, flip: bool = True, seed: int = 0,
         multiple: int = 64,
     ):  # fmt: skip
-        self.found = find(path)
+        self.data = find(path)
         self.buckets = buckets(resolution, multiple)
-        self.told = {
+        self.choices = {
             "resolution": resolution, "crops": crops, "flip": flip, "seed": seed,
             "multiple": multiple,
         }  # fmt: skip
         self.crops, self.flip, self.seed = crops, flip, seed
 
     def __len__(self) -> int:
-        return len(self.found) * self.crops
+        return len(self.data) * self.crops
 
     def captions(self) -> list[str]:
         """The caption of each example."""
-        return [self.found[number // self.crops].caption for number in range(len(self))]
+        return [self.data[number // self.crops].caption for number in range(len(self))]
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the examples, for the bank's key."""
-        files = json.dumps([[each.name, each.caption, each.stamp] for each in self.found])
-        return {"pictures": hashlib.sha256(files.encode()).hexdigest(), **self.told}
+        """Everything that decides the examples, for the bank's key."""
+        files = json.dumps([[file.name, file.caption, file.stamp] for file in self.data])
+        return {"pictures": hashlib.sha256(files.encode()).hexdigest(), **self.choices}
 
     def example(self, number: int) -> Example:
-        """Raises Unreadable when the file is no whole picture."""
-        source = self.found[number // self.crops]
+        """Raises Unreadable if the file is not a complete picture."""
+        source = self.data[number // self.crops]
         image = _opened(source)
         height, width = _nearest(image.height, image.width, self.buckets)
         original = image.height, image.width
@@ -100,7 +98,7 @@ class Pictures:
         top, left, mirrored = self._choice(number, large[1] - height, large[0] - width)
         if mirrored:  # first, so that `left` counts in what the network sees
             image = ImageOps.mirror(image)
-        # Only the crop is made: a long thin strip would be gigabytes when it covers a bucket.
+        # Only the crop is scaled: a long thin strip that covers a bucket would take gigabytes.
         across, down = image.width / large[0], image.height / large[1]
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
@@ -109,7 +107,7 @@ class Pictures:
         return Example(pixels, source.caption, (*original, top, left, height, width))
 
     def _choice(self, number: int, down: int, right: int) -> tuple[int, int, bool]:
-        """(top, left, mirrored) within `down` and `right` spare pixels; one crop is the middle."""
+        """(top, left, mirrored) within `down` and `right` pixels to spare. One crop is centred."""
         generator = torch.Generator().manual_seed(picture_seed(self.seed, number, 0))
         y, x, coin = torch.rand(3, generator=generator).tolist()
         if self.crops == 1:
@@ -118,10 +116,10 @@ class Pictures:
 
 
 def _opened(source: Captioned) -> Image.Image:
-    """RGB, upright, on white where it was transparent.
+    """The picture as RGB, upright, with white where it was transparent.
 
-    Raises Unreadable for a file that is gone, closed to us or no whole picture, and OSError where
-    the disk fails, which says nothing about the picture.
+    Raises Unreadable if the file is missing, not permitted or not a complete picture, and OSError
+    if the disk fails, which says nothing about the picture.
     """
     try:
         data = source.read()
@@ -131,12 +129,12 @@ def _opened(source: Captioned) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            # A camera's MPO has previews beside its picture, and a PSD the layers of its own.
+            # The further frames of a camera's MPO are previews, those of a PSD its layers.
             if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
-                log.warning("only the first frame is used of %s", source.name)
+                log.warning("only the first frame of %s is used", source.name)
             return _rgb(image)
     except UnidentifiedImageError:
-        raise Unreadable(f"{source.name}: this is no picture that Pillow can read.") from None
+        raise Unreadable(f"{source.name}: Pillow cannot read this as a picture.") from None
     except MemoryError:
         raise
     # Pillow raises many kinds of error for a broken file, SyntaxError among them.
@@ -145,14 +143,16 @@ def _opened(source: Captioned) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """A picture as it is opened -> RGB, upright, on white. Raises what Pillow raises."""
-    tile = repr(image.tile)  # before the pixels are loaded, which Pillow does in 8 bits
+    """An opened picture -> RGB, upright, on white. Raises what Pillow raises."""
+    tile = repr(
+        getattr(image, "tile", "")
+    )  # read before the pixels are loaded, because Pillow loads 8 bits
     deep = ";16" in tile
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits.")
-    clear = image.info.get("transparency")  # of a PNG: the one colour that is transparent
+    clear = image.info.get("transparency")  # the one transparent colour of a PNG
     if image.mode.startswith("I"):  # 16-bit greys, which convert() would clip
         grey = np.asarray(image, np.float32)
         image = Image.fromarray((grey / 257.0).round().clip(0, 255).astype(np.uint8))
@@ -161,7 +161,7 @@ def _rgb(image: Image.Image) -> Image.Image:
             image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     elif deep and isinstance(clear, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-    elif image.mode == "L" and isinstance(clear, int):  # greys of 2 and 4 bits are scaled to 8
+    elif image.mode == "L" and isinstance(clear, int):  # 2 and 4-bit greys are scaled to 8
         image.info["transparency"] = clear * (85 if ";2" in tile else 17 if ";4" in tile else 1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -169,7 +169,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _nearest(height: int, width: int, known: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose ratio of sides is nearest, by its logarithm."""
+def _nearest(height: int, width: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose ratio of sides is nearest, by its logarithm."""
     ratio = math.log(height / width)
-    return min(known, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))

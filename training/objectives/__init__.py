@@ -1,1 +1,1 @@
-"""What the LoRA learns: the solver's step of the teacher, and one training loss a file."""
+"""What the LoRA learns: the steps of the teacher, and one file for each training loss."""

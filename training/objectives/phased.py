@@ -1,30 +1,46 @@
-"""The loss of phased consistency (PCM, arXiv 2405.18407, section 3), one call a step.
+"""Phased consistency distillation (PCM, arXiv 2405.18407, section 3).
 
-The solver's grid is cut into segments, and the student at t predicts where the teacher's ODE is at
+The solver's grid is divided into segments. The student at t predicts where the teacher's ODE is at
 the lower edge of t's segment, not at 0. So a deterministic run (eta 0) from edge to edge follows
-the teacher's path, where LCM has learned to leap to the end and must add fresh noise each time.
+the teacher's path, while LCM leaps to the end and must add fresh noise after each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
+from ...samplers.families import ORIGIN_STEPS
 from ...samplers.timesteps import timesteps
-from ..adapter import Adapter
-from .lcm import ORIGIN_STEPS, on_grid, step_loss, table
-from .solver import Schedule
+from .batch import Batch, table
+from .lcm import pseudo_huber
+from .solver import Network, Schedule
+
+
+def loss(
+    network: Network, schedule: Schedule, batch: Batch, z_s: torch.Tensor, phases: int = 4
+) -> torch.Tensor:
+    """The phased consistency loss, a scalar: f(z_t, t) shall equal f(z_s, s).
+
+    f is one DDIM step to the edge below t. At the edge itself, where s may lie, it is the identity.
+    z_s and the adapter: as in lcm.loss.
+    """
+    t, s = batch.t, batch.s
+    edge = edge_below(t, phases)
+    z_t = schedule.noised(batch.z0, batch.eps, t)
+    with torch.no_grad():
+        target = schedule.noised(*schedule.predict(network, z_s, s, batch.cond), edge)
+    student = schedule.noised(*schedule.predict(network, z_t, t, batch.cond), edge)
+    return pseudo_huber(student, target)
 
 
 def edges(phases: int) -> list[int]:
-    """The segments' lower edges, ascending: 0, 259, 499, 759 for 4 phases.
+    """The lower edges of the segments, ascending: 0, 259, 499, 759 for 4 phases.
 
-    They are where our sampler stops in a run of `phases` steps, so that each of its steps crosses
-    one segment. (The paper's code has 0, 239, 499, 739: a step that begins at 759 would have
-    learned to go to 739 only.) The lowest is the timestep 0, not the clean latent: there f is the
-    identity, which is what ties the student to the data, and a sigma of 0.03 is left.
-    Raises ValueError when phases is not in 1..50.
+    They are the timesteps of our sampler in a run of `phases` steps, so that each of its steps
+    crosses one segment. (The paper's code has 0, 239, 499, 739, where a step from 759 would have
+    learned to go only to 739.) The lowest edge is timestep 0 and not the clean latent: f is the
+    identity there, which ties the student to the data, and a sigma of 0.03 remains.
+    Raises ValueError if phases is not in 1..50.
     """
     if not 1 <= phases <= ORIGIN_STEPS:
         raise ValueError(f"phases must be 1 to {ORIGIN_STEPS}, found {phases}.")
@@ -32,24 +48,6 @@ def edges(phases: int) -> list[int]:
 
 
 def edge_below(t: torch.Tensor, phases: int) -> torch.Tensor:
-    """The lower edge of the segment that t is in or on top of: int64 [B] -> [B], below t."""
+    """The highest edge below each timestep: int64 [B] -> [B]."""
     lower = table(tuple(edges(phases)), t.device)
     return lower[torch.searchsorted(lower, t) - 1]
-
-
-def phased_loss(
-    network: Callable[..., torch.Tensor], adapter: Adapter, schedule: Schedule,
-    z0: torch.Tensor, eps: torch.Tensor, index: torch.Tensor,
-    context: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor], cfg: float | torch.Tensor,
-    z_s: torch.Tensor | None = None, phases: int = 4,
-) -> torch.Tensor:  # fmt: skip
-    """The loss of phased consistency: f is one DDIM step to the edge below the student's t.
-
-    At the edge itself, where the teacher's step may land, that step is the identity.
-    """
-    edge = edge_below(on_grid(index), phases)
-
-    def f(z, t, x0, eps):
-        return schedule.noised(x0, eps, edge)
-
-    return step_loss(f, network, adapter, schedule, z0, eps, index, context, uncond, cfg, z_s)

@@ -1,1 +1,1 @@
-"""A run as it goes on: the loop, its checkpoints, its sample pictures and what it reports."""
+"""A run in progress: the loop, its checkpoints, its sample pictures, and what it reports."""

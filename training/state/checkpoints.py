@@ -1,4 +1,4 @@
-"""Checkpoints of a job: each whole and verified, or passed over."""
+"""A job's checkpoints: written completely, verified when read, and skipped if damaged."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after `step` steps.
+    """The state of a run after `step` steps.
 
     Attributes:
-        adapter: the LoRA layers by name. optimiser: its tensors by name.
-        state: everything else, JSON.
+        adapter: as Adapter.state gives it. optimiser: as `flat` gives it.
+        state: the fields of progress.Progress, in JSON.
     """
 
     step: int
@@ -34,13 +34,29 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def flat(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimiser's tensors as "<number of the parameter>.<name>"."""
+    state = optimiser.state_dict()["state"]
+    return {f"{i}.{name}": tensor for i, part in state.items() for name, tensor in part.items()}
+
+
+def restore(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Gives an optimiser the tensors that `flat` took from it."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `folder`/step-N where it is not there whole. Raises OSError when the disk is full;
-    nothing is then left of it."""
+    """Writes `folder`/step-N, unless it is there and complete. Raises OSError if the disk is full,
+    and then leaves nothing behind."""
     path = folder / f"step-{checkpoint.step:08d}"
     if path.exists():
         if not _torn(path):
-            return path  # the same step has the same state, and it may be the only one
+            return path  # the same step has the same state, and this may be the only checkpoint
         patiently(shutil.rmtree, path)
     folder.mkdir(parents=True, exist_ok=True)
     with disk.whole_folder(path) as new:
@@ -57,17 +73,17 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The last checkpoint whose files are those of its manifest; others are named in the log."""
+    """The last checkpoint whose files match its manifest. The log names the damaged ones."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if wrong := _torn(path):
-            log.warning("checkpoint %s is passed over: %s", path.name, wrong)
+        if damage := _torn(path):
+            log.warning("checkpoint %s is skipped: %s", path.name, damage)
             continue
         return _read(path)
     return None
 
 
 def read(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of one step. Raises OSError where it is not there."""
+    """The checkpoint of one step. Raises OSError if there is none."""
     return _read(folder / f"step-{step:08d}")
 
 
@@ -80,22 +96,21 @@ def _read(path: Path) -> Checkpoint:
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Removes all but the last `keep` checkpoints and the one of step `best`."""
-    paths = sorted(folder.glob("step-*"))
-    for path in paths[:-keep]:
+    """Removes all checkpoints but the last `keep` and the one of step `best`."""
+    for path in sorted(folder.glob("step-*"))[:-keep]:
         if path.name != f"step-{best or 0:08d}":
             patiently(shutil.rmtree, path)
 
 
 def _torn(path: Path) -> str:
-    """Why a checkpoint cannot be used; "" for a whole one. Raises OSError where the disk fails."""
+    """Why a checkpoint cannot be used; "" if it is complete. Raises OSError if the disk fails."""
     manifest = disk.read_surely(path / MANIFEST)
     if not isinstance(manifest, dict):
         return f"it has no {MANIFEST}"
-    for name, told in manifest.items():
+    for name, written in manifest.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != told["bytes"] or disk.sha256(file) != told["sha256"]:
-            return f"{name} is not what was written"
+        if file.stat().st_size != written["bytes"] or disk.sha256(file) != written["sha256"]:
+            return f"{name} has changed since it was written"
     return ""
