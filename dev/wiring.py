@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from .browser import READY, chromium
-from .sheet import Graph, Subject
+from .sheet import Graph, Subject, Wire
 
-# Left to right by how far a node is from the beginning, as people lay them out.
+# Lays the nodes out from left to right and returns the rectangle that holds them.
 LAID_OUT = """async ([prompt, title]) => {
     await app.loadApiJson(prompt, title);
     app.graph.arrange(50);
@@ -18,9 +18,9 @@ LAID_OUT = """async ([prompt, title]) => {
     const nodes = app.graph.nodes;
     const wanted = Object.values(prompt).flatMap((node) => Object.values(node.inputs));
     if (app.graph.links.size !== wanted.filter(Array.isArray).length) {
-        throw new Error('a wire of the prompt has no input of that name');
+        throw new Error('The prompt has a wire to an input that does not exist.');
     }
-    // The 50 above a node have its title and the pack's name.
+    // The 50 pixels above a node hold its title and the pack's name.
     const edge = (pick, of) => pick(...nodes.map(of));
     const left = edge(Math.min, (n) => n.pos[0]), top = edge(Math.min, (n) => n.pos[1] - 50);
     const right = edge(Math.max, (n) => n.pos[0] + n.size[0]);
@@ -36,51 +36,47 @@ LAID_OUT = """async ([prompt, title]) => {
 }"""
 
 
-def vectors(graph: Graph, subject: Subject) -> None:
+def vectors(graph: Graph) -> None:
     """Two vectors, combined and saved."""
-    lcm, style = graph.vectors(subject)
-    both = graph.sum(lcm, 1.0, style, 0.8)
-    graph.add(
-        "LCMLoRASave", vector=both, filename="lcm-lora-combined", dtype="fp16", overwrite=False
-    )
+    lcm, style = graph.vectors()
+    _saved(graph, graph.sum(lcm, 1.0, style, 0.8), "lcm-lora-combined")
 
 
-def extracted(graph: Graph, subject: Subject) -> None:
-    """A fast checkpoint less its base, saved."""
-    fast, base = (
-        [graph.add("CheckpointLoaderSimple", ckpt_name=subject.checkpoint), 0] for _ in range(2)
-    )
-    vector = graph.add("LCMLoRAExtract", distilled=fast, base=base, rank=64)
-    graph.add(
-        "LCMLoRASave", vector=[vector, 0], filename="acceleration", dtype="fp16", overwrite=False
-    )
+def extracted(graph: Graph) -> None:
+    """The difference between a fast checkpoint and its base, saved."""
+    (fast, *_), (base, *_) = graph.checkpoint(), graph.checkpoint()
+    vector = graph.wire("LCMLoRAExtract", distilled=fast, base=base, rank=64)
+    _saved(graph, vector, "acceleration")
 
 
-def patched(graph: Graph, subject: Subject) -> None:
-    """The sampling set after another pack's or ComfyUI's own loader."""
-    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=subject.checkpoint)
-    lora = graph.add(
-        "LoraLoaderModelOnly", model=[checkpoint, 0], lora_name=subject.lcm_lora, strength_model=1.0
-    )
-    graph.add("LCMModelSampling", model=[lora, 0], family="lcm")
+def _saved(graph: Graph, vector: Wire, name: str) -> None:
+    graph.add("LCMLoRASave", vector=vector, filename=name, dtype="fp16", overwrite=False)
 
 
-def distilled(graph: Graph, subject: Subject) -> None:
-    """Data, job, its state, and its LoRA applied."""
+def patched(graph: Graph) -> None:
+    """LCM Model Sampling after a LoRA loader of ComfyUI or another pack."""
+    lora = {"lora_name": graph.subject.lcm_lora, "strength_model": 1.0}
+    model = graph.wire("LoraLoaderModelOnly", model=graph.checkpoint()[0], **lora)
+    graph.add("LCMModelSampling", model=model, family="lcm")
+
+
+def distilled(graph: Graph) -> None:
+    """A job, its data, its status and its LoRA."""
     source = {"source": "prompts", "source.prompts": "", "source.count": 1000}
-    data = graph.add("LCMDistillData", resolution=512, **source, **{"source.draw_steps": 25})
-    job = graph.add("LCMDistill", checkpoint=subject.checkpoint, data=[data, 0], name="my-lcm-lora")
-    graph.add("LCMJobStatus", job=[job, 0])
-    graph.add("LCMJobResult", job=[job, 0], wait=True)
+    data = graph.wire("LCMDistillData", resolution=512, **source, **{"source.draw_steps": 25})
+    order = {"checkpoint": graph.subject.checkpoint, "name": "my-lcm-lora"}
+    job = graph.wire("LCMDistill", data=data, **order)
+    graph.add("LCMJobStatus", job=job)
+    graph.add("LCMJobResult", job=job, wait=True)
 
 
-def stacked(graph: Graph, subject: Subject) -> None:
-    """A saved vector put into a stack, and the stack as one vector beside the LCM-LoRA."""
+def stacked(graph: Graph) -> None:
+    """A saved vector added to a stack, and the stack as one vector beside the LCM-LoRA."""
     strengths = {"strength_model": 1.0, "strength_clip": 1.0}
-    stack = graph.add("LCMLoRAToStack", file_name=subject.style_lora, **strengths)
-    styles = graph.add("LCMLoRAFromStack", lora_stack=[stack, 0])
-    lcm = graph.add("LCMLoRAVectorLoader", lora_name=subject.lcm_lora)
-    graph.sum([styles, 0], 1.0, [lcm, 0], 1.0)
+    stack = graph.wire("LCMLoRAToStack", file_name=graph.subject.style_lora, **strengths)
+    styles = graph.wire("LCMLoRAFromStack", lora_stack=stack)
+    lcm = graph.wire("LCMLoRAVectorLoader", lora_name=graph.subject.lcm_lora)
+    graph.sum(styles, 1.0, lcm, 1.0)
 
 
 WIRINGS = {
@@ -89,12 +85,12 @@ WIRINGS = {
 }  # fmt: skip
 
 
-def take(name: str, address: str, subject: Subject, folder: Path) -> None:
-    """Writes the picture of that wiring into the folder."""
+def take(name: str, address: str, subject: Subject, file: Path) -> None:
+    """Writes the picture of a wiring, taken at the server's address."""
     from playwright.sync_api import sync_playwright
 
-    graph = Graph()
-    WIRINGS[name](graph, subject)
+    graph = Graph(subject)
+    WIRINGS[name](graph)
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 2200, "height": 1400})
@@ -105,4 +101,4 @@ def take(name: str, address: str, subject: Subject, folder: Path) -> None:
         shot = page.screenshot(clip=frame)
         browser.close()
     with Image.open(io.BytesIO(shot)) as picture:
-        picture.convert("RGB").save(folder / f"{name}.jpg", quality=85)
+        picture.convert("RGB").save(file, quality=85)
