@@ -1,7 +1,7 @@
 """`python3 dev pictures [NAME ...]`: redraws pictures of the documentation on the toy.
 
-For the workflows, the .jpg beside each with its own result (except `Distil*`, whose pictures show
-the page). For the help pages, a setting at several values (strips.py) or wired nodes (wiring.py).
+Beside each workflow a .jpg of its own result; on the help pages a setting at several values
+(strips.py). Pictures of the page and of wired nodes are screenshots taken by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import sheet, strips, wiring
+from . import sheet, strips
 from .demo import WORKFLOWS, draw, fitted, reseed, toy_subject
 from .environment import ROOT
 from .server import Server, install
@@ -24,7 +24,7 @@ ENLARGED = 6  # times: 64 pixels become 384
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
     known = [path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")]
-    known = sorted([*known, *strips.STRIPS, *wiring.WIRINGS])
+    known = sorted([*known, *strips.STRIPS])
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(known)}; default: all")
     names = parser.parse_args(arguments).names or known
@@ -44,8 +44,6 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
                 prompt, cells = strips.prompt(name, subject)
                 files = sheet.gathered(cells, draw(client, name, prompt)[0])
                 sheet.compose(files, tile=144).save(PAGES / f"{name}.jpg", quality=88)
-            elif name in wiring.WIRINGS:
-                wiring.take(name, server.url, subject, PAGES / f"{name}.jpg")
             else:
                 path = WORKFLOWS / f"{name}.json"
                 prompt = fitted(json.loads(path.read_text(encoding="utf-8")), subject)
