@@ -3,7 +3,7 @@ and LCM-LoRA-shaped files on the real families' shapes, whole in every dialect."
 
 import pytest
 import torch
-from lcm_lora.dev.bench.networks import FAMILIES, RECIPE, SMALL, SMALL_DIFFUSERS
+from lcm_lora.dev.bench.networks import ARCHITECTURES, RECIPE, SMALL, SMALL_DIFFUSERS
 from lcm_lora.tests.host.tiny_lora import dialects_of, patched_weights
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is a developer's package")
@@ -133,7 +133,7 @@ def test_a_network_of_lycoris_does_what_its_merge_does(model, unet, algorithm, t
 @pytest.fixture(scope="module", params=COUNTS)
 def whole(comfy, request):
     """(family, a model of its shapes without numbers)"""
-    return request.param, patcher(FAMILIES[request.param], "meta")
+    return request.param, patcher(ARCHITECTURES[request.param], "meta")
 
 
 def test_lcm_loras_are_taken_whole_in_every_dialect(whole):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from lcm_lora.dev.bench.networks import FAMILIES, SDXL
+from lcm_lora.dev.bench.networks import ARCHITECTURES, SDXL
 from lcm_lora.tests.host.test_lora_dialects import patcher
 from lcm_lora.tests.host.tiny_lora import patched_weights, tiny_model
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ REFINER = SDXL | {
 }  # fmt: skip
 
 
-UNETS = {**FAMILIES, "KOALA": KOALA, "refiner": REFINER}
+UNETS = {**ARCHITECTURES, "KOALA": KOALA, "refiner": REFINER}
 
 
 def text_model(family: str) -> torch.nn.Module:

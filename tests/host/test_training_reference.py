@@ -3,8 +3,8 @@
 import pytest
 import torch
 from lcm_lora.dev.bench.networks import (
+    ARCHITECTURES,
     DIFFUSERS,
-    FAMILIES,
     RECIPE,
     SMALL,
     SMALL_DIFFUSERS,
@@ -27,7 +27,7 @@ def lora_layers(unet):
     return {name: m for name, m in unet.named_modules() if hasattr(m, "lora_A")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_names_are_those_of_diffusers_and_peft(comfy, family):
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.export import vector
@@ -35,7 +35,7 @@ def test_names_are_those_of_diffusers_and_peft(comfy, family):
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**DIFFUSERS[family])
         theirs.add_adapter(recipe())
-    adapter = Adapter(host_unet(FAMILIES[family], "meta"), 4, 4.0)
+    adapter = Adapter(host_unet(ARCHITECTURES[family], "meta"), 4, 4.0)
     adapter.layers.to_empty(device="cpu")
     ours = vector(adapter.state(), adapter.alpha, {}, family).deltas
     wanted = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}

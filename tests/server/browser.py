@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 
-# True in the page once the front end and our nodes are there.
+# True in the page when the front end and our nodes have loaded.
 READY = """() => window.app?.vueAppReady && window.app.extensionManager
     && !document.querySelector('.p-blockui-mask')
     && window.LiteGraph?.registered_node_types?.['LCMDistill']"""
@@ -16,9 +16,9 @@ PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-wqy-microhei")  # the last f
 
 
 def chromium() -> str | None:
-    """Path of the program; None where there is none and this user may not install it."""
-    if found := _program():
-        return found
+    """Path of the program; None if it does not exist and this user may not install it."""
+    if program := _program():
+        return program
     if not shutil.which("apt-get") or os.geteuid() != 0:
         return None
     log.info("Installing Debian's %s for the tests of the page ...", PACKAGES[0])
