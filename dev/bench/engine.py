@@ -49,9 +49,7 @@ def prepare(case: Case) -> Callable[[], Step]:
     adapter = Adapter(network, spec.rank, spec.lora_alpha)
     for name, layer in zip(adapter.names, adapter.layers, strict=True):
         start_factor(layer.down.data, name)
-    run = Run(
-        spec, case.folder, teacher, adapter, Bank(folder), Ranks(), None, None, lambda: ""
-    )
+    run = Run(spec, case.folder, teacher, adapter, Bank(folder), Ranks(), None, None, lambda: "")
     if case.recompute:
         recompute_blocks(network)
     clock = Clock(adapter.parameters(), network)

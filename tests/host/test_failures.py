@@ -72,9 +72,7 @@ def test_what_the_machine_or_the_host_does_is_not_the_files_fault(
     assert raised.value is error
 
 
-def test_a_host_whose_loader_has_changed_is_not_the_files_fault(
-    comfy, toy_checkpoint, monkeypatch
-):
+def test_a_host_whose_loader_has_changed_is_not_the_files_fault(comfy, toy_checkpoint, monkeypatch):
     import comfy.sd
     from lcm_lora.training.teacher import Teacher
 
@@ -220,9 +218,7 @@ def test_a_device_is_not_named_twice(server, word):
         server.devices(word)
 
 
-def test_the_trainer_sees_the_device_and_jobs_of_other_devices_run_beside(
-    store, job, monkeypatch
-):
+def test_the_trainer_sees_the_device_and_jobs_of_other_devices_run_beside(store, job, monkeypatch):
     from lcm_lora.training.jobs import processes, supervisor
 
     first, _ = store.create(job("a"), "a", "0", visible="3")
