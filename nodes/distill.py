@@ -47,7 +47,8 @@ class LCMDistillData(io.ComfyNode):
             ],
             outputs=[
                 LCMData.Output(
-                    display_name="LCM_DATA", tooltip="For Distill LCM-LoRA. It holds no pictures."
+                    display_name="LCM_DATA",
+                    tooltip="Connect it to Distill LCM-LoRA. It holds settings, not pictures.",
                 )
             ],
         )
@@ -73,8 +74,8 @@ def _sources() -> list[list[io.Input]]:
         "folder",
         default="my pictures",
         tooltip=(
-            "A folder in ComfyUI's input folder. It holds pictures with a .txt or .caption file "
-            "each, or with a metadata.jsonl or .csv, or it holds WebDataset tars."
+            "A folder in ComfyUI's input folder. It holds pictures, each with a .txt, .caption "
+            "or .json file, or all with one metadata.jsonl or .csv; or it holds WebDataset tars."
         ),
     )
     pictures = [folder, _input(DataOrder, "crops"), _input(DataOrder, "flip")]
@@ -89,7 +90,7 @@ class LCMDistill(io.ComfyNode):
             display_name="Distill LCM-LoRA (background)",
             category=CATEGORY,
             description=(
-                "Distills an LCM-LoRA from a checkpoint in a separate process. This node returns "
+                "Distils an LCM-LoRA from a checkpoint in a separate process. This node returns "
                 "immediately and the graph stays free. The job goes on when you close the browser "
                 "or ComfyUI; the tab LCM-LoRA jobs shows it. Queuing the same settings again gives "
                 "the same job."

@@ -114,8 +114,8 @@ class Spec:
     )
     objective: str = setting(
         "What the LoRA learns. lcm: to jump to the picture from any timestep, for 1 to 8 steps. "
-        "phased: to follow the teacher in exactly 4 steps without fresh noise; this is better at 4 "
-        "steps and worse at any other number.",
+        "phased: to imitate the teacher in exactly 4 steps without fresh noise; this is better at "
+        "4 steps and worse at any other number.",
         "lcm",
         choices=("lcm", "phased"),
         widget={"optional": True, "advanced": True},
@@ -174,8 +174,8 @@ class Spec:
         widget={"max": 2**32 - 1, "control_after_generate": False},
     )
     passes: int = setting(
-        "Number of passes over the training pictures that reuse the teacher's outputs from disk. 8 "
-        "makes a step about a quarter cheaper; then use a third more steps.",
+        "Number of passes over the training pictures that share one set of the teacher's outputs, "
+        "kept on disk. 8 makes a step about a quarter cheaper; then use a third more steps.",
         1,
         least=1,
         widget={"max": 64, "optional": True, "advanced": True},

@@ -66,12 +66,14 @@ class Order:
         "What happens while you generate. yield: the job saves and ends, and resumes when the "
         "queue is empty; ComfyUI unloads its models each time the job starts. exclusive: the job "
         "goes on; ComfyUI unloads its models when the job starts and each time the queue becomes "
-        "empty. share: both go on.",
+        "empty. share: the job goes on, and ComfyUI does not unload its models.",
         "yield",
         choices=POLICIES,
     )
     style_lora: str = setting(
-        "A style to bake in. You get an accelerated style in one file.", "", is_path=True
+        "A style LoRA to bake into the checkpoint first. You get an accelerated style in one file.",
+        "",
+        is_path=True,
     )
     style_strength: float = setting(
         "Weight of that style.", 1.0, widget={"min": -10.0, "max": 10.0, "step": 0.01}
