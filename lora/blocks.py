@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from .acceleration import FAMILY
 from .delta import Vector
+from .family import FAMILY
 from .formats.metadata import recipe
 from .formats.names import UNET, in_doubt, is_text
 

@@ -12,13 +12,13 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .acceleration import FAMILY, SEVERAL, joined
 from .agree import require_finite, require_one_shape, require_sum
 from .architecture import require_one_architecture
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector, as_matrix
 from .elementwise.rule import Rule
+from .family import FAMILY, SEVERAL, joined
 from .formats.describe import left_out
 from .formats.metadata import agreed, recipe
 from .formats.spelling import in_one_spelling

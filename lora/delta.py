@@ -117,8 +117,8 @@ class Delta:
 
 
 class Opaque(dict[str, Tensor]):
-    """A module whose change depends on the weight (DoRA, OFT, GLoRA): its tensors, by the rest of
-    their kohya keys.
+    """A module whose change depends on the weight (DoRA, OFT, GLoRA): its tensors, by the part of
+    their kohya keys after the module's name.
 
     Attributes:
         shape: of the weight that it changes: [out, in, ...], or [out] if the tensors show no more.

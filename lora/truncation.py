@@ -13,7 +13,7 @@ Energies = tuple[float, float]
 
 @dataclass(frozen=True)
 class Truncation:
-    """The loss of each module, by its canonical name.
+    """What each module loses, by its canonical name.
 
     Attributes:
         energies: what is left out of each module.

@@ -10,9 +10,9 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..training.checked import build, declared
 from ..training.jobs import host
 from ..training.jobs.order import SOURCES, DataOrder, Order
+from ..training.schema import build, declared
 from .host import checkpoint_names, lora_names, show
 
 CATEGORY = "LCM-LoRA/distil"

@@ -7,7 +7,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import choose
+from ..lora.family import choose
 from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
 from ..samplers.families import DEFAULT, FAMILIES

@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import sampling_hint
+from ..lora.family import sampling_hint
 from ..lora.formats.describe import describe
 from ..lora.formats.files import DTYPES, fingerprint, read_named, write
 from ..lora.formats.wire import Tensors, from_wire, to_wire

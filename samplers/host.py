@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .consistency import consistency
 from .families import DEFAULT, FAMILIES, ORIGIN_STEPS, Family
-from .guidance import refuse_guidance_embedding
+from .guidance_embedding import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
 from .noise import picture_noise, picture_numbers
 from .timesteps import parse, timesteps

@@ -15,14 +15,15 @@ from typing import Any
 
 import psutil
 
-from ..lora.whole import TEMPORARY, patiently, sync, temporary_beside, whole_file
-from ..lora.whole import sha256 as sha256
+from ..lora.atomic import TEMPORARY, patiently, sync, temporary_beside, whole_file
+from ..lora.atomic import sha256 as sha256
 
 DISK_FULL = 75  # exit status of a process that paused because the disk is full
 
 
 def disk_is_full(error: OSError) -> bool:
-    """By the error's number, or by the words of a library that hides it (112 is Windows')."""
+    """Whether an error means a full disk. Some libraries give only a text, so that is searched too
+    (112 is Windows' number)."""
     numbers = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no EDQUOT
     words = r"No space left|quota exceeded|os error (28|112)\b"
     return error.errno in numbers or bool(re.search(words, str(error)))

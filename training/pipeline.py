@@ -17,6 +17,7 @@ from . import disk, export, result, waiting
 from .adapter import Adapter
 from .data import answers, bank, sources
 from .data.captioned import summary
+from .device_lock import wait_for_device
 from .jobs.processes import MARK
 from .memory import keep_freed
 from .plan import plan
@@ -73,7 +74,7 @@ class Pipeline:
 
     @contextmanager
     def reserved_output(self) -> Iterator[None]:
-        """No other job can write this one's LoRA file inside.
+        """Inside the block, no other job can write to this job's output file.
 
         Raises ValueError if the file exists already or another job is writing it.
         """
@@ -101,7 +102,7 @@ class Pipeline:
         """Waits for the device and its memory, then loads the checkpoint."""
         from_queue = MARK in os.environ  # a job that the user starts by hand does not wait
         if self.journal is not None and from_queue:
-            waiting.for_device(self.journal, self.request)
+            wait_for_device(self.journal, self.request)
         self.ranks.wait()
         keep_freed()
         spec = self.spec

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..lora.acceleration import FAMILY
+from ..lora.atomic import patiently
 from ..lora.delta import Vector
+from ..lora.family import FAMILY
 from ..lora.formats import files
-from ..lora.whole import patiently
 from . import disk
 from .spec import Spec
 from .teacher import Teacher

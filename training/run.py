@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 def train(description: Path, dry_run: bool) -> int:
     """Runs a job's part in this process. Writes how it ended to the job's status; -> exit status.
 
-    Raises what is not the user's to change, such as a fault of the device: the status then says
+    Raises errors that the user cannot fix, such as a fault of the device. The status then says
     `crash`, and the supervisor starts the job again.
     """
     from lcm_lora.training import disk, spec

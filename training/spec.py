@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import disk
-from .checked import build, check, declared, setting
+from .schema import build, check, declared, setting
 
 
 @dataclass(frozen=True)

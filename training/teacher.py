@@ -1,8 +1,8 @@
 """The teacher: a checkpoint as ComfyUI loads it, in a process that is not ComfyUI's server.
 
-The only file of training/ that imports ComfyUI. Call `enter` before anything imports ComfyUI. Then
-`Teacher.load` gives the frozen network that serves as teacher, target and student, its noise
-schedule, and its text and picture encoders.
+The only file of the training process that imports ComfyUI. Call `enter` before anything imports
+ComfyUI. Then `Teacher.load` gives the frozen network that serves as teacher, target and student,
+its noise schedule, and its text and picture encoders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..lora.delta import Vector
 from ..lora.formats import files
-from ..samplers.guidance import refuse_guidance_embedding
+from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
 from .memory import is_out_of_memory
 from .objectives.solver import Schedule

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import errno
-import getpass
-import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-
-from filelock import FileLock, Timeout
 
 from . import disk
 from .state.journal import Journal
@@ -21,7 +16,6 @@ from .state.journal import Journal
 Action = Literal["", "pause", "finish"]
 ACTIONS: tuple[Action, ...] = ("", "pause", "finish")
 PATIENCE = 60.0  # seconds to wait for memory
-_held: list[FileLock] = []  # the devices' locks, which end with the process
 
 
 class Paused(Exception):
@@ -55,25 +49,6 @@ class Request:
         """Raises Paused if the job is to pause."""
         if self() == "pause":
             raise Paused(f"paused {reached}")
-
-
-def for_device(journal: Journal, request: Callable[[], Action]) -> None:
-    """Waits until no other job of this user trains on the device, whichever ComfyUI started it."""
-    for device in sorted(set((os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(","))):
-        # The user of a container may have no name.
-        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-        lock = FileLock(Path(tempfile.gettempdir()) / f"lcm_lora-{user}-{device}.lock")
-        _held.append(lock)
-        while True:
-            try:
-                lock.acquire(timeout=1)
-                break
-            except Timeout:
-                journal.state(
-                    "preparing", message="waiting for another ComfyUI's job on this device"
-                )
-            if request():
-                raise Paused("paused before the training began")
 
 
 def for_memory(

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ...lora.atomic import whole_file
 from ...lora.combine import exact
 from ...lora.delta import Delta, Vector
 from ...lora.formats import files
 from ...lora.reduce import truncated
-from ...lora.whole import whole_file
 from ...training.adapter import Adapter
 from .. import commands
 from . import networks

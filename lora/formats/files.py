@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..acceleration import FAMILY, family_named
 from ..architecture import cross_attention_width
+from ..atomic import sha256, whole_file
 from ..delta import Delta, Vector
-from ..whole import sha256, whole_file
+from ..family import FAMILY, family_named
 from .metadata import standard
 from .parse import parse
 from .peft_config import PEFT_METADATA
@@ -74,9 +74,11 @@ def _beside(path: Path) -> dict[str, str]:
 
 
 def read_named(path: Path, name: str) -> Vector:
-    """A file to combine with others: with its hash, and with its family in the metadata. A sum has
-    another name than its files, so what `name`, the user's name of the file, says of the family
-    would be lost. Raises as `read`."""
+    """Reads a file that will be combined with others. Raises as `read`.
+
+    Adds its hash, and the family that its metadata or `name`, the user's name of the file, gives:
+    the result has another name.
+    """
     vector = replace(read(path), sha256=sha256(path))
     family, _ = family_named(vector.metadata, name)
     return replace(vector, metadata={**vector.metadata, FAMILY: family}) if family else vector

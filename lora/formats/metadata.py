@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..acceleration import FAMILY
 from ..architecture import SDXL_TYPE, architecture_of
 from ..delta import Vector
+from ..family import FAMILY
 
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
 
@@ -33,9 +33,9 @@ _OF_ITS_TENSORS = re.compile(
 def standard(vector: Vector) -> dict[str, str]:
     """The metadata to write with a vector.
 
-    This is its own metadata without what describes the tensors of another file, and the keys that
-    follow from its tensors. If its own metadata is more precise (SD2 with v-prediction, say), that
-    stays.
+    Keeps the vector's own metadata, drops keys about the tensors of the file it came from, and adds
+    keys computed from its own tensors. If its own metadata is more precise (SD2 with v-prediction,
+    say), that stays.
     """
     keys = {k: v for k, v in vector.metadata.items() if not _OF_ITS_TENSORS.fullmatch(k)}
     keys |= {"ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lora.lora.acceleration import family_named
+from lcm_lora.lora.family import family_named
 from lcm_lora.lora.formats import files
 from lcm_lora.tests.host.queued import PROMPTS
 from lcm_lora.training import export

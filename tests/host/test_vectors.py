@@ -360,9 +360,9 @@ def test_a_stack_does_what_its_loras_do_one_after_the_other(model, loras, comfy)
 
 
 def test_what_only_a_name_tells_of_a_stacks_lora_goes_into_the_sum(model, loras):
-    from lcm_lora.lora.acceleration import FAMILY
+    from lcm_lora.lora.atomic import sha256
+    from lcm_lora.lora.family import FAMILY
     from lcm_lora.lora.formats.metadata import RECIPE
-    from lcm_lora.lora.whole import sha256
     from lcm_lora.nodes.stack import LCMLoRAFromStack
 
     path = loras / "hyper-sd-8steps.safetensors"

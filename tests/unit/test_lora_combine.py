@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lora.lora.acceleration import FAMILY
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.elementwise.table import RULES
+from lcm_lora.lora.family import FAMILY
 from lcm_lora.lora.formats.describe import describe
 from lcm_lora.lora.formats.metadata import METHOD, RECIPE
 from lcm_lora.lora.formats.parse import parse

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from lcm_lora.lora.acceleration import FAMILY
 from lcm_lora.lora.blocks import parse_weights, weighted
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.elementwise.table import RULES
 from lcm_lora.lora.extract import extract
+from lcm_lora.lora.family import FAMILY
 from lcm_lora.lora.formats.describe import RECIPE_SHOWN, describe, described
 from lcm_lora.lora.formats.files import read, read_named, write
 from lcm_lora.lora.formats.metadata import METHOD, RECIPE

@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from lcm_lora.lora import whole
+from lcm_lora.lora import atomic
 from lcm_lora.training import disk, run
 
 
@@ -40,7 +40,7 @@ def test_it_is_not_tried_for_ever_nor_where_the_disk_says_something_else(
     def never(*_):
         raise in_use(number) if number else PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(whole, "PATIENCE", seconds)
+    monkeypatch.setattr(atomic, "PATIENCE", seconds)
     monkeypatch.setattr(os, "replace", never)
     begun = time.monotonic()
     with pytest.raises(PermissionError):

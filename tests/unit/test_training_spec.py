@@ -4,8 +4,8 @@ import hashlib
 import json
 
 import pytest
-from lcm_lora.training.checked import build, schema, shared
 from lcm_lora.training.jobs.order import DataOrder, Order
+from lcm_lora.training.schema import build, schema, shared
 from lcm_lora.training.spec import Data, Spec, StyleLoRA, read
 
 GOOD = {"host": "/h", "checkpoint": "/c.safetensors", "output": "/o.safetensors", "banks": "/b"}

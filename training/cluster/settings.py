@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from .. import disk
-from ..checked import build, setting
+from ..schema import build, setting
 
 HELP = (
     'It is a JSON file: {"address": "http://head:8265", "storage": "/folder/that/all/see", '

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ...lora.whole import patiently
+from ...lora.atomic import patiently
 from ..disk import name_of
 from ..spec import Spec
 from ..tensors import save

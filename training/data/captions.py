@@ -90,7 +90,7 @@ def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """(number of its last line, column -> cell) of each row. A broken row gives the error."""
+    """Yields each row's last line number and its cells by column; for a broken row, the error."""
     rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         for row in rows:

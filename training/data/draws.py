@@ -1,4 +1,4 @@
-"""Everything random in a run, as functions of (seed, step, place in the batch).
+"""The random choices of a training step, as functions of (seed, step, place in the batch).
 
 No generator's state outlives a step. So a resumed run draws the same numbers as an unbroken one,
 two processes draw together what one would draw alone, and the micro-batch changes nothing.

@@ -24,7 +24,7 @@ IDLE = 3.0  # seconds without a prompt before jobs resume
 
 @dataclass
 class Beside:
-    """A server has one.
+    """Watches the jobs for one ComfyUI server.
 
     Attributes:
         prompts: how many prompts run or wait. free: asks the server to unload its models.

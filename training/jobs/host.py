@@ -16,14 +16,14 @@ import torch
 from comfy import model_management
 from comfy.utils import ProgressBar
 
-from ...lora.acceleration import FAMILY
 from ...lora.blocks import place_of
 from ...lora.delta import Vector
+from ...lora.family import FAMILY
 from ...lora.formats.filenames import inside
 from ...lora.formats.files import read
-from ..checked import shared
 from ..cluster.settings import Cluster
 from ..export import vector, with_styles
+from ..schema import shared
 from ..spec import Data, Spec, StyleLoRA
 from ..spec import read as read_spec
 from ..state import checkpoints

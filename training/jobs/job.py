@@ -135,7 +135,7 @@ def read(path: Path) -> Job:
 
 
 def stamps_of(path: Path, names: tuple[str, ...] = WATCHED) -> Stamps:
-    """Zeros for a file that does not exist."""
+    """Change time in ns and size of each named file; zeros if it is missing."""
     stamps = []
     for name in names:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checked import check, same, setting
+from ..schema import check, same, setting
 from ..spec import Data, Spec
 
 POLICIES = ("yield", "exclusive", "share")

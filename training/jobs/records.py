@@ -112,7 +112,8 @@ class Attempt(Record):
     Attributes:
         pid, identity: see Process.
         turn: Control.turn when it started. How it ended counts in that turn only.
-        earlier: Status.started of the process before it, whose report is not this one's.
+        earlier: Status.started of the process before it. A status with this value is not the
+            newest process's.
         ended: "done", "failed", "paused" or "crashed"; None while the supervisor has not seen it
             end. message: why it failed or paused.
         crashes: processes in a row that crashed without a new step. step: where the last crashed.
@@ -135,7 +136,7 @@ class Attempt(Record):
         return Process(self.pid, self.identity).alive
 
     def own(self, status: Status) -> Status:
-        """The status if this process wrote it; an empty one if it is left from an earlier one."""
+        """The status, or an empty one if the process before this one wrote it."""
         is_older = status.started is not None and status.started == self.earlier
         return Status() if is_older else status
 

@@ -21,7 +21,7 @@ from filelock import Timeout
 from server import PromptServer
 
 from .. import disk
-from ..checked import build, schema
+from ..schema import build, schema
 from . import host
 from .beside import Beside
 from .job import Job, NoJob
@@ -123,7 +123,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def _foreign(request: web.Request) -> str:
-    """Why a request is refused: it comes from a page of another site. "" if it may pass."""
+    """An error if a page of another site sent the request, else ""."""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site is not None:  # the browser has compared the addresses before any proxy
         is_own = site in ("same-origin", "none")
@@ -190,7 +190,7 @@ def job(request: web.Request) -> dict[str, Any]:
 
 
 def job_log(request: web.Request) -> dict[str, Any]:
-    """The log from the byte `offset` on; negative: that many bytes before the end."""
+    """The log from byte `offset` on. A negative offset counts from the end."""
     offset = _number(request, "offset", -LOG_PART, -LOG_PART, 1 << 40)
     path = _path(request) / "log.txt"
     if not path.exists():
@@ -207,7 +207,8 @@ def job_log(request: web.Request) -> dict[str, Any]:
 
 
 def metrics(request: web.Request) -> dict[str, Any]:
-    """`rows` by `columns`; `errors`: step and the samples' distance to the teacher at 1, 2, 4."""
+    """The metrics as rows; for each sampling, its step and the distances to the teacher's pictures
+    at 1, 2 and 4 steps."""
     first = _number(request, "from", 0, 0, 1 << 40)
     last = _number(request, "to", 1 << 40, 0, 1 << 40)
     return read(_path(request), first, last, _number(request, "points", 300, 2, 5000))
@@ -261,7 +262,7 @@ def move(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def openapi(request: web.Request) -> Any:
-    """The file, with the schemas of an order's settings."""
+    """openapi.json, completed with the schemas of Order and DataOrder."""
     document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
     orders = {kind.__name__: schema(kind) for kind in (Order, DataOrder)}
     document["components"]["schemas"] |= orders

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ...lora.whole import patiently
+from ...lora.atomic import patiently
 from .. import disk
 from ..spec import Spec
 from .job import WAITING, Job, NoJob, Stamps, read, stamps_of
@@ -148,7 +148,7 @@ class Store:
         return list(jobs)
 
     def job(self, identifier: str) -> Job:
-        """Raises as `path` does."""
+        """The job with this id. Raises as `path` does."""
         return self._read(self.path(identifier))[1]
 
     def ask(

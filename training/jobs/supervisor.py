@@ -137,8 +137,8 @@ class Supervisor:
             self.store.ask(job.id, "", only=lambda now: now.is_forsaken)
 
     def _may_start(self, job: Job) -> bool:
-        """Not during the pause after a crash. A pause longer than the longest means that the clock
-        was set back."""
+        """Whether the pause after a crash is over. If more than the longest pause is left, the
+        clock was set back, and the job may start."""
         left = (self._attempt(job).not_before or 0.0) - time.time()
         return not 0 < left <= max(states.PAUSES)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ...lora.whole import patiently
+from ...lora.atomic import patiently
 from .. import disk, tensors
 
 log = logging.getLogger("lcm_lora")

@@ -1,4 +1,4 @@
-"""A running job's reports: its status and its metrics. Without torch, for processes that follow."""
+"""A running job's reports: its status and its metrics. It does not import torch."""
 
 from __future__ import annotations
 

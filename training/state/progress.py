@@ -38,7 +38,7 @@ class Progress:
 
     @classmethod
     def first(cls, spec: Spec, half: bool = False) -> Progress:
-        """That of step 0. half: whether the network computes in float16."""
+        """The progress before step 1. half: whether the network computes in float16."""
         count = min(spec.micro_batch or spec.batch, spec.batch)
         return cls(count, spec.checkpointing == "on", scale=FIRST_SCALE if half else 1.0)
 

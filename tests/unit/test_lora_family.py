@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from lcm_lora.lora.acceleration import FAMILY, family_named, joined
+from lcm_lora.lora.family import FAMILY, family_named, joined
 from lcm_lora.samplers.families import FAMILIES
-from lcm_lora.training.checked import declared
+from lcm_lora.training.schema import declared
 from lcm_lora.training.spec import Spec
 
 NAMES = {

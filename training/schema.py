@@ -1,7 +1,7 @@
-"""Settings as dataclasses: a field's declaration says all that is known about it, once.
+"""Settings as dataclasses: each is declared once, and the rest follows from the declaration.
 
 Files (`build`), checks (`check`), the HTTP description (`schema`) and the nodes' widgets
-(nodes/distill.py) are made from these declarations.
+(nodes/distill.py) are made from it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def setting(
 
 
 def same(kind: type, name: str, default: Any = None) -> Any:
-    """A field that is declared as a field of another class, with its default or another one."""
+    """A field with the declaration of another class's field. `default` may replace its default."""
     theirs = declared(kind)[name]
     value = theirs.default if default is None else default
     return field(default=value, metadata={"setting": theirs.setting})
@@ -115,7 +115,7 @@ def declared(kind: type) -> dict[str, Declared]:
 
 
 def shared(settings: Any, kind: type) -> dict[str, Any]:
-    """The values of those fields that `same` declared after fields of `kind`, by name."""
+    """The values of the fields that `same` copied from `kind`, by name."""
     theirs = {name: item.setting for name, item in declared(kind).items()}
     ours = declared(type(settings))
     return {
@@ -144,15 +144,15 @@ def build(kind: type[T], content: Any, where: str) -> T:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a JSON object, found {type(content).__name__}.")
-    known = declared(kind)
-    if unknown := sorted(content.keys() - known.keys()):
-        raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}.")
-    required = {name for name, item in known.items() if item.default is MISSING}
+    settings = declared(kind)
+    if unsettings := sorted(content.keys() - settings.keys()):
+        raise ValueError(f"{where} has unsettings settings: {', '.join(unsettings)}.")
+    required = {name for name, item in settings.items() if item.default is MISSING}
     if missing := sorted(required - content.keys()):
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
     return kind(
         **{
-            name: _cast(known[name].type, value, name, known[name].setting.is_path)
+            name: _cast(settings[name].type, value, name, settings[name].setting.is_path)
             for name, value in content.items()
         }
     )
