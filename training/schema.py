@@ -145,8 +145,8 @@ def build(kind: type[T], content: Any, where: str) -> T:
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a JSON object, found {type(content).__name__}.")
     settings = declared(kind)
-    if unsettings := sorted(content.keys() - settings.keys()):
-        raise ValueError(f"{where} has unsettings settings: {', '.join(unsettings)}.")
+    if unknown := sorted(content.keys() - settings.keys()):
+        raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}.")
     required = {name for name, item in settings.items() if item.default is MISSING}
     if missing := sorted(required - content.keys()):
         raise ValueError(f"{where} lacks {', '.join(missing)}.")

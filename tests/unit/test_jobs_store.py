@@ -164,7 +164,9 @@ def test_a_process_that_ended_is_noticed_though_no_file_changed(store, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["spec", "control", "supervisor", "status"])
-@pytest.mark.parametrize("content", [None, "", '{"state": "ru', "[1]", "\x00\x00", '{"step": "x"}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "{}", '{"state": "ru', "[1]", "\x00\x00", '{"step": "x"}']
+)
 def test_a_torn_or_missing_file_is_a_state_and_no_exception(store, tmp_path, name, content):
     job, _ = store.create(spec(tmp_path), "a")
     other, _ = store.create(spec(tmp_path, steps=2), "b")

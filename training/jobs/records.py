@@ -37,7 +37,7 @@ class Record:
 
     @classmethod
     def read(cls: type[R], job: Path) -> R | None:
-        """The record; None if the file is missing, torn, or cannot be read at the moment."""
+        """The record; None if the file is missing, torn, empty, or cannot be read at the moment."""
         return cls._built(disk.read_json(job / cls.FILE))
 
     @classmethod
@@ -55,7 +55,7 @@ class Record:
 
     @classmethod
     def _built(cls: type[R], content: Any) -> R | None:
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not content:
             return None
         kinds = _kinds(cls)  # type: ignore[arg-type] # a class is hashable
         values = {name: _value(kinds[name], content[name]) for name in kinds.keys() & content}

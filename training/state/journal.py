@@ -29,9 +29,18 @@ class Journal:
         self.status.write(self.job)
 
     def repeat(self, status: Status) -> None:
-        """Writes another process's report, such as the one of a job on a cluster, as its own."""
+        """Writes another process's report, such as the one of a job on a cluster, as its own. The
+        own figures stay if the other process has none yet."""
         own = self.status
-        self.status = replace(status, pid=own.pid, started=own.started, updated=time.time())
+        self.status = replace(
+            status,
+            pid=own.pid,
+            started=own.started,
+            updated=time.time(),
+            step=status.step or own.step,
+            steps=status.steps or own.steps,
+            loss=own.loss if status.loss is None else status.loss,
+        )
         self.status.write(self.job)
 
     def metrics(self, **figures: float | int | dict[str, float]) -> None:
