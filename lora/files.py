@@ -38,23 +38,43 @@ _WINDOWS_RESERVED = re.compile(
 )
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 
+_DOWNLOAD = "The download went wrong: download the file again."
+# What other files begin with. The first that matches counts.
+_OTHER_FORMATS = tuple(
+    (re.compile(beginning, re.DOTALL), kind)
+    for beginning, kind in (
+        (
+            rb"PK|\x80",
+            "a pickle (a .pt or .ckpt file, whatever its name); expected safetensors. Pickles can "
+            "run code and are not opened here.",
+        ),
+        (
+            rb"version https://git-lfs",
+            "a Git LFS pointer, which names a file that was not downloaded; expected safetensors. "
+            "Run `git lfs pull`, or download the file itself.",
+        ),
+        (rb"\s*<", f"a web page; expected safetensors. {_DOWNLOAD}"),
+        (rb"\s*[{\[]", f"JSON text, such as a website's error; expected safetensors. {_DOWNLOAD}"),
+        (rb"GGUF", "a GGUF file; expected safetensors. Load it with a loader for GGUF."),
+    )
+)
+
 
 def read(path: Path) -> Vector:
     """A safetensors LoRA in any known key dialect.
 
     Raises:
-        ValueError: the file is empty, truncated, a pickle, no safetensors, or holds no plain LoRA.
+        ValueError: the file is empty, truncated, of another format, or does not hold a plain LoRA.
     """
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(64)
     if not start:
         raise ValueError(f"{path.name} is empty (0 bytes); expected a safetensors LoRA.")
     # A header's length may begin with the same bytes; after it comes the header's brace.
-    if start.startswith((b"PK", b"\x80")) and not start.endswith(b"{"):
-        raise ValueError(
-            f"{path.name} is a pickle (a .pt or .ckpt file, whatever its name); expected "
-            "safetensors. Pickles can run code and are not opened here."
-        )
+    if start[8:9] != b"{":
+        for beginning, kind in _OTHER_FORMATS:
+            if beginning.match(start):
+                raise ValueError(f"{path.name} is {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}) | _beside(path)
@@ -62,8 +82,8 @@ def read(path: Path) -> Vector:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path.name} is no whole safetensors file, {path.stat().st_size} bytes long: {error}. "
-            "It may be truncated; download or save it again."
+            f"{path.name} is not a complete safetensors file ({path.stat().st_size} bytes): "
+            f"{error}. It may be truncated; download or save it again."
         ) from error
     return parse(tensors, metadata, path.name)
 

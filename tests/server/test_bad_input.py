@@ -75,9 +75,9 @@ def broken(kind: str, good) -> bytes | dict[str, torch.Tensor]:
     ("kind", "says"),
     [
         ("empty", "is empty"),
-        ("truncated", "no whole safetensors file"),
+        ("truncated", "not a complete safetensors file"),
         ("pickle", "is a pickle"),
-        ("text", "no whole safetensors file"),
+        ("text", "is a web page"),
         ("nan alpha", "its alpha is nan"),
         ("rank 0", "rank"),
         ("shapes", "do not multiply"),
