@@ -27,9 +27,9 @@ class LCMLoRACombine(io.ComfyNode):
             display_name="Combine LoRA Vectors",
             category="LCM-LoRA",
             description=(
-                "Adds LoRA vectors with weights. A style LoRA and the LCM-LoRA become one LoRA "
-                "that draws the style in a few steps. The LCM-LoRA paper uses 1.0 for the LCM-LoRA "
-                "and 0.8 for the style."
+                "Adds up LoRA vectors, each with a weight. A style LoRA and the LCM-LoRA become "
+                "one LoRA that draws the style in a few steps. The LCM-LoRA paper uses 1.0 for "
+                "the LCM-LoRA and 0.8 for the style."
             ),
             search_aliases=[
                 "merge lora", "combine lora", "add lora", "lora sum", "mix lora", *RULES
@@ -46,8 +46,8 @@ class LCMLoRACombine(io.ComfyNode):
                         "exact: the weighted sum, without any error. Its rank is the sum of the "
                         "ranks, so the file grows accordingly. svd: the same sum, reduced as far "
                         "as rank, keep_energy and max_error allow, with the smallest possible "
-                        f"error. {rules}. These rules take minutes on SDXL, and their result is "
-                        "reduced to a rank."
+                        f"error. {rules}. These rules take minutes on SDXL and reduce their "
+                        "result to the given rank."
                     ),
                 ),
                 io.Int.Input(

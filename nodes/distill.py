@@ -55,7 +55,8 @@ class LCMDistillData(io.ComfyNode):
             ],
             outputs=[
                 LCMData.Output(
-                    display_name="LCM_DATA", tooltip="For Distill LCM-LoRA. It holds no pictures."
+                    display_name="LCM_DATA",
+                    tooltip="Connect it to Distill LCM-LoRA. It holds settings, not pictures.",
                 )
             ],
         )
@@ -91,8 +92,8 @@ def _folder() -> io.Input:
         "folder",
         default="my pictures",
         tooltip=(
-            "A folder in ComfyUI's input folder. It holds pictures with a .txt or .caption file "
-            "each, or with a metadata.jsonl or .csv, or it holds WebDataset tars."
+            "A folder in ComfyUI's input folder. It holds pictures, each with a .txt, .caption "
+            "or .json file, or all with one metadata.jsonl or .csv; or it holds WebDataset tars."
         ),
     )
 
@@ -134,7 +135,7 @@ class LCMDistill(io.ComfyNode):
             display_name="Distill LCM-LoRA (background)",
             category=CATEGORY,
             description=(
-                "Distills an LCM-LoRA from a checkpoint in a separate process. This node returns "
+                "Distils an LCM-LoRA from a checkpoint in a separate process. This node returns "
                 "immediately and the graph stays free. The job goes on when you close the browser "
                 "or ComfyUI; the tab LCM-LoRA jobs shows it. Queuing the same settings again gives "
                 "the same job."
@@ -210,16 +211,18 @@ class LCMDistill(io.ComfyNode):
                     default=POLICIES[0],
                     tooltip=(
                         "What happens while you generate. yield: the job saves and ends, and "
-                        "resumes when the queue is empty; ComfyUI unloads its models each time the "
-                        "job starts. exclusive: the job goes on; ComfyUI unloads its models when "
-                        "the job starts and each time the queue becomes empty. share: both go on."
+                        "resumes when the queue is empty; ComfyUI unloads its models each time "
+                        "the job starts. exclusive: the job goes on; ComfyUI unloads its models "
+                        "when the job starts and each time the queue becomes empty. share: the "
+                        "job goes on, and ComfyUI does not unload its models."
                     ),
                 ),
                 io.Combo.Input(
                     "style_lora",
                     options=[NONE, *lora_names()],
                     default=NONE,
-                    tooltip="A style to bake in. You get an accelerated style in one file.",
+                    tooltip="A style LoRA to bake into the checkpoint first. You get an "
+                    "accelerated style in one file.",
                 ),
                 io.Float.Input(
                     "style_strength",
@@ -262,7 +265,7 @@ class LCMDistill(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "What the LoRA learns. lcm: to jump to the picture from any timestep, for "
-                        "1 to 8 steps. phased: to follow the teacher in exactly 4 steps without "
+                        "1 to 8 steps. phased: to imitate the teacher in exactly 4 steps without "
                         "fresh noise; this is better at 4 steps and worse at any other number."
                     ),
                 ),
@@ -274,9 +277,9 @@ class LCMDistill(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Number of passes over the training pictures that reuse the teacher's "
-                        "outputs from disk. 8 makes a step about a quarter cheaper; then use a "
-                        "third more steps."
+                        "Number of passes over the training pictures that share one set of the "
+                        "teacher's outputs, kept on disk. 8 makes a step about a quarter "
+                        "cheaper; then use a third more steps."
                     ),
                 ),
             ],

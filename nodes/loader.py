@@ -37,8 +37,8 @@ class LCMLoRALoader(io.ComfyNode):
                     options=lora_names(),
                     tooltip=(
                         "The LCM-LoRA, or another few-step LoRA, for this model's architecture "
-                        "(SD1.5, SDXL, SSD-1B). An SD1.5, SD2 or SDXL model refuses a LoRA made "
-                        "for another of the three. Between SDXL and its relatives (SSD-1B, Vega, "
+                        "(SD1.5, SDXL, SSD-1B). An SD1.5, SD2 or SDXL LoRA is refused on a model "
+                        "of another of the three. Between SDXL and its relatives (SSD-1B, Vega, "
                         "KOALA), the LoRA is applied as far as it fits, with a warning."
                     ),
                 ),

@@ -20,11 +20,12 @@ class LCMModelSampling(io.ComfyNode):
             display_name="LCM Model Sampling",
             category=CATEGORY,
             description=(
-                "Makes a MODEL sample as a latent consistency model, with the distillation grid "
-                "and the consistency function. The model keeps its own prediction type (eps or v) "
-                "and noise levels. Load LCM-LoRA does this already; use this node after other LoRA "
-                "loaders. In ComfyUI's KSampler, choose sampler lcm and scheduler simple. For TCD, "
-                "DMD2, Hyper-SD, PCM and Lightning models, choose their family."
+                "Makes a MODEL sample as a latent consistency model, at the timesteps of its "
+                "distillation and with the consistency function. The model keeps its own "
+                "prediction type (eps, v or x0) and noise levels. Load LCM-LoRA does this "
+                "already; use this node after other LoRA loaders. In ComfyUI's KSampler, choose "
+                "sampler lcm and scheduler simple. For TCD, DMD2, Hyper-SD, PCM and Lightning "
+                "models, choose their family."
             ),
             search_aliases=[
                 "lcm", "ModelSamplingDiscrete", "consistency", "model sampling", "tcd", "dmd2",
@@ -74,7 +75,7 @@ class LCMSchedule(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=50,
-                    tooltip="Network calls per picture. 4 is usual, 1 to 8 make sense.",
+                    tooltip="Number of sampling steps. 4 is usual; 1 to 8 make sense.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.01, max=1.0, step=0.01,
@@ -169,16 +170,19 @@ class LCMKSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model with an LCM-LoRA applied."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="The same seed gives the same picture, alone or in a batch.",
+                    tooltip=(
+                        "The same seed gives the same picture, also when it is taken out of its "
+                        "batch."
+                    ),
                 ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=50,
-                    tooltip="Network calls per picture. 4 is usual, 1 to 8 make sense.",
+                    tooltip="Number of sampling steps. 4 is usual; 1 to 8 make sense.",
                 ),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01,
                     tooltip="Use 1 to 2, because guidance is distilled into the LCM-LoRA. At 1 the "
-                    "negative prompt is not used and a step is one network call; above 2 colours "
+                    "negative prompt is not used and a step takes half the work; above 2 colours "
                     "burn.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),

@@ -29,7 +29,10 @@ class LCMLoRAFromStack(io.ComfyNode):
             outputs=[
                 io.LoraModel.Output(
                     display_name="LORA_MODEL",
-                    tooltip="Their weighted sum. Combine it with the LCM-LoRA's vector.",
+                    tooltip=(
+                        "The weighted sum of the stack's LoRAs. Combine it with the LCM-LoRA's "
+                        "vector."
+                    ),
                 ),
                 io.String.Output(display_name="report", tooltip="What was added up."),
             ],
@@ -57,7 +60,10 @@ class LCMLoRAToStack(io.ComfyNode):
                 io.String.Input(
                     "file_name",
                     default="",
-                    tooltip="As LoRA loaders show it. Connect the file name of Save LoRA Vector.",
+                    tooltip=(
+                        "The file's name as LoRA loaders show it. Connect the file name of Save "
+                        "LoRA Vector."
+                    ),
                 ),
                 io.Float.Input(
                     "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01,

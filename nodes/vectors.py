@@ -23,7 +23,7 @@ class LCMLoRAVectorLoader(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Reads a LoRA file without applying it, so that you can combine it with others. "
-                "It reads kohya, diffusers/PEFT and native ComfyUI key names."
+                "It reads kohya, diffusers/PEFT, OneTrainer and native ComfyUI key names."
             ),
             search_aliases=["load lora", "lora vector", "lora model", "read lora"],
             inputs=[
@@ -37,7 +37,7 @@ class LCMLoRAVectorLoader(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="info",
-                    tooltip="What the file holds: base model, modules, ranks and alphas.",
+                    tooltip="What the file holds: architecture, modules, ranks and alphas.",
                 ),
             ],
         )
@@ -140,7 +140,9 @@ class LCMLoRASave(io.ComfyNode):
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace a file of the same name. If off, such a file is an error.",
+                    tooltip=(
+                        "Replace a file of the same name. If off, an existing file is an error."
+                    ),
                 ),
             ],
             outputs=[

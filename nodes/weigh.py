@@ -94,7 +94,9 @@ class LCMLoRAProtect(io.ComfyNode):
             search_aliases=["np-lora", "null space", "orthogonal", "lora conflict", "project"],
             inputs=[
                 io.LoraModel.Input("style", tooltip="The style's vector."),
-                io.LoraModel.Input("acceleration", tooltip="The LCM-LoRA's vector, not changed."),
+                io.LoraModel.Input(
+                    "acceleration", tooltip="The LCM-LoRA's vector; it is not changed."
+                ),
                 io.Float.Input(
                     "share",
                     default=0.5,
@@ -102,8 +104,9 @@ class LCMLoRAProtect(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How much of that part to remove: 0 leaves the style as it is, 1 removes "
-                        "all of it. More makes few-step pictures cleaner and the style weaker."
+                        "How much of the interfering part to remove: 0 leaves the style as it is, "
+                        "1 removes all of it. More makes few-step pictures cleaner and the style "
+                        "weaker."
                     ),
                 ),
             ],

@@ -17,5 +17,7 @@ def dare(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 DARE = Rule(
     "dare", "arXiv 2311.03099",
-    "the sum of random values of each vector, scaled up to make up for the dropped ones", dare,
+    "the sum of a random selection of each vector's values, scaled up to make up for the dropped "
+    "ones",
+    dare,
 )  # fmt: skip
