@@ -1,14 +1,21 @@
-"""Runs a command inside the environment. `local` is what belongs to this checkout alone: .dev/."""
+"""Runs a command inside the environment."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 
 from . import environment
 
-LOCAL = environment.ROOT / ".dev"
+LOCAL = environment.ROOT / ".dev"  # what belongs to this checkout alone
 FAULTS = ["-m", "faults", "--times", "20"]
+# Each has a function main(arguments, folder of ComfyUI, LOCAL), and is imported when it is needed,
+# because importing some takes seconds.
+MODULES = {
+    "demo": "demo", "serve": "serve", "pictures": "pictures", "bench": "bench.run",
+    "toy": "toy.command",
+}  # fmt: skip
 
 
 def run(verb: str, arguments: list[str], host: str) -> int:
@@ -17,7 +24,6 @@ def run(verb: str, arguments: list[str], host: str) -> int:
     logging.getLogger("lcm_lora").setLevel(logging.INFO)
     folder = Path(host)
     LOCAL.mkdir(exist_ok=True)
-    # Imported where they are used: each needs another part of the environment.
     if verb in ("test", "faults"):
         from . import test
 
@@ -25,22 +31,5 @@ def run(verb: str, arguments: list[str], host: str) -> int:
     from . import in_process
 
     in_process.enter(folder, LOCAL / "in-process")
-    if verb == "demo":
-        from . import demo
-
-        return demo.main(arguments, folder, LOCAL)
-    if verb == "serve":
-        from . import serve
-
-        return serve.main(arguments, folder, LOCAL)
-    if verb == "pictures":
-        from . import pictures
-
-        return pictures.main(arguments, folder, LOCAL)
-    if verb == "bench":
-        from .bench import run as bench
-
-        return bench.main(arguments, LOCAL)
-    from .toy import command
-
-    return command.main(arguments, environment.cache(), LOCAL)
+    module = importlib.import_module(f".{MODULES[verb]}", __package__)
+    return module.main(arguments, folder, LOCAL)

@@ -62,6 +62,13 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
     return prompt
 
 
+def reseed(prompt: dict) -> None:
+    """Changes the seeds, so that a second run of the prompt draws other pictures."""
+    for node in prompt.values():
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] += 1
+
+
 def draw(client: Client, title: str, prompt: dict) -> tuple[dict, float]:
     """Runs a prompt with a progress bar; -> (node -> picture files, seconds)."""
     bar = Bar(title)
@@ -108,9 +115,7 @@ def draw_workflow(client: Client, name: str, subject: sheet.Subject, out: Path) 
     title = name.replace("_", " ")
     prompt = fitted(workflow, subject)
     draw(client, f"{title} (models load)", prompt)
-    for node in prompt.values():
-        if "seed" in node["inputs"]:
-            node["inputs"]["seed"] += 1
+    reseed(prompt)
     pictures, seconds = draw(client, title, prompt)
     paths = [path for saved in pictures.values() for path in saved]
     for number, path in enumerate(paths):
@@ -142,10 +147,11 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
             draw_workflow(client, WITH_STYLE, subject, out)
         prompt, cells = sheet.prompt(subject)
         pictures, _ = draw(client, f"Contact sheet of {len(cells)} pictures", prompt)
-        drawn = {cell: pictures[node][0] for node, cell in cells.items()}
+    files = sheet.gathered(cells, pictures)
+    across = 2 if len(subject.captions) > 1 else 1
     path = out / "contact sheet.png"
     scratch = out / f"{os.getpid()}.tmp.png"
-    sheet.compose(drawn, len(subject.captions)).save(scratch)
+    sheet.compose(files, 256 // across, across, gap=12).save(scratch)
     os.replace(scratch, path)
     log.info("The pictures are in %s", out)
     return 0

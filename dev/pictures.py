@@ -1,7 +1,7 @@
-"""`python3 dev pictures [NAME ...]`: what the toy draws for people to look at.
+"""`python3 dev pictures [NAME ...]`: redraws pictures of the documentation on the toy.
 
-The .jpg beside each workflow, its own result (but for `Distil*`, whose picture is one of the page);
-and for the help pages of nodes a setting at several values, or how nodes are wired.
+Beside each workflow a .jpg of its own result; on the help pages a setting at several values
+(strips.py). Pictures of the page and of wired nodes are screenshots taken by hand.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import strips, wiring
-from .demo import WORKFLOWS, draw, fitted, toy_subject
+from . import sheet, strips
+from .demo import WORKFLOWS, draw, fitted, reseed, toy_subject
+from .environment import ROOT
 from .server import Server, install
 from .toy import assemble, stand_ins
 
+PAGES = ROOT / "web" / "docs"
 ENLARGED = 6  # times: 64 pixels become 384
 
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
-    drawing = [path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")]
-    drawing += [*strips.STRIPS, *wiring.WIRINGS]
+    known = [path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")]
+    known = sorted([*known, *strips.STRIPS])
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(sorted(drawing))}; default: all")
-    names = parser.parse_args(arguments).names or sorted(drawing)
-    if unknown := sorted(set(names) - set(drawing)):
-        parser.error(f"unknown: {', '.join(unknown)}; it draws {', '.join(sorted(drawing))}")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(known)}; default: all")
+    names = parser.parse_args(arguments).names or known
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(known)}")
     server = Server(host, local)
     models = server.base / "models"
     checkpoint = assemble.checkpoint(local / "models")
@@ -40,20 +42,19 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
         for name in names:
             if name in strips.STRIPS:
                 prompt, cells = strips.prompt(name, subject)
-                shown = draw(client, name, prompt)[0]
-                strips.compose(name, {cell: shown[key][0] for key, cell in cells.items()})
-                continue
-            if name in wiring.WIRINGS:
-                wiring.take(name, server.url, subject, strips.PAGES)
-                continue
-            path = WORKFLOWS / f"{name}.json"
-            prompt = fitted(json.loads(path.read_text(encoding="utf-8")), subject)
-            for node in prompt.values():
-                if "seed" in node["inputs"]:
-                    node["inputs"]["seed"] += 1  # as the demo's pictures have it
-            ((drawn, *_),) = draw(client, name, prompt)[0].values()
-            with Image.open(drawn) as picture:
-                size = [side * ENLARGED for side in picture.size]
-                large = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-            large.save(path.with_suffix(".jpg"), quality=90)
+                files = sheet.gathered(cells, draw(client, name, prompt)[0])
+                sheet.compose(files, tile=144).save(PAGES / f"{name}.jpg", quality=88)
+            else:
+                path = WORKFLOWS / f"{name}.json"
+                prompt = fitted(json.loads(path.read_text(encoding="utf-8")), subject)
+                reseed(prompt)
+                ((picture, *_),) = draw(client, name, prompt)[0].values()
+                enlarge(picture, path.with_suffix(".jpg"))
     return 0
+
+
+def enlarge(picture: Path, file: Path) -> None:
+    with Image.open(picture) as small:
+        size = [side * ENLARGED for side in small.size]
+        large = small.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    large.save(file, quality=90)

@@ -1,22 +1,25 @@
-"""The contact sheet: one API prompt that draws every cell, and the picture made of the results."""
+"""Pictures side by side: API prompts that draw them, and tables made of the results."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 STEPS = (1, 2, 4, 8)
-COLUMNS = (
-    "base, DDIM", "base, DPM++ 2M", "base, LCM sampler", "LCM-LoRA", "LCM-LoRA + style",
-)  # fmt: skip
 TEACHER = "base, DDIM 50 steps"
+PLAIN = {"base, DDIM": "ddim", "base, DPM++ 2M": "dpmpp_2m"}  # ComfyUI's samplers
+Wire = list
+"""[node id, number of the output]"""
+Cell = tuple[str, str]
+"""titles of the row and of the column"""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is drawn with: file names as the host lists them, captions, and the base's guidance."""
+    """What to draw with: files as ComfyUI lists them, captions, and the guidance of the base."""
 
     checkpoint: str
     lcm_lora: str
@@ -29,118 +32,137 @@ class Subject:
 
 @dataclass
 class Graph:
-    """An API prompt being put together."""
+    """An API prompt that grows."""
 
-    nodes: dict[str, dict] = field(default_factory=dict)
+    subject: Subject
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, kind: str, **inputs) -> str:
+    def add(self, kind: str, **inputs: Any) -> str:
+        """Adds a node; -> its id."""
         key = str(len(self.nodes) + 1)
         self.nodes[key] = {"class_type": kind, "inputs": inputs}
         return key
 
-    def sum(self, one: list, weight_1: float, two: list, weight_2: float) -> list:
-        """The wire of two vectors' exact sum."""
+    def wire(self, kind: str, **inputs: Any) -> Wire:
+        """Adds a node; -> its first output."""
+        return [self.add(kind, **inputs), 0]
+
+    def checkpoint(self) -> tuple[Wire, Wire, Wire]:
+        """MODEL, CLIP and VAE."""
+        loader = self.add("CheckpointLoaderSimple", ckpt_name=self.subject.checkpoint)
+        return [loader, 0], [loader, 1], [loader, 2]
+
+    def latent(self) -> Wire:
+        size = self.subject.size
+        return self.wire("EmptyLatentImage", width=size, height=size, batch_size=1)
+
+    def texts(self, clip: Wire, captions: tuple[str, ...]) -> tuple[list[Wire], Wire]:
+        """The captions, encoded, and the empty one."""
+        *texts, empty = (
+            self.wire("CLIPTextEncode", clip=clip, text=text) for text in (*captions, "")
+        )
+        return texts, empty
+
+    def accelerated(self, base: Wire, strength: float = 1.0) -> Wire:
+        """A MODEL with the LCM-LoRA."""
+        lora = {"lora_name": self.subject.lcm_lora, "strength": strength, "family": "auto"}
+        return self.wire("LCMLoRALoader", model=base, **lora)
+
+    def vectors(self) -> tuple[Wire, Wire]:
+        """The LCM-LoRA and the style."""
+        names = self.subject.lcm_lora, self.subject.style_lora
+        lcm, style = (self.wire("LCMLoRAVectorLoader", lora_name=name) for name in names)
+        return lcm, style
+
+    def sum(self, one: Wire, weight_1: float, two: Wire, weight_2: float) -> Wire:
+        """The exact sum of two vectors."""
         inputs = {"vector_1": one, "weight_1": weight_1, "vector_2": two, "weight_2": weight_2}
         nested = {f"count.{name}": value for name, value in inputs.items()}
         exact = {"method": "exact", "rank": 0, "keep_energy": 1.0}
-        return [self.add("LCMLoRACombine", count="2", **exact, **nested), 0]
+        return self.wire("LCMLoRACombine", count="2", **exact, **nested)
 
-    def accelerated(self, base: list, subject: Subject, strength: float = 1.0) -> list:
-        """The wire of a MODEL with the LCM-LoRA."""
-        given = {"lora_name": subject.lcm_lora, "strength": strength, "family": "auto"}
-        return [self.add("LCMLoRALoader", model=base, **given), 0]
+    def applied(self, base: Wire, vector: Wire, strength: float = 1.0, **clip: Wire) -> Wire:
+        """A MODEL with this vector, sampled as LCM."""
+        strengths = {"strength_model": strength, "strength_clip": 1.0}
+        model = self.wire("LCMLoRAApply", model=base, vector=vector, **strengths, **clip)
+        return self.wire("LCMModelSampling", model=model)
 
-    def vectors(self, subject: Subject) -> list[list]:
-        """The wires of the LCM-LoRA's and the style's vectors."""
-        names = subject.lcm_lora, subject.style_lora
-        return [[self.add("LCMLoRAVectorLoader", lora_name=name), 0] for name in names]
-
-
-Cell = tuple[int | None, str, int]
-"""(steps or None for the teacher, column, which caption)"""
+    def picture(self, vae: Wire, sampler: str, **inputs: Any) -> str:
+        """Samples, decodes and saves; -> the id of the node that saves."""
+        sampled = self.wire(sampler, denoise=1.0, **inputs)
+        image = self.wire("VAEDecode", samples=sampled, vae=vae)
+        return self.add("SaveImage", images=image, filename_prefix="lcm_lora_sheet/cell")
 
 
-def prompt(subject: Subject) -> tuple[dict, dict[str, Cell]]:
-    """-> (API prompt, output node id -> its cell)."""
-    graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", ckpt_name=subject.checkpoint)
-    base, clip, vae = [loader, 0], [loader, 1], [loader, 2]
-    size = {"width": subject.size, "height": subject.size, "batch_size": 1}
-    latent = [graph.add("EmptyLatentImage", **size), 0]
-    texts = [
-        [graph.add("CLIPTextEncode", clip=clip, text=text), 0] for text in (*subject.captions, "")
-    ]
-    empty = texts.pop()
+def prompt(subject: Subject) -> tuple[dict[str, dict], dict[str, Cell]]:
+    """The contact sheet: its API prompt, and the id of each node that saves -> its cell.
+
+    Rows are steps, columns are ways to sample, the teacher is to the right.
+    """
+    graph = Graph(subject)
+    base, clip, vae = graph.checkpoint()
+    latent, (texts, empty) = graph.latent(), graph.texts(clip, subject.captions)
     models = {
-        "base, LCM sampler": [graph.add("LCMModelSampling", model=base), 0],
-        "LCM-LoRA": graph.accelerated(base, subject),
+        "base, LCM sampler": (graph.wire("LCMModelSampling", model=base), subject.guidance),
+        "LCM-LoRA": (graph.accelerated(base), 1.0),
     }
     if subject.style_lora:
-        models["LCM-LoRA + style"] = [_combined(graph, base, clip, subject), 0]
-
+        lcm, style = graph.vectors()
+        both = graph.sum(lcm, 1.0, style, 0.8)
+        models["LCM-LoRA + style"] = graph.applied(base, both, clip=clip), 1.0
     cells: dict[str, Cell] = {}
 
-    def draw(steps: int | None, column: str) -> None:
+    def draw(row: str, column: str, steps: int) -> None:
         for index, text in enumerate(texts):
-            common = {"seed": subject.seed + index, "positive": text, "negative": empty}
+            inputs = {"seed": subject.seed + index, "positive": text, "negative": empty}
+            inputs["steps"] = steps
             if column in models:
-                cfg = subject.guidance if column == "base, LCM sampler" else 1.0
-                sampled = graph.add(
-                    "LCMKSampler", model=models[column], steps=steps, cfg=cfg, latent=latent,
-                    denoise=1.0, **common,
-                )  # fmt: skip
+                model, cfg = models[column]
+                inputs |= {"model": model, "cfg": cfg, "latent": latent}
+                key = graph.picture(vae, "LCMKSampler", **inputs)
             else:
-                sampled = graph.add(
-                    "KSampler", model=base, steps=steps or 50, cfg=subject.guidance,
-                    sampler_name="dpmpp_2m" if "DPM" in column else "ddim",
-                    scheduler="sgm_uniform", latent_image=latent, denoise=1.0, **common,
+                key = graph.picture(
+                    vae, "KSampler", model=base, cfg=subject.guidance, latent_image=latent,
+                    sampler_name=PLAIN.get(column, "ddim"), scheduler="sgm_uniform", **inputs,
                 )  # fmt: skip
-            image = graph.add("VAEDecode", samples=[sampled, 0], vae=vae)
-            saved = graph.add("SaveImage", images=[image, 0], filename_prefix="lcm_lora_sheet/cell")
-            cells[saved] = (steps, column, index)
+            cells[key] = row, column
 
-    draw(None, TEACHER)
     for steps in STEPS:
-        for column in COLUMNS:
-            if column in models or column.startswith("base, D"):
-                draw(steps, column)
+        row = f"{steps} step" + "s" * (steps > 1)
+        for column in (*PLAIN, *models):
+            draw(row, column, steps)
+        if steps == STEPS[0]:
+            draw(row, TEACHER, 50)
     return graph.nodes, cells
 
 
-def _combined(graph: Graph, base: list, clip: list, subject: Subject) -> str:
-    lcm, style = graph.vectors(subject)
-    applied = graph.add(
-        "LCMLoRAApply", model=base, clip=clip, vector=graph.sum(lcm, 1.0, style, 0.8),
-        strength_model=1.0, strength_clip=1.0,
-    )  # fmt: skip
-    return graph.add("LCMModelSampling", model=[applied, 0])
+def gathered(cells: dict[str, Cell], pictures: dict[str, list[Path]]) -> dict[Cell, list[Path]]:
+    """The files of each cell, of what Client.pictures returns."""
+    files: dict[Cell, list[Path]] = {}
+    for key, cell in cells.items():
+        files.setdefault(cell, []).append(pictures[key][0])
+    return files
 
 
-def compose(pictures: dict[Cell, Path], captions: int) -> Image.Image:
-    """Rows are steps, columns ways to sample, the teacher to the right; all captions in a cell."""
-    columns = [name for name in COLUMNS if any(cell[1] == name for cell in pictures)]
-    across = 2 if captions > 1 else 1
-    tile = 128 if captions > 1 else 256
-    cell, gap, left, top = tile * across, 12, 90, 44
-    width = left + (cell + gap) * (len(columns) + 1)
-    sheet = Image.new("RGB", (width, top + (cell + gap) * len(STEPS)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
-
-    def paste(steps: int | None, name: str, x: int, y: int) -> None:
-        for index in range(captions):
-            with Image.open(pictures[steps, name, index]) as picture:
+def compose(files: dict[Cell, list[Path]], tile: int, across: int = 1, gap: int = 0) -> Image.Image:
+    """A table of pictures with titles. A cell holds them `across` abreast, each `tile` pixels."""
+    rows = list(dict.fromkeys(row for row, _ in files))
+    columns = list(dict.fromkeys(column for _, column in files))
+    down = -(-max(map(len, files.values())) // across)
+    width, height = tile * across + gap, tile * down + gap
+    left, top = 90 if any(rows) else 0, 36
+    sheet = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for number, title in enumerate(columns):
+        x = left + width * number + tile * across // 2
+        pen.text((x, top // 2), title, "black", font, anchor="mm")
+    for number, title in enumerate(rows):
+        y = top + height * number + tile * down // 2
+        pen.text((left // 2, y), title, "black", font, anchor="mm")
+    for (row, column), paths in files.items():
+        x, y = left + width * columns.index(column), top + height * rows.index(row)
+        for number, path in enumerate(paths):
+            with Image.open(path) as picture:
                 small = picture.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS)
-            sheet.paste(small, (x + tile * (index % across), y + tile * (index // across)))
-
-    for column, name in enumerate([*columns, TEACHER]):
-        x = left + (cell + gap) * column
-        pen.text((x + cell // 2, top // 2), name, "black", font, anchor="mm")
-        if name == TEACHER:
-            paste(None, name, x, top)
-            continue
-        for row, steps in enumerate(STEPS):
-            paste(steps, name, x, top + (cell + gap) * row)
-    for row, steps in enumerate(STEPS):
-        y = top + (cell + gap) * row + cell // 2
-        pen.text((left // 2, y), f"{steps} step" + "s" * (steps > 1), "black", font, anchor="mm")
+            sheet.paste(small, (x + tile * (number % across), y + tile * (number // across)))
     return sheet

@@ -6,20 +6,25 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from .environment import ROOT
+from .environment import ROOT, cache, tool
 
 log = logging.getLogger("lcm_lora")
+PRODUCT = ("lora", "nodes", "samplers", "training")
+MYPY = "mypy==2.4.1"
 
 
 def main(arguments: list[str], host: Path) -> int:
     begun = time.monotonic()
-    if subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)]).returncode:
-        return 1
+    ruff = [sys.executable, "-m", "ruff"]
+    for check in (["check"], ["format", "--check"]):
+        if subprocess.run([*ruff, *check, str(ROOT)]).returncode:
+            return 1
     os.environ["LCM_LORA_TEST_HOST"] = str(host)
     tests = ROOT / "tests"
     # The root of the collection is tests/: above it lies the pack's __init__, which wants ComfyUI.
@@ -29,10 +34,29 @@ def main(arguments: list[str], host: Path) -> int:
     paths = [Path(word.partition("::")[0]).resolve() for word in arguments]
     named = any(path.exists() and path.is_relative_to(tests) for path in paths)
     if not named:
+        if _check_types():
+            return 1
         fixed += [str(tests), *(_side_by_side() if "-m" not in arguments else ())]
     status = pytest.main([*fixed, *arguments])
     log.info("%.0f s in all", time.monotonic() - begun)
     return int(status)
+
+
+def _check_types() -> int:
+    """mypy on the product; -> its exit status.
+
+    The parts import each other as the pack's subpackages, so mypy sees them below one folder with a
+    package's name. The checkout's own name may not be one.
+    """
+    command = [
+        str(tool(MYPY) / "mypy"), "--config-file", str(ROOT / "pyproject.toml"),
+        "--python-executable", sys.executable, "--cache-dir", str(cache() / "mypy"),
+    ]  # fmt: skip
+    for part in PRODUCT:
+        command += ["-p", f"lcm_lora.{part}"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "lcm_lora").symlink_to(ROOT, target_is_directory=True)
+        return subprocess.run(command, cwd=folder).returncode
 
 
 def _side_by_side() -> list[str]:

@@ -1,1 +1,2 @@
-"""LoRA algebra on tensors: key dialects, files, families, sums. Only host.py knows ComfyUI."""
+"""LoRAs as vectors: read, weighted, combined, reduced, saved. Only files called host.py import
+ComfyUI."""

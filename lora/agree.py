@@ -1,16 +1,16 @@
-"""Checks of vectors before they are merged: alone, and against each other."""
+"""Checks of vectors before they are merged."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from .architecture import architecture_of
 from .delta import Vector, as_matrix
-from .family import family_of
 
 
 def require_sum(vector: Vector) -> None:
-    """Raises ValueError if the vector has modules that are not sums (DoRA, OFT, GLoRA)."""
+    """Raises ValueError if the vector has modules that cannot be added (DoRA, OFT, GLoRA)."""
     if vector.opaque:
         raise ValueError(
             f"{vector.source} holds {vector.opaque_kinds} weights. Their change depends on the "
@@ -22,17 +22,17 @@ def require_sum(vector: Vector) -> None:
 def require_one_shape(name: str, changes: Sequence[tuple[Vector, Sequence[int]]]) -> None:
     """Raises ValueError if vectors change one weight in different shapes.
 
-    Compared as matrices, as some tools keep 1x1 convolutions as [out, in].
+    Shapes are compared as matrices, because some tools save 1x1 convolutions as [out, in].
     """
     if len({as_matrix(shape) for _, shape in changes}) > 1:
-        found = ", ".join(
+        listed = ", ".join(
             f"{list(shape)} in {vector.source}"
-            + (f" (made for {kind})" if (kind := family_of(vector.shapes)) else "")
+            + (f" (made for {kind})" if (kind := architecture_of(vector.shapes)) else "")
             for vector, shape in changes
         )
         raise ValueError(
-            f"The module {name} has different shapes: {found}. These LoRAs were made for different "
-            "base models and cannot be added."
+            f"The module {name} has different shapes: {listed}. These LoRAs were made for "
+            "different base models and cannot be added."
         )
 
 
@@ -40,7 +40,7 @@ def require_finite(name: str, vectors: Sequence[Vector]) -> None:
     """Raises ValueError if a vector's delta of the module contains NaN or infinity."""
     for vector in vectors:
         delta = vector.deltas[name]
-        # The inner product is cheap; of large numbers it can be infinite where they are not.
+        # The inner product is cheap, but large numbers can make it infinite without being so.
         if not math.isfinite(delta.inner(delta)) and not delta.matrix().isfinite().all():
             raise ValueError(
                 f"{vector.source} contains NaN or infinity in {name}: the file is damaged, or its "

@@ -1,4 +1,4 @@
-"""Where a module sits in its model and what it does there, and weights by that."""
+"""The place and kind of a module in its model, and weights for them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from .acceleration import FAMILY
 from .delta import Vector
-from .metadata import recipe
-from .names import UNET, in_doubt, is_text
+from .family import FAMILY
+from .formats.metadata import recipe
+from .formats.names import UNET, in_doubt, is_text
 
-# By what a canonical name begins with, or holds; the first that fits counts.
+# By how a canonical name begins, or what it contains. The first that fits counts.
 _PLACES = (
     ("middle", re.compile(rf"{UNET}mid(dle)?_block")),
     ("output", re.compile(rf"{UNET}(up_blocks|output_blocks|conv_out|conv_norm_out)")),
@@ -30,7 +30,7 @@ _KINDS = (
 REST, TEXT = "rest", "text"
 NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
 _OWN_NAME = re.compile(r"(down_blocks|up_blocks|mid_block)(_\w+)?")
-# A part of a block, to name what there is: up_blocks_0_attentions_1.
+# The names of a vector's blocks, such as up_blocks_0_attentions_1.
 _BLOCK = re.compile(rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+)_")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -40,77 +40,78 @@ PRESETS = {
     "without feed-forward": "feed_forward=0",
     "output blocks only": f"output=1, {REST}=0",
     "without input blocks": "input=0",
-    # B-LoRA, arXiv 2403.14572, section 4: what an SDXL LoRA learns of content and of style.
+    # B-LoRA, arXiv 2403.14572, section 4: the blocks that learn an image's style and its content.
     "SDXL style": f"up_blocks_0_attentions_1=1, {REST}=0",
     "SDXL content": f"up_blocks_0_attentions_0=1, {REST}=0",
 }
-"""Weights under names that people know."""
+"""Texts for `parse_weights` that are often useful, by their names."""
 
 
 def place_of(module: str) -> str:
-    """"input", "middle", "output", "text", or "other" for a canonical module name."""
+    """ "input", "middle", "output", "text", or "other" for a canonical module name."""
     if is_text(module):
         return TEXT
     return next((name for name, pattern in _PLACES if pattern.match(module)), "other")
 
 
 def kind_of(module: str) -> str:
-    """"attention", "feed_forward", "resnet" or "other" for a canonical module name."""
+    """ "attention", "feed_forward", "resnet" or "other" for a canonical module name."""
     return next((name for name, pattern in _KINDS if pattern.match(module)), "other")
 
 
 def group_of(module: str) -> str:
-    """Both in words: "output attention"."""
+    """The place and the kind as text: "output attention"."""
     return f"{place_of(module)} {kind_of(module)}"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight of a module, by its name: the product of all in `of` that fit it, else `rest`."""
+    """The weight of a module, by its canonical name: the product of all named weights that fit it,
+    or `rest` if none does."""
 
-    of: Mapping[str, float]
+    named: Mapping[str, float]
     rest: float
 
     def __call__(self, module: str) -> float:
-        blocks = [name for name in self.of if _OWN_NAME.fullmatch(name)]
+        blocks = [name for name in self.named if _OWN_NAME.fullmatch(name)]
         if blocks and in_doubt(module):
             raise ValueError(
                 f"The block number in {module} can mean two different blocks, so it is not known "
                 f"whether {blocks[0]} holds it. Use weights for input, middle and output instead."
             )
-        fitting = [value for name, value in self.of.items() if _fits(name, module)]
+        fitting = [value for name, value in self.named.items() if _fits(name, module)]
         return math.prod(fitting) if fitting else self.rest
 
     def idle(self, modules: Collection[str]) -> list[str]:
         """The names that fit none of the modules."""
-        return [name for name in self.of if not any(_fits(name, module) for module in modules)]
+        return [name for name in self.named if not any(_fits(name, module) for module in modules)]
 
     def require_blocks(self, vector: Vector) -> None:
-        """Raises ValueError where a block's own name fits no module of the vector, for it may be
-        misspelt. Places and kinds cannot be, and a LoRA may lack one."""
+        """Raises ValueError if a block's own name fits no module of the vector, because it may be
+        misspelt. Places and kinds cannot be misspelt, and a LoRA may lack one."""
         modules = vector.modules()
         for name in self.idle(modules):
             if name not in NAMES:
-                blocks = sorted({match[1] for each in modules if (match := _BLOCK.match(each))})
+                blocks = sorted({match[1] for module in modules if (match := _BLOCK.match(module))})
                 near = get_close_matches(name, blocks, 3, 0.0)
                 has = f"the nearest that it has are {', '.join(near)}" if near else "it has no such"
                 raise ValueError(f"{name} fits no module of {vector.source}; {has}.")
 
 
 def _fits(name: str, module: str) -> bool:
-    known = name in (place_of(module), kind_of(module))
-    return known or f"{module}_".startswith(f"{UNET}{name}_")
+    is_place_or_kind = name in (place_of(module), kind_of(module))
+    return is_place_or_kind or f"{module}_".startswith(f"{UNET}{name}_")
 
 
 def parse_weights(text: str) -> Weights:
-    """The weight of a module by a text such as "input=1, middle=0.5, feed_forward=0".
+    """Weights from a text such as "input=1, middle=0.5, feed_forward=0".
 
-    A name is a place (input, middle, output, text), a kind (attention, feed_forward, resnet) or the
-    beginning of the blocks' own names (down_blocks_1, up_blocks_0_attentions_1). A module has the
-    product of all that fit it, or the weight of `rest` where none does, which is 1 unless given.
+    A name is a place (input, middle, output, text), a kind (attention, feed_forward, resnet), the
+    beginning of blocks' own names (down_blocks_1, up_blocks_0_attentions_1), or `rest`, whose
+    weight is 1 if it is not in the text.
 
     Raises:
-        ValueError: an entry is no `name=number`, its name is unknown, or a name comes twice.
+        ValueError: an entry is not `name=number`, its name is unknown, or a name comes twice.
     """
     weights: dict[str, float] = {}
     for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
@@ -131,38 +132,39 @@ def parse_weights(text: str) -> Weights:
     return Weights(weights, rest)
 
 
-def weighted(vector: Vector, weight: Callable[[str], float], told: str) -> Vector:
-    """The vector with each module's change multiplied; what has weight 0 is left out.
+def weighted(vector: Vector, weight: Callable[[str], float], description: str) -> Vector:
+    """The vector with each module's change multiplied by its weight. Weight 0 leaves a module out.
 
-    told: the weights in words, which the vector is called by from then on.
+    description: the weights as text, for the name and the recipe of the result.
 
     Raises:
-        ValueError: a weight is not finite, a module that is no sum (DoRA, OFT, GLoRA) has another
-            one than 0 or 1, or nothing is left.
+        ValueError: a weight is not finite, a module that cannot be scaled (DoRA, OFT, GLoRA) has a
+            weight other than 0 or 1, or nothing is left.
     """
-    of = {module: weight(module) for module in vector.modules()}
-    if bad := [name for name, value in of.items() if not math.isfinite(value)]:
+    weights = {module: weight(module) for module in vector.modules()}
+    if bad := [name for name, value in weights.items() if not math.isfinite(value)]:
         raise ValueError(
-            f"The weight of {bad[0]} in {vector.source} is {of[bad[0]]}; expected a finite number."
+            f"The weight of {bad[0]} in {vector.source} is {weights[bad[0]]}; expected a finite "
+            "number."
         )
-    if bad := [name for name in vector.opaque if of[name] not in (0.0, 1.0)]:
+    if bad := [name for name in vector.opaque if weights[name] not in (0.0, 1.0)]:
         raise ValueError(
-            f"{vector.source} holds {vector.opaque_kinds} weights, which have no half: give "
-            f"{bad[0]} the weight 0 or 1, found {of[bad[0]]:g}."
+            f"{vector.source} holds {vector.opaque_kinds} weights, which cannot be scaled: give "
+            f"{bad[0]} the weight 0 or 1, found {weights[bad[0]]:g}."
         )
-    if not any(of.values()):
+    if not any(weights.values()):
         raise ValueError(f"No module of {vector.source} has a weight other than 0.")
-    metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {told}")}
-    # An acceleration is of the UNet, and none where it is left out or taken away.
-    if not any(value > 0 for name, value in of.items() if place_of(name) != "text"):
+    metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {description}")}
+    # An acceleration works in the UNet. Without positive weights there, the vector is not one.
+    if not any(value > 0 for name, value in weights.items() if place_of(name) != "text"):
         metadata.pop(FAMILY, None)
-    diffs = {key: (diff, of[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
+    diffs = {key: (diff, weights[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(
         vector,
-        deltas={name: delta.scaled(of[name]) for name, delta in vector.deltas.items() if of[name]},
+        deltas={n: delta.scaled(weights[n]) for n, delta in vector.deltas.items() if weights[n]},
         diffs={key: diff.float() * factor for key, (diff, factor) in diffs.items() if factor},
-        opaque={name: parts for name, parts in vector.opaque.items() if of[name]},
+        opaque={name: parts for name, parts in vector.opaque.items() if weights[name]},
         metadata=metadata,
-        source=f"{vector.source} [{told}]",
-        sha256="",  # which is of the whole file; the recipe has it
+        source=f"{vector.source} [{description}]",
+        sha256="",  # that of the file stays in the recipe
     )

@@ -1,4 +1,4 @@
-"""Vectors into one: their exact sum, which is one of the summed rank, or a rule's merge."""
+"""Several vectors become one: their exact sum, or the merge of a rule."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .acceleration import FAMILY, SEVERAL, joined
 from .agree import require_finite, require_one_shape, require_sum
+from .architecture import require_one_architecture
 from .blocks import place_of
 from .compare import Grams
 from .delta import Delta, Vector, as_matrix
 from .elementwise.rule import Rule
-from .family import require_one_family
-from .loss import Loss
-from .metadata import agreed, recipe
+from .family import FAMILY, SEVERAL, joined
+from .formats.describe import left_out
+from .formats.metadata import agreed, recipe
+from .formats.spelling import in_one_spelling
 from .nearest import nearest
-from .wire import in_one_spelling, left_out
+from .truncation import Truncation
 
 
 def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str]:
-    """`sum_i weight_i * vector_i` without any error but rounding (LCM-LoRA 2311.05556, eq. 3).
+    """`sum_i weight_i * vector_i`, exact except for rounding (arXiv 2311.05556, equation 3).
 
-    The factors are stacked and `weight * alpha / rank` goes into the up factor, so a module's rank
-    is the sum of its ranks. Adding up factors to up factors would give cross terms instead.
-    A vector of weight 0 is left out. Works in float32.
+    The factors are stacked, and `weight * alpha / rank` goes into the up factor. The rank of a
+    module is therefore the sum of its ranks. Adding up factors to up factors would give cross terms
+    instead. Works in float32.
 
     Returns:
-        The sum, and a report for people.
+        The sum, and a report for users.
 
     Raises:
-        ValueError: nothing is left to add, a weight is not finite, or the vectors are made for
-            different base models.
+        ValueError: all weights are 0, a weight is not finite, or the vectors cannot be added.
     """
     terms = _terms(vectors, weights)
     deltas, grams = {}, Grams(len(terms))
@@ -52,21 +53,30 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
 
 
 def elementwise(
-    vectors: Sequence[Vector], weights: Sequence[float], rule: Rule, density: float, rank: int,
-    seed: int, device: torch.device, watch: Callable[[list[str]], Iterable[str]] = iter,
-) -> tuple[Vector, str]:  # fmt: skip
-    """The vectors merged number by number by `rule`, and then brought to a rank, layer by layer.
+    vectors: Sequence[Vector],
+    weights: Sequence[float],
+    rule: Rule,
+    density: float,
+    rank: int,
+    seed: int,
+    device: torch.device,
+    watch: Callable[[list[str]], Iterable[str]] = iter,
+) -> tuple[Vector, str]:
+    """The vectors merged value by value with `rule`, and then reduced to a rank, layer by layer.
 
-    What has no factors (norms, biases) is added. The same seed draws the same on every device.
+    Changes without factors (norms, biases) are added. A seed gives the same result on every device.
 
     Args:
-        density: the share of numbers that the rule keeps, above 0 to 1.
-        rank: the most a module may have; 0 for the sum of the ranks, as the exact sum has.
-        device: where the whole changes are worked on; results come back to the CPU.
-        watch: goes through the names of the modules, and may tell of it or raise.
+        density: the share of values that the rule keeps, above 0 to 1.
+        rank: the highest rank of a module; 0 means the sum of the ranks.
+        device: where the full changes are computed; results come back to the CPU.
+        watch: goes through the names of the modules; it may show progress, or raise.
+
+    Returns:
+        The merged vector, and a report for users.
 
     Raises:
-        ValueError: as exact does, or density or rank are out of range.
+        ValueError: as `exact`, or density or rank is out of range.
     """
     if not 0 < density <= 1 or rank < 0:
         raise ValueError(
@@ -74,29 +84,29 @@ def elementwise(
             f"{rank}."
         )
     terms = _terms(vectors, weights)
-    of = _holders(terms)
+    holders = _holders(terms)
     deltas, energies, ranks = {}, {}, {}
-    for name in watch(list(of)):
-        parts = [(terms[i][0].deltas[name], terms[i][1]) for i in of[name]]
+    for name in watch(list(holders)):
+        parts = [(terms[i][0].deltas[name], terms[i][1]) for i in holders[name]]
         shape = max((delta.shape for delta, _ in parts), key=len)
         changes = torch.stack([weight * d.matrix().view(shape) for d, weight in parts]).to(device)
         if not changes.isfinite().all():
-            require_finite(name, [terms[i][0] for i in of[name]])
+            require_finite(name, [terms[i][0] for i in holders[name]])
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         merged = rule.merge(changes, density, generator)
         before = sum(delta.rank for delta, _ in parts)
-        deltas[name], left_out = nearest(merged, rank or before, seed)
-        energies[name] = left_out, float(merged.square().sum())
+        deltas[name], lost = nearest(merged, rank or before, seed)
+        energies[name] = lost, float(merged.square().sum())
         ranks[name] = before, deltas[name].rank
     metadata = _metadata(terms, f"{rule.name}, density {density:g}, rank {rank}, seed {seed}")
     combined = Vector(deltas, _sum_diffs(terms), metadata, f"{rule.name} of {_source(terms)}")
     report = _report(terms, combined)
-    return combined, f"{report}\n{Loss(energies, ranks)}" if deltas else report
+    return combined, f"{report}\n{Truncation(energies, ranks)}" if deltas else report
 
 
 def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
-    """The vector with one module per weight of a model. Two modules that change the same weight are
-    added; only the model shows that they do. DoRA, OFT and GLoRA modules, and modules of different
+    """The vector with one module per weight of a model. Modules that change the same weight, which
+    only the model can show, are added. DoRA, OFT and GLoRA modules, and modules of different
     shapes, stay as they are.
 
     target_of: the weight that a module changes, by the module's name.
@@ -116,12 +126,13 @@ def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
         for part in ("diff", "diff_b"):
             if any(f"{name}.{part}" in diffs for name in others):
                 keys = [key for name in names if (key := f"{name}.{part}") in diffs]
-                diffs[f"{first}.{part}"] = sum(diffs.pop(key).float() for key in keys)
+                shared = [diffs.pop(key).float() for key in keys]
+                diffs[f"{first}.{part}"] = reduce(torch.add, shared)
     return replace(vector, deltas=deltas, diffs=diffs)
 
 
 def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Vector, float]]:
-    """What is to be added, checked."""
+    """The vectors with a weight other than 0, checked and in one spelling, with their weights."""
     if bad := [w for w in weights if not math.isfinite(w)]:
         raise ValueError(f"A weight is {bad[0]}; expected a finite number.")
     terms = [(v, w) for v, w in zip(vectors, weights, strict=True) if w != 0]
@@ -131,33 +142,35 @@ def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Ve
         require_sum(vector)
     alike = in_one_spelling([vector for vector, _ in terms])
     terms = [(vector, weight) for vector, (_, weight) in zip(alike, terms, strict=True)]
-    require_one_family((vector.source, vector.shapes) for vector, _ in terms)
+    require_one_architecture((vector.source, vector.shapes) for vector, _ in terms)
     return terms
 
 
 def _holders(terms: Sequence[tuple[Vector, float]]) -> dict[str, list[int]]:
-    """The places of the terms that have a delta for each module, whose shapes agree."""
-    found: dict[str, list[int]] = {}
-    for place, (vector, _) in enumerate(terms):
+    """The indices of the terms that have a delta for a module, by the module's name. Raises
+    ValueError if their shapes differ."""
+    holders: dict[str, list[int]] = {}
+    for index, (vector, _) in enumerate(terms):
         for name in vector.deltas:
-            found.setdefault(name, []).append(place)
-    for name, places in found.items():
-        changes = [(terms[i][0], terms[i][0].deltas[name].shape) for i in places]
-        # A full difference of the same weight is added to it.
+            holders.setdefault(name, []).append(index)
+    for name, indices in holders.items():
+        changes = [(terms[i][0], terms[i][0].deltas[name].shape) for i in indices]
+        # A full difference of the same weight is added to the deltas.
         key = f"{name}.diff"
-        changes += [(v, v.diffs[key].shape) for v, _ in terms if key in v.diffs]
+        changes += [(v, tuple(v.diffs[key].shape)) for v, _ in terms if key in v.diffs]
         require_one_shape(name, changes)
-    return found
+    return holders
 
 
 def _stack(parts: Sequence[tuple[Delta, float]]) -> Delta:
+    """The sum of weighted deltas as one delta with their stacked factors, in float32."""
     plain = [(delta.plain(), weight) for delta, weight in parts]
-    # Some tools keep a convolution's factors as matrices, others with their kernel: keep a kernel.
+    # Some tools save a convolution's factors as matrices, others with the kernel. Keep the kernel.
     columns = max((delta.down.shape[1:] for delta, _ in plain), key=len)
     kernel = [1] * (len(columns) - 1)
     rank = sum(delta.rank for delta, _ in plain)
     first = plain[0][0]
-    # Written into place, for time and memory go into copies here.
+    # Written into place, because copies would cost most of the time and memory here.
     up = first.up.new_empty(first.up.shape[0], rank, dtype=torch.float32)
     down = first.down.new_empty(rank, math.prod(columns), dtype=torch.float32)
     begin = 0
@@ -170,6 +183,7 @@ def _stack(parts: Sequence[tuple[Delta, float]]) -> Delta:
 
 
 def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
+    """The weighted sum of the full differences, in float32."""
     total: dict[str, Tensor] = {}
     for vector, weight in terms:
         for key, diff in vector.diffs.items():
@@ -180,10 +194,10 @@ def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
 
 
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
-    """What all agree on, the acceleration that one of them brings, and how it was made of them."""
+    """What all vectors share, the family of the accelerations among them, and the recipe."""
     vectors = [vector for vector, _ in terms]
-    brought = joined([v.metadata for v, weight in terms if weight > 0])
-    return agreed(vectors) | brought | recipe(terms, method)
+    family = joined([vector.metadata for vector, weight in terms if weight > 0])
+    return agreed(vectors) | family | recipe(terms, method)
 
 
 def _source(terms: Sequence[tuple[Vector, float]]) -> str:
@@ -193,7 +207,7 @@ def _source(terms: Sequence[tuple[Vector, float]]) -> str:
 def _report(terms: Sequence[tuple[Vector, float]], combined: Vector) -> str:
     lines = [
         f"{weight:g} x {vector.source}: {len(vector.modules())} modules, rank {vector.ranks()}"
-        + (f"; {told}" if (told := left_out(vector)) else "")
+        + (f"; {ignored}" if (ignored := left_out(vector)) else "")
         for vector, weight in terms
     ]
     holders = Counter(module for vector, _ in terms for module in vector.modules())
@@ -204,7 +218,7 @@ def _report(terms: Sequence[tuple[Vector, float]], combined: Vector) -> str:
     )
     if SEVERAL in (families := combined.metadata.get(FAMILY, "")):
         lines.append(
-            f"Accelerations of different kinds ({families}): Load LCM-LoRA will ask as which of "
-            "them to sample."
+            f"The accelerations are of different families ({families}). Load LCM-LoRA will ask "
+            "which of them to use for sampling."
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The canonical form of a LoRA: one low-rank delta per module, and the vector of them all."""
+"""The canonical form of a LoRA: one low-rank delta per module, and the vector of all deltas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .names import NOT_LINEAR
+NOT_LINEAR = {
+    "dora_scale": "DoRA",
+    "magnitude": "DoRA",
+    "oft_blocks": "OFT or BOFT",
+    "rescale": "OFT or BOFT",
+    "a1.weight": "GLoRA",
+    "a2.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "b2.weight": "GLoRA",
+    "bm.weight": "GLoRA",
+}
+"""Parts that show that a module's change depends on the weight, and the kind of such a module."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +31,10 @@ class Delta:
         up: `[out, rank]`, or `[out, rank, 1, 1]` for a convolution.
         down: `[rank, in]`, or `[rank, in, kh, kw]` for a convolution.
         mid: Tucker core `[rank, rank, kh, kw]` of LyCORIS convolutions; up and down are then 1x1.
-        alpha: None where the file holds none; the scale is then 1.
+        alpha: None if the file holds none; the scale is then 1.
 
     Raises:
-        ValueError: the factors are no delta: rank 0, shapes that do not multiply, alpha not finite.
+        ValueError: the rank is 0, the shapes do not multiply, or alpha is not finite.
     """
 
     up: Tensor
@@ -44,9 +55,7 @@ class Delta:
         if 0 in (self.up.shape[1], self.down.shape[0]):
             raise ValueError("its rank is 0; expected 1 or more")
         if not self.up.numel() or not self.down.numel():
-            raise ValueError(
-                f"it has no numbers: up {_shape(self.up)}, down {_shape(self.down)}"
-            )
+            raise ValueError(f"it has no numbers: up {_shape(self.up)}, down {_shape(self.down)}")
         if self.up.shape[1] != self.down.shape[0] or self.up.shape[2:].numel() != 1:
             raise ValueError(
                 f"its factors do not multiply: up {_shape(self.up)}, down {_shape(self.down)}; "
@@ -66,35 +75,35 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """Inner dimension of the product."""
+        """The inner dimension of the product."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`, the factor between the product and the delta; 1 where alpha is absent."""
+        """`alpha / rank`, the factor between the product and the delta; 1 if there is no alpha."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the delta: `(out, in)` or `(out, in, kh, kw)`."""
+        """The shape of the delta: `(out, in)` or `(out, in, kh, kw)`."""
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return (self.up.shape[0], self.down.shape[1], *kernel)
 
     def plain(self) -> Delta:
-        """The same delta as two factors that are there: a Tucker core is folded into down, exactly,
-        in float32."""
+        """The same delta with two factors only: a Tucker core is multiplied into down, exactly, in
+        float32."""
         if self.mid is None:
             return self
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
         return Delta(self.up, down, None, self.alpha)
 
     def scaled(self, factor: float) -> Delta:
-        """The delta times a number, which goes into alpha; the factors are shared."""
+        """The delta times a number, which goes into alpha. The new delta shares the factors."""
         return replace(self, alpha=self.scale * factor * self.rank)
 
     def inner(self, other: Delta) -> float:
-        """The Frobenius inner product <self, other> of two deltas of one weight, with no matrix of
-        the weight's size: <U1 D1, U2 D2> = <U1' U2, D1 D2'>. Float32."""
+        """The Frobenius inner product of two deltas of one weight, in float32. It forms no matrix
+        of the weight's size: <U1 D1, U2 D2> = <U1' U2, D1 D2'>."""
         one, two = self.plain(), other.plain()
         ups = one.up.float().flatten(1).T @ two.up.float().flatten(1)
         downs = one.down.float().flatten(1) @ two.down.float().flatten(1).T
@@ -108,8 +117,12 @@ class Delta:
 
 
 class Opaque(dict[str, Tensor]):
-    """A module that is no sum: its tensors by the rest of their kohya keys, and the `shape` of what
-    it changes, [out, in, ...], or [out] alone where they tell no more (OFT)."""
+    """A module whose change depends on the weight (DoRA, OFT, GLoRA): its tensors, by the part of
+    their kohya keys after the module's name.
+
+    Attributes:
+        shape: of the weight that it changes: [out, in, ...], or [out] if the tensors show no more.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]):
         super().__init__(tensors)
@@ -118,17 +131,17 @@ class Opaque(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Vector:
-    """A whole LoRA, a vector in weight space: `theta' = theta + vector` (2311.05556, equation 3).
+    """A LoRA as a vector in weight space: `theta' = theta + vector` (2311.05556, equation 3).
 
     Attributes:
-        deltas: canonical module name (kohya spelling, see names.py) to its delta.
-        diffs: full-rank changes that the host's own trainer writes for norms and biases:
+        deltas: the delta of each module, by its canonical name (see formats/names.py).
+        diffs: full differences, as ComfyUI's own trainer writes them for norms and biases:
             `<module>.diff` for the weight, `<module>.diff_b` for the bias.
-        opaque: modules that are not sums (DoRA, OFT, GLoRA), see opaque.py.
-        metadata: strings of the file's header.
-        source: what to call this vector in messages: a file name, or how it was made.
-        ignored: keys of the file that are no part of a LoRA we know.
-        sha256: of the file that it was read from, where that is known.
+        metadata: the strings of the file's header.
+        source: the name of this vector in messages: a file name, or how it was made.
+        ignored: keys of the file that are not part of the LoRA.
+        opaque: modules whose change depends on the weight (DoRA, OFT, GLoRA), see opaque.py.
+        sha256: of the file, if the vector was read from one to be combined.
     """
 
     deltas: Mapping[str, Delta]
@@ -141,28 +154,28 @@ class Vector:
 
     @property
     def opaque_kinds(self) -> str:
-        """What the opaque modules are, in words: "DoRA", or "DoRA and OFT"."""
+        """The kinds of the opaque modules, as text: "DoRA", or "DoRA and GLoRA"."""
         parts = {part for module in self.opaque.values() for part in module}
         return " and ".join(sorted({NOT_LINEAR[part] for part in parts & NOT_LINEAR.keys()}))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each module's whole change, [out, in, ...], or [out] where its tensors tell no more;
-        modules that only a bias tells of are not here."""
-        told = {
+        """The shape of each module's change: [out, in, ...], or [out] if its tensors show no more.
+        Modules with a change of the bias only are missing."""
+        shapes = {
             key.removesuffix(".diff"): tuple(diff.shape)
             for key, diff in self.diffs.items()
             if key.endswith(".diff")
         }
-        told |= {name: module.shape for name, module in self.opaque.items()}
-        return told | {name: delta.shape for name, delta in self.deltas.items()}
+        shapes |= {name: module.shape for name, module in self.opaque.items()}
+        return shapes | {name: delta.shape for name, delta in self.deltas.items()}
 
     def modules(self) -> set[str]:
-        """Names of the modules that this vector changes."""
+        """The names of the modules that this vector changes."""
         return {*self.deltas, *self.opaque, *(key.rpartition(".")[0] for key in self.diffs)}
 
     def only(self, modules: Collection[str]) -> Vector:
-        """The vector without what it changes elsewhere."""
+        """The part of the vector that changes these modules."""
         return replace(
             self,
             deltas={name: delta for name, delta in self.deltas.items() if name in modules},
@@ -171,7 +184,7 @@ class Vector:
         )
 
     def ranks(self) -> str:
-        """The ranks in words: "64", or "4 to 64"."""
+        """The ranks as text: "64", or "4 to 64"."""
         ranks = sorted({delta.rank for delta in self.deltas.values()})
         return " to ".join(str(r) for r in (ranks[:1] + ranks[1:][-1:])) or "none"
 

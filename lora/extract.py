@@ -1,6 +1,6 @@
 """The difference of two models as a LoRA, theta_distilled - theta_base (2311.05556, section 4).
 
-Layer by layer, so that no second copy of a model is in memory.
+It is computed layer by layer, so that memory never holds another copy of a model.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from .delta import Delta, Vector
-from .loss import Loss
-from .metadata import recipe
+from .formats.metadata import recipe
 from .nearest import nearest
+from .truncation import Truncation
 
 Layer = tuple[str, Tensor | None, Tensor | None]
-"""canonical name, difference of the weights, difference of the biases; None where there is none"""
+"""(canonical name, difference of the weights, difference of the biases); None for no difference"""
 
 
 def extract(layers: Iterable[Layer], rank: int, seed: int, source: str) -> tuple[Vector, str]:
-    """The layers' differences as a vector, and a report of what a rank like this leaves out.
+    """The differences of the layers as a vector, and a report of what this rank loses.
 
-    Matrices and convolutions become deltas of this rank; norms and biases, which have no rank, stay
-    whole (`.diff` and `.diff_b`). What does not differ is left out.
+    Matrices and convolutions become deltas of this rank. Norms and biases, which have no rank, stay
+    full differences (`.diff` and `.diff_b`). Equal layers are left out.
 
     Raises:
         ValueError: rank is below 1, a difference is not finite, or nothing differs.
@@ -35,23 +35,25 @@ def extract(layers: Iterable[Layer], rank: int, seed: int, source: str) -> tuple
     for name, weight, bias in layers:
         for change in (weight, bias):
             if change is not None and not change.isfinite().all():
-                raise ValueError(f"The difference of {name} is not finite; one model is broken.")
+                raise ValueError(
+                    f"The difference of {name} is not finite: one of the models is damaged."
+                )
         if weight is not None and weight.any():
             if weight.dim() < 2:
                 diffs[f"{name}.diff"] = weight.float().cpu()
             else:
-                deltas[name], left_out = nearest(weight, rank, seed)
-                energies[name] = left_out, float(weight.double().square().sum())
+                deltas[name], lost = nearest(weight, rank, seed)
+                energies[name] = lost, float(weight.double().square().sum())
                 ranks[name] = min(weight.flatten(1).shape), deltas[name].rank
         if bias is not None and bias.any():
             diffs[f"{name}.diff_b"] = bias.float().cpu()
     if not deltas and not diffs:
         raise ValueError("The two models do not differ, so there is nothing to extract.")
-    report = f"{len(deltas)} layers of rank {rank} or less, {len(diffs)} norms and biases whole."
+    report = f"{len(deltas)} layers with rank {rank} or less, {len(diffs)} norms and biases."
     method = f"extracted, rank {rank}, seed {seed}"
     if deltas:
-        loss = Loss(energies, ranks)
-        report += f"\n{loss}"
-        method += f", relative error {loss.error:.2e}"
+        truncation = Truncation(energies, ranks)
+        report += f"\n{truncation}"
+        method += f", relative error {truncation.error:.2e}"
     terms = [(Vector({}, source="distilled"), 1.0), (Vector({}, source="base"), -1.0)]
     return Vector(deltas, diffs, recipe(terms, method), source), report

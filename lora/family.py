@@ -1,103 +1,85 @@
-"""Which base model a LoRA was made for, told by its names and shapes, to say so in messages."""
+"""The family of an acceleration (LCM, TCD, DMD2, ...): who names it, and which one is chosen."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
-Shapes = Mapping[str, Sequence[int]]
-"""Of each module's change, by its canonical name: [out, in, ...]"""
+# This pack's key in a file's header: the name of a family, or several if they are added up.
+FAMILY = "lcm_lora.family"
+SEVERAL = " + "
 
-# Cross-attention width: the text features' size, the input of every attn2.to_k.
-_BY_WIDTH = {768: "SD1.5", 1024: "SD2", 1280: "SDXL refiner"}
-SDXL_TYPE = "SDXL type"
-_BLOCKS = ("down_blocks_1", "down_blocks_2", "mid_block", "up_blocks_0", "up_blocks_1")
-# The SDXL type differs in how many transformer blocks each attention of its blocks holds.
-_SDXL_TYPES = {
-    name: {
-        f"{block}_attentions_{place}": depth
-        for block, depths in zip(_BLOCKS, layout, strict=True) for place, depth in enumerate(depths)
-    }
-    for name, layout in {
-        "SDXL": ((2, 2), (10, 10), (10,), (10, 10, 10), (2, 2, 2)),
-        "SSD-1B": ((2, 2), (4, 4), (), (4, 4, 10), (2, 1, 1)),
-        "Segmind Vega": ((1, 1), (2, 2), (), (2, 2, 2), (1, 1, 1)),
-        "KOALA-1B": ((2,), (6,), (6,), (6, 6), (2, 2)),
-        "KOALA-700M": ((2,), (5,), (), (5, 5), (2, 2)),
+_TITLES = ("modelspec.title", "ss_output_name")  # where other trainers keep a file's first name
+_ONE_STEP = r".*(?<!\d)1[-_ ]?step"
+# As the authors name their files. Styles have the words hyper and lightning in their names too, so
+# these count only together with the words that the authors put around them.
+_SIGNS = {
+    family: re.compile(rf"(?<![a-z0-9]){sign}", re.IGNORECASE)
+    for family, sign in {
+        "dmd2": r"dmd2?(?![a-z0-9])",
+        "tcd": r"tcd(?![a-z])",
+        "hyper-sd": rf"hyper[-_ ]?sd(?:xl)?(?![a-z])(?!{_ONE_STEP})",
+        "hyper-sd-1step": rf"hyper[-_ ]?sd(?:xl)?(?![a-z]){_ONE_STEP}",
+        "pcm": r"pcm(?![a-z])(?!.*lcm[-_ ]?like)",
+        "lightning": r"(?:sdxl[-_ ]?lightning|lightning[-_ ]?\d+[-_ ]?step)",
     }.items()
-}  # fmt: skip
-
-_CROSS_ATTENTION = re.compile(r"lora_unet_.*_attn2_to_[kv]")
-_TRANSFORMER_BLOCK = re.compile(r"lora_unet_(\w+?_attentions_\d+)_transformer_blocks_(\d+)_.*")
+}
+_LCM = re.compile(r"(?<![a-z0-9])lcm(?:[-_ ]?like)?(?![a-z])", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Family:
-    """A kind of UNet: `name` for people, `width` of its cross-attention (768, 1024, 2048, ...)."""
+def choose(
+    wanted: str, metadata: Mapping[str, str], name: str, families: Collection[str], default: str
+) -> tuple[str, str]:
+    """(the family to sample as, why).
 
-    name: str
-    width: int
+    wanted: what the user chose; "auto" reads the file. name: the file's name, with its folders.
+    families: those that can be sampled. default: the family of a file that names none.
 
-    def __str__(self) -> str:
-        return f"{self.name} (cross-attention width {self.width})"
-
-
-def family(width: int | None, depth: int | None = None) -> Family | None:
-    """Family of a UNet with this cross-attention width and this many transformer blocks in its
-    deepest down block; None where the width is unknown or belongs to no such UNet."""
-    if width == 2048:
-        of = {depths["down_blocks_2_attentions_0"]: name for name, depths in _SDXL_TYPES.items()}
-        return Family(of.get(depth, SDXL_TYPE), width)
-    return Family(_BY_WIDTH[width], width) if width in _BY_WIDTH else None
-
-
-def cross_attention_width(shapes: Shapes) -> int | None:
-    """Columns of the first cross-attention key or value projection, or None where there is none."""
-    widths = (s[1] for name, s in shapes.items() if _CROSS_ATTENTION.fullmatch(name) and s[1:])
-    return next(widths, None)
-
-
-def family_of(shapes: Shapes) -> Family | None:
-    """Family that the modules were made for, or None where they do not tell.
-
-    All that a relative of SDXL has, SDXL has too: so a relative is it only where every attention
-    is as deep as there, and else SDXL, or of the SDXL type, where a part may be left out.
+    Raises:
+        ValueError: the file names several families, or one that cannot be sampled.
     """
-    width = cross_attention_width(shapes)
-    if width != 2048:
-        return family(width)
-    depths: dict[str, int] = {}
-    for name in shapes:
-        if match := _TRANSFORMER_BLOCK.fullmatch(name):
-            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
-    for name, layout in _SDXL_TYPES.items():
-        if depths == layout:
-            return Family(name, width)
-    holding = [
-        name for name, layout in _SDXL_TYPES.items()
-        if all(depth <= layout.get(attention, 0) for attention, depth in depths.items())
-    ]  # fmt: skip
-    return Family("SDXL" if holding == ["SDXL"] else SDXL_TYPE, width)
+    if wanted != "auto":
+        return wanted, "chosen on this node"
+    family, where = family_named(metadata, name)
+    if not family:
+        return default, "the default: neither the file's metadata nor its name says otherwise"
+    if family not in families:
+        raise ValueError(
+            f"{name} cannot be sampled as {family!r}, which comes from {where}. Expected one "
+            f"of {', '.join(families)}. Choose the family on the node."
+        )
+    return family, f"from {where}"
 
 
-def require_one_family(made_for: Iterable[tuple[str, Shapes]]) -> None:
-    """Raises ValueError where two of the vectors, (what it is called, its shapes), are known to be
-    made for different base models."""
-    known = [(source, kind) for source, shapes in made_for if (kind := family_of(shapes))]
-    for source, kind in known[1:]:
-        if kind.width != known[0][1].width:
-            raise ValueError(
-                f"{known[0][0]} was made for {known[0][1]} and {source} for {kind}. Only "
-                "vectors for the same architecture can be added."
-            )
+def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, str]:
+    """(family, where it is named) of a LoRA, or two empty strings if nothing names one.
+
+    name: the file's name, with its folders as the user sees them. SEVERAL joins several families.
+    """
+    if metadata.get(FAMILY):
+        return metadata[FAMILY], f"the file's metadata, {FAMILY}"
+    places = [(metadata.get(key, ""), f"the file's metadata, {key}") for key in _TITLES]
+    places += [(part, f"the name {part}") for part in reversed(re.split(r"[/\\]", name))]
+    for text, where in places:
+        families = [family for family, sign in _SIGNS.items() if sign.search(text)]
+        # "lcm" counts only without another sign: the sampler and this pack have it in their names.
+        if families or _LCM.search(text):
+            return SEVERAL.join(families) or "lcm", where
+    return "", ""
 
 
-def has_two_text_encoders(shapes: Shapes) -> bool:
-    """Whether the modules belong to a model with two text encoders, as the SDXL type has."""
-    return cross_attention_width(shapes) == 2048 or any(map(is_second_encoder, shapes))
+def sampling_hint(metadata: Mapping[str, str]) -> str:
+    """Which sampling an applied vector needs, as a sentence. Empty if its metadata do not say."""
+    family = metadata.get(FAMILY)
+    return f"Its family is {family}: choose it in LCM Model Sampling." if family else ""
 
 
-def is_second_encoder(module: str) -> bool:
-    """Whether a module belongs to a text encoder beside the first."""
-    return module.startswith(("lora_te2_", "lora_te3_", "lora_te4_"))
+def joined(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata key for the family of a sum: absent, one family, or several."""
+    families = {
+        family
+        for metadata in all_metadata
+        for family in metadata.get(FAMILY, "").split(SEVERAL)
+        if family
+    }
+    return {FAMILY: SEVERAL.join(sorted(families))} if families else {}

@@ -1,7 +1,7 @@
-"""The nearest delta of a rank to a whole weight change, by a randomised decomposition.
+"""The nearest delta of a given rank to a full weight change, by a randomised decomposition.
 
-With a fixed seed (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1); the error
-is measured, not estimated.
+Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1. The error is measured, not
+estimated.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ OVERSAMPLING, POWERS = 16, 2
 
 
 def nearest(weight: Tensor, rank: int, seed: int) -> tuple[Delta, float]:
-    """A delta of this rank that is as near to `weight` [out, in, ...] as can be, to some percent of
-    the error; -> (it, the squared Frobenius norm of what it leaves out). Float32, on its device."""
+    """(the delta of this rank nearest to `weight`, the squared Frobenius norm of what it loses).
+
+    weight: [out, in, ...]. Works in float32 on the device of the weight; the delta is on the CPU.
+    The error is within some percent of the smallest possible one.
+    """
     matrix = weight.float().flatten(1)
     small = min(matrix.shape)
     rank = min(rank, small)
@@ -28,12 +31,12 @@ def nearest(weight: Tensor, rank: int, seed: int) -> tuple[Delta, float]:
         left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         left = basis @ left
     rest = matrix - (left[:, :rank] * values[:rank]) @ right[:rank]
-    found = Decomposed(left.cpu(), values.cpu(), right.cpu(), tuple(weight.shape))
-    return found.cut(rank), float(rest.square().sum())
+    decomposition = Decomposed(left.cpu(), values.cpu(), right.cpu(), tuple(weight.shape))
+    return decomposition.cut(rank), float(rest.square().sum())
 
 
 def _basis(matrix: Tensor, columns: int, seed: int) -> Tensor:
-    """Orthonormal columns that hold most of what the matrix does."""
+    """Orthonormal columns that span most of the range of the matrix."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q

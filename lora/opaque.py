@@ -1,23 +1,23 @@
-"""Modules that are more than a sum: what DoRA, OFT, BOFT and GLoRA add depends on the weight.
+"""Modules whose change depends on the weight: DoRA, OFT, BOFT and GLoRA.
 
-`merged` computes the weight that the owner of the format computes: LyCORIS 4, PEFT, or kohya's
-sd-scripts. ComfyUI's patches differ: for DoRA they use the norm of the weight before the change;
-for OFT they skip the rescale, read the constraint in another unit, and apply the strength twice.
+`merged` computes the same weight as the owner of the format: LyCORIS 4, PEFT, or kohya's
+sd-scripts. ComfyUI's patches differ. For DoRA they use the norm of the weight before the change.
+For OFT they skip the rescale, read the constraint in another unit, and apply the strength twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .delta import Delta, Opaque
-from .lycoris import has_core, product, rank_of, without_core
+from .formats.lycoris import has_core, product, rank_of, without_core
 
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-# Adapters by how the names of their parts begin. A magnitude (DoRA) goes with the first three.
+# How the names of each adapter's parts begin. DoRA adds a magnitude to one of the first three.
 _ADAPTERS = {
     "LoRA": ("lora_",), "LoHa": ("hada_",), "LoKr": ("lokr_",),
     "OFT": ("oft_blocks", "rescale"), "GLoRA": (*_GLORA, "bm.weight"),
@@ -25,9 +25,10 @@ _ADAPTERS = {
 
 
 def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
-    """A module of DoRA (arXiv 2402.09353), OFT or BOFT (2306.07280, 2311.06243), or GLoRA
-    (2306.07967), checked, by the rest of its tensors' kohya keys. Its alpha is one of them where it
-    is known.
+    """A checked module of DoRA (arXiv 2402.09353), OFT or BOFT (2306.07280, 2311.06243), or GLoRA
+    (2306.07967).
+
+    parts: its tensors, by the rest of their kohya keys. alpha: becomes a part if it is not None.
 
     Raises:
         ValueError: a part is missing, shapes do not fit each other, or parts are of two adapters.
@@ -43,7 +44,8 @@ def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
     else:
         shape = _base(parts, alpha).shape
         if has_core(parts):
-            parts = without_core(parts, 1.0 if alpha is None else alpha / rank_of(parts))
+            rank = rank_of(parts)
+            parts = without_core(parts, 1.0 if alpha is None or rank is None else alpha / rank)
             alpha = rank_of(parts)
     if "dora_scale" in parts:
         count = parts["dora_scale"].numel()
@@ -58,12 +60,13 @@ def opaque(parts: Mapping[str, Tensor], alpha: float | None) -> Opaque:
             f"its rescale has {parts['rescale'].numel()} numbers; expected one for each of the "
             f"{shape[0]} outputs"
         )
-    known = {} if alpha is None else {"alpha": torch.tensor(float(alpha))}
-    return Opaque({**parts, **known}, shape)
+    if alpha is not None:
+        parts = {**parts, "alpha": torch.tensor(float(alpha))}
+    return Opaque(parts, shape)
 
 
-def adapters_of(parts: Mapping[str, Tensor]) -> set[str]:
-    """The adapters that the parts of a module belong to. A valid module has only one."""
+def adapters_of(parts: Collection[str]) -> set[str]:
+    """The adapters that parts with these names belong to. A valid module has only one."""
     return {
         adapter for adapter, names in _ADAPTERS.items() if any(p.startswith(names) for p in parts)
     }
@@ -73,12 +76,13 @@ def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
     """The modules of a file with DoRA's magnitudes in LyCORIS' shapes: [out, 1, ...] with a number
     for each output, or [1, in, 1, ...] with a number for each input.
 
-    In a square layer [1, n] is ambiguous: PEFT writes [1, out, 1, 1] for convolutions, LyCORIS
-    [1, in, ...]. All layers of a file are of one kind, so a layer that is not square decides, or a
-    magnitude of one dimension, which LyCORIS never writes. Without either, it is LyCORIS' [1, in].
+    In a square layer, [1, n] is ambiguous: PEFT writes [1, out, 1, 1] for convolutions, LyCORIS
+    [1, in, ...]. All layers of a file are of one kind, so a layer that is not square decides. A
+    magnitude of one dimension decides too, because LyCORIS never writes one. Without either, it is
+    LyCORIS' [1, in].
     """
     doras = {name: module for name, module in modules.items() if "dora_scale" in module}
-    outputs = any(map(_tells_outputs, doras.values()))
+    outputs = any(map(_shows_outputs, doras.values()))
     settled = dict(modules)
     for name, module in doras.items():
         magnitude, (out, _, *kernel) = module["dora_scale"], module.shape
@@ -92,8 +96,8 @@ def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
 
 
 def misfit(module: Opaque, shape: Sequence[int]) -> str:
-    """Why the module's magnitude does not fit a weight of this shape; empty if it does. Whether the
-    shape of its change fits is a question of its own."""
+    """Why the module's magnitude does not fit a weight of this shape; empty if it does. This does
+    not check the shape of the module's change."""
     if "dora_scale" in module and _axis(module["dora_scale"], shape) is None:
         return (
             f"its dora_scale is {list(module['dora_scale'].shape)}, the model has {list(shape)}: "
@@ -126,15 +130,15 @@ def _is_row(magnitude: Tensor) -> bool:
 
 
 def _sides(module: Opaque) -> tuple[bool, bool]:
-    """Whether a magnitude may belong to the outputs, and whether to the inputs, by its shape."""
+    """Whether a magnitude's shape allows that it belongs to the outputs, and to the inputs."""
     magnitude, (out, columns, *_) = module["dora_scale"], module.shape
     count = magnitude.numel()
-    # The factors of LoHa and LoKr do not tell the kernel: columns may be a multiple of the inputs.
+    # The factors of LoHa and LoKr do not show the kernel: columns may be a multiple of the inputs.
     flat = "lora_up.weight" not in module and _is_row(magnitude) and columns % count == 0
     return count == out, count == columns or flat
 
 
-def _tells_outputs(module: Opaque) -> bool:
+def _shows_outputs(module: Opaque) -> bool:
     """Whether the magnitude's shape shows that it belongs to the outputs."""
     of_outputs, of_inputs = _sides(module)
     magnitude = module["dora_scale"]
@@ -151,17 +155,18 @@ def _axis(magnitude: Tensor, shape: Sequence[int]) -> int | None:
 
 
 def _base(parts: Mapping[str, Tensor], alpha: float | None) -> Delta:
-    """What a DoRA scales: a LoRA, or a product of LyCORIS."""
+    """The delta that a DoRA scales: a LoRA, or a product of LyCORIS."""
     if any(part.startswith(("hada_", "lokr_")) for part in parts):
         return product(parts, alpha)
-    missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
-    if missing:
-        raise ValueError(f"it has a magnitude (DoRA) and no {missing[0]} beside it")
-    up, down, mid = (parts.get(f"lora_{part}.weight") for part in ("up", "down", "mid"))
-    return Delta(up, down, mid, alpha)
+    for part in ("lora_up.weight", "lora_down.weight"):
+        if part not in parts:
+            raise ValueError(f"it has a magnitude (DoRA) and no {part} beside it")
+    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
+    return Delta(up, down, parts.get("lora_mid.weight"), alpha)
 
 
 def _oft_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """[out]. Raises ValueError if the blocks are missing or cannot rotate the outputs."""
     blocks = parts.get("oft_blocks")
     if (
         blocks is None
@@ -213,8 +218,8 @@ def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tenso
 def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """a1 [in, r], a2 [r, in], b1 [out, r], b2 [r, ...] of a module in either layout of LyCORIS. The
     first layout swapped 1 and 2. If both fit, the one with the smaller rank is right."""
-    factors = [parts.get(part) for part in _GLORA]
-    if all(factor is not None and factor.dim() > 1 and factor.numel() for factor in factors):
+    factors = [parts[part] for part in _GLORA if part in parts]
+    if len(factors) == 4 and all(factor.dim() > 1 and factor.numel() for factor in factors):
         a1, a2, b1, b2 = factors
         layouts = [
             (a1.shape[1], (a1, a2, b1, b2))
@@ -230,6 +235,7 @@ def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def _glora_shape(parts: Mapping[str, Tensor], alpha: float | None) -> tuple[int, ...]:
+    """[out, in, ...]. Raises ValueError if the factors are missing or do not fit."""
     _, _, b1, b2 = _glora_factors(parts)
     return Delta(b1, b2, parts.get("bm.weight"), alpha).shape
 

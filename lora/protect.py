@@ -1,8 +1,8 @@
-"""Keeping a style out of the way of the acceleration it is added to.
+"""Keeps a style LoRA from disturbing the acceleration that it is added to.
 
-Where a style changes what a layer does to the very directions that the acceleration works on, the
-sum is no longer the acceleration, and pictures of few steps break. The null-space projection of
-NP-LoRA (arXiv 2511.11051, section 4) takes that part of the style away, as far as one wants.
+Where a style changes what a layer does to the main directions of the acceleration, pictures of few
+steps break. The null-space projection of NP-LoRA (arXiv 2511.11051, section 4) removes that part of
+the style, or a share of it.
 """
 
 from __future__ import annotations
@@ -13,89 +13,91 @@ import torch
 from torch import Tensor
 
 from .agree import require_finite, require_one_shape, require_sum
+from .architecture import require_one_architecture
 from .delta import Delta, Vector
-from .family import require_one_family
-from .metadata import recipe
+from .formats.metadata import recipe
+from .formats.spelling import in_one_spelling
 from .reduce import decomposed
-from .wire import in_one_spelling
 
-ENERGY = 0.9  # main directions are the fewest that hold this share of a layer's squared norm
+ENERGY = 0.9  # the main directions are the fewest that hold this share of a layer's squared norm
 
 
 def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector, str]:
-    """The style with `share` of what it does to the acceleration's main directions taken away.
+    """The style without `share` of its effect on the acceleration's main directions, and a report.
 
-    A layer of the style becomes `D (I - share V' V)`, where the rows of V are the right singular
-    vectors of the acceleration's delta there. Works on the factors, so the ranks stay; layers that
-    only the style has stay as they are, and so do those that one of the two holds without factors,
-    which the report counts.
+    A layer D of the style becomes `D (I - share V' V)`. The rows of V are the right singular
+    vectors of the acceleration's delta in that layer. This changes only the down factors, so the
+    ranks stay. Layers that only the style has stay as they are. So do layers that one of the two
+    changes without factors; the report counts these.
 
     Raises:
-        ValueError: share is not within 0 to 1, the style is no sum (DoRA, OFT, GLoRA), the two were
-            made for different base models, or a number of them is not finite.
+        ValueError: share is not within 0 to 1, the style cannot be added (DoRA, OFT, GLoRA), the
+            two were made for different architectures, or a value is not finite.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, found {share:g}.")
     require_sum(style)
-    style, acceleration = in_one_spelling([style, acceleration])
-    require_one_family((vector.source, vector.shapes) for vector in (style, acceleration))
-    deltas, taken, whole, shared = {}, 0.0, 0.0, 0
+    style, acceleration = both = in_one_spelling([style, acceleration])
+    require_one_architecture((vector.source, vector.shapes) for vector in both)
+    deltas, removed_energy, energy, shared = {}, 0.0, 0.0, 0
     for name, delta in style.deltas.items():
         delta = delta.plain()
         before = delta.inner(delta)
-        whole += before
+        energy += before
         if name in acceleration.deltas:
             shared += 1
-            both = style, acceleration
             require_one_shape(name, [(vector, vector.deltas[name].shape) for vector in both])
             require_finite(name, both)
             removed = _removed(delta, acceleration.deltas[name], share)
             delta = replace(delta, down=delta.down.float() - removed)
-            taken += before - delta.inner(delta)
+            removed_energy += before - delta.inner(delta)
         deltas[name] = delta
-    percent = 100 * taken / whole if whole else 0.0
+    percent = 100 * removed_energy / energy if energy else 0.0
     method = f"protected from {acceleration.source}, share {share:g}"
-    # The acceleration is there for its hash; nothing of it is added.
+    # The weight of 0 records the acceleration's hash. Nothing of it is added.
     metadata = {**style.metadata, **recipe([(style, 1.0), (acceleration, 0.0)], method)}
     source = f"{style.source}, protected"
-    made = replace(style, deltas=deltas, metadata=metadata, source=source, sha256="")
+    result = replace(style, deltas=deltas, metadata=metadata, source=source, sha256="")
     report = (
-        f"{percent:.2f} % of the energy of {style.source} taken away, in {shared} of "
+        f"{percent:.2f} % of the energy of {style.source} removed, in {shared} of "
         f"{len(style.deltas)} modules that {acceleration.source} changes too."
     )
-    return made, "\n".join([report, *_passed_over(style, acceleration)])
+    return result, "\n".join([report, *_not_protected(style, acceleration)])
 
 
-def _passed_over(style: Vector, acceleration: Vector) -> list[str]:
-    """Where both change a layer and nothing was taken away, for lack of factors, in words."""
-    without = _whole(acceleration) | acceleration.opaque.keys()
-    told = []
-    if count := len(without & style.deltas.keys()):
-        kinds = ["whole differences"] if _whole(acceleration) else []
+def _not_protected(style: Vector, acceleration: Vector) -> list[str]:
+    """Sentences about the layers that both change, but not both with factors."""
+    without_factors = _full_differences(acceleration) | acceleration.opaque.keys()
+    lines = []
+    if count := len(without_factors & style.deltas.keys()):
+        kinds = ["full differences"] if _full_differences(acceleration) else []
         kinds += [acceleration.opaque_kinds] if acceleration.opaque else []
-        told.append(
-            f"In {count} modules {acceleration.source} holds {' and '.join(kinds)}, not factors, "
-            "and nothing was taken away for these."
+        lines.append(
+            f"In {count} modules, {acceleration.source} holds {' and '.join(kinds)} instead of "
+            "factors, so nothing was removed there."
         )
-    if count := len(_whole(style) & (without | acceleration.deltas.keys())):
-        told.append(
-            f"In {count} modules {style.source} holds whole differences, not factors, which stay "
-            "as they are."
+    if count := len(_full_differences(style) & (without_factors | acceleration.deltas.keys())):
+        lines.append(
+            f"In {count} modules, {style.source} holds full differences instead of factors, which "
+            "stay as they are."
         )
-    return told
+    return lines
 
 
-def _whole(vector: Vector) -> set[str]:
-    """The modules of which the vector holds the change of a whole matrix."""
-    return {k.removesuffix(".diff") for k, diff in vector.diffs.items()
-            if k.endswith(".diff") and diff.dim() > 1}  # fmt: skip
+def _full_differences(vector: Vector) -> set[str]:
+    """The modules whose full matrix has a difference in the vector."""
+    return {
+        key.removesuffix(".diff")
+        for key, diff in vector.diffs.items()
+        if key.endswith(".diff") and diff.dim() > 1
+    }
 
 
 def _removed(plain: Delta, other: Delta, share: float) -> Tensor:
-    """The part of the down factor that lies in the main directions, times the share."""
+    """The part of the down factor in the main directions of the other delta, times the share."""
     parts = decomposed(other)
     energy = parts.values.double().square().cumsum(0)
-    # An acceleration of zeros has no directions.
+    # An acceleration of zeros has no main directions.
     count = int(torch.searchsorted(energy, ENERGY * energy[-1])) + 1 if energy[-1] else 0
     main = parts.right[:count]
     rows = plain.down.float().flatten(1)

@@ -1,7 +1,7 @@
-"""Fewer ranks: the best approximation of every delta, by a decomposition that stays small.
+"""Lowers the ranks of a vector with the smallest possible error.
 
-A delta of rank r is `up @ down`. QR of both factors leaves a core of r x r, whose singular values
-are the delta's own: the cost is O((out + in) r^2), and no matrix of the layer's size is formed.
+A delta of rank r is `up @ down`. QR of both factors leaves a core of r x r with the singular values
+of the delta. This costs O((out + in) r^2), and no matrix of the layer's size is formed.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
-from .loss import Loss
-from .metadata import METHOD
+from .formats.metadata import METHOD
+from .truncation import Truncation
 
 
-def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Loss]:
-    """The vector with the smallest singular values of its deltas left out, and what that loses.
+def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[Vector, Truncation]:
+    """The vector without the smallest singular values of its deltas, and what it loses.
 
-    By Eckart and Young (1936) no other deltas of these ranks are nearer. Works in float32; what is
-    no delta (`diffs`) stays as it is.
+    No other deltas of these ranks are nearer (Eckart and Young, 1936). Works in float32. Full
+    differences (`diffs`) stay as they are.
 
     Args:
-        rank: the most a module may have; 0 for no such limit.
-        keep_energy: share of all modules' energy together to keep, above 0 to 1. It is reached with
-            the fewest ranks, for one threshold holds for the singular values of every module. At 1
-            only ranks that carry nothing are left out.
+        rank: the highest rank of a module; 0 means no limit.
+        keep_energy: the share of the energy of all modules together to keep, above 0 to 1. One
+            threshold for the singular values of all modules reaches it with the fewest ranks. At 1,
+            only ranks without any energy are left out.
 
     Raises:
-        ValueError: rank is negative, keep_energy out of range, or there is no delta.
+        ValueError: rank is negative, keep_energy is out of range, or the vector has no deltas.
     """
     if rank < 0 or not 0 < keep_energy <= 1:
         raise ValueError(
@@ -42,17 +42,17 @@ def truncated(vector: Vector, rank: int = 0, keep_energy: float = 1.0) -> tuple[
     threshold = _threshold([part.values for part in parts.values()], keep_energy)
     deltas, ranks, energies = {}, {}, {}
     for name, part in parts.items():
-        enough = (part.values.double() >= threshold) & (part.values > part.noise)
-        needed = max(1, int(enough.sum()))
+        is_needed = (part.values.double() >= threshold) & (part.values > part.noise)
+        needed = max(1, int(is_needed.sum()))
         kept = min(needed, rank or needed)
         deltas[name] = part.cut(kept)
         ranks[name] = vector.deltas[name].rank, kept
         energy = part.values.double().square()
         energies[name] = float(energy[kept:].sum()), float(energy.sum())
-    loss = Loss(energies, ranks)
-    asked = f"svd, rank {rank}, keep_energy {keep_energy:.12g}"
-    metadata = {**vector.metadata, METHOD: f"{asked}, relative error {loss.error:.2e}"}
-    return replace(vector, deltas=deltas, metadata=metadata), loss
+    truncation = Truncation(energies, ranks)
+    method = f"svd, rank {rank}, keep_energy {keep_energy:.12g}"
+    metadata = {**vector.metadata, METHOD: f"{method}, relative error {truncation.error:.2e}"}
+    return replace(vector, deltas=deltas, metadata=metadata), truncation
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Decomposed:
 
     @property
     def noise(self) -> float:
-        """Singular values below this are rounding: QR leaves up to 2 eps of the largest one where
-        there is nothing, whatever the layer's size (measured up to 2560 x 23040)."""
+        """Singular values below this are rounding errors. QR leaves up to 2 eps of the largest one
+        in place of zeros, at any layer size (measured up to 2560 x 23040)."""
         return 8 * torch.finfo(torch.float32).eps * float(self.values[0])
 
     def cut(self, rank: int) -> Delta:
-        """The first `rank` of them, shared evenly between the factors, which fp16 likes best."""
+        """The delta of the first `rank` values, split evenly between the factors."""
         root = self.values[:rank].sqrt()
         up, down = self.left[:, :rank] * root, self.right[:rank] * root[:, None]
         kernel = [1] * (len(self.shape) - 2)
@@ -90,10 +90,10 @@ def decomposed(delta: Delta) -> Decomposed:
 
 
 def _threshold(values: list[Tensor], keep_energy: float) -> float:
-    """The singular value down to which all modules' are kept, for that share of the energy."""
+    """The smallest singular value to keep for this share of the energy of all modules."""
     if keep_energy == 1:
         return 0.0
     ordered = torch.cat(values).double().sort(descending=True).values
     energy = ordered.square().cumsum(0)
-    # The last one that is needed; where several modules have the same, all of them stay.
+    # The last value that is needed. If several modules have the same value, all of them keep it.
     return float(ordered[int(torch.searchsorted(energy, keep_energy * energy[-1]))])

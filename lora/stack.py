@@ -1,4 +1,4 @@
-"""The LORA_STACK that many packs pass on: a list of (file name, model strength, CLIP strength)."""
+"""The LORA_STACK of many packs: a list of (file name, model strength, CLIP strength)."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from .agree import require_sum
-from .blocks import place_of, weighted
+from .blocks import weighted
 from .combine import exact
 from .delta import Vector
-from .files import read_named
+from .formats.files import read_named
+from .formats.names import is_text
 
 
-def of_stack(stack: Sequence[Any], path_of: Callable[[str], Path]) -> tuple[Vector, str]:
-    """The sum of a stack's LoRAs, each with its two strengths, and a report.
+def of_stack(stack: Sequence[Any] | None, path_of: Callable[[str], Path]) -> tuple[Vector, str]:
+    """The sum of a stack's LoRAs, each with its two strengths, and a report for users.
+
+    path_of: the path of a LoRA file, by its name.
 
     Raises:
-        ValueError: the stack is empty or of another make, a strength is not finite, or its LoRAs
-            cannot be added.
-        FileNotFoundError: what path_of raises for a file that is gone.
+        ValueError: the stack is empty, an entry is not valid, or its LoRAs cannot be added.
+        FileNotFoundError: path_of raises it for a file that is gone.
     """
-    entries = [_entry(each) for each in stack or ()]
+    entries = [_entry(entry) for entry in stack or ()]
     entries = [(name, model, clip) for name, model, clip in entries if name != "None"]
     if not any(model or clip for _, model, clip in entries):
         raise ValueError("The LoRA stack is empty, or all its strengths are 0; add a LoRA to it.")
     vectors = []
     for name, model, clip in entries:
         vector = read_named(path_of(name), name)
-        of = {module: clip if place_of(module) == "text" else model for module in vector.modules()}
-        if any(of[module] for module in vector.opaque):
+        strengths = {name: clip if is_text(name) else model for name in vector.modules()}
+        if any(strengths[module] for module in vector.opaque):
             require_sum(vector)
-        if any(of.values()):
-            vectors.append(weighted(vector, of.__getitem__, f"model {model:g}, CLIP {clip:g}"))
+        if any(strengths.values()):
+            description = f"model {model:g}, CLIP {clip:g}"
+            vectors.append(weighted(vector, strengths.__getitem__, description))
     return exact(vectors, [1.0] * len(vectors))
 
 
 def _entry(entry: Any) -> tuple[str, float, float]:
-    fine = isinstance(entry, list | tuple) and len(entry) == 3 and isinstance(entry[0], str)
-    if not fine or not all(isinstance(value, Real) for value in entry[1:]):
+    """An entry of a stack, checked."""
+    is_named = isinstance(entry, list | tuple) and len(entry) == 3 and isinstance(entry[0], str)
+    if not is_named or not all(isinstance(value, Real) for value in entry[1:]):
         raise ValueError(
             f"The LoRA stack holds {entry!r}; expected (file name, model strength, CLIP strength)."
         )

@@ -1,4 +1,4 @@
-"""Every node of the pack."""
+"""All nodes of the pack."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 class LCMLoRAExtension(ComfyExtension):
     async def on_load(self) -> None:
-        # Here, for it needs the whole server, which a tool that only reads the nodes has not.
+        # Imported here, because it needs the server. A tool that only reads the nodes has none.
         if "server" in sys.modules:
             from ..training.jobs import routes
 

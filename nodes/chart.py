@@ -1,4 +1,4 @@
-"""A line chart as a picture, for nodes that show how a training goes."""
+"""A line chart as a picture, for the progress of a training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ GROUND, AXIS, LINE, WORDS = "#1e1e1e", "#606060", "#4ea8de", "#d0d0d0"
 
 
 def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Image:
-    """(x, y) of finite positive y as a line on a logarithmic scale; below two, the title alone."""
+    """A line through the points (x, y) with a positive y, on a logarithmic scale. With fewer than
+    two such points, only the title."""
     picture = Image.new("RGB", SIZE, GROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     draw.text((SIZE[0] / 2, 8), title[:80], fill=WORDS, font=font, anchor="ma")
-    known = [(x, math.log10(y)) for x, y in points if y is not None and y > 0]
-    if len(known) < 2:
+    line = [(x, math.log10(y)) for x, y in points if y is not None and y > 0]
+    if len(line) < 2:
         return picture
-    (left, right), (low, high) = _ends(x for x, _ in known), _ends(y for _, y in known)
+    (left, right), (low, high) = _ends([x for x, _ in line]), _ends([y for _, y in line])
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -28,7 +29,7 @@ def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Ima
         )
 
     draw.rectangle([at(left, high), at(right, low)], outline=AXIS)
-    draw.line([at(x, y) for x, y in known], fill=LINE, width=2)
+    draw.line([at(x, y) for x, y in line], fill=LINE, width=2)
     for x, anchor in ((left, "la"), (right, "ra")):
         draw.text(
             (at(x, low)[0], SIZE[1] - EDGE + 6), f"{x:g}", fill=WORDS, font=font, anchor=anchor
@@ -38,8 +39,7 @@ def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Ima
     return picture
 
 
-def _ends(values) -> tuple[float, float]:
-    """The least and the greatest, never the same."""
-    known = list(values)
-    least, most = min(known), max(known)
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest value, or values around them if they are equal."""
+    least, most = min(values), max(values)
     return (least, most) if most > least else (least - 0.5, most + 0.5)

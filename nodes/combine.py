@@ -1,14 +1,15 @@
-"""LoRA vectors into one, by weights."""
+"""The node that combines LoRA vectors."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.v0_0_2 import io
 
-from ..lora.combine import elementwise, exact
 from ..lora.elementwise.table import RULES
-from ..lora.host import device, watched
-from ..lora.reduce import truncated
-from ..lora.wire import from_wire, to_wire
+from ..lora.formats.wire import from_wire, to_wire
+from ..lora.methods import METHODS, Settings, combine
+from .host import device, watched, weight_input
 
 MAX_VECTORS = 8
 
@@ -40,7 +41,7 @@ class LCMLoRACombine(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=["exact", "svd", *RULES],
+                    options=list(METHODS),
                     default="exact",
                     tooltip=(
                         "exact: the weighted sum, without any error. Its rank is the sum of the "
@@ -101,7 +102,7 @@ class LCMLoRACombine(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
-                    control_after_generate=False,  # a new seed each time would merge each time
+                    control_after_generate=False,  # a new seed would merge again
                     optional=True,
                     advanced=True,
                     tooltip="dare, della: random seed for the values that are dropped.",
@@ -123,34 +124,20 @@ class LCMLoRACombine(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, count: dict, method: str, rank: int, keep_energy: float,
-        max_error: float = 0.0, density: float = 0.5, seed: int = 0,
-    ) -> io.NodeOutput:  # fmt: skip
-        if method == "exact" and (rank != 0 or keep_energy != 1 or max_error != 0):
-            raise ValueError(
-                f"The method exact keeps every rank, so it cannot honour rank {rank}, keep_energy "
-                f"{keep_energy:g} and max_error {max_error:g}; choose svd, or set rank to 0, "
-                "keep_energy to 1 and max_error to 0."
-            )
-        if method in RULES and (keep_energy != 1 or max_error != 0):
-            raise ValueError(
-                f"The method {method} only reduces to a rank, so it cannot honour keep_energy "
-                f"{keep_energy:g} and max_error {max_error:g}; set them to 1 and 0."
-            )
+        cls,
+        count: dict[str, Any],
+        method: str,
+        rank: int,
+        keep_energy: float,
+        max_error: float = 0.0,
+        density: float = 0.5,
+        seed: int = 0,
+    ) -> io.NodeOutput:
+        settings = Settings(method, rank, keep_energy, max_error, density, seed)
         numbers = range(1, int(count["count"]) + 1)
         vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
         weights = [count[f"weight_{number}"] for number in numbers]
-        if method in RULES:
-            combined, report = elementwise(
-                vectors, weights, RULES[method], density, rank, seed, device(), watched
-            )
-            return io.NodeOutput(to_wire(combined), report)
-        combined, report = exact(vectors, weights)
-        if method == "svd":
-            # The squares of what is kept and of what is lost add up to the whole.
-            asked = {keep_energy, 1 - max_error**2} - {1.0}
-            combined, loss = truncated(combined, rank, max(asked, default=1.0))
-            report = f"{report}\n{loss}"
+        combined, report = combine(vectors, weights, settings, device(), watched)
         return io.NodeOutput(to_wire(combined), report)
 
 
@@ -161,12 +148,9 @@ def _row(number: int) -> list[io.Input]:
             f"vector_{number}",
             tooltip="The LCM-LoRA's vector." if first else "A style LoRA's vector, or any other.",
         ),
-        io.Float.Input(
+        weight_input(
             f"weight_{number}",
-            default=1.0 if first else 0.8,
-            min=-10.0,
-            max=10.0,
-            step=0.01,
-            tooltip=f"Weight of vector {number}. A negative weight subtracts it; 0 leaves it out.",
+            f"Weight of vector {number}. A negative weight subtracts it; 0 leaves it out.",
+            1.0 if first else 0.8,
         ),
     ]

@@ -1,12 +1,14 @@
-"""The acceleration of a distilled model, taken out as a LoRA vector."""
+"""The node that makes a LoRA vector from the difference of two models."""
 
 from __future__ import annotations
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..lora.extract import extract
-from ..lora.host import differences
-from ..lora.wire import to_wire
+from ..lora.formats.wire import to_wire
+from ..lora.weights.host import differences
+from .host import watched
 
 SEED = 0
 
@@ -47,6 +49,8 @@ class LCMLoRAExtract(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, distilled, base, rank: int) -> io.NodeOutput:
-        vector, report = extract(differences(distilled, base), rank, SEED, "distilled - base")
+    def execute(cls, distilled: ModelPatcher, base: ModelPatcher, rank: int) -> io.NodeOutput:
+        vector, report = extract(
+            differences(distilled, base, watched), rank, SEED, "distilled - base"
+        )
         return io.NodeOutput(to_wire(vector), report)

@@ -1,40 +1,66 @@
-"""What several nodes ask of the host: its LoRA folders, and a line of text on the running node."""
+"""What several nodes need of ComfyUI: folders of models, its device, progress, text on a node."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
+import torch
+from comfy_api.v0_0_2 import io
 from comfy_execution.utils import get_executing_context
 
-from ..lora.files import inside, offered
+from ..lora.formats.filenames import inside, offered
 
 
 def lora_names() -> list[str]:
-    """LoRA files of the host's folders, as its combos spell them."""
+    """The LoRA files in ComfyUI's folders, as its lists show them."""
     return offered(folder_paths.get_filename_list("loras"))
 
 
 def checkpoint_names() -> list[str]:
-    """Checkpoint files of the host's folders, as its combos spell them."""
+    """The checkpoint files in ComfyUI's folders, as its lists show them."""
     return folder_paths.get_filename_list("checkpoints")
 
 
 def lora_path(name: str) -> Path:
-    """Where a file of `lora_names` lies. Raises FileNotFoundError where it is gone."""
+    """The path of a file from `lora_names`. Raises FileNotFoundError if it is gone."""
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def new_lora_path(name: str) -> Path:
-    """Where a new LoRA of this name goes: into the first of the host's LoRA folders."""
+    """The path of a new LoRA: in the first of ComfyUI's LoRA folders. Raises as `inside`."""
     return inside(Path(folder_paths.get_folder_paths("loras")[0]), name)
 
 
+def device() -> torch.device:
+    """Where full changes are computed: on ComfyUI's device if it is CUDA or ROCm, otherwise on the
+    CPU, because other devices lack float64 or decompositions."""
+    comfy_device = comfy.model_management.get_torch_device()
+    return comfy_device if comfy_device.type == "cuda" else torch.device("cpu")
+
+
+def watched(names: Sequence[str]) -> Iterator[str]:
+    """The names one by one, with a progress bar on the node; raises if the user interrupts."""
+    bar = comfy.utils.ProgressBar(len(names))
+    for name in names:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield name
+        bar.update(1)
+
+
+def weight_input(name: str, tooltip: str, default: float = 1.0) -> io.Float.Input:
+    """An input for the weight or strength of a LoRA."""
+    return io.Float.Input(name, default=default, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
+
+
 def show(text: str) -> None:
-    """Shows a line on the node that is being executed; nothing outside a prompt."""
+    """Shows a line of text on the node that is running. Does nothing outside a prompt."""
     if (context := get_executing_context()) is None:
         return
-    # Not at module scope: it pulls in the whole web application, which only a server has.
+    # Imported here, because it loads the web application, which only a server has.
     from server import PromptServer
 
     PromptServer.instance.send_progress_text(text, context.node_id)

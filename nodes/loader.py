@@ -1,16 +1,18 @@
-"""The node most people need: an LCM-LoRA on a model, with its sampling set."""
+"""The node that applies an LCM-LoRA and sets the sampling."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import acceleration
-from ..lora.delta import Vector
-from ..lora.files import fingerprint, read
+from ..lora.family import choose
+from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
-from ..samplers.families import FAMILIES
+from ..samplers.families import DEFAULT, FAMILIES
 from ..samplers.host import patch_sampling
-from .host import lora_names, lora_path, show
+from .host import lora_names, lora_path, show, weight_input
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -27,8 +29,17 @@ class LCMLoRALoader(io.ComfyNode):
                 "KSampler node (sampler lcm, scheduler simple)."
             ),
             search_aliases=[
-                "lcm", "lcm lora", "load lora", "few steps", "fast", "acceleration", "tcd", "dmd2",
-                "hyper-sd", "pcm", "lightning",
+                "lcm",
+                "lcm lora",
+                "load lora",
+                "few steps",
+                "fast",
+                "acceleration",
+                "tcd",
+                "dmd2",
+                "hyper-sd",
+                "pcm",
+                "lightning",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's model."),
@@ -42,13 +53,8 @@ class LCMLoRALoader(io.ComfyNode):
                         "KOALA), the LoRA is applied as far as it fits, with a warning."
                     ),
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight of the LoRA. 1 is what it was trained for; 0 leaves it out.",
+                weight_input(
+                    "strength", "Weight of the LoRA. 1 is what it was trained for; 0 leaves it out."
                 ),
                 io.Combo.Input(
                     "family",
@@ -70,28 +76,15 @@ class LCMLoRALoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_) -> tuple[str, int, int]:
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> tuple[str, int, int]:
         return fingerprint(lora_path(lora_name))
 
     @classmethod
-    def execute(cls, model, lora_name: str, strength: float, family: str) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, lora_name: str, strength: float, family: str
+    ) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
-        family, why = _chosen(family, vector, lora_name)
+        family, why = choose(family, vector.metadata, lora_name, FAMILIES, DEFAULT)
         model, _, coverage = apply(model, None, vector, strength, 0.0)
         show(f"{coverage} Sampling as {family} ({why}).")
         return io.NodeOutput(patch_sampling(model, family))
-
-
-def _chosen(family: str, vector: Vector, lora_name: str) -> tuple[str, str]:
-    """(the family to sample as, why). ValueError where the file tells several or an unknown one."""
-    if family != "auto":
-        return family, "chosen on this node"
-    found, where = acceleration(vector.metadata, lora_name)
-    if not found:
-        return "lcm", "the default: neither the file's metadata nor its name says otherwise"
-    if found not in FAMILIES:
-        raise ValueError(
-            f"{lora_name} cannot be sampled as {found!r}, which comes from {where}. Expected one "
-            f"of {', '.join(FAMILIES)}. Choose the family on the node."
-        )
-    return found, f"from {where}"

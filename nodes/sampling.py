@@ -1,11 +1,14 @@
-"""Sampling nodes: the noise schedule of a MODEL, SIGMAS, a SAMPLER, and all of it in one node."""
+"""The sampling nodes: the noise schedule of a MODEL, SIGMAS, a SAMPLER, and all in one node."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..samplers import host
-from ..samplers.families import FAMILIES
+from ..samplers.families import DEFAULT, FAMILIES
 
 CATEGORY = "LCM-LoRA"
 
@@ -36,7 +39,7 @@ class LCMModelSampling(io.ComfyNode):
                     "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA applied."
                 ),
                 io.Combo.Input(
-                    "family", options=list(FAMILIES), default="lcm", optional=True,
+                    "family", options=list(FAMILIES), default=DEFAULT, optional=True,
                     tooltip="How the LoRA or the full model was distilled. LCM Schedule, LCM "
                     "Sampler and LCM KSampler follow it.",
                 ),
@@ -49,7 +52,7 @@ class LCMModelSampling(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, family="lcm") -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, family: str = DEFAULT) -> io.NodeOutput:
         return io.NodeOutput(host.patch_sampling(model, family))
 
 
@@ -102,7 +105,14 @@ class LCMSchedule(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, steps, strength, origin_steps, timesteps="") -> io.NodeOutput:
+    def execute(
+        cls,
+        model: ModelPatcher,
+        steps: int,
+        strength: float,
+        origin_steps: int,
+        timesteps: str = "",
+    ) -> io.NodeOutput:
         return io.NodeOutput(host.schedule(model, steps, strength, origin_steps, timesteps))
 
 
@@ -144,7 +154,7 @@ class LCMSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, eta, noise_device, family_eta=False) -> io.NodeOutput:
+    def execute(cls, eta: float, noise_device: str, family_eta: bool = False) -> io.NodeOutput:
         return io.NodeOutput(host.sampler(None if family_eta else eta, noise_device))
 
 
@@ -214,11 +224,17 @@ class LCMKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, positive, negative, latent, denoise,
-        eta=-1.0, noise_device="cpu",
-    ) -> io.NodeOutput:  # fmt: skip
-        result = host.sample(
-            model, seed, steps, cfg, positive, negative, latent, denoise,
-            None if eta < 0 else eta, noise_device,
-        )  # fmt: skip
-        return io.NodeOutput(result)
+        cls,
+        model: ModelPatcher,
+        seed: int,
+        steps: int,
+        cfg: float,
+        positive: list[Any],
+        negative: list[Any],
+        latent: dict[str, Any],
+        denoise: float,
+        eta: float = -1.0,
+        noise_device: str = "cpu",
+    ) -> io.NodeOutput:
+        run = host.Run(seed, steps, cfg, denoise, None if eta < 0 else eta, noise_device)
+        return io.NodeOutput(host.sample(model, run, positive, negative, latent))

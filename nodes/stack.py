@@ -1,12 +1,15 @@
-"""To and from the LORA_STACK of other packs, whose entries are a file name and two strengths."""
+"""The nodes for the LORA_STACK of other packs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from comfy_api.v0_0_2 import io
 
+from ..lora.formats.wire import to_wire
 from ..lora.stack import of_stack
-from ..lora.wire import to_wire
-from .host import lora_names, lora_path
+from .host import lora_names, lora_path, weight_input
 
 STACK = io.Custom("LORA_STACK")
 
@@ -23,9 +26,7 @@ class LCMLoRAFromStack(io.ComfyNode):
                 "The result does the same as applying these LoRAs one after the other."
             ),
             search_aliases=["lora stack", "lora stacker", "unpack stack"],
-            inputs=[
-                STACK.Input("lora_stack", tooltip="A stack from any pack's LoRA stacker."),
-            ],
+            inputs=[STACK.Input("lora_stack", tooltip="A stack from any pack's LoRA stacker.")],
             outputs=[
                 io.LoraModel.Output(
                     display_name="LORA_MODEL",
@@ -39,7 +40,7 @@ class LCMLoRAFromStack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora_stack) -> io.NodeOutput:
+    def execute(cls, lora_stack: Sequence[Any] | None) -> io.NodeOutput:
         vector, report = of_stack(lora_stack, lora_path)
         return io.NodeOutput(to_wire(vector), report)
 
@@ -65,14 +66,8 @@ class LCMLoRAToStack(io.ComfyNode):
                         "LoRA Vector."
                     ),
                 ),
-                io.Float.Input(
-                    "strength_model", default=1.0, min=-10.0, max=10.0, step=0.01,
-                    tooltip="Weight on the model.",
-                ),
-                io.Float.Input(
-                    "strength_clip", default=1.0, min=-10.0, max=10.0, step=0.01,
-                    tooltip="Weight on the text encoder.",
-                ),
+                weight_input("strength_model", "Weight on the model."),
+                weight_input("strength_clip", "Weight on the text encoder."),
                 STACK.Input(
                     "lora_stack", optional=True, tooltip="A stack to append the file to."
                 ),
@@ -84,7 +79,11 @@ class LCMLoRAToStack(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, file_name: str, strength_model: float, strength_clip: float, lora_stack=None
+        cls,
+        file_name: str,
+        strength_model: float,
+        strength_clip: float,
+        lora_stack: Sequence[Any] | None = None,
     ) -> io.NodeOutput:
         if file_name not in lora_names():
             raise ValueError(

@@ -1,15 +1,18 @@
-"""LoRAs as vectors in weight space: load, apply, save."""
+"""The nodes that load, apply and save LoRA vectors."""
 
 from __future__ import annotations
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.v0_0_2 import io
 
-from ..lora.acceleration import FAMILY
-from ..lora.files import DTYPES, fingerprint, read_named, write
+from ..lora.family import sampling_hint
+from ..lora.formats.describe import describe
+from ..lora.formats.files import DTYPES, fingerprint, read_named, write
+from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.host import apply
-from ..lora.wire import describe, from_wire, to_wire
-from .host import lora_names, lora_path, new_lora_path, show
+from .host import lora_names, lora_path, new_lora_path, show, weight_input
 
 CATEGORY = "LCM-LoRA"
 
@@ -68,27 +71,11 @@ class LCMLoRAApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to add the vector to."),
                 io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="The text encoder, for LoRAs that change it too.",
+                    "clip", optional=True, tooltip="The text encoder, for LoRAs that change it too."
                 ),
                 io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
-                io.Float.Input(
-                    "strength_model",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight on the model; 0 leaves the model as it is.",
-                ),
-                io.Float.Input(
-                    "strength_clip",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight on the text encoder; 0 leaves it as it is.",
-                ),
+                weight_input("strength_model", "Weight on the model; 0 leaves the model as it is."),
+                weight_input("strength_clip", "Weight on the text encoder; 0 leaves it as it is."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the vector added."),
@@ -101,13 +88,16 @@ class LCMLoRAApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vector, strength_model: float, strength_clip: float, clip=None
+        cls,
+        model: ModelPatcher,
+        vector: Tensors,
+        strength_model: float,
+        strength_clip: float,
+        clip: CLIP | None = None,
     ) -> io.NodeOutput:
-        given = from_wire(vector)
-        model, clip, coverage = apply(model, clip, given, strength_model, strength_clip)
-        family = given.metadata.get(FAMILY)
-        hint = f" Its family is {family}: choose it in LCM Model Sampling." if family else ""
-        show(f"{coverage}{hint}")
+        lora = from_wire(vector)
+        model, clip, coverage = apply(model, clip, lora, strength_model, strength_clip)
+        show(f"{coverage} {sampling_hint(lora.metadata)}".rstrip())
         return io.NodeOutput(model, clip)
 
 
@@ -153,7 +143,7 @@ class LCMLoRASave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vector, filename: str, dtype: str, overwrite: bool) -> io.NodeOutput:
+    def execute(cls, vector: Tensors, filename: str, dtype: str, overwrite: bool) -> io.NodeOutput:
         path = new_lora_path(filename)
         write(path, from_wire(vector), dtype, overwrite)
         name = str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))

@@ -1,4 +1,4 @@
-"""A LoRA vector by parts: weights of blocks, and a style kept out of the acceleration's way."""
+"""The nodes that weight the blocks of a vector, and that protect an acceleration from a style."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from comfy_api.v0_0_2 import io
 
 from ..lora.blocks import NAMES, PRESETS, parse_weights, weighted
+from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.protect import protected
-from ..lora.wire import from_wire, to_wire
-from .host import show
+from .host import show, weight_input
 
 
 class LCMLoRABlocks(io.ComfyNode):
@@ -47,14 +47,7 @@ class LCMLoRABlocks(io.ComfyNode):
                         "names match, their weights are multiplied."
                     ),
                 ),
-                io.Float.Input(
-                    "text_encoder",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Weight of the text encoder part; 0 leaves it out.",
-                ),
+                weight_input("text_encoder", "Weight of the text encoder part; 0 leaves it out."),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The weighted vector.")
@@ -62,21 +55,23 @@ class LCMLoRABlocks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vector, preset: str, weights: str, text_encoder: float) -> io.NodeOutput:
+    def execute(
+        cls, vector: Tensors, preset: str, weights: str, text_encoder: float
+    ) -> io.NodeOutput:
         text = f"text={text_encoder:g}" if text_encoder != 1 else ""
-        told = [each for each in (PRESETS[preset], weights.strip(), text) if each]
-        given = from_wire(vector)
-        factors = [parse_weights(each) for each in told]
-        parse_weights(weights).require_blocks(given)
+        texts = [part for part in (PRESETS[preset], weights.strip(), text) if part]
+        lora = from_wire(vector)
+        factors = [parse_weights(part) for part in texts]
+        parse_weights(weights).require_blocks(lora)
 
         def weight(module: str) -> float:
             return math.prod(factor(module) for factor in factors)
 
-        found = weighted(given, weight, "; ".join(told) or "all")
-        # Of a preset too, which is for every family; and a LoRA may have no text encoder part.
-        if idle := [name for factor in factors for name in factor.idle(given.modules())]:
-            show(f"{given.source} has no modules for {', '.join(idle)}.")
-        return io.NodeOutput(to_wire(found))
+        result = weighted(lora, weight, "; ".join(texts) or "all")
+        # Names in presets and "text" may fit nothing, so they are only shown.
+        if idle := [name for factor in factors for name in factor.idle(lora.modules())]:
+            show(f"{lora.source} has no modules for {', '.join(idle)}.")
+        return io.NodeOutput(to_wire(result))
 
 
 class LCMLoRAProtect(io.ComfyNode):
@@ -119,6 +114,6 @@ class LCMLoRAProtect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, style, acceleration, share: float) -> io.NodeOutput:
+    def execute(cls, style: Tensors, acceleration: Tensors, share: float) -> io.NodeOutput:
         vector, report = protected(from_wire(style), from_wire(acceleration), share)
         return io.NodeOutput(to_wire(vector), report)

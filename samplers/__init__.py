@@ -1,1 +1,1 @@
-"""Few-step sampling with latent consistency models: timesteps, consistency function, samplers."""
+"""Few-step sampling: families, timesteps, the consistency function, noise and the loop."""

@@ -1,4 +1,4 @@
-"""The consistency function and what a network's output says of x0 and eps, all in VP scale.
+"""The consistency function, and x0 and eps from a network's output, all in VP scale.
 
 VP scale is z = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, as in the papers.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-# No real schedule comes near this; the last step of a zero-terminal-SNR one does, where z is pure
-# noise and an eps prediction divided by alpha would be infinite.
+# The smallest divisor. Only the last step of a zero-terminal-SNR schedule has a smaller alpha: z is
+# pure noise there, and eps divided by alpha would be infinite.
 SMALLEST = 2.0**-13
 
 
@@ -32,11 +32,7 @@ def consistency(z: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Ten
 
 
 def x0_and_eps(
-    output: torch.Tensor,
-    z: torch.Tensor,
-    alpha: torch.Tensor,
-    sigma: torch.Tensor,
-    prediction: str,
+    output: torch.Tensor, z: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A network's raw output at z -> (x0, eps), both of z's shape.
 

@@ -1,10 +1,12 @@
-"""The samplers inside ComfyUI: the MODEL's noise schedule, SIGMAS, SAMPLER and a whole run."""
+"""The samplers in ComfyUI: the noise schedule of a MODEL, SIGMAS, a SAMPLER, and a full run."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.sample
 import comfy.samplers
@@ -16,24 +18,26 @@ from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
 from .consistency import consistency
-from .families import FAMILIES, ORIGIN_STEPS, Family
-from .guidance import refuse_guidance_embedding
+from .families import DEFAULT, FAMILIES, ORIGIN_STEPS, Family
+from .guidance_embedding import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
 from .noise import picture_noise, picture_numbers
 from .timesteps import parse, timesteps
 
 
 class LCMSampling(ms.ModelSamplingDiscrete):
-    """The model's own noise schedule, and how a family samples: its grid and its boundary.
+    """The model's own noise schedule, with the grid and the boundary of a family.
 
-    `sigmas`, from which the host's schedulers choose, is the family's grid, so `simple` finds the
-    reference timesteps. timestep() and sigma() use the whole `table`, one sigma for each
-    timestep: exact on it, and geometric interpolation between, so a sigma from any scheduler
-    reaches the network with the (perhaps fractional) timestep that belongs to it.
+    `sigmas`, from which ComfyUI's schedulers choose, holds the family's grid only. The scheduler
+    `simple` therefore finds the reference timesteps. timestep() and sigma() use `table`, which has
+    one sigma for each timestep. They are exact on the table and interpolate geometrically between
+    its points, so the network gets the right (perhaps fractional) timestep for any sigma.
     """
 
-    def __init__(self, model_config: object, own: ms.ModelSamplingDiscrete, family: Family):
-        """Takes over the schedule of `own`, the model's sampling so far, and the family's grid."""
+    table: torch.Tensor
+
+    def __init__(self, model_config: Any, own: ms.ModelSamplingDiscrete, family: Family):
+        """own: the model's sampling object so far, whose schedule this one takes over."""
         super().__init__(model_config, zsnr=own.zsnr)
         table = full_table(own).float()
         self.family = family
@@ -41,17 +45,17 @@ class LCMSampling(ms.ModelSamplingDiscrete):
         self.sigma_data = own.sigma_data
         self.register_buffer("table", table)
         self.set_sigmas(table[family.grid(len(table))])
-        self._near = table
+        self._tables = {table.device: table}
 
-    def _table_near(self, device: torch.device) -> torch.Tensor:
-        """The table on `device`. Kept there: a copy at each step would make the device wait."""
-        if self._near.device != device:
-            self._near = self.table.to(device)
-        return self._near
+    def _table_on(self, device: torch.device) -> torch.Tensor:
+        """The table on `device`. It is kept, because a copy at each step would stall the device."""
+        if device not in self._tables:
+            self._tables[device] = self.table.to(device)
+        return self._tables[device]
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         """The float timestep of each sigma, clamped to the table's ends."""
-        table = self._table_near(sigma.device)
+        table = self._table_on(sigma.device)
         sigma = sigma.float().clamp(table[0], table[-1])
         above = torch.searchsorted(table, sigma).clamp(min=1)
         low, high = table[above - 1], table[above]
@@ -59,8 +63,8 @@ class LCMSampling(ms.ModelSamplingDiscrete):
         return (above - 1) + (sigma / low).log() / (high / low).log()
 
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The sigma of each timestep, of any number type; fractions lie between."""
-        table = self.table.to(timestep.device)
+        """The sigma of each timestep, a number of any type that may have a fraction."""
+        table = self._table_on(timestep.device)
         t = timestep.float().clamp(0, len(table) - 1)
         low = t.floor().long()
         ratio = table[t.ceil().long()] / table[low]
@@ -69,8 +73,8 @@ class LCMSampling(ms.ModelSamplingDiscrete):
     def calculate_denoised(
         self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor
     ) -> torch.Tensor:
-        """f(z, t) for the host's x = z sqrt(1 + sigma^2), by the model's own prediction type; just
-        x0 for a family without the boundary."""
+        """f(z, t) for ComfyUI's x = z sqrt(1 + sigma^2), or x0 for a family without the boundary.
+        The prediction type is the model's own."""
         x0 = super().calculate_denoised(sigma, model_output, model_input)
         if not self.family.boundary:
             return x0
@@ -93,7 +97,8 @@ class LCMSamplingX0(LCMSampling, ms.X0):
 def sampling_class(own: torch.nn.Module, model_name: str) -> type[LCMSampling]:
     """Our class for the prediction type of a model's sampling object.
 
-    Raises ValueError when it has no discrete schedule with eps, v or x0 prediction.
+    Raises:
+        ValueError: the model has no discrete schedule with eps, v or x0 prediction.
     """
     foreign = (ms.ModelSamplingDiscreteEDM, ms.StableCascadeSampling, ms.EDM, ms.IMG_TO_IMG)
     if isinstance(own, ms.ModelSamplingDiscrete) and not isinstance(own, foreign):
@@ -117,35 +122,36 @@ def full_table(sampling: ms.ModelSamplingDiscrete) -> torch.Tensor:
 
 
 def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
-    """The sampling object of a MODEL that still has all its timesteps.
+    """The sampling object of a MODEL, with all its timesteps.
 
-    Raises ValueError for a model without a discrete schedule, and for one that the host has loaded
-    without its guidance embedding.
+    Raises:
+        ValueError: the model has no discrete schedule, or ComfyUI dropped its guidance embedding.
     """
-    # It drops that weight without a trace, but a MODEL knows how it would be loaded again: by a
-    # loader and its arguments, of which the host's have the file as the first.
+    # ComfyUI drops that weight silently. But a MODEL knows how to load itself again, with a loader
+    # and its arguments. The first argument of ComfyUI's loaders is the file.
     _, arguments, *_ = model.cached_patcher_init or (None, ())
     if arguments and isinstance(arguments[0], str):
         refuse_guidance_embedding(Path(arguments[0]))
     own = model.get_model_object("model_sampling")
     sampling_class(own, type(model.model).__name__)
     if len(full_table(own)) != own.num_timesteps:
-        # The host's own lcm patch keeps 50 sigmas and forgets v-prediction: look below it.
+        # ComfyUI's own lcm patch keeps 50 sigmas and forgets v-prediction. Look below it.
         zsnr, bare = own.zsnr, model.clone()
         bare.object_patches.pop("model_sampling")
         own = bare.get_model_object("model_sampling")
         sampling_class(own, type(model.model).__name__)
-        if zsnr and not own.zsnr:  # set by hand with that patch; a copy, for `own` is the model's
+        if zsnr and not own.zsnr:  # set with that patch; a copy, because the model owns `own`
             own = copy.deepcopy(own)
             own.zsnr = True
             own.set_sigmas(ms.rescale_zero_terminal_snr_sigmas(own.sigmas))
     return own
 
 
-def patch_sampling(model: ModelPatcher, family: str = "lcm") -> ModelPatcher:
-    """A clone of MODEL that samples as `family` was distilled; its weights are untouched.
+def patch_sampling(model: ModelPatcher, family: str = DEFAULT) -> ModelPatcher:
+    """A clone of MODEL, with the same weights, that samples as `family` was distilled.
 
-    Raises ValueError for an unknown family, and as `own_sampling` does.
+    Raises:
+        ValueError: the family is unknown, or `own_sampling` raises it.
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
@@ -159,8 +165,8 @@ def patch_sampling(model: ModelPatcher, family: str = "lcm") -> ModelPatcher:
 
 
 def family_of(sampling: ms.ModelSamplingDiscrete) -> Family:
-    """The family that a MODEL's sampling object is set for; LCM where none has been set."""
-    return sampling.family if isinstance(sampling, LCMSampling) else FAMILIES["lcm"]
+    """The family that a MODEL's sampling object is set for, or the default."""
+    return sampling.family if isinstance(sampling, LCMSampling) else FAMILIES[DEFAULT]
 
 
 def schedule(
@@ -172,9 +178,11 @@ def schedule(
 ) -> torch.Tensor:
     """SIGMAS at the exact timesteps of the MODEL's family, then 0: float32 [N + 1] on the CPU.
 
-    Another number of origin_steps than 50 replaces the family's grid by an LCM's of that many
-    points; a user's list in timesteps_text replaces steps and strength too. Raises ValueError for
-    a list or numbers that do not fit (samplers/timesteps.py).
+    origin_steps: any number but 50 replaces the family's grid by an LCM grid with that many points.
+    timesteps_text: a user's list, which replaces the grid, steps and strength.
+
+    Raises:
+        ValueError: the list is not valid, or the numbers do not fit together.
     """
     table = full_table(own_sampling(model)).float().cpu()
     if timesteps_text.strip():
@@ -188,24 +196,36 @@ def schedule(
 
 
 class FewStepSampler(comfy.samplers.KSAMPLER):
-    """A SAMPLER that makes a picture of noise alone at whatever timestep its run starts.
+    """A SAMPLER that starts from pure noise at any timestep if the latent is empty.
 
-    The host does so at the last timestep only and adds noise to the latent at others, which leaves
-    less than the variance 1 (VP scale) that DMD2's single step at 399 wants, when the picture's
-    latent is empty.
+    ComfyUI does so at the last timestep only. At any other it adds noise to the latent. If that is
+    empty, the variance is less than 1 (VP scale), which DMD2's single step at 399 needs.
     """
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None,
-        denoise_mask=None, disable_pbar=False,
-    ) -> torch.Tensor:  # fmt: skip
-        if not self.max_denoise(model_wrap, sigmas):
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        if latent_image is not None and not self.max_denoise(model_wrap, sigmas):
             empty = ~latent_image.flatten(1).any(1).view(-1, *[1] * (noise.ndim - 1))
             noise = torch.where(empty, noise * (1 + sigmas[0] ** -2).sqrt(), noise)
         return super().sample(
-            model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask,
+            model_wrap,
+            sigmas,
+            extra_args,
+            callback,
+            noise,
+            latent_image,
+            denoise_mask,
             disable_pbar,
-        )  # fmt: skip
+        )
 
 
 def sampler(
@@ -213,18 +233,26 @@ def sampler(
 ) -> FewStepSampler:
     """The few-step SAMPLER.
 
-    eta: that of the MODEL's family when None. batch_index: numbers of the pictures in their batch,
-    0..B-1 when None.
+    eta: None takes that of the MODEL's family. batch_index: the numbers of the pictures in their
+    batch; None means 0..B-1.
     """
     options = {"eta": eta, "noise_device": noise_device, "batch_index": batch_index}
     return FewStepSampler(sample_lcm_exact, options)
 
 
 def sample_lcm_exact(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    *, eta: float | None, noise_device: str, batch_index: Sequence[int] | None,
-) -> torch.Tensor:  # fmt: skip
-    """samplers/lcm.py in the shape the host's KSAMPLER calls."""
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    *,
+    eta: float | None,
+    noise_device: str,
+    batch_index: Sequence[int] | None,
+) -> torch.Tensor:
+    """samplers/lcm.py with the signature that ComfyUI's KSAMPLER calls."""
     extra_args = extra_args or {}
     network = model.inner_model.inner_model
     sampling = network.model_sampling
@@ -235,7 +263,7 @@ def sample_lcm_exact(
     kept = kept_noise(sigmas, eta, sampling.timestep, sampling.sigma)
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
-        def tick(state: dict) -> None:
+        def tick(state: dict[str, Any]) -> None:
             bar.update()
             if callback is not None:
                 callback(state)
@@ -243,44 +271,57 @@ def sample_lcm_exact(
         return lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept)
 
 
-def sample(
-    model: ModelPatcher,
-    seed: int,
-    steps: int,
-    cfg: float,
-    positive: list,
-    negative: list,
-    latent: dict,
-    denoise: float = 1.0,
-    eta: float | None = None,
-    noise_device: str = "cpu",
-) -> dict:
-    """A whole run on a LATENT: schedule, noise and sampler as the MODEL's family wants them.
+@dataclass(frozen=True)
+class Run:
+    """The settings of a sampling run.
 
-    A MODEL without our patch is taken for an LCM one; eta: that of the family when None. Raises
-    ValueError for steps and denoise that do not fit together and for a model that cannot be
-    sampled so.
+    Attributes:
+        seed: of all its noise.
+        steps: network calls per picture.
+        cfg: the guidance scale; 1 is no guidance.
+        denoise: above 0 to 1; 1 starts from pure noise.
+        eta: share of fresh noise between steps; None takes that of the MODEL's family.
+        noise_device: where noise is drawn, "cpu" or "gpu" (the sampling device).
+    """
+
+    seed: int
+    steps: int = 4
+    cfg: float = 1.0
+    denoise: float = 1.0
+    eta: float | None = None
+    noise_device: str = "cpu"
+
+
+def sample(
+    model: ModelPatcher, run: Run, positive: list[Any], negative: list[Any], latent: dict[str, Any]
+) -> dict[str, Any]:
+    """Samples a LATENT with the schedule, noise and sampler of the MODEL's family.
+
+    A MODEL whose sampling is not set is sampled as the default family.
+
+    Raises:
+        ValueError: steps and denoise do not fit together, or the model cannot be sampled like this.
     """
     if not isinstance(model.get_model_object("model_sampling"), LCMSampling):
         model = patch_sampling(model)
-    sigmas = schedule(model, steps, denoise)
+    sigmas = schedule(model, run.steps, run.denoise)
     image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial")
     )
     batch_index = picture_numbers(latent.get("batch_index"), len(image))
     samples = comfy.sample.sample_custom(
         model,
-        comfy.sample.prepare_noise(image, seed, batch_index),
-        cfg,
-        sampler(eta, noise_device, batch_index),
+        comfy.sample.prepare_noise(image, run.seed, batch_index),
+        run.cfg,
+        sampler(run.eta, run.noise_device, batch_index),
         sigmas,
         positive,
         negative,
         image,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=latent_preview.prepare_callback(model, run.steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
+        seed=run.seed,
     )
     hints = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent only
     return {**{k: v for k, v in latent.items() if k not in hints}, "samples": samples}

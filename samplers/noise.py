@@ -1,6 +1,6 @@
-"""Noise that belongs to a picture: it depends on seed, batch index and step, on nothing else.
+"""Noise that belongs to a picture: it depends only on the seed, the batch index and the step.
 
-The same picture comes out alone or in a batch, and, drawn on the CPU, on every device.
+A picture is the same alone and in a batch, and on every device if its noise is drawn on the CPU.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def _splitmix64(x: int) -> int:
 def picture_seed(seed: int, index: int, step: int) -> int:
     """A 64-bit seed for one picture's noise at one step.
 
-    Chained, not added: seed 1, picture 0 must not give the noise of seed 0, picture 1.
+    The numbers are chained, not added: picture 0 of seed 1 must differ from picture 1 of seed 0.
     """
     return _splitmix64(_splitmix64(_splitmix64(seed & _MASK) ^ index) ^ step)
 
 
 def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[int]:
-    """A LATENT's batch_index as integers. Nodes leave a list, an array, a tensor, or a list of such
-    items there. Without numbers: 0 to count - 1.
+    """A LATENT's batch_index as integers. Nodes write a list, an array, a tensor, or a list of such
+    items. If there is none, the numbers are 0 to count - 1.
 
     Raises:
         ValueError: they are not integers, or not one for each picture.
@@ -54,15 +54,18 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
 
 
 def picture_noise(
-    like: torch.Tensor,
-    seed: int,
-    batch_index: Sequence[int] | None = None,
-    device: str = "cpu",
+    like: torch.Tensor, seed: int, batch_index: Sequence[int] | None = None, device: str = "cpu"
 ) -> Callable[[int], torch.Tensor]:
-    """A function of the step number: standard normal noise of like's shape, dtype and device.
+    """A function that gives the standard normal noise of a step, in like's shape, dtype and device.
 
-    like: [B, ...]. batch_index: the B numbers of the pictures, 0..B-1 when None. device: "cpu"
-    gives the same noise everywhere; "gpu" draws on like's device, so other devices differ.
+    Args:
+        like: [B, ...].
+        batch_index: the B numbers of the pictures; None means 0..B-1.
+        device: where the noise is drawn. "cpu" gives the same noise on every machine; "gpu" means
+            like's device, and other devices give other noise.
+
+    Raises:
+        ValueError: device is neither.
     """
     if device not in ("cpu", "gpu"):
         raise ValueError(f"The noise device must be cpu or gpu, found {device!r}.")

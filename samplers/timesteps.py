@@ -1,4 +1,4 @@
-"""Which timesteps a few-step run visits (LCM, arXiv 2310.04378, algorithm 3 and section 4.3)."""
+"""The timesteps of a few-step run (LCM, arXiv 2310.04378, algorithm 3 and section 4.3)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import re
 def grid(origin_steps: int = 50, strength: float = 1.0, T: int = 1000) -> list[int]:  # noqa: N803
     """The timesteps the model was distilled on, ascending: 19, 39, ..., 999 for 50 of 1000.
 
-    strength in (0, 1]: the part kept for image to image, int(origin_steps * strength) points from
-    the clean end. May be empty at a low strength. Raises ValueError outside these ranges.
+    strength in (0, 1]: image to image uses only the int(origin_steps * strength) points at the
+    clean end. A low strength may leave none.
+
+    Raises:
+        ValueError: origin_steps or strength is out of range.
     """
     if not 1 <= origin_steps <= T:
         raise ValueError(
@@ -30,8 +33,10 @@ def timesteps(
 ) -> list[int]:
     """`steps` timesteps, descending, spread evenly over the kept grid: 999, 759, 499, 259 for 4.
 
-    The same numbers as diffusers' LCMScheduler. Raises ValueError when the kept grid has fewer
-    points than `steps`.
+    These are the timesteps of diffusers' LCMScheduler.
+
+    Raises:
+        ValueError: the kept grid has fewer points than `steps`.
     """
     _check_steps(steps)
     kept = grid(origin_steps, strength, T)[::-1]
@@ -40,17 +45,20 @@ def timesteps(
             f"{steps} steps do not fit: at strength {strength:g} only {len(kept)} of the "
             f"{origin_steps} grid points are left. {_remedy(steps, origin_steps, len(kept))}"
         )
-    # Multiplied and floored in this order, as numpy's linspace does, to land on the same points.
+    # Multiplied first and then floored, as numpy's linspace does, to get the same points.
     stride = len(kept) / steps
     return [kept[math.floor(i * stride)] for i in range(steps)]
 
 
 def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # noqa: N803
-    """`steps` timesteps, descending, at the top of equal parts of all T: 999, 749, 499, 249 for 4.
+    """`steps` timesteps, descending, each the last of an equal part: 999, 749, 499, 249 for 4.
 
-    The spacing "trailing" of diffusers' DDIM and Euler schedulers (arXiv 2305.08891, table 2). At a
-    strength below 1 only the lower round(T * strength) are parted, so that 0.6 starts at 599.
-    Raises ValueError when these are fewer than `steps`.
+    This is the spacing "trailing" of diffusers' DDIM and Euler schedulers (arXiv 2305.08891, table
+    2). At a strength below 1 it divides only the lower round(T * strength) timesteps, so 0.6 starts
+    at 599.
+
+    Raises:
+        ValueError: these are fewer than `steps`.
     """
     _check_steps(steps)
     _check_strength(strength)
@@ -60,7 +68,7 @@ def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # 
             f"{steps} steps do not fit: at strength {strength:g} only {kept} of the {T} timesteps "
             f"are left. Use fewer steps or a strength (denoise) of at least {steps / T:g}."
         )
-    # Rounded as numpy's arange does, to land on the same points where a part ends on a half.
+    # Rounded as numpy's arange does, to get the same points when a part ends on a half.
     stride = kept - (kept - kept / steps)
     return [round(kept - i * stride) - 1 for i in range(steps)]
 
@@ -79,7 +87,7 @@ def _check_strength(strength: float) -> None:
 
 
 def _remedy(steps: int, origin_steps: int, room: int) -> str:
-    """What to change so that the steps fit the grid."""
+    """A sentence with what to change so that the steps fit the grid."""
     if steps > origin_steps:
         return f"Use at most {origin_steps} steps, at strength 1."
     percent = math.ceil(100 * steps / origin_steps)
@@ -92,20 +100,23 @@ def _remedy(steps: int, origin_steps: int, room: int) -> str:
 def parse(text: str, T: int = 1000) -> list[int]:  # noqa: N803
     """A user's own list, "999, 759, 499, 259": whole numbers from T - 1 to 0, strictly descending.
 
-    Commas, semicolons and white space separate. Raises ValueError naming the first wrong entry.
+    Commas, semicolons and white space separate the numbers.
+
+    Raises:
+        ValueError: an entry is wrong; the message names the first.
     """
     example = 'Expected a descending list such as "999, 759, 499, 259".'
     words = [word for word in re.split(r"[\s,;]+", text) if word]
     if not words:
         raise ValueError(f"The list of timesteps is empty. {example}")
-    found: list[int] = []
+    numbers: list[int] = []
     for word in words:
         if not re.fullmatch(r"\d+", word):
             raise ValueError(f"Timesteps must be whole numbers, found {word!r}. {example}")
         t = int(word)
         if t >= T:
             raise ValueError(f"Timesteps go from {T - 1} down to 0, found {t}. {example}")
-        if found and t >= found[-1]:
-            raise ValueError(f"Timesteps must descend, found {t} after {found[-1]}. {example}")
-        found.append(t)
-    return found
+        if numbers and t >= numbers[-1]:
+            raise ValueError(f"Timesteps must descend, found {t} after {numbers[-1]}. {example}")
+        numbers.append(t)
+    return numbers

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcm_lora.lora.whole import TEMPORARY
+from lcm_lora.lora.atomic import TEMPORARY
 from lcm_lora.training import disk
 from lcm_lora.training.jobs import processes
 from lcm_lora.training.jobs.store import Store

@@ -1,15 +1,16 @@
-"""The LoRA being trained: low-rank layers beside a frozen network, switched on and off.
+"""The LoRA being trained: low-rank layers beside a frozen network, which can be switched off.
 
-One frozen network serves as teacher (adapter off), target and student (adapter on). The layers hang
-on the network as forward hooks, so its code and its weights stay untouched.
+One frozen network serves as teacher (adapter off), target and student (adapter on). The layers are
+forward hooks of the network, so its code and its weights do not change.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +26,20 @@ TARGETS = re.compile(
 
 
 class LowRank(nn.Module):
-    """x -> scale * up(down(x)) beside one Linear or Conv2d; zero at the start.
+    """x -> scale * up(down(x)) beside one Linear or Conv2d, at first 0 (arXiv 2106.09685).
 
     `down` is [rank, in] or [rank, in, k, k] with the layer's stride and padding, `up` [out, rank]
-    or [out, rank, 1, 1]. Both stay float32 and are cast to the input's dtype where they are used.
+    or [out, rank, 1, 1]. Both are float32 and are cast to the input's dtype when they are used.
     """
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, generator: torch.Generator
+    ):
         super().__init__()
         shape = tuple(layer.weight.shape)
         self.scale = alpha / rank
-        self.stride, self.padding = getattr(layer, "stride", None), getattr(layer, "padding", None)
+        self.stride: Any = getattr(layer, "stride", None)
+        self.padding: Any = getattr(layer, "padding", None)
         ones = (1,) * (len(shape) - 2)
         down = torch.empty(rank, *shape[1:])
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
@@ -45,29 +49,28 @@ class LowRank(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        # Scaled between the two, where the tensor is smallest.
+        # The scale is applied between the two, where the tensor is smallest.
         if down.dim() == 2:
             return F.linear(F.linear(x, down) * self.scale, up)
         return F.conv2d(F.conv2d(x, down, None, self.stride, self.padding) * self.scale, up)
 
 
 class Adapter(nn.Module):
-    """LoRA layers on every target of `network`, which is frozen. On after construction.
+    """LoRA layers on every target layer of `network`, which is frozen. It is on at first.
 
-    rank, alpha: of every layer; the delta is up @ down * alpha / rank.
-    Raises ValueError when the network has no target layer, or when the rank is below 1 or above
-    what the smallest layer holds.
+    rank, alpha: of every layer; the delta is up @ down * alpha / rank. Raises ValueError if the
+    network has no target layer, or if the rank is below 1 or above the full rank of a layer.
     """
 
     def __init__(self, network: nn.Module, rank: int = 64, alpha: float = 64.0, seed: int = 0):
         super().__init__()
         if rank < 1:
-            raise ValueError(f"A LoRA's rank is at least 1, found {rank}.")
+            raise ValueError(f"A LoRA's rank must be at least 1, found {rank}.")
         network.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
         self.on = True
         self.alpha = float(alpha)
-        # A module's name may hold no dot, so the layers are a list beside their names.
+        # Names of submodules may not contain dots, so the layers are a list beside their names.
         self.names: list[str] = []
         self.layers = nn.ModuleList()
         self._hooks = []
@@ -77,8 +80,8 @@ class Adapter(nn.Module):
             full = min(len(layer.weight), layer.weight[0].numel())
             if rank > full:
                 raise ValueError(
-                    f"A LoRA of rank {rank} holds more than the layer {name}, whose full rank is "
-                    f"{full}: choose at most that."
+                    f"Rank {rank} is too high for the layer {name}, whose full rank is {full}: "
+                    "choose at most that."
                 )
             low = LowRank(layer, rank, self.alpha, generator)
             self.names.append(name)
@@ -86,20 +89,22 @@ class Adapter(nn.Module):
             self._hooks.append(layer.register_forward_hook(self._hook(low)))
         if not self.names:
             raise ValueError(
-                f"{type(network).__name__} has none of the layers an LCM-LoRA trains: expected a "
-                "UNet of the Stable Diffusion 1, 2 or XL kind."
+                f"{type(network).__name__} has none of the layers that an LCM-LoRA trains: "
+                "expected the UNet of Stable Diffusion 1, 2 or XL."
             )
 
-    def _hook(self, low: LowRank):
-        def add(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor):
-            # In place: a frozen layer's backward does not need what it gave.
+    def _hook(self, low: LowRank) -> Callable[..., torch.Tensor | None]:
+        def add(
+            _layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor | None:
+            # In place, because a frozen layer's backward does not need its output.
             return output.add_(low(inputs[0])) if self.on else None
 
         return add
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The plain network inside; the adapter is as it was again afterwards."""
+        """The network without the adapter inside; afterwards the adapter is as before."""
         before, self.on = self.on, False
         try:
             yield
@@ -107,7 +112,7 @@ class Adapter(nn.Module):
             self.on = before
 
     def detach(self) -> None:
-        """Takes the layers off the network, which is then as it was before."""
+        """Removes the layers from the network."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -115,17 +120,17 @@ class Adapter(nn.Module):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """(layer name in the network, up, down) of every layer."""
         for name, layer in zip(self.names, self.layers, strict=True):
-            yield name, layer.up.detach(), layer.down.detach()
+            yield name, layer.get_parameter("up").detach(), layer.get_parameter("down").detach()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every layer's factors as `<layer name>.up` and `<layer name>.down`, for a checkpoint."""
-        told = {}
+        state: dict[str, torch.Tensor] = {}
         for name, up, down in self.tensors():
-            told |= {f"{name}.up": up, f"{name}.down": down}
-        return told
+            state |= {f"{name}.up": up, f"{name}.down": down}
+        return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes the factors that `state` gave. Raises KeyError where a layer's are missing."""
+        """Takes over the factors that `state` gave. Raises KeyError if a layer's are missing."""
         with torch.no_grad():
             for name, up, down in self.tensors():
                 up.copy_(state[f"{name}.up"])

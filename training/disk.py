@@ -1,10 +1,12 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,19 +15,29 @@ from typing import Any
 
 import psutil
 
-from ..lora.whole import TEMPORARY, patiently, sync, temporary_beside, whole_file
-from ..lora.whole import sha256 as sha256
+from ..lora.atomic import TEMPORARY, patiently, sync, temporary_beside, whole_file
+from ..lora.atomic import sha256 as sha256
+
+DISK_FULL = 75  # exit status of a process that paused because the disk is full
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether an error means a full disk. Some libraries give only a text, so that is searched too
+    (112 is Windows' number)."""
+    numbers = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no EDQUOT
+    words = r"No space left|quota exceeded|os error (28|112)\b"
+    return error.errno in numbers or bool(re.search(words, str(error)))
 
 
 def replace(path: Path, content: str) -> None:
-    """Writes a small JSON file in one step: a reader sees the old file or the new one."""
+    """Writes a small JSON file in one step: a reader gets either the old or the new content."""
     with whole_file(path) as new:
         new.write_bytes(json_text(content).encode())
 
 
 def json_text(text: str) -> str:
-    """JSON text that can be encoded: half of a character becomes its JSON escape. Python puts such
-    halves into the names of files whose bytes are not UTF-8."""
+    """JSON text that can be encoded: half of a character becomes its JSON escape. Python uses such
+    halves in the names of files whose bytes are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -36,7 +48,8 @@ def shown(path: Path | str) -> str:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the body ends well. `path` must not exist."""
+    """A folder to fill, which becomes `path` if the body ends without an error. `path` must not
+    exist."""
     temporary = temporary_beside(path)
     temporary.mkdir(parents=True)
     try:
@@ -68,9 +81,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The parsed file; {} where it is not there, torn, or holds no JSON object."""
-    found = read_json(path)
-    return found if isinstance(found, dict) else {}
+    """The parsed file; {} if it is missing, incomplete, unreadable or not a JSON object."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 HIDDEN = "hidden: the name begins with a dot"
@@ -85,7 +98,7 @@ def files_under(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     files: list[Path] = []
     left_out: list[tuple[Path, str]] = []
     read: set[str] = set()
-    folders, linked = [root], []
+    folders, linked = [root], list[Path]()
     while folders or linked:
         folder = folders.pop() if folders else linked.pop(0)
         real = os.path.realpath(folder)
@@ -124,14 +137,14 @@ def stamps(roots: Sequence[Path]) -> str:
 
 
 def clear_torn(folder: Path) -> None:
-    """Removes what an interrupted writer left. Only where no other process writes."""
+    """Removes what interrupted writers left. No other process may be writing to the folder."""
     for left in folder.glob(f"{TEMPORARY}*"):
         _remove(left)
 
 
 def clear_dead(folder: Path, deep: bool = False) -> None:
-    """Removes what writers left that are no more, while others may be writing; this process must
-    not. deep: in the folders within too."""
+    """Removes what dead writers left. Other processes may be writing to the folder, but not this
+    one. deep: also in the folders inside."""
     for left in folder.glob(f"{'**/' if deep else ''}{TEMPORARY}*"):
         pid = left.name.removeprefix(TEMPORARY).partition("-")[0]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
@@ -143,5 +156,5 @@ def _remove(left: Path) -> None:
 
 
 def name_of(text: str) -> str:
-    """A short file name that stands for any text."""
+    """A short file name for any text: 16 digits of its hash."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

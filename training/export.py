@@ -1,4 +1,4 @@
-"""Trained layers as a LoRA vector in the names of the official LCM-LoRA files."""
+"""Turns trained layers into a LoRA vector with the names of the official LCM-LoRA files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from ..lora.combine import exact
 from ..lora.delta import Vector
-from ..lora.wire import parse
+from ..lora.formats.parse import parse
 
 
 def vector(
     layers: Mapping[str, torch.Tensor], alpha: float, metadata: Mapping[str, str], source: str
 ) -> Vector:
-    """Every layer's factors and alpha under its canonical kohya name, as float32 copies.
+    """Every layer's factors and alpha under its kohya name, as float32 copies on the CPU.
 
-    layers: as Adapter.state() gives them and a checkpoint keeps them.
+    layers: as in Adapter.state() and in a checkpoint. source: the vector's name in messages.
     """
     tensors: dict[str, torch.Tensor] = {}
     for key, factor in layers.items():
@@ -28,11 +28,11 @@ def vector(
     return parse(tensors, metadata, source)
 
 
-def with_styles(made: Vector, styles: Sequence[tuple[Vector, float]]) -> Vector:
-    """The exact sum with the LoRAs that were baked into the teacher, at their strengths, under the
-    same name and metadata: an accelerated style in one file."""
+def with_styles(trained: Vector, styles: Sequence[tuple[Vector, float]]) -> Vector:
+    """The exact sum with the style LoRAs that were baked into the teacher, at their strengths, so
+    that one file holds an accelerated style. Keeps the name and metadata of `trained`."""
     if not styles:
-        return made
+        return trained
     vectors, strengths = zip(*styles, strict=True)
-    whole, _ = exact([made, *vectors], [1.0, *strengths])
-    return replace(whole, metadata={**whole.metadata, **made.metadata}, source=made.source)
+    total, _ = exact([trained, *vectors], [1.0, *strengths])
+    return replace(total, metadata={**total.metadata, **trained.metadata}, source=trained.source)

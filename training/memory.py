@@ -1,4 +1,4 @@
-"""Memory on the device: how much is used, what to do when it runs out, blocks compiled."""
+"""The device's memory: how much is used, and what to do when it runs out. Also compiled blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -17,15 +17,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("lcm_lora")
+Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class TooLittleMemory(MemoryError):
-    """The device cannot hold even the smallest part of the work, so trying again is useless."""
+    """The device has no room for even the smallest part of the work, so a retry is useless."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: PyTorch's or Python's own error, or one with the words of another
-    allocator, such as those of MPS, the CPU, cuBLAS or cuDNN."""
+    """Whether memory ran out, by PyTorch's or Python's error type or by the words of another
+    allocator, such as MPS, the CPU's, cuBLAS or cuDNN."""
     words = (
         "out of memory|allocate memory|not enough memory|ALLOC(ATION)?_FAILED|StatusAllocFailed"
         "|status_memory_error|OUT_OF_(HOST_|DEVICE_)?MEMORY|OUT_OF_RESOURCES|allocate tensor"
@@ -35,10 +37,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or re.search(words, str(error)) is not None
 
 
-def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> list:
-    """make(part) of each part of `size` items, joined; half as many at once when memory runs out,
-    down to one. Raises what make raises otherwise."""
-    made: list = []
+def in_parts(
+    items: Sequence[Item], size: int, make: Callable[[Sequence[Item]], list[T]]
+) -> list[T]:
+    """make(part) of each part of `size` items, joined. When memory runs out, the parts are halved,
+    down to one item. make(part) has as many results as the part has items."""
+    made: list[T] = []
     while len(made) < len(items):
         try:
             made += make(items[len(made) : len(made) + size])
@@ -46,7 +50,7 @@ def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> li
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-        # Outside the handler, whose traceback would keep the tensors that did not fit.
+        # Outside the handler, because its traceback would keep the tensors that did not fit.
         size = math.ceil(size / 2)
         log.warning("out of memory: going on with %d at a time", size)
         give_back()
@@ -54,7 +58,7 @@ def in_parts(items: Sequence, size: int, make: Callable[[Sequence], list]) -> li
 
 
 def give_back() -> None:
-    """Frees what no tensor holds any more, on the device too."""
+    """Frees what no tensor uses any more, also on the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -65,10 +69,10 @@ def give_back() -> None:
 
 
 def keep_freed() -> None:
-    """Lets this process keep the memory it frees, for the next step wants as much again.
+    """Lets this process keep the memory that it frees, because the next step needs as much again.
 
-    glibc gives big blocks back at once, and the kernel clears each page when it comes again:
-    measured with SD1.5 on two cores, a third of a step. Elsewhere nothing is changed.
+    glibc returns large blocks immediately, and the kernel clears each page before it is used again.
+    With SD1.5 on two cores that took a third of a step. Does nothing without glibc.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
@@ -77,16 +81,16 @@ def keep_freed() -> None:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: the peak of the device's tensors on CUDA, what the process holds elsewhere."""
+    """Bytes: on CUDA the peak of the device's tensors, elsewhere the memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The UNet's residual and transformer blocks: what is recomputed or compiled as one.
+    """The UNet's residual and transformer blocks, each recomputed or compiled as a whole.
 
-    Raises ValueError if there is none, because then neither would happen.
+    Raises ValueError if there are none, because otherwise neither would happen.
     """
     kinds = {"ResBlock", "SpatialTransformer"}
     blocks = [
@@ -103,17 +107,17 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Gradient checkpointing (arXiv 1604.06174) by block; the adapter must be on at backward.
+    """Gradient checkpointing (arXiv 1604.06174) by block. The adapter must be on at backward.
 
-    Raises ValueError where the network has no block that is known.
+    Raises ValueError if the network has no such blocks.
     """
     for block in _blocks(network):
         forward = block.forward
 
-        def again(*args, _forward=forward, **kwargs):
+        def again(*args: Any, _forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return _forward(*args, **kwargs)
-            # Nothing in the blocks is random: the network is in eval mode, and has no dropout.
+            # Nothing in the blocks is random: the network is in eval mode, without dropout.
             return checkpoint(
                 _forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )
@@ -122,13 +126,14 @@ def recompute_blocks(network: nn.Module) -> None:
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:
-    """torch.compile, with its options, for each block; the first steps take longer.
+    """torch.compile for each block, with these options of it. The first steps take longer.
 
-    Raises ValueError where the network has no block that is known.
+    Raises ValueError if the network has no such blocks.
     """
     blocks = _blocks(network)
-    # All blocks are one function to Dynamo, which gives up for good after its eighth variant; each
-    # block has one with the adapter off, on, and on with gradients, for two or three batch sizes.
+    # For Dynamo all blocks are one function, which it no longer compiles after the eighth variant.
+    # Each block has variants with the adapter off, on, and on with gradients, for two or three
+    # batch sizes.
     config, variants = torch._dynamo.config, 16 * len(blocks)
     for limit in (
         "recompile_limit", "accumulated_recompile_limit",

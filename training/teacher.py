@@ -1,8 +1,8 @@
 """The teacher: a checkpoint as ComfyUI loads it, in a process that is not ComfyUI's server.
 
-The only file of training/ that knows the host. `enter` comes before anything of the host is
-imported; after it, `Teacher.load` gives the frozen network that serves as teacher, target and
-student, its schedule, and its text and picture encoders.
+The only file of the training process that imports ComfyUI. Call `enter` before anything imports
+ComfyUI. Then `Teacher.load` gives the frozen network that serves as teacher, target and student,
+its noise schedule, and its text and picture encoders.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import files
 from ..lora.delta import Vector
-from ..samplers.guidance import refuse_guidance_embedding
+from ..lora.formats import files
+from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
 from .memory import is_out_of_memory
-from .solver import Schedule
+from .objectives.solver import Schedule
 from .spec import StyleLoRA
 
 log = logging.getLogger("lcm_lora")
 
-# The host registers these attention kernels without a backward.
-_NO_DEVICE = {"--novram"}  # it leaves the weights where no step can be trained on them
-_NO_BACKWARD = {"--use-sage-attention", "--use-flash-attention"}
+_NO_DEVICE = {"--novram"}  # keeps the weights off the device, where no step could use them
+_NO_BACKWARD = {"--use-sage-attention", "--use-flash-attention"}  # kernels without a backward
 _ATTENTION = {
     "--use-split-cross-attention", "--use-quad-cross-attention", "--use-pytorch-cross-attention",
 }  # fmt: skip
 LONGEST = 225  # tokens of a prompt: three of CLIP's windows of 75
+SHRINK = 8  # pixels a side that become one latent
+Tensors = dict[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
-    """Puts the host on the import path with its flags set. Call before any import of the host.
+    """Puts ComfyUI on the import path with its flags set. Call before any import of ComfyUI.
 
-    Raises ValueError when the folder holds no ComfyUI, or the device that the job asks for is not
-    there: a ComfyUI without --cpu has one, so that nobody means the processor.
+    Raises ValueError if the folder holds no ComfyUI, or if the device that the job asks for does
+    not exist. It does not fall back to the CPU, because a server without --cpu has a device.
     """
     if not (host / "comfy" / "sd.py").is_file():
         raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
@@ -68,13 +69,13 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401 (reads sys.argv now)
+        import comfy.cli_args  # noqa: F401 (reads sys.argv when imported)
     finally:
         sys.argv = before
 
 
 def free_memory() -> int:
-    """Bytes that a model may still take on the device the host computes on."""
+    """Bytes that a model can still take on the device that ComfyUI computes on."""
     import comfy.model_management as management
 
     return int(management.get_free_memory(management.get_torch_device()))
@@ -82,24 +83,25 @@ def free_memory() -> int:
 
 @dataclass
 class Teacher:
-    """A frozen network and what belongs to it. Called as training/ calls a network.
+    """A frozen network with its schedule and encoders. Calling it calls the network.
 
     Attributes:
-        network: the host's UNet, frozen, on `device` in `dtype`.
+        network: ComfyUI's UNet, frozen, on `device` in `dtype`.
         schedule: alphas_cumprod on `device`, and the prediction type.
-        family: "SD1.5", "SDXL", ... channels: of a latent.
-        uncond: the unconditional input, as `text` gives it but on `device`: encode("") for SD1 and
-            2, zeros for the SDXL kinds.
-        styles: the LoRAs baked into the network, as far as it took them, and their strengths.
+        architecture: "SD1.5", "SDXL", ...
+        channels: of a latent.
+        uncond: the unconditional text embeddings, in the form of `text` but on `device`: those of
+            the empty prompt for SD1 and SD2, zeros for SDXL and its relatives.
+        styles: the parts of the style LoRAs that are baked into the network, with their strengths.
     """
 
     network: nn.Module
     schedule: Schedule
-    family: str
+    architecture: str
     channels: int
     device: torch.device
     dtype: torch.dtype
-    uncond: dict[str, torch.Tensor]
+    uncond: Tensors
     styles: tuple[tuple[Vector, float], ...]
     _patcher: Any
     _clip: Any
@@ -110,7 +112,10 @@ class Teacher:
         cls, checkpoint: Path, precision: str = "auto", loras: tuple[StyleLoRA, ...] = (),
         embeddings: tuple[str, ...] = (),
     ) -> Teacher:  # fmt: skip
-        """Raises ValueError when the file is no checkpoint of a family that can be distilled."""
+        """Loads a checkpoint and bakes the style LoRAs into it.
+
+        Raises ValueError if the file is not a checkpoint of an architecture that can be distilled.
+        """
         import comfy.model_management as management
         import comfy.sd
 
@@ -133,7 +138,7 @@ class Teacher:
             raise ValueError(
                 f"{disk.shown(checkpoint.name)} is not a checkpoint that ComfyUI can load: {error}"
             ) from error
-        family, prediction = _checked(checkpoint.name, patcher, clip, vae)
+        architecture, prediction = _checked(checkpoint.name, patcher, clip, vae)
         styles = []
         for lora in loras:
             patcher, style = _with_style(patcher, lora)
@@ -142,7 +147,7 @@ class Teacher:
         network = patcher.model.diffusion_model.requires_grad_(False).eval()
         sigmas = patcher.model.model_sampling.sigmas.float().to(device)
         teacher = cls(
-            network, Schedule(1 / (1 + sigmas.square()), prediction), family,
+            network, Schedule(1 / (1 + sigmas.square()), prediction), architecture,
             patcher.model.model_config.unet_config["in_channels"], device, dtype, {},
             tuple(styles), patcher, clip, vae,
         )  # fmt: skip
@@ -152,21 +157,28 @@ class Teacher:
         teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
         return teacher
 
-    def __call__(self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor):
-        """Raw output, float32, for z [B, C, h, w] (VP scale) and t int64 [B]."""
+    def __call__(
+        self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor:
+        """The network's raw output in float32, for z [B, C, h, w] (VP scale) and t int64 [B]."""
         cast = {name: value.to(self.dtype) for name, value in conditions.items()}
         return self.network(z.to(self.dtype), t.float(), **cast).float()
 
     @property
     def has_sizes(self) -> bool:
-        """Whether the network is told the picture's size, as the SDXL kinds are."""
+        """Whether the picture's size is an input of the network, as in SDXL and its relatives."""
         return self.network.num_classes == "sequential"
 
-    @torch.no_grad()
-    def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """{"context": [77 n, D]} and, for the SDXL kinds, {"pooled": [P]}; float32 on the CPU.
+    def latent_shape(self, side: int) -> torch.Size:
+        """[C, h, w] of a square picture's latent; side: in pixels."""
+        return torch.Size((self.channels, side // SHRINK, side // SHRINK))
 
-        Raises ValueError when the caption is longer than three windows of 75 tokens.
+    @torch.no_grad()
+    def text(self, caption: str) -> Tensors:
+        """A caption's embeddings, float32 on the CPU: {"context": [77 n, D]}, and "pooled": [P] for
+        SDXL and its relatives.
+
+        Raises ValueError if the caption is longer than three windows of 75 tokens.
         """
         tokens = self._clip.tokenize(caption)
         windows = max(len(part) for part in tokens.values())
@@ -176,69 +188,72 @@ class Teacher:
                 f"used: {caption[:60]!r}..."
             )
         context, pooled = self._clip.encode_from_tokens(tokens, return_pooled=True)
-        found = {"context": context[0].float().cpu()}
-        return found | ({"pooled": pooled[0].float().cpu()} if self.has_sizes else {})
+        embeddings = {"context": context[0].float().cpu()}
+        return embeddings | ({"pooled": pooled[0].float().cpu()} if self.has_sizes else {})
 
-    def conditions(
-        self, batch: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """A bank's texts and sizes -> conditional and unconditional inputs, on the device.
+    def conditions(self, texts: Tensors, sizes: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Conditional and unconditional inputs of the network, on the device.
 
-        Both have the same sizes, as in the reference recipe.
+        texts: "context" [B, L, D] and, for SDXL and its relatives, "pooled" [B, P]; sizes: [B, 6]
+        as in `sized`. Both inputs have the same sizes, as in the reference recipe.
         """
-        context = batch["context"].to(self.device)
+        context = texts["context"].to(self.device)
         empty = self.uncond["context"]
         windows = context.shape[1] // empty.shape[0]
         cond = {"context": context}
         uncond = {"context": empty.repeat(windows, 1).expand_as(context)}
         if self.has_sizes:
-            pooled = batch["pooled"].to(self.device)
-            none = self.uncond["pooled"].expand_as(pooled)
-            cond["y"] = self.sized(pooled, batch["sizes"])
-            uncond["y"] = self.sized(none, batch["sizes"])
+            pooled = texts["pooled"].to(self.device)
+            cond["y"] = self.sized(pooled, sizes)
+            uncond["y"] = self.sized(self.uncond["pooled"].expand_as(pooled), sizes)
         return cond, uncond
 
     def sized(self, pooled: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """The vector y of the SDXL kinds: pooled text [B, P], sizes [B, 6] -> [B, P + 1536].
+        """SDXL's vector y: pooled text [B, P] and sizes [B, 6] -> [B, P + 1536].
 
-        sizes: original height and width, crop top and left, target height and width.
+        sizes: original height and width, crop top and left, target height and width (arXiv
+        2307.01952, section 2.2).
         """
         flat = self._patcher.model.embedder(sizes.flatten().float().cpu())
         return torch.cat([pooled.float(), flat.reshape(len(sizes), -1).to(pooled.device)], 1)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, H, W, 3] in 0..1 -> latents at diffusion scale [B, C, h, w], float32 on the CPU."""
+        """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w] at diffusion scale, float32 on the
+        CPU."""
         latents = self._vae.encode(pixels)
         return self._patcher.model.process_latent_in(latents.float()).cpu()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents at diffusion scale [B, C, h, w] -> [B, H, W, 3] in 0..1, float32 on the CPU."""
+        """Latents [B, C, h, w] at diffusion scale -> pictures [B, H, W, 3] in 0..1, float32 on the
+        CPU."""
         raw = self._patcher.model.process_latent_out(latents.float().cpu())
         return self._vae.decode(raw).float().cpu().clamp(0, 1)
 
     def free_text_encoders(self) -> None:
-        """Gives the text encoders' memory back, for good."""
+        """Frees the text encoders' memory. `text` cannot be called afterwards."""
         if self._clip is not None:
             self._make_way(self._clip.patcher)
             self._clip = None
 
     def free_vae(self) -> None:
-        """Takes the VAE off the device; it comes back by itself when it is used."""
+        """Takes the VAE off the device. It returns when it is used."""
         self._make_way(self._vae.patcher)
 
     def _make_way(self, patcher: Any) -> None:
-        """Takes another model off the device, and brings back what it may have pushed out."""
+        """Takes a model off the device, and puts the network back if that model displaced it."""
         import comfy.model_management as management
 
-        others = [each for each in management.current_loaded_models if each.model is not patcher]
+        others = [
+            loaded for loaded in management.current_loaded_models if loaded.model is not patcher
+        ]
         management.free_memory(1e30, patcher.load_device, others)
         management.soft_empty_cache()
         management.load_models_gpu([self._patcher], force_full_load=True)
 
-    def untaken(self, path: Path) -> list[str]:
-        """Modules of a LoRA file in kohya names that the host does not map onto this network."""
+    def unmatched(self, path: Path) -> list[str]:
+        """Modules of a LoRA file, in kohya names, that ComfyUI does not map onto this network."""
         import comfy.lora
 
         keys = comfy.lora.model_lora_keys_unet(self._patcher.model, {})
@@ -246,19 +261,21 @@ class Teacher:
 
 
 def _blames_the_file(error: Exception) -> bool:
-    """Whether ComfyUI's loader says that a file is no checkpoint. All else that it raises is about
-    the machine, or about ComfyUI itself, and says nothing of the file."""
-    words, kind = str(error), type(error).__name__
-    if is_out_of_memory(error) or re.search(r"os error \d+", words):
+    """Whether an error of ComfyUI's loader means that the file is not a checkpoint. Other errors
+    are about the machine or about ComfyUI."""
+    message, kind = str(error), type(error).__name__
+    if is_out_of_memory(error) or re.search(r"os error \d+", message):
         return False
-    # The reader of safetensors files, and those of the .ckpt kind.
+    # Raised by the readers of safetensors and .ckpt files.
     if kind in ("SafetensorError", "UnpicklingError") or isinstance(error, EOFError):
         return True
-    said = (
+    phrases = (
         "Could not detect model type", "safetensors file is corrupt", "loading state_dict",
         "PytorchStreamReader", "weights_only=True",
     )  # fmt: skip
-    return isinstance(error, RuntimeError | ValueError) and any(word in words for word in said)
+    return isinstance(error, RuntimeError | ValueError) and any(
+        phrase in message for phrase in phrases
+    )
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -266,16 +283,16 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
         return DTYPES[precision]
     if device.type != "cuda":
         return torch.float32
-    # Emulated it is slower than float16, which such devices multiply fast.
+    # Emulated bfloat16 is slower than float16.
     supported = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if supported else torch.float16
 
 
 def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
-    """(family, prediction type), or a ValueError with what this checkpoint is instead."""
+    """(architecture, prediction type). Raises ValueError saying what the checkpoint is instead."""
     import comfy.model_base as base
 
-    from ..lora.host import detect
+    from ..lora.weights.host import detect
 
     if (
         patcher is None
@@ -284,12 +301,12 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
         or getattr(vae, "first_stage_model", 0) is None
     ):
         raise ValueError(
-            f"{name} is no full checkpoint: expected network, text encoder and VAE in one file."
+            f"{name} is not a full checkpoint: expected network, text encoder and VAE in one file."
         )
     model = patcher.model
-    family = detect(patcher)
+    architecture = detect(patcher)
     kinds = {base.ModelType.EPS: "eps", base.ModelType.V_PREDICTION: "v"}
-    if model.model_type not in kinds or family is None:
+    if model.model_type not in kinds or architecture is None:
         raise ValueError(
             f"{name} is a {type(model.model_config).__name__} model of type "
             f"{model.model_type.name}. LCM distillation works on Stable Diffusion 1.x, 2.x, SDXL, "
@@ -299,29 +316,29 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
     if channels != 4:
         raise ValueError(
             f"{name} takes {channels} latent channels: it is an inpainting or editing model, which "
-            "wants a picture beside the prompt. Distil the base model it was made from; its "
-            "LCM-LoRA works on the inpainting model too."
+            "needs a picture in addition to the prompt. Distil the base model it was made from; "
+            "its LCM-LoRA works on the inpainting model too."
         )
     classes = model.diffusion_model.num_classes
     if type(model).__name__ not in ("BaseModel", "SDXL") or classes not in (None, "sequential"):
         raise ValueError(
-            f"{name} is a {type(model).__name__} model, which wants more than a prompt. Distil the "
-            "plain model of its family."
+            f"{name} is a {type(model).__name__} model, which needs more inputs than a prompt. "
+            "Distil the plain model of its architecture."
         )
-    return family.name, kinds[model.model_type]
+    return architecture.name, kinds[model.model_type]
 
 
 def _with_style(patcher: Any, lora: StyleLoRA) -> tuple[Any, Vector]:
-    """The model with a LoRA's weights added, which the host bakes in as it loads the model, and
-    what of the LoRA it took. Raises ValueError for a LoRA that is no sum."""
+    """The model patched with a style LoRA, which ComfyUI bakes in when it loads the model, and the
+    part of the LoRA that fits. Raises ValueError if the LoRA cannot be added to another."""
     from ..lora.host import apply
 
     vector = files.read(Path(lora.path))
     if vector.opaque:
         raise ValueError(
-            f"The style {vector.source} holds {vector.opaque_kinds} weights, which no file can "
-            "hold together with an LCM-LoRA. Choose a LoRA of another kind, or a checkpoint that "
-            "has the style in it."
+            f"The style {vector.source} contains {vector.opaque_kinds} weights, which cannot be "
+            "stored in one file with an LCM-LoRA. Choose another kind of LoRA, or a checkpoint "
+            "that contains the style."
         )
     model, _, coverage = apply(patcher, None, vector, lora.strength, 0.0)
     log.info("baked into the teacher: %s", coverage)

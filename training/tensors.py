@@ -1,4 +1,4 @@
-"""Tensors on disk: whole, and with the disk's own errors."""
+"""Tensors on disk, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from . import disk
 
 
-def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None):
-    """A safetensors file, there whole or not at all. Raises OSError when the disk is full."""
+def save(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file. Raises OSError if the disk is full."""
     with disk.whole_file(path) as new:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata)
-        except SafetensorError as error:  # which the library makes of the disk's own
+        except SafetensorError as error:  # the library's word for an error of the disk
             raise OSError(f"{path.name} could not be written: {error}") from error

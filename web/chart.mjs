@@ -15,16 +15,16 @@ function s(tag, attributes, text) {
 const short = (value) => number(value, Math.abs(value) < 0.01 || Math.abs(value) >= 10000
   ? { notation: "scientific", maximumFractionDigits: 1 } : { maximumSignificantDigits: 3 });
 
-/** Draws `lines` ({name: values}) over `steps` into the figure; hides it where none has two points. */
+/** Draws `lines` ({name: values}) over `steps` into the figure; hides it if none has two points. */
 export function chart(figure, title, steps, lines) {
-  const known = Object.values(lines).map((list) => list.filter((y) => y > 0));
-  figure.hidden = known.every((list) => list.length < 2);
+  const positive = Object.values(lines).map((list) => list.filter((y) => y > 0));
+  figure.hidden = positive.every((list) => list.length < 2);
   if (figure.hidden) return;
   const span = (list) => {
     const least = Math.min(...list), most = Math.max(...list);
     return most > least ? [least, most] : [least - 0.5, most + 0.5];
   };
-  const [left, right] = span(steps), [low, high] = span(known.flat().map(Math.log10));
+  const [left, right] = span(steps), [low, high] = span(positive.flat().map(Math.log10));
   const x = (step) => LEFT + ((step - left) / (right - left)) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - ((Math.log10(value) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const last = (list) => list.findLast((value) => value > 0);

@@ -10,7 +10,7 @@ const TAB = "lcm-lora-jobs";
 
 const state = { jobs: [], running: 0, total: 0, error: "" };
 let panel = null;
-let known = null; // id -> state at the last look; null until the first
+let states = null; // id -> state at the last look; null until the first
 let asking = null;
 
 async function call(path, body) {
@@ -18,9 +18,9 @@ async function call(path, body) {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   };
   const answer = await api.fetchApi(`/lcm_lora/${path}`, options);
-  const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(told.error ?? say("The server answered {status}.", { status: answer.status }));
-  return told;
+  const data = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(data.error ?? say("The server answered {status}.", { status: answer.status }));
+  return data;
 }
 
 function toast(severity, summary, detail) {
@@ -35,8 +35,8 @@ function listen() {
 /** Fetches the list; calls that come while one is under way share it. */
 function refresh() {
   asking ??= call("jobs?limit=200")
-    .then((told) => {
-      Object.assign(state, told, { error: "" });
+    .then((list) => {
+      Object.assign(state, list, { error: "" });
       announce();
     })
     .catch((error) => { state.error = error.message; })
@@ -50,14 +50,14 @@ function refresh() {
 
 /** The number on the tab's icon. The front end watches its own record of the tab, so that is set. */
 function badge() {
-  const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find((each) => each.id === TAB);
+  const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find(({ id }) => id === TAB);
   if (tab) tab.iconBadge = state.running ? String(state.running) : null;
 }
 
 /** A toast for each job that has ended since the last look. */
 function announce() {
-  const before = known;
-  known = new Map(state.jobs.map((job) => [job.id, job.state]));
+  const before = states;
+  states = new Map(state.jobs.map((job) => [job.id, job.state]));
   if (!before) return;
   for (const job of state.jobs) {
     if (!before.has(job.id) || before.get(job.id) === job.state) continue;

@@ -52,9 +52,9 @@ export class Panel {
     this.note.textContent = error || (jobs.length
       ? (total > jobs.length ? say("The newest {shown} of {total} are shown.", { shown: jobs.length, total }) : "")
       : say("No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”."));
-    const there = new Set(jobs.map((job) => job.id));
+    const listed = new Set(jobs.map((job) => job.id));
     for (const [id, row] of this.rows) {
-      if (there.has(id)) continue;
+      if (listed.has(id)) continue;
       row.close();
       row.element.remove();
       this.rows.delete(id);
@@ -75,7 +75,7 @@ export class Panel {
 
   toggle(id) {
     open = open === id ? null : id;
-    for (const [each, row] of this.rows) row.show(open === each);
+    for (const [id, row] of this.rows) row.show(open === id);
   }
 }
 
@@ -115,7 +115,7 @@ class Row {
 
   /** The buttons that make sense now; made again only when they change, which keeps the focus. */
   offer(job, waiting) {
-    const place = waiting.findIndex((each) => each.id === job.id);
+    const place = waiting.findIndex(({ id }) => id === job.id);
     const offers = [];
     if (job.state === "done") offers.push(["use in graph", () => this.server.useInGraph(job.lora_name)]);
     if (place > 0) offers.push(["up", () => this.ask("move", { before: waiting[place - 1].id })]);
@@ -140,7 +140,7 @@ class Row {
     if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
   }
 
-  /** The button with these words; who only hears it is told the job too. */
+  /** Labels a button. Screen readers get the job's name too. */
   labelled(button, words) {
     button.textContent = words;
     button.setAttribute("aria-label", `${words}: ${this.job.name}`);
@@ -222,7 +222,7 @@ class Details {
     this.seen = stamp;
     this.busy = true;
     try {
-      const [told, metrics] = await Promise.all([
+      const [details, metrics] = await Promise.all([
         this.server.call(`jobs/${job.id}`), this.server.call(`jobs/${job.id}/metrics?points=300`),
       ]);
       if (this.closed) return;
@@ -230,7 +230,7 @@ class Details {
       chart(this.loss, say("loss"), metrics.rows.map((row) => row[0]), { [say("loss")]: metrics.rows.map((row) => row[column]) });
       chart(this.error, say("distance to the teacher"), metrics.errors.map((row) => row[0]), Object.fromEntries(
         columns().map((name, i) => [name, metrics.errors.map((row) => row[i + 1])])));
-      this.pictures(job, told.samples);
+      this.pictures(job, details.samples);
       await this.more(job);
       this.wrong.textContent = "";
     } catch (error) {

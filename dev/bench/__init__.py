@@ -1,1 +1,1 @@
-"""Side by side benchmarks: `python3 dev bench AREA [--json FILE]`."""
+"""Benchmarks: `python3 dev bench AREA [--json FILE]`."""

@@ -1,79 +1,96 @@
-"""The engine's own step, as training/run.py takes it, on a random network and a bank of its own."""
+"""A step of this pack's training, on a random network and a bank of its own."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from ...training.adapter import Adapter
-from ...training.bank import Bank, Row, build
-from ...training.loop import Run
-from ...training.memory import recompute_blocks
-from ...training.processes import Processes
-from ...training.solver import Schedule
+from ...training.data.bank import Bank, Row, build
+from ...training.memory import keep_freed, recompute_blocks
+from ...training.objectives.solver import Schedule
+from ...training.ranks import Ranks
 from ...training.spec import Spec
+from ...training.state.loop import Run
 from ...training.teacher import DTYPES, Teacher, enter
 from . import networks
-from .given import CFG, PICTURES, SEED, Clock, acp, start_factor
+from .step import CFG, PICTURES, SEED, Case, Clock, Step, alphas_cumprod, start_factor
 
 
-def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
-    """-> a function that takes a step and tells its loss, network calls, and seconds in them."""
-    enter(Path(settings["host"]))
-    config, side, folder = settings["config"], settings["side"], Path(settings["folder"])
-    network = frozen(config, DTYPES[settings["dtype"]], settings["weights"])
-    made = load_file(settings["bank"]) if settings["bank"] else random_bank(side, config)
-    uncond = {"context": made["uncond"]}
-    if "pooled" in made:
-        uncond["pooled"] = torch.zeros_like(made["pooled"][0])
+def prepare(case: Case) -> Callable[[], Step]:
+    """The function that takes a step, in a process that keeps its memory as training/run.py does.
+
+    Weights and bank are read from the case's files if these exist, and else drawn.
+    """
+    keep_freed()
+    enter(case.host)
+    dtype, side = DTYPES[case.dtype], case.side
+    network = frozen(case, dtype)
+    tensors = load_file(case.bank) if case.bank.exists() else random_bank(case)
+    uncond = {"context": tensors["uncond"]}
+    if "pooled" in tensors:
+        uncond["pooled"] = torch.zeros_like(tensors["pooled"][0])
+    schedule = Schedule(alphas_cumprod(), "eps")
     teacher = Teacher(
-        network, Schedule(acp(), "eps"), settings["family"], 4, torch.device("cpu"),
-        DTYPES[settings["dtype"]], uncond, (), _Sizes(), None, None,
+        network, schedule, case.architecture, 4, torch.device("cpu"), dtype, uncond, (), _Sizes(),
+        None, None,
     )  # fmt: skip
-    build(folder / "bank", _Rows(made, side), _texts(made), 0.0, Processes(), lambda *_: None)
+    folder = case.folder / "bank"
+    build(folder, _Rows(tensors, side), _encoder(tensors), 0.0, Ranks(), lambda *_: None)
     spec = Spec(
-        host=settings["host"], checkpoint=str(folder), output=str(folder / "x.safetensors"),
-        banks=str(folder), resolution=8 * side, batch=settings["batch"], rank=settings["rank"],
-        guidance=(CFG,), seed=SEED,
-        checkpointing="on" if settings["recompute"] else "off",
+        host=str(case.host), checkpoint=str(case.folder), banks=str(case.folder),
+        output=str(case.folder / "x.safetensors"), resolution=8 * side, batch=1, rank=case.rank,
+        guidance=(CFG,), seed=SEED, checkpointing="on" if case.recompute else "off",
     )  # fmt: skip
     adapter = Adapter(network, spec.rank, spec.lora_alpha)
     for name, layer in zip(adapter.names, adapter.layers, strict=True):
         start_factor(layer.down.data, name)
-    run = Run(
-        spec, folder, teacher, adapter, Bank(folder / "bank"), Processes(), None, None, lambda: ""
-    )
-    if settings["recompute"]:
+    run = Run(spec, case.folder, teacher, adapter, Bank(folder), Ranks(), None, None, lambda: "")
+    if case.recompute:
         recompute_blocks(network)
-    clock = Clock(network)
+    clock = Clock(adapter.parameters(), network)
 
-    def step():
+    def step() -> Step:
         loss, _ = run.one_step()
         run.step += 1
-        return loss, *clock.taken()
+        return clock.step(loss)
 
     return step
 
 
-def frozen(config: dict, dtype: torch.dtype, weights: str) -> nn.Module:
-    """The host's network with the weights of a file, or with some of its own."""
-    if not weights:
-        return networks.host_unet(config, "cpu", dtype).requires_grad_(False).eval()
-    network = networks.host_unet(config, "meta", dtype).to_empty(device="cpu")
-    network.load_state_dict(load_file(weights))
+def frozen(case: Case, dtype: torch.dtype) -> nn.Module:
+    if not case.weights.exists():
+        return networks.host_unet(case.config, "cpu", dtype).requires_grad_(False).eval()
+    network = networks.host_unet(case.config, "meta", dtype).to_empty(device="cpu")
+    network.load_state_dict(load_file(case.weights))
     return network.requires_grad_(False).eval()
 
 
-class _Rows:
-    """A source of the bank: latents that are there already."""
+def random_bank(case: Case) -> dict[str, torch.Tensor]:
+    """Latents and embeddings of the right shapes."""
+    generator = torch.Generator().manual_seed(SEED)
+    width = case.config["context_dim"]
+    tensors = {
+        "latents": torch.randn(PICTURES, 4, case.side, case.side, generator=generator),
+        "contexts": torch.randn(PICTURES, 77, width, generator=generator),
+        "uncond": torch.zeros(77, width),
+    }
+    if "num_classes" in case.config:
+        pooled = case.config["adm_in_channels"] - 1536
+        tensors["pooled"] = torch.randn(PICTURES, pooled, generator=generator)
+    return tensors
 
-    def __init__(self, made: dict[str, torch.Tensor], side: int):
-        self.latents, self.sizes = made["latents"], (8 * side, 8 * side, 0, 0, 8 * side, 8 * side)
+
+class _Rows:
+    """A source of the bank whose latents exist already. Its captions are numbers."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], side: int) -> None:
+        self.latents = tensors["latents"]
+        self.sizes = (8 * side, 8 * side, 0, 0, 8 * side, 8 * side)
 
     def __len__(self) -> int:
         return PICTURES
@@ -85,32 +102,17 @@ class _Rows:
         return [Row(self.latents[number], self.sizes) for number in numbers]
 
 
-def _texts(made: dict[str, torch.Tensor]) -> Callable[[str], dict[str, torch.Tensor]]:
-    def text(caption: str) -> dict[str, torch.Tensor]:
-        told = {"context": made["contexts"][int(caption)]}
-        return told | ({"pooled": made["pooled"][int(caption)]} if "pooled" in made else {})
-
-    return text
+def _encoder(tensors: dict[str, torch.Tensor]) -> Callable[[str], dict[str, torch.Tensor]]:
+    kinds = {"contexts": "context", "pooled": "pooled"}
+    return lambda caption: {
+        kind: tensors[name][int(caption)] for name, kind in kinds.items() if name in tensors
+    }
 
 
 class _Sizes:
-    """What Teacher asks of the host's model for SDXL's size conditioning."""
+    """What Teacher asks of ComfyUI's model for SDXL's size conditioning."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
         self.model = types.SimpleNamespace(embedder=Timestep(256))
-
-
-def random_bank(side: int, config: dict) -> dict:
-    """Latents and embeddings of the right shapes, where only time and memory are asked for."""
-    generator = torch.Generator().manual_seed(SEED)
-    found = {
-        "latents": torch.randn(PICTURES, 4, side, side, generator=generator),
-        "contexts": torch.randn(PICTURES, 77, config["context_dim"], generator=generator),
-        "uncond": torch.zeros(77, config["context_dim"]),
-    }
-    if "num_classes" in config:
-        pooled = config["adm_in_channels"] - 1536
-        found["pooled"] = torch.randn(PICTURES, pooled, generator=generator)
-    return found

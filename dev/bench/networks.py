@@ -1,4 +1,4 @@
-"""Networks of the real families' shapes with random weights, as the host builds them."""
+"""Networks of the real shapes with random weights, as ComfyUI builds them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SDXL = SD | {
     "use_linear_in_transformer": True, "num_head_channels": 64, "num_classes": "sequential",
     "adm_in_channels": 2816,
 }  # fmt: skip
-FAMILIES = {
+ARCHITECTURES = {
     "SD1.5": SD | {
         "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "context_dim": 768,
         "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
@@ -73,7 +73,7 @@ RECIPE = {
         "time_emb_proj",
     ],
 }  # fmt: skip
-"""What the official recipe gives to peft.LoraConfig."""
+"""What the released recipe passes to peft.LoraConfig."""
 
 
 def host_unet(config: dict, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -1,14 +1,14 @@
-"""The step of the released LCM-LoRA script, rebuilt from diffusers and peft.
+"""A step of the released LCM-LoRA script, rebuilt from diffusers and peft.
 
-As train_lcm_distill_lora_sd_wds.py does it: a second network as teacher, VAE and text encoder in
-every step, conditional and unconditional teacher calls apart. Gradient checkpointing is on where
-its README's command has it on; of that command's other options, float16 (which leaves both networks
-in float32 and casts inside their calls), xformers and 8-bit Adam are for GPUs, and left out.
+It does what train_lcm_distill_lora_sd_wds.py does: a second network is the teacher, the VAE and the
+text encoder run in every step, and the teacher's conditional and unconditional calls are separate.
+Gradient checkpointing is on, as in the command of its README. That command's other options are for
+GPUs and left out: xformers, 8-bit Adam, and float16, which keeps both networks in float32.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,37 +19,36 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...training import draws
-from .given import CFG, PICTURES, SEED, Clock, acp, start_factor
+from ...training.data import draws
 from .networks import RECIPE
+from .step import CFG, PICTURES, SEED, Case, Clock, Step, alphas_cumprod, start_factor
 
 CAPTIONS = [f"a photo of picture number {i}" for i in range(PICTURES)]
 
 
-def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
-    """-> a function that takes a step and tells its loss, network calls, and seconds in them."""
-    names = json.loads(Path(settings["names"]).read_text())
-    teacher_unet, unet = (frozen(settings, names) for _ in range(2))
-    encoders = Encoders(settings)
-    rank = settings["rank"]
-    unet = peft.get_peft_model(unet, peft.LoraConfig(r=rank, lora_alpha=rank, **RECIPE))
+def prepare(case: Case) -> Callable[[], Step]:
+    """The function that takes a step. Writes the bank that the engine then reads."""
+    teacher_unet, unet = frozen(case), frozen(case)
+    encoders = Encoders(case)
+    config = peft.LoraConfig(r=case.rank, lora_alpha=case.rank, **RECIPE)
+    unet = peft.get_peft_model(unet, config)
     for name, module in unet.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
-            layer = names[f"{name}.weight"].removesuffix(".weight")
+            layer = case.names[f"{name}.weight"].removesuffix(".weight")
             start_factor(module.lora_A["default"].weight.data, layer)
     unet.train()
-    if settings["gradient_checkpointing"]:
-        unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing()
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    empty = write_bank(Path(settings["bank"]), encoders)
-    side, batch = settings["side"], settings["batch"]
-    order = draws.Order([(4, side, side)] * PICTURES, batch, SEED)
-    clock, done = Clock(teacher_unet, unet), [0]
+    empty = write_bank(case.bank, encoders)
+    shape = (4, case.side, case.side)
+    order = draws.Order([shape] * PICTURES, 1, SEED)
+    clock, numbers = Clock(parameters, teacher_unet, unet), itertools.count()
 
-    def step():
-        rows = order.rows(done[0])
-        eps, index, cfg = draws.draw(SEED, done[0], range(batch), (4, side, side), (CFG,))
+    def step() -> Step:
+        number = next(numbers)
+        rows = order.rows(number)
+        eps, index, cfg = draws.draw(SEED, number, range(1), shape, (CFG,))
         with torch.no_grad():
             z0 = torch.cat([encoders.latents(row) for row in rows])
             text = torch.cat([encoders.context(CAPTIONS[row]) for row in rows])
@@ -58,15 +57,14 @@ def start(settings: dict) -> Callable[[], tuple[float, int, float]]:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        done[0] += 1
-        return float(loss.detach()), *clock.taken()
+        return clock.step(float(loss.detach()))
 
     return step
 
 
 def loss_of(unet, teacher_unet, z0, eps, t, text, empty, cfg) -> torch.Tensor:
-    """In the script's order: student, teacher with and without the caption, target."""
-    table, s = acp(), (t - 20).clamp(min=0)
+    """In the script's order: the student, the teacher with and without the caption, the target."""
+    table, s = alphas_cumprod(), (t - 20).clamp(min=0)
 
     def alpha_sigma(t):
         return table[t].sqrt().view(-1, 1, 1, 1), (1 - table[t]).sqrt().view(-1, 1, 1, 1)
@@ -92,20 +90,21 @@ def loss_of(unet, teacher_unet, z0, eps, t, text, empty, cfg) -> torch.Tensor:
     return (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
 
 
-def frozen(settings: dict, names: dict[str, str]) -> diffusers.UNet2DConditionModel:
-    """diffusers' network with the weights of the host's; names: diffusers' name -> the host's."""
+def frozen(case: Case) -> diffusers.UNet2DConditionModel:
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**settings["diffusers"])
+        unet = diffusers.UNet2DConditionModel(**case.diffusers)
     unet.to_empty(device="cpu")
-    with safe_open(settings["weights"], framework="pt") as file:
-        unet.load_state_dict({name: file.get_tensor(names[name]) for name in unet.state_dict()})
+    with safe_open(case.weights, framework="pt") as file:
+        unet.load_state_dict({
+            name: file.get_tensor(case.names[name]) for name in unet.state_dict()
+        })  # fmt: skip
     return unet.requires_grad_(False)
 
 
 @torch.no_grad()
 def write_bank(file: Path, encoders: Encoders) -> torch.Tensor:
-    """What the encoders will make of the data in each step, for the engine; -> the empty caption's
-    embedding, which the script too computes once.
+    """Writes what the encoders make of the data; -> the empty caption's embedding, which the script
+    computes once too.
     """
     empty = encoders.context("")
     save_file({
@@ -117,32 +116,32 @@ def write_bank(file: Path, encoders: Encoders) -> torch.Tensor:
 
 
 class Encoders:
-    """A VAE and a text encoder of SD1.5's shape, random weights, and the pictures they are fed."""
+    """A VAE and a text encoder of SD1.5's shape with random weights, and the pictures to encode."""
 
-    def __init__(self, settings: dict):
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(SEED)
         self.vae = diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ).requires_grad_(False)  # fmt: skip
-        width = settings["config"]["context_dim"]
+        width = case.config["context_dim"]
         self.clip = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
                 hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12,
                 num_attention_heads=max(1, width // 64),
             )
         ).requires_grad_(False)  # fmt: skip
-        tokens = Path(settings["host"]) / "comfy" / "sd1_tokenizer"
+        tokens = case.host / "comfy" / "sd1_tokenizer"
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(str(tokens))
-        pixels = 8 * settings["side"]
+        pixels = 8 * case.side
         generator = torch.Generator().manual_seed(SEED)
         self.pictures = torch.rand(PICTURES, 3, pixels, pixels, generator=generator) * 2 - 1
 
     def latents(self, row: int) -> torch.Tensor:
         """[1, 4, side, side] at diffusion scale."""
         generator = torch.Generator().manual_seed(row)
-        told = self.vae.encode(self.pictures[row : row + 1]).latent_dist
-        return told.sample(generator) * self.vae.config.scaling_factor
+        encoded = self.vae.encode(self.pictures[row : row + 1]).latent_dist
+        return encoded.sample(generator) * self.vae.config.scaling_factor
 
     def context(self, caption: str) -> torch.Tensor:
         """[1, 77, width]"""

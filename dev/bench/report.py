@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: rows of figures, and bars they are held against."""
+"""What every benchmark prints and writes: rows of figures, and bars that limit them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import platform
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }  # fmt: skip
 
 
 @dataclass
@@ -17,9 +27,9 @@ class Report:
     """rows: case, subject, metric, unit, median, min, max, mean, deviation, n; bars: limits."""
 
     bench: str
-    rows: list[dict] = field(default_factory=list)
-    bars: list[dict] = field(default_factory=list)
-    machine: dict = field(default_factory=lambda: machine())
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bars: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=machine)
 
     def add(self, case: str, subject: str, metric: str, unit: str, values: list[float]) -> None:
         """Adds a row."""
@@ -31,38 +41,26 @@ class Report:
         })  # fmt: skip
 
     def bar(self, name: str, value: float, limit: float) -> None:
-        """Holds when value <= limit."""
+        """Adds a bar. It holds when value <= limit."""
         self.bars.append({"name": name, "value": value, "limit": limit, "holds": value <= limit})
 
     def table(self) -> str:
-        words = [("case", "subject", "metric")]
-        words += [
-            (row["case"], row["subject"], f"{row['metric']} {row['unit']}") for row in self.rows
-        ]
-        widths = [max(len(each[column]) for each in words) + 2 for column in range(3)]
-        figures = [f"{'median':>10}{'min':>10}{'max':>10}  n"]
-        figures += [
-            f"{row['median']:>10.4g}{row['min']:>10.4g}{row['max']:>10.4g}  {row['n']}"
-            for row in self.rows
-        ]
+        cells = [("case", "subject", "metric", "median", "min", "max", "n")]
+        for row in self.rows:
+            words = row["case"], row["subject"], f"{row['metric']} {row['unit']}"
+            figures = (f"{row[name]:.4g}" for name in ("median", "min", "max"))
+            cells.append((*words, *figures, str(row["n"])))
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
         lines = [
-            "".join(map(str.ljust, each, widths)) + figure
-            for each, figure in zip(words, figures, strict=True)
+            "".join(map(str.ljust, line[:3], widths))
+            + "".join(map(str.rjust, line[3:], widths[3:]))
+            for line in cells
         ]
         for bar in self.bars:
             verdict = "holds" if bar["holds"] else "DOES NOT HOLD"
-            held = f"{bar['value']:.4g}, at most {bar['limit']:.4g}"
-            lines.append(f"{bar['name']}: {held}: {verdict}")
+            value = f"{bar['value']:.4g}, at most {bar['limit']:.4g}"
+            lines.append(f"{bar['name']}: {value}: {verdict}")
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "gpu": gpu,
-        "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip

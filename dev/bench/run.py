@@ -1,4 +1,4 @@
-"""`python3 dev bench AREA`: sets the host up in this process, runs one area, prints its table."""
+"""`python3 dev bench AREA [--json FILE]`: runs one benchmark and prints its table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge")
 log = logging.getLogger("lcm_lora")
 
 
-def main(arguments: list[str], local: Path) -> int:
-    """Exit status 0 when every bar holds, else 1. Needs the host on the import path."""
+def main(arguments: list[str], _host: Path, local: Path) -> int:
+    """Exit status 0 if every bar holds, else 1. Needs ComfyUI on the import path."""
     area = next((word for word in arguments if word in AREAS), None)
     parser = argparse.ArgumentParser(prog="python3 dev bench")
     parser.add_argument("area", choices=AREAS)

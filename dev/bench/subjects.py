@@ -1,4 +1,4 @@
-"""The columns of the contact sheet as functions of the host: same noise in, latents out."""
+"""The toy, and ways to sample with it: from the same noise to latents."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.sd
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
 import nodes
 
-from ...lora import combine, files
+from ...lora import combine
+from ...lora.delta import Vector
+from ...lora.formats import files
 from ...lora.host import apply
 from ...nodes.sampling import LCMKSampler
 from ...samplers.host import patch_sampling
@@ -21,35 +22,28 @@ from ..toy import assemble
 from ..toy.command import GUIDANCE
 
 TEACHER_STEPS = 50
+Sample = Callable[[int, int, list, list, int], torch.Tensor]
+"""(steps, seed, positive, negative, count) -> latents [count, 4, 8, 8]"""
 
 
 @dataclass
 class Toy:
-    """The toy as the host loads it, plain, accelerated, and accelerated with the style."""
+    """The toy as ComfyUI loads it. name: of its file and its type of numbers."""
 
     name: str
-    base: object
-    clip: object
-    vae: object
-    unlearned: object
-    lcm: object
-    styled: object
+    base: ModelPatcher
+    clip: comfy.sd.CLIP
+    vae: comfy.sd.VAE
 
     @classmethod
     def load(cls, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Toy:
-        """dtype: of the UNet's weights and products, as the host chooses it on a GPU."""
+        """dtype: of the UNet's weights and products."""
         base, clip, vae = comfy.sd.load_checkpoint_guess_config(
             str(checkpoint), model_options={"dtype": dtype}
         )[:3]
-        base.model.manual_cast_dtype = dtype  # the host holds a CPU to float32 by itself
+        base.model.manual_cast_dtype = dtype  # on a CPU, ComfyUI would multiply in float32
         vae.first_stage_model.to(memory_format=torch.channels_last)  # decodes in half the time
-        lcm = files.read(assemble.LCM_LORA)
-        style = files.read(assemble.STYLE_LORA)
-        both, _ = combine.exact([lcm, style], [1.0, 0.8])
-        return cls(
-            f"{checkpoint.name} {dtype}", base, clip, vae, patch_sampling(base),
-            *(patch_sampling(apply(base, None, vector, 1.0, 0.0)[0]) for vector in (lcm, both)),
-        )  # fmt: skip
+        return cls(f"{checkpoint.name} {dtype}", base, clip, vae)
 
     def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
@@ -60,56 +54,55 @@ class Toy:
         return self.vae.decode(latent).movedim(-1, 1).float().clamp(0, 1)
 
 
-Sample = Callable[[int, int, list, list, int], torch.Tensor]
-"""(steps, seed, positive, negative, count) -> latents [count, 4, 8, 8]"""
-
-
-def subjects(toy: Toy) -> dict[str, Sample]:
-    """The five columns, left to right. Those without the LoRA get the guidance they need."""
-
-    def host(sampler: str) -> Sample:
-        def sample(steps, seed, positive, negative, count):
-            return nodes.common_ksampler(
-                toy.base, seed, steps, GUIDANCE, sampler, "sgm_uniform", positive, negative,
-                {"samples": torch.zeros(count, 4, 8, 8)},
-            )[0]["samples"]  # fmt: skip
-
-        return sample
-
+def columns(toy: Toy) -> dict[str, Sample]:
+    """The columns of the contact sheet, left to right. Those without the LoRA use guidance."""
+    lcm, style = files.read(assemble.LCM_LORA), files.read(assemble.STYLE_LORA)
     return {
-        "base, DDIM": host("ddim"),
-        "base, DPM++ 2M": host("dpmpp_2m"),
-        "base, LCM sampler": drawn(toy.unlearned, GUIDANCE),
-        "LCM-LoRA": drawn(toy.lcm),
-        "LCM-LoRA + style": drawn(toy.styled),
+        "base, DDIM": of_host(toy, "ddim"),
+        "base, DPM++ 2M": of_host(toy, "dpmpp_2m"),
+        "base, LCM sampler": with_lcm(patch_sampling(toy.base), GUIDANCE),
+        "LCM-LoRA": accelerated(toy, lcm),
+        "LCM-LoRA + style": accelerated(toy, combine.exact([lcm, style], [1.0, 0.8])[0]),
     }
 
 
-def quick_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it by itself: half the time of float32; elsewhere it
-    takes five times as long."""
-    can = torch.cpu.get_capabilities()
-    native = can.get("amx_bf16") or can.get("avx512_bf16")
-    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
+def of_host(toy: Toy, sampler: str) -> Sample:
+    """ComfyUI's own KSampler."""
 
-
-def accelerated(toy: Toy, lora: Path, eta: float = 1.0) -> Sample:
-    """The base with the LCM-LoRA of a file; eta: share of fresh noise between the steps."""
-    return drawn(patch_sampling(apply(toy.base, None, files.read(lora), 1.0, 0.0)[0]), eta=eta)
-
-
-def drawn(model: ModelPatcher, cfg: float = 1.0, eta: float = -1.0) -> Sample:
-    """LCM KSampler's; eta as that node has it."""
-
-    def sample(steps, seed, positive, negative, count):
-        latent = {"samples": torch.zeros(count, 4, 8, 8)}
-        done = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0, eta)
-        return done.result[0]["samples"]
+    def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
+        return nodes.common_ksampler(
+            toy.base, seed, steps, GUIDANCE, sampler, "sgm_uniform", positive, negative,
+            {"samples": torch.zeros(count, 4, 8, 8)},
+        )[0]["samples"]  # fmt: skip
 
     return sample
 
 
+def with_lcm(model: ModelPatcher, cfg: float) -> Sample:
+    """LCM KSampler."""
+
+    def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
+        latent = {"samples": torch.zeros(count, 4, 8, 8)}
+        output = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
+        return output.result[0]["samples"]
+
+    return sample
+
+
+def accelerated(toy: Toy, vector: Vector) -> Sample:
+    """LCM KSampler on the base with this LoRA."""
+    return with_lcm(patch_sampling(apply(toy.base, None, vector, 1.0, 0.0)[0]), 1.0)
+
+
 def teacher(toy: Toy) -> Sample:
-    """The base at 50 DDIM steps, whatever count of steps is asked."""
-    ddim = subjects(toy)["base, DDIM"]
+    """The base in 50 DDIM steps, for any number of steps that is asked for."""
+    ddim = of_host(toy, "ddim")
     return lambda steps, *rest: ddim(TEACHER_STEPS, *rest)
+
+
+def quick_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware: half the time of float32. Elsewhere
+    it would take five times as long."""
+    can = torch.cpu.get_capabilities()
+    native = can.get("amx_bf16") or can.get("avx512_bf16")
+    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import environment
 from . import assemble, data, judge, learn, networks, pack, planes, sprites, train, world
 
 log = logging.getLogger("lcm_lora")
@@ -163,7 +164,7 @@ def write_classifier(model: judge.Classifier, real: dict[str, torch.Tensor]) -> 
     save_file(state | {f"real.{key}": value for key, value in real.items()}, judge.CLASSIFIER)
 
 
-def main(arguments: list[str], cache: Path, local: Path) -> int:
+def main(arguments: list[str], _host: Path, local: Path) -> int:
     parser = argparse.ArgumentParser(prog="python3 dev toy", description=__doc__)
     parser.add_argument("--train", action="store_true", help="train all weights from scratch")
     parser.add_argument(
@@ -172,12 +173,12 @@ def main(arguments: list[str], cache: Path, local: Path) -> int:
     )  # fmt: skip
     chosen = parser.parse_args(arguments)
     if chosen.world:
-        make_world(local / "world", cache, chosen.world)
+        make_world(local / "world", environment.cache(), chosen.world)
         log.info("the emoji model's packed weights are in %s", local / "world")
         return 0
     if chosen.train:
         begun = time.monotonic()
-        make(local / "toy-training", cache)
+        make(local / "toy-training", environment.cache())
         log.info("the toy was trained in %.0f minutes", (time.monotonic() - begun) / 60)
     log.info("the toy checkpoint is %s", assemble.checkpoint(local / "models"))
     return 0

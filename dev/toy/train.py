@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...lora import files
+from ...lora.formats import files
+from ...samplers.families import ORIGIN_STEPS
 from ...training import export
 from ...training.adapter import Adapter
-from ...training.objective import ORIGIN_STEPS, lcm_loss
-from ...training.solver import Schedule
+from ...training.objectives import lcm
+from ...training.objectives.batch import Batch
+from ...training.objectives.solver import Schedule, teacher_step
 from . import assemble, data, judge, networks, pack
 from .learn import autocast, decode, descend, encode
 
@@ -222,9 +224,9 @@ def lcm_lora(
         eps = torch.randn(latents[pick].shape, generator=generator)
         cond, uncond = _conditions(context, labels[pick], generator)
         with autocast(CPU):
-            loss = lcm_loss(
-                network(model), adapter, schedule, latents[pick], eps, index, cond, uncond, cfg
-            )
+            one = Batch(latents[pick], eps, index, cond, uncond, cfg)
+            z_s = teacher_step(network(model), adapter, schedule, one)
+            loss = lcm.loss(network(model), schedule, one, z_s)
         average += 0.02 * (loss.item() - average)
         if step % 100 == 99:
             log.info("lcm-lora: loss %.4f", average)

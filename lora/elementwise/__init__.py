@@ -1,2 +1,2 @@
-"""Rules that merge whole weight changes number by number, each a file: its declaration, one pure
-function."""
+"""Rules that merge full weight changes value by value. Each is one file with a pure function and a
+declaration."""

@@ -9,8 +9,8 @@ from .rule import Rule, drawn
 
 
 def dare(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The sum of the changes, of each of which a random `density` is kept and divided by it, so
-    that the sum is what it was on average."""
+    """The sum of the changes after random values are dropped. The kept share is `density`, and the
+    kept values are divided by it, so the mean of the sum stays the same."""
     kept = drawn(changes.shape, generator, changes.device) < density
     return torch.where(kept, changes / density, 0).sum(0)
 

@@ -1,4 +1,4 @@
-"""DELLA: drop small numbers more often, rescale, elect (arXiv 2406.11617, section 3)."""
+"""DELLA: drop small values more often, rescale, elect a sign (arXiv 2406.11617, section 3)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .rule import Rule, consensus, drawn
 
-SPREAD = 0.3  # the paper's epsilon: between the drop rates of a row's smallest and largest number
+SPREAD = 0.3  # the paper's epsilon: from the drop rate of a row's largest value to its smallest
 
 
 def della(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The mean of what agrees in sign among numbers kept by MAGPRUNE, each divided by its rate.
+    """The mean of the values that agree in sign, after MAGPRUNE has dropped and rescaled values.
 
-    In each row (an output of the layer) the rate at which numbers are kept rises evenly with their
-    magnitude, by SPREAD in all or as much as stays within 0 and 1, and is `density` on average.
+    In each row (one output of the layer), the rate at which values are kept rises evenly with their
+    magnitude. It is `density` on average and rises by SPREAD, or less if it would leave 0 to 1.
     """
     rows = changes.reshape(changes.shape[0], changes.shape[1], -1)
     columns = rows.shape[2]

@@ -1,4 +1,4 @@
-"""Magnitude pruning: only the largest numbers of each change (arXiv 1506.02626, section 3)."""
+"""Magnitude pruning: keep only the largest values (arXiv 1506.02626, section 3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .rule import Rule, largest
 
 
 def magnitude(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The sum of the largest numbers of each change. Nothing is drawn."""
+    """The sum of the largest values of each change. The generator is not used."""
     return largest(changes, density).sum(0)
 
 

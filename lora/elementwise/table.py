@@ -1,4 +1,4 @@
-"""Every rule, by its name."""
+"""All rules, by their names."""
 
 from .dare import DARE
 from .della import DELLA

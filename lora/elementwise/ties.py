@@ -9,7 +9,7 @@ from .rule import Rule, consensus, largest
 
 
 def ties(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """The mean of the largest numbers of each change that agree in sign. Nothing is drawn."""
+    """The mean of the largest values that agree in sign. The generator is not used."""
     return consensus(largest(changes, density))
 
 

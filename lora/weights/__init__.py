@@ -1,2 +1,1 @@
-"""Rules that merge whole weight changes number by number, each a file: its declaration, one pure
-function."""
+"""The weights of ComfyUI's models."""

@@ -1,6 +1,9 @@
-"""The weights of ComfyUI's models, packed or not: their shapes, their numbers, and our patch."""
+"""ComfyUI's models: their architecture, weights, differences, and our own kind of patch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import comfy.lora
 import comfy.utils
@@ -10,13 +13,24 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
+from ..architecture import Architecture, architecture
 from ..delta import Opaque
+from ..extract import Layer
+from ..formats.names import canonical_names
 from ..opaque import merged
 
 
+def detect(model: ModelPatcher) -> Architecture | None:
+    """The architecture of a model. None if it is not a UNet of a Stable Diffusion type."""
+    config: dict[str, Any] = model.model.model_config.unet_config
+    if "num_res_blocks" not in config:
+        return None
+    return architecture(config.get("context_dim"), config["transformer_depth"][-1])
+
+
 class Layers:
-    """The weights of a model by their keys, with the shapes that its layers compute with. The state
-    dict of a packed layer (nvfp4, GGUF) has the shape of its bytes instead."""
+    """The weights of a model by their keys, with the shapes that its layers compute with. In the
+    state dict, a packed layer (nvfp4, GGUF) has the shape of its bytes instead."""
 
     def __init__(self, patcher: ModelPatcher):
         self.patcher, self.stored = patcher, patcher.model.state_dict()
@@ -27,19 +41,23 @@ class Layers:
     def shape(self, key: str) -> tuple[int, ...]:
         """[out, in, ...] as the layer computes with it."""
         weight, layer = self._weight(key), _attribute(self.patcher, key.rpartition(".")[0])
-        sides = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-        packed = key.endswith(".weight") and not weight.is_floating_point()
-        return sides if packed and None not in sides else tuple(weight.shape)
+        out, columns = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+        is_packed = key.endswith(".weight") and not weight.is_floating_point()
+        if is_packed and out is not None and columns is not None:
+            return out, columns
+        return tuple(weight.shape)
 
     def unpatchable(self, key: str) -> str:
-        """Why the host cannot change the weight; empty where it can.
+        """Why ComfyUI cannot change the weight; empty if it can.
 
-        It can add to floating point numbers and to its own packed formats. A pack whose format
-        LoRAs can be added to brings a patcher of its own.
+        It can add to floating point numbers and to its own packed formats. Other packs bring their
+        own patcher if LoRAs can be added to their format.
         """
         weight = self._weight(key)
-        own = type(self.patcher).patch_weight_to_device is not ModelPatcher.patch_weight_to_device
-        if own or isinstance(weight, QuantizedTensor) or weight.is_floating_point():
+        patches_itself = (
+            type(self.patcher).patch_weight_to_device is not ModelPatcher.patch_weight_to_device
+        )
+        if patches_itself or isinstance(weight, QuantizedTensor) or weight.is_floating_point():
             return ""
         return f"the model's weight is stored as {weight.dtype}, to which ComfyUI cannot add"
 
@@ -49,43 +67,54 @@ class Layers:
 
 
 class Merge(WeightAdapterBase):
-    """A patch for the host that merges an Opaque module as the owner of its format does.
+    """A patch for ComfyUI that merges an Opaque module as the owner of its format does.
 
-    It adds `strength` times the change of a merge at strength 1, so that 0.5 is half of that change
-    and -0.5 takes half of it away.
+    It adds `strength` times the change of a merge at strength 1: 0.5 adds half of that change, and
+    -0.5 subtracts half of it.
     """
 
     name = "lcm_lora"
 
     def __init__(self, loaded_keys: set[str], weights: tuple[tuple[str, Tensor | float], ...]):
-        # Tuples of a name and a value, because the host looks for tensors in tuples when it moves
-        # a patch to a device, and then makes a new patch from these two arguments.
+        # Tuples of a name and a value, because ComfyUI looks for tensors in tuples when it moves a
+        # patch to a device. It then makes a new patch from these two arguments.
         self.loaded_keys, self.weights = loaded_keys, weights
 
     @classmethod
     def of(cls, module: Opaque) -> Merge:
-        alpha = {"alpha": float(module["alpha"])} if "alpha" in module else {}
-        return cls(set(), tuple((module | alpha).items()))
+        # ComfyUI moves tensors to a device. The alpha is only a number.
+        weights = ((k, float(part) if k == "alpha" else part) for k, part in module.items())
+        return cls(set(), tuple(weights))
 
     def calculate_weight(
-        self, weight, key, strength, strength_model, offset, function,
-        intermediate_dtype=torch.float32, original_weight=None,
-    ) -> Tensor:  # fmt: skip
-        """The weight with the module added in place, as the host's own patches do."""
-        parts = dict(self.weights)
-        alpha = parts.pop("alpha", None)
-        parts = {name: part.to(weight.device, torch.float32) for name, part in parts.items()}
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: tuple[int, int, int] | None,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Adds the module to the weight in place, as ComfyUI's own patches do."""
+        parts, alpha = {}, None
+        for name, part in self.weights:
+            if isinstance(part, Tensor):
+                parts[name] = part.to(weight.device, torch.float32)
+            else:
+                alpha = part
         change = merged(parts, alpha, weight) - weight.float()
         weight += function((strength * change).to(weight.dtype))
         return weight
 
 
 def input_scale(patcher: ModelPatcher, weight: str) -> Tensor | None:
-    """The numbers that a layer multiplies its inputs by, if any (ModelOpt's smoothing): [in]."""
+    """The numbers [in] by which a layer multiplies its inputs, if any (ModelOpt's smoothing)."""
     return getattr(_attribute(patcher, weight.rpartition(".")[0]), "pre_quant_scale", None)
 
 
-def _attribute(patcher: ModelPatcher, key: str):
+def _attribute(patcher: ModelPatcher, key: str) -> Any:
     """The module or parameter at this key; None if the state dict uses other names."""
     try:
         return comfy.utils.get_attr(patcher.model, key)
@@ -94,7 +123,7 @@ def _attribute(patcher: ModelPatcher, key: str):
 
 
 def stored(model: ModelPatcher, key: str) -> Tensor:
-    """A weight without the patches of the graph, also while the host has them in the model."""
+    """A weight without the patches of the graph, even while ComfyUI has them in the model."""
     if key in model.hook_backup:
         return model.hook_backup[key][0]
     if key in model.backup:
@@ -103,13 +132,13 @@ def stored(model: ModelPatcher, key: str) -> Tensor:
 
 
 def with_patches(model: ModelPatcher, key: str, called: str) -> Tensor:
-    """An unpacked weight with its patches, in float32 on the CPU. called: names it in errors.
+    """An unpacked weight with its patches, in float32 on the CPU.
 
-    ModelPatcher.get_key_patches returns both too, but raises an AttributeError for packed models in
-    ComfyUI 0.30.
+    called: what errors call the model. ModelPatcher.get_key_patches returns the same, but raises an
+    AttributeError for packed models in ComfyUI 0.30.
 
     Raises:
-        ValueError: the weight is packed in a way that is not the host's.
+        ValueError: the weight is packed in a way that ComfyUI itself does not use.
     """
     weight, (_, _, convert) = stored(model, key), get_key_weight(model.model, key)
     if isinstance(weight, QuantizedTensor):
@@ -131,3 +160,57 @@ def with_patches(model: ModelPatcher, key: str, called: str) -> Tensor:
     numbers = comfy.lora.calculate_weight(model.patches.get(key, []), numbers, key)
     scale = input_scale(model, key) if key.endswith(".weight") else None
     return numbers if scale is None else numbers * scale.to(numbers)
+
+
+def differences(
+    distilled: ModelPatcher, base: ModelPatcher, watch: Callable[[list[str]], Iterable[str]] = iter
+) -> Iterator[Layer]:
+    """`distilled` minus `base`, layer by layer, in float32 on the CPU. This includes the patches of
+    the graph, even while ComfyUI holds the models on a device. Packed weights are unpacked.
+
+    watch: goes through the names of the layers; it may show progress, or raise.
+
+    Raises:
+        ValueError: the models are of different architectures, a layer has different shapes in
+            them, or a weight is packed in a way that ComfyUI itself does not use.
+    """
+    kinds = detect(distilled), detect(base)
+    if kinds[0] != kinds[1] or kinds[1] is None:
+        raise ValueError(
+            f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
+            f"{kinds[1] or 'of another kind'}; expected two Stable Diffusion models of the "
+            "same architecture."
+        )
+    shared = distilled.model.state_dict().keys() & base.model.state_dict().keys()
+    paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
+    # Some native names have two paths, in random order, but one canonical name.
+    path_of = {native: path for path, native in paths.items() if native.endswith(".weight")}
+    for native in watch(list(path_of)):
+        (name,) = canonical_names([f"unet.{path_of[native].removesuffix('.weight')}"]).values()
+        weight = f"diffusion_model.{native}"
+        bias = bias_of(weight)
+        if weight in shared:
+            yield (
+                name,
+                _difference(distilled, base, weight),
+                _difference(distilled, base, bias) if bias in shared else None,
+            )
+
+
+def bias_of(weight: str) -> str:
+    """The key of the bias beside a weight."""
+    return weight.removesuffix(".weight") + ".bias"
+
+
+def _difference(distilled: ModelPatcher, base: ModelPatcher, key: str) -> Tensor | None:
+    """The difference of one weight. None if both models share the tensor and nothing patches it."""
+    is_patched = key in distilled.patches or key in base.patches
+    if stored(distilled, key) is stored(base, key) and not is_patched:
+        return None
+    one, other = with_patches(distilled, key, "distilled"), with_patches(base, key, "base")
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{key} is {list(one.shape)} in the distilled model and {list(other.shape)} in the "
+            "base model; expected two models of the same layout."
+        )
+    return one - other

@@ -80,10 +80,9 @@ def job(tmp_path, spec_in):
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory, spec_in) -> bytes:
     """The file of such a distillation that ran through, to hold those against that did not."""
-    from lcm_lora.training.run import ROOT
-
     folder = tmp_path_factory.mktemp("unbroken")
     spec = folder / "spec.json"
     spec.write_text(spec_in(folder).to_json(), encoding="utf-8")
-    subprocess.run([sys.executable, str(ROOT / "training" / "run.py"), str(spec)], check=True)
+    run = Path(__file__).resolve().parents[2] / "training" / "run.py"
+    subprocess.run([sys.executable, str(run), str(spec)], check=True)
     return (folder / "lcm.safetensors").read_bytes()

@@ -1,4 +1,6 @@
-"""The two subjects of `dev bench distill` on a small network: the same step, told the same way."""
+"""Both subjects of `dev bench distill` take the same steps, here of a small network."""
+
+from dataclasses import replace
 
 import pytest
 
@@ -9,18 +11,16 @@ pytest.importorskip("peft", reason="peft is a developer's package")
 def test_the_engine_and_the_rebuilt_recipe_take_the_same_steps(comfy, tmp_path):
     from lcm_lora.dev.bench import distill, networks
 
-    settings = distill.worker_settings(tmp_path / "cost", "SD1.5", 8, "fp32")
-    settings |= {"config": networks.SMALL, "rank": 4, "threads": 1}
-    told, start = distill.compare(settings, 2, {"diffusers": networks.SMALL_DIFFUSERS})
-    assert [len(steps) for steps in told.values()] == [3, 3]
-    for ours, theirs in zip(told["ours"], told["reference"], strict=True):
-        # After the first step both have also been moved by their optimisers.
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-        assert (ours["calls"], theirs["calls"]) == (3, 4)
-    for name, steps in told.items():
-        assert len({step["loss"] for step in steps}) == 3
-        for step in steps:
-            assert 0 < step["network_seconds"] < step["seconds"]
-            assert step["peak"] >= start[name] * 0.9
-    found = distill.report(told, start, "small")
-    assert [bar["name"].split(",")[0] for bar in found.bars]
+    small = {"config": networks.SMALL, "diffusers": networks.SMALL_DIFFUSERS, "rank": 4}
+    case = replace(distill.new_case(tmp_path / "cost", "SD1.5", 8), **small)
+    turns, start = distill.compare(case, 2, threads=1)
+    for ours, theirs in zip(turns.runs["ours"], turns.runs["reference"], strict=True):
+        # After the first step, both optimisers have changed their LoRA.
+        assert ours.result.loss == pytest.approx(theirs.result.loss, rel=1e-3)
+        assert (ours.result.calls, theirs.result.calls) == (3, 4)
+    for name, runs in turns.runs.items():
+        assert len({run.result.loss for run in runs}) == 3
+        for run in runs:
+            assert 0 < run.result.seconds < run.seconds
+            assert run.peak >= start[name] * 0.9
+    assert distill.report(turns, start, "small").bars

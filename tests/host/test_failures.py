@@ -72,9 +72,7 @@ def test_what_the_machine_or_the_host_does_is_not_the_files_fault(
     assert raised.value is error
 
 
-def test_a_host_whose_loader_has_changed_is_not_the_files_fault(
-    comfy, toy_checkpoint, monkeypatch
-):
+def test_a_host_whose_loader_has_changed_is_not_the_files_fault(comfy, toy_checkpoint, monkeypatch):
     import comfy.sd
     from lcm_lora.training.teacher import Teacher
 
@@ -96,8 +94,8 @@ def routes(comfy, monkeypatch, store):
     return routes
 
 
-def answer(routes, handler):
-    response = routes._response(handler)
+def answer(routes, handler, request=None):
+    response = routes._response(request or SimpleNamespace(match_info={}), handler)
     return response.status, json.loads(response.text)["error"]
 
 
@@ -117,15 +115,16 @@ def test_a_job_that_is_not_there_is_told(routes, store):
     for read in (routes.job, routes.job_log, routes.samples):
         if read is routes.job_log:
             request.query = {}
-        assert answer(routes, lambda read=read: read(request)) == (
-            404, f"There is no job {identifier}.",
-        )  # fmt: skip
+        assert answer(routes, lambda read=read: read(request), request) == (
+            404,
+            f"There is no job {identifier}.",
+        )
     gone = FileNotFoundError(2, "No such file", str(store.folder / identifier / "log.txt"))
 
     def deleted_meanwhile():
         raise gone
 
-    assert answer(routes, deleted_meanwhile)[0] == 404
+    assert answer(routes, deleted_meanwhile, request)[0] == 404
 
 
 def test_a_lock_that_is_held_says_to_try_again(routes, store, job, monkeypatch):
@@ -135,7 +134,7 @@ def test_a_lock_that_is_held_says_to_try_again(routes, store, job, monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 0.05)
     request = SimpleNamespace(match_info={"id": identifier})
     with FileLock(store.folder / ".changing.lock"):
-        status, sentence = answer(routes, lambda: routes.act("pause", request, {}))
+        status, sentence = answer(routes, lambda: routes.act("pause", request, {}), request)
     assert status == 503 and "Try again" in sentence and "/" not in sentence
 
 
@@ -219,9 +218,7 @@ def test_a_device_is_not_named_twice(server, word):
         server.devices(word)
 
 
-def test_the_trainer_sees_the_device_and_jobs_of_other_devices_run_beside(
-    store, job, monkeypatch
-):
+def test_the_trainer_sees_the_device_and_jobs_of_other_devices_run_beside(store, job, monkeypatch):
     from lcm_lora.training.jobs import processes, supervisor
 
     first, _ = store.create(job("a"), "a", "0", visible="3")
@@ -238,5 +235,5 @@ def test_the_trainer_sees_the_device_and_jobs_of_other_devices_run_beside(
     supervisor.Supervisor(store)._round()
     assert started.keys() == {first, third}
     assert started[first]["CUDA_VISIBLE_DEVICES"] == started[first]["HIP_VISIBLE_DEVICES"] == "3"
-    assert store.job(other).told().keys() == store.job(first).told().keys()
-    assert "visible" not in store.job(first).told()
+    assert store.job(other).public().keys() == store.job(first).public().keys()
+    assert "visible" not in store.job(first).public()

@@ -19,7 +19,7 @@ from lcm_lora.tests.host.queued import (
     until,
 )
 from lcm_lora.tests.tally import half_files, orphans
-from lcm_lora.training.jobs import processes, supervisor
+from lcm_lora.training.jobs import processes, states, supervisor
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Data
 from safetensors.torch import save_file
@@ -157,7 +157,6 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
     comfy, store, job, monkeypatch, policy, device, times
 ):
     import comfy.model_management as management
-    from lcm_lora.nodes import jobs
     from lcm_lora.training.jobs import host
 
     waited, _ = store.create(job(), "a", device, policy=policy)
@@ -169,9 +168,9 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
             (store.path(waited) / "status.json").write_text('{"state": "done"}')
 
     monkeypatch.setattr(host, "store", lambda: store)
-    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(host, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(management, "unload_all_models", lambda: calls.append("unload"))
-    assert jobs._ended(store.job(waited)).state == "done"
+    assert host._done(store.job(waited), lambda _: None).state == "done"
     assert calls == ["unload"] * times + ["look"] * (6 - times)
 
 
@@ -199,7 +198,8 @@ def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeyp
     """With a second folder, as extra_model_paths.yaml names it."""
     import folder_paths
     from comfy.sd1_clip import load_embed
-    from lcm_lora.training.jobs.host import Order, _spec
+    from lcm_lora.training.jobs.host import _spec
+    from lcm_lora.training.jobs.order import Order
 
     kept = folder_paths.folder_names_and_paths["embeddings"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([*kept[0]], kept[1]))
@@ -240,17 +240,17 @@ def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
 
 def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path, monkeypatch):
     import folder_paths
-    from lcm_lora.training.jobs.host import _given
+    from lcm_lora.training.jobs.host import _input
 
     given, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
     for folder in (given, elsewhere):
         folder.mkdir()
     (given / "linked").symlink_to(elsewhere)
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(given))
-    assert _given("linked") == str(given / "linked")
+    assert _input("linked") == str(given / "linked")
     for name in ("linked/../../elsewhere", "../elsewhere", str(elsewhere), ".", "linked/..", ""):
         with pytest.raises(ValueError, match="is not inside ComfyUI's input folder"):
-            _given(name)
+            _input(name)
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):
@@ -260,7 +260,7 @@ def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_p
     (host / "comfy" / "__init__.py").touch()
     (host / "comfy" / "sd.py").touch()
     (host / "comfy" / "options.py").write_text("import os, signal; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(supervisor, "PAUSES", (0.1, 0.1, 0.1))
+    monkeypatch.setattr(states, "PAUSES", (0.1, 0.1, 0.1))
     bad, _ = store.create(job("bad", host=str(host)), "bad")
     assert supervisor.main(store.folder) == 0
     found = store.job(bad)

@@ -30,8 +30,8 @@ def made(model, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def apply(model, tensors, strength=1.0):
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import parse
 
     patched, _, coverage = apply(model, None, parse(tensors, {}, "a"), strength, 0.0)
     assert coverage.taken == coverage.total and not coverage.left_over
@@ -109,8 +109,8 @@ def test_a_weight_on_a_device_without_float64(model, kind):
 def test_the_hosts_patches_before_and_after(model):
     """A MODEL patched before: the magnitude is that of the weight as it comes. After: added."""
     import comfy.sd
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.opaque import merged
-    from lcm_lora.lora.wire import parse
 
     tensors, _ = made(model, "DoRA")
     plain = {key: t for key, t in dialects(model)["kohya"].items()}
@@ -159,8 +159,8 @@ def test_a_difference_in_another_shape_of_the_same_weight_is_added(model):
 
 def test_a_magnitude_that_does_not_fit_is_named_and_not_applied(model):
     """What a file alone does not tell: it divides the columns, and is neither of the two sides."""
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import parse
 
     tensors = dialects(model)["kohya"]
     name = next(key for key in tensors if "resnets_0_conv1.lora_up" in key).split(".")[0]
@@ -174,7 +174,7 @@ def test_a_magnitude_that_does_not_fit_is_named_and_not_applied(model):
 @pytest.mark.parametrize("held", [False, True], ids=["at rest", "held by the host"])
 def test_what_was_applied_is_extracted_again(model, held):
     """The whole difference; also while the host has patched the weights that both models share."""
-    from lcm_lora.lora.host import differences
+    from lcm_lora.lora.weights.host import differences
 
     tensors, expected = made(model, "DoRA")
     before = {key: model.model.state_dict()[key].clone() for key in expected}
@@ -197,8 +197,8 @@ def test_what_was_applied_is_extracted_again(model, held):
 def test_a_part_of_a_fused_weight_is_merged_alone(model, kind):
     """The host addresses q, k and v of a fused weight as (key, (axis, start, length))."""
     import comfy.lora
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.weights.host import Merge
-    from lcm_lora.lora.wire import parse
 
     torch.manual_seed(0)
     weight = torch.randn(3 * 320, 320)

@@ -3,7 +3,7 @@ and LCM-LoRA-shaped files on the real families' shapes, whole in every dialect."
 
 import pytest
 import torch
-from lcm_lora.dev.bench.networks import FAMILIES, RECIPE, SMALL, SMALL_DIFFUSERS
+from lcm_lora.dev.bench.networks import ARCHITECTURES, RECIPE, SMALL, SMALL_DIFFUSERS
 from lcm_lora.tests.host.tiny_lora import dialects_of, patched_weights
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is a developer's package")
@@ -47,7 +47,7 @@ def paths_of(model) -> dict[str, str]:
 
 def same_merge(model, unet, merged: dict[str, torch.Tensor], file, taken: int) -> None:
     """Applies a file to the host's model with unet's weights, and compares with `merged`."""
-    from lcm_lora.lora.files import read
+    from lcm_lora.lora.formats.files import read
     from lcm_lora.lora.host import apply
 
     before, keys = unet.state_dict(), paths_of(model)
@@ -133,13 +133,13 @@ def test_a_network_of_lycoris_does_what_its_merge_does(model, unet, algorithm, t
 @pytest.fixture(scope="module", params=COUNTS)
 def whole(comfy, request):
     """(family, a model of its shapes without numbers)"""
-    return request.param, patcher(FAMILIES[request.param], "meta")
+    return request.param, patcher(ARCHITECTURES[request.param], "meta")
 
 
 def test_lcm_loras_are_taken_whole_in_every_dialect(whole):
     """Factors without numbers, of the shapes of the official files."""
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import parse
     from lcm_lora.training.adapter import Adapter
 
     family, model = whole

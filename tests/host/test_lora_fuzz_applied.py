@@ -88,8 +88,8 @@ def try_one(model, tensors, strength: float, caplog) -> str:
     """Applies a file and looks at every weight; -> what became of it."""
     import comfy.lora
     from comfy.model_patcher import get_key_weight
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import parse
 
     try:
         patched, _, coverage = apply(model, None, parse(tensors, {}, "a"), strength, 0.0)

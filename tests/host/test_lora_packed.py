@@ -21,7 +21,7 @@ def model(comfy):
 
 
 def vector(tensors):
-    from lcm_lora.lora.wire import parse
+    from lcm_lora.lora.formats.parse import parse
 
     return parse(tensors, {}, "a")
 
@@ -84,7 +84,8 @@ def test_a_dora_is_of_the_unpacked_weight(model, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_was_applied_is_extracted_from_a_packed_model(model, name):
-    from lcm_lora.lora.host import apply, differences
+    from lcm_lora.lora.host import apply
+    from lcm_lora.lora.weights.host import differences
 
     base, expected = in_format(model, name), vector(dialects(model)["kohya"])
     patched, _, _ = apply(base, None, expected, 0.5, 0.0)
@@ -110,7 +111,8 @@ def unpacked_plain(model, key):
 def test_a_layer_that_scales_its_inputs(model):
     """W (s x), ModelOpt's smoothing: the LoRA is of the inputs before that."""
     from comfy.quant_ops import QUANT_ALGOS
-    from lcm_lora.lora.host import apply, differences
+    from lcm_lora.lora.host import apply
+    from lcm_lora.lora.weights.host import differences
 
     base, scale = in_format(model, "nvfp4"), 0.5 + torch.rand(320)
     if "pre_quant_scale" not in QUANT_ALGOS["nvfp4"]["parameters"]:
@@ -149,7 +151,8 @@ def _patched(patcher, key, weight):
 
 def test_a_gguf_model_takes_every_module_and_is_not_extracted(comfy):
     import comfy.lora
-    from lcm_lora.lora.host import apply, differences
+    from lcm_lora.lora.host import apply
+    from lcm_lora.lora.weights.host import differences
 
     plain = tiny_model()
     base = packed.as_gguf(tiny_model())

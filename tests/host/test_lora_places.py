@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from lcm_lora.dev.bench.networks import FAMILIES, SDXL
+from lcm_lora.dev.bench.networks import ARCHITECTURES, SDXL
 from lcm_lora.tests.host.test_lora_dialects import patcher
 from lcm_lora.tests.host.tiny_lora import patched_weights, tiny_model
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ REFINER = SDXL | {
 }  # fmt: skip
 
 
-UNETS = {**FAMILIES, "KOALA": KOALA, "refiner": REFINER}
+UNETS = {**ARCHITECTURES, "KOALA": KOALA, "refiner": REFINER}
 
 
 def text_model(family: str) -> torch.nn.Module:
@@ -90,7 +90,7 @@ def spellings(encoder: str, path: str, family: str) -> list[str]:
 
 def assert_none_is_lost(listed: dict, table: dict) -> None:
     """What the host lists under a name is found under the name that a vector gives to it."""
-    from lcm_lora.lora.names import canonical_names
+    from lcm_lora.lora.formats.names import canonical_names
 
     for name, target in listed.items():
         if not name.endswith(".bias"):  # `X.bias.diff` is the diff_b of X
@@ -101,7 +101,9 @@ def assert_none_is_lost(listed: dict, table: dict) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
     import comfy.lora
-    from lcm_lora.lora.names import canonical_names, places, split_key
+    from lcm_lora.lora.formats.keys import split_key
+    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.places import places
 
     model = text_model(family)
     listed = comfy.lora.model_lora_keys_clip(model, {})
@@ -121,7 +123,9 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
 def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
     """Each in a file of its own, so that nothing but the model tells how its blocks are counted."""
     import comfy.lora
-    from lcm_lora.lora.names import canonical_names, places, split_key
+    from lcm_lora.lora.formats.keys import split_key
+    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.places import places
 
     model = patcher(UNETS[family], "meta").model
     listed = comfy.lora.model_lora_keys_unet(model, {})
@@ -145,7 +149,7 @@ def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
 def test_a_part_of_a_native_file_never_names_another_layer(comfy, family):
     """Blocks get diffusers' numbers, or keep their own if these can mean two blocks."""
     import comfy.utils
-    from lcm_lora.lora.names import canonical_names
+    from lcm_lora.lora.formats.names import canonical_names
 
     paths = {
         f"diffusion_model.{native.removesuffix('.weight')}": path.removesuffix(".weight")
@@ -204,9 +208,10 @@ SMALL = {
 def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy, tmp_path):
     """A file as ComfyUI's own Extract and Save Lora writes it of a CLIP of SDXL."""
     import comfy.sd
-    from lcm_lora.lora.files import read, write
+    from lcm_lora.lora.formats.files import read, write
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.formats.wire import from_wire, to_wire
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import from_wire, parse, to_wire
 
     clip = clip_of({
         f"{encoder}.transformer.{path}": tuple(width * side for side in shape)
@@ -267,8 +272,8 @@ def test_a_part_of_a_weight_is_patched_as_the_host_patches_it(comfy):
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models
+    from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
-    from lcm_lora.lora.wire import parse
 
     config = {
         "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 8,

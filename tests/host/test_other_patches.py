@@ -194,8 +194,8 @@ def toy(toy_checkpoint):
 
 def test_clip_skip_before_and_after_a_vector_is_applied(comfy, toy):
     from lcm_lora.dev.toy import assemble
-    from lcm_lora.lora.files import read
-    from lcm_lora.lora.wire import to_wire
+    from lcm_lora.lora.formats.files import read
+    from lcm_lora.lora.formats.wire import to_wire
     from lcm_lora.nodes.vectors import LCMLoRAApply
 
     from nodes import CLIPSetLastLayer, CLIPTextEncode

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from lcm_lora.tests.host.queued import ended, gone, kill_supervisor, trainer, until
-from lcm_lora.training.jobs import processes, ray_job, supervisor
+from lcm_lora.training.cluster.settings import Cluster
+from lcm_lora.training.jobs import processes, supervisor
 
 pytest.importorskip("ray", reason="ray is not installed")
 TOKEN = "0123456789abcdef" * 4
@@ -64,7 +65,7 @@ def settings(store, comfy, tmp_path):
         storage.mkdir(exist_ok=True)
         told = {"address": address, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
         told["token"] = token
-        (store.folder.parent / ray_job.SETTINGS).write_text(json.dumps(told))
+        (store.folder.parent / Cluster.FILE).write_text(json.dumps(told))
         return storage
 
     return write
@@ -158,7 +159,7 @@ def test_a_cluster_that_is_not_there_is_told_and_asked_again(store, job, setting
     ("change", "says"),
     [
         ({"address": "head:8265"}, "must begin with http"),
-        ({"storage": "/nowhere"}, "must be a folder"),
+        ({"storage": "/nowhere"}, "must be an existing folder"),
         ({"gpu": 1}, "unknown settings: gpu"),
         ({"token": 5}, "token must be text"),
     ],
@@ -168,7 +169,7 @@ def test_settings_that_are_refused(tmp_path, change, says):
     good = {"address": "http://head:8265", "storage": str(tmp_path), "host": "/ComfyUI"}
     file.write_text(json.dumps(good | change))
     with pytest.raises(ValueError, match=says):
-        ray_job.Cluster.read(file)
+        Cluster.read(file)
     file.write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        ray_job.Cluster.read(file)
+    with pytest.raises(ValueError, match="not JSON"):
+        Cluster.read(file)

@@ -38,7 +38,7 @@ def test_the_networks_train(parts):
 @pytest.mark.parametrize("kind", ["lcm", "style"])
 def test_a_lora_trains_and_its_file_is_taken_whole(parts, kind, tmp_path):
     from lcm_lora.dev.toy import train
-    from lcm_lora.lora import files
+    from lcm_lora.lora.formats import files
 
     data = parts["latents"], parts["labels"], parts["context"]
     before = {name: p.clone() for name, p in parts["unet"].named_parameters()}

@@ -86,25 +86,26 @@ def moved(tensors, old, new):
     return {new + key.removeprefix(old): v for key, v in tensors.items() if key.startswith(old)}
 
 
-def a_step(checkpoint, tmp_path):
+def load_and_train(checkpoint, tmp_path):
     """Loads the teacher, takes a training step, writes the LoRA; -> the teacher."""
-    from lcm_lora.lora import files
+    from lcm_lora.lora.formats import files
+    from lcm_lora.tests.unit.toy_network import a_step
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.export import vector
-    from lcm_lora.training.objective import lcm_loss
+    from lcm_lora.training.objectives import lcm
     from lcm_lora.training.teacher import Teacher
 
     teacher = Teacher.load(checkpoint, "fp32")
     adapter = Adapter(teacher.network, 2, 2.0)
     texts = teacher.text("a photo of a bag")
     about = {name: value[None] for name, value in texts.items()}
-    about["sizes"] = torch.tensor([(64, 64, 0, 0, 64, 64)])
-    cond, uncond = teacher.conditions(about)
+    cond, uncond = teacher.conditions(about, torch.tensor([(64, 64, 0, 0, 64, 64)]))
     assert cond.keys() == uncond.keys()
     assert ("y" in cond) == teacher.has_sizes
     z0, eps = torch.randn(2, 1, 4, 8, 8).to(teacher.device)
     index = torch.tensor([30], device=teacher.device)
-    loss = lcm_loss(teacher, adapter, teacher.schedule, z0, eps, index, cond, uncond, 7.5)
+    batch = z0, eps, index, cond, uncond, 7.5
+    loss = a_step(lcm.loss, teacher, adapter, teacher.schedule, *batch)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None for p in teacher.network.parameters())
@@ -115,7 +116,7 @@ def a_step(checkpoint, tmp_path):
         "fp16",
         False,
     )
-    assert teacher.untaken(tmp_path / "lcm.safetensors") == []
+    assert teacher.unmatched(tmp_path / "lcm.safetensors") == []
     return teacher
 
 
@@ -137,23 +138,24 @@ def test_a_step_on_a_teacher_of_each_family(comfy, toy_checkpoint, tmp_path, cas
     path = tmp_path / "teacher.safetensors"
     save_file(tensors, path)
     del tensors
-    teacher = a_step(path, tmp_path)
+    teacher = load_and_train(path, tmp_path)
     path.unlink()
-    assert case.startswith(teacher.family)
+    assert case.startswith(teacher.architecture)
     assert teacher.schedule.prediction == prediction
     assert (teacher.schedule.alphas_cumprod[-1] < 1e-6) == ("ztsnr" in marks)
 
 
 def test_an_sd15_teacher(comfy, toy_checkpoint, tmp_path):
-    teacher = a_step(toy_checkpoint, tmp_path)
-    assert (teacher.family, teacher.schedule.prediction) == ("SD1.5", "eps")
+    teacher = load_and_train(toy_checkpoint, tmp_path)
+    assert (teacher.architecture, teacher.schedule.prediction) == ("SD1.5", "eps")
 
 
 @pytest.mark.parametrize("precision, near, along", [("bf16", 0.25, 0.8), ("fp16", 0.05, 0.98)])
 def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precision, near, along):
     """Student and target are close, so that bfloat16's rounding shows in their difference."""
+    from lcm_lora.tests.unit.toy_network import a_step
     from lcm_lora.training.adapter import Adapter
-    from lcm_lora.training.objective import lcm_loss
+    from lcm_lora.training.objectives import lcm
     from lcm_lora.training.teacher import DTYPES, Teacher
 
     found = {}
@@ -162,12 +164,12 @@ def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precis
         assert next(teacher.network.parameters()).dtype == DTYPES[each]
         adapter = Adapter(teacher.network, 4, 4.0)
         about = {name: value[None] for name, value in teacher.text("a photo of a bag").items()}
-        cond, uncond = teacher.conditions(about)
+        cond, uncond = teacher.conditions(about, torch.tensor([(64, 64, 0, 0, 64, 64)]))
         noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         z0, eps = noise.to(teacher.device)
         index = torch.tensor([30], device=teacher.device)
         batch = z0, eps, index, cond, uncond, 2.5
-        loss = lcm_loss(teacher, adapter, teacher.schedule, *batch)
+        loss = a_step(lcm.loss, teacher, adapter, teacher.schedule, *batch)
         loss.backward()
         grads = torch.cat([layer.up.grad.flatten() for layer in adapter.layers])
         assert grads.dtype == torch.float32

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lora.training import bank, sources
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.processes import Processes
+from lcm_lora.training.data import bank, sources
+from lcm_lora.training.ranks import Ranks
 from lcm_lora.training.spec import Data, Spec
 
 PROMPTS = ("a photo of a bag", "a photo of a dress", "a photo of an ankle boot")
@@ -34,14 +34,14 @@ def teacher(comfy, toy_checkpoint):
 def latents(teacher, toy_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bank")
     source = sources.source(spec_of(folder, toy_checkpoint), teacher)
-    bank.build(folder, source, teacher.text, 0.0, Processes(), lambda *told: None)
+    bank.build(folder, source, teacher.text, 0.0, Ranks(), lambda *told: None)
     return bank.Bank(folder)
 
 
 @pytest.fixture
 def trained(teacher, latents, toy_checkpoint, tmp_path):
     """trained(**settings) -> (the run, its adapter's tensors) after all steps."""
-    from lcm_lora.training.loop import Run
+    from lcm_lora.training.state.loop import Run
 
     count = iter(range(100))
 
@@ -50,7 +50,7 @@ def trained(teacher, latents, toy_checkpoint, tmp_path):
         spec = spec_of(job, toy_checkpoint, **changes)
         adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
         try:
-            made = Run(spec, job, teacher, adapter, latents, Processes(), None, None, lambda: "")
+            made = Run(spec, job, teacher, adapter, latents, Ranks(), None, None, lambda: "")
             assert made.train() == "done"
         finally:
             adapter.detach()
@@ -99,7 +99,7 @@ def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
     limit = teacher.network.register_forward_pre_hook(never)
     forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
     try:
-        with pytest.raises(MemoryError, match="does not hold one picture's training step"):
+        with pytest.raises(MemoryError, match="too small for a training step with one picture"):
             trained()
     finally:
         limit.remove()
@@ -107,8 +107,8 @@ def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
 
 
 def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkpoint, monkeypatch):
-    from lcm_lora.training import loop
     from lcm_lora.training.plan import plan
+    from lcm_lora.training.state import progress
 
     again = []
 
@@ -116,12 +116,12 @@ def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkp
         if torch.is_grad_enabled() and not (again and len(inputs[0]) == 1):
             raise torch.OutOfMemoryError("too large for a gradient")
 
-    monkeypatch.setattr(loop, "recompute_blocks", again.append)
+    monkeypatch.setattr(progress, "recompute_blocks", again.append)
     adapter = Adapter(teacher.network, 4, 4.0)
     limit = teacher.network.register_forward_pre_hook(only_one_that_is_recomputed)
     try:
         told = plan(spec_of("/b", toy_checkpoint, passes=2), teacher, adapter, 8)
-        with pytest.raises(MemoryError, match="does not hold one picture's training step"):
+        with pytest.raises(MemoryError, match="too small for a training step with one picture"):
             again.clear()
             plan(spec_of("/b", toy_checkpoint, checkpointing="off"), teacher, adapter, 8)
     finally:
@@ -175,7 +175,7 @@ def test_it_goes_on_with_less_when_memory_runs_out_in_backward(trained, teacher,
 def test_memory_that_runs_out_as_gradients_are_averaged_is_tried_again(
     trained, teacher, monkeypatch
 ):
-    averaged = Processes.mean_
+    averaged = Ranks.mean_
     calls = []
 
     def full_at_first(self, tensors):
@@ -184,7 +184,7 @@ def test_memory_that_runs_out_as_gradients_are_averaged_is_tried_again(
             raise torch.OutOfMemoryError("no room for a copy of all gradients")
         return averaged(self, tensors)
 
-    monkeypatch.setattr(Processes, "mean_", full_at_first)
+    monkeypatch.setattr(Ranks, "mean_", full_at_first)
     run, found = trained()
     assert run.progress.micro_batch == 2 and len(calls) == 4
     _, wanted = trained(micro_batch=2)
@@ -203,7 +203,8 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     """Two blocks, each adapter off, on, and on with gradients; torch's limit of variants is lower,
     as the usual limit is for a whole UNet."""
     import comfy.ldm.modules.attention as attention
-    from lcm_lora.training import loop, memory
+    from lcm_lora.training import memory
+    from lcm_lora.training.state import loop
 
     # As the trainer's own process has it; the other, for the processor, asks the system for memory.
     for name in ("optimized_attention", "optimized_attention_masked"):
@@ -233,7 +234,7 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
 def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
     trained, teacher, latents, toy_checkpoint, tmp_path, monkeypatch
 ):
-    from lcm_lora.training.loop import Run
+    from lcm_lora.training.state.loop import Run
 
     plain, asked = torch.optim.AdamW, []
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, **o: plain(p, **o | {"fused": True}))
@@ -244,7 +245,7 @@ def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
     try:
         for outcome in ("pause", "done"):
             run = Run(
-                spec, tmp_path / "job", teacher, adapter, latents, Processes(), None, None,
+                spec, tmp_path / "job", teacher, adapter, latents, Ranks(), None, None,
                 pause_after_one,
             )  # fmt: skip
             assert run.train() == outcome
@@ -261,7 +262,7 @@ def test_phased_trains_as_well(trained):
 
 
 def test_warm_up_and_decay():
-    from lcm_lora.training.loop import learning_rate
+    from lcm_lora.training.state.progress import learning_rate
 
     spec = spec_of("/b", "/c", steps=100, warmup=10, decay="cosine", lr=1.0)
     rates = [learning_rate(spec, step) for step in range(100)]
@@ -273,7 +274,8 @@ def test_warm_up_and_decay():
 
 def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
     """2 steps a pass: with 3 passes, steps 0 to 5 need the teacher twice, and 6 and 7 twice."""
-    from lcm_lora.training import answers, loop
+    from lcm_lora.training.data import answers
+    from lcm_lora.training.state import loop
 
     asked = []
     ask = loop.teacher_step
@@ -294,7 +296,7 @@ def test_answers_of_earlier_passes_go(trained):
 @pytest.fixture
 def sampled(teacher, tmp_path):
     """sampled(name, objective) -> the errors of a job's sample pictures of three prompts."""
-    from lcm_lora.training.watch import Samples
+    from lcm_lora.training.state.samples import Samples
 
     adapter = Adapter(teacher.network, 4, 4.0, 5)
 
@@ -326,15 +328,15 @@ def test_sample_pictures_are_drawn_one_by_one_where_memory_is_short(sampled, tea
 def test_sample_pictures_get_the_noise_that_the_objective_wants(
     sampled, monkeypatch, objective, fresh
 ):
-    from lcm_lora.training import watch
+    from lcm_lora.training.state import samples
 
-    asked, real = set(), watch.picture_noise
+    asked, real = set(), samples.picture_noise
 
     def noise(*about):
         draw = real(*about)
         return lambda step: asked.add(step) or draw(step)
 
-    monkeypatch.setattr(watch, "picture_noise", noise)
-    monkeypatch.setattr(watch, "TEACHER_STEPS", 2)
+    monkeypatch.setattr(samples, "picture_noise", noise)
+    monkeypatch.setattr(samples, "TEACHER_STEPS", 2)
     sampled(objective, objective)
     assert asked == fresh

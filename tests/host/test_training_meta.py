@@ -3,10 +3,10 @@
 import pytest
 import torch
 from lcm_lora.dev.bench.networks import SMALL, host_unet
+from lcm_lora.tests.unit.toy_network import a_step
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import lcm_loss
-from lcm_lora.training.phased import phased_loss
-from lcm_lora.training.solver import Schedule
+from lcm_lora.training.objectives import lcm, phased
+from lcm_lora.training.objectives.solver import Schedule
 
 FAMILIES = {
     "SD1.5": SMALL,
@@ -33,8 +33,8 @@ def step(loss, config, prediction, table_on="meta", cfg_on="meta"):
         condition["y"] = torch.empty(2, 48, device="meta")
 
     z0, eps = torch.empty(2, 2, 4, 8, 8, device="meta")
-    value = loss(
-        lambda z, t, **condition: network(z, t.float(), **condition), adapter,
+    value = a_step(
+        loss, lambda z, t, **condition: network(z, t.float(), **condition), adapter,
         Schedule(torch.empty(1000, device=table_on), prediction), z0, eps,
         torch.empty(2, dtype=torch.int64, device="meta"), condition, condition,
         torch.empty(2, 1, 1, 1, device=cfg_on),
@@ -45,7 +45,7 @@ def step(loss, config, prediction, table_on="meta", cfg_on="meta"):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("loss", [lcm_loss, phased_loss])
+@pytest.mark.parametrize("loss", [lcm.loss, phased.loss])
 def test_a_step_leaves_nothing_on_the_cpu(loss, prediction, family):
     value, adapter = step(loss, FAMILIES[family], prediction)
     assert value.is_meta and value.shape == ()
@@ -53,7 +53,7 @@ def test_a_step_leaves_nothing_on_the_cpu(loss, prediction, family):
 
 
 @pytest.mark.parametrize("left", ["table_on", "cfg_on"])
-@pytest.mark.parametrize("loss", [lcm_loss, phased_loss])
+@pytest.mark.parametrize("loss", [lcm.loss, phased.loss])
 def test_a_tensor_left_on_the_cpu_is_noticed(loss, left):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta|device"):
         step(loss, SMALL, "eps", **{left: "cpu"})

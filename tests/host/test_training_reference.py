@@ -3,8 +3,8 @@
 import pytest
 import torch
 from lcm_lora.dev.bench.networks import (
+    ARCHITECTURES,
     DIFFUSERS,
-    FAMILIES,
     RECIPE,
     SMALL,
     SMALL_DIFFUSERS,
@@ -27,7 +27,7 @@ def lora_layers(unet):
     return {name: m for name, m in unet.named_modules() if hasattr(m, "lora_A")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_names_are_those_of_diffusers_and_peft(comfy, family):
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.export import vector
@@ -35,7 +35,7 @@ def test_names_are_those_of_diffusers_and_peft(comfy, family):
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**DIFFUSERS[family])
         theirs.add_adapter(recipe())
-    adapter = Adapter(host_unet(FAMILIES[family], "meta"), 4, 4.0)
+    adapter = Adapter(host_unet(ARCHITECTURES[family], "meta"), 4, 4.0)
     adapter.layers.to_empty(device="cpu")
     ours = vector(adapter.state(), adapter.alpha, {}, family).deltas
     wanted = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}
@@ -109,8 +109,9 @@ def twins(comfy_utils):
 @pytest.mark.parametrize("ours, theirs", [("eps", "epsilon"), ("v", "v_prediction")])
 def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
     import comfy.utils
-    from lcm_lora.training.objective import lcm_loss
-    from lcm_lora.training.solver import Schedule
+    from lcm_lora.tests.unit.toy_network import a_step
+    from lcm_lora.training.objectives import lcm
+    from lcm_lora.training.objectives.solver import Schedule
 
     network, adapter, unet, pairs = twins(comfy.utils)
     reference = Reference(unet, theirs)
@@ -125,8 +126,8 @@ def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
     wanted = (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
     wanted.backward()
 
-    loss = lcm_loss(
-        lambda z, t, context: network(z, t.float(), context), adapter,
+    loss = a_step(
+        lcm.loss, lambda z, t, context: network(z, t.float(), context), adapter,
         Schedule(reference.solver.alphas_cumprod, ours), z0, eps, index,
         {"context": c}, {"context": no_c}, 7.5,
     )  # fmt: skip

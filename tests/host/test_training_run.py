@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lora.lora import files
-from lcm_lora.lora.acceleration import acceleration
+from lcm_lora.lora.family import family_named
+from lcm_lora.lora.formats import files
 from lcm_lora.tests.host.queued import PROMPTS
 from lcm_lora.training import export
-from lcm_lora.training.bank import ROWS
+from lcm_lora.training.data.bank import ROWS
 from safetensors.torch import load_file, save_file
 
 RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
@@ -125,7 +125,7 @@ def test_a_baked_in_style_is_in_the_file(job):
 
 def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
     from lcm_lora.dev.toy import assemble
-    from lcm_lora.lora.wire import from_wire
+    from lcm_lora.lora.formats.wire import from_wire
     from lcm_lora.nodes import jobs
     from lcm_lora.training.jobs.store import Store
 
@@ -281,7 +281,7 @@ def test_no_better_for_long_enough_ends_with_the_best(job):
     best = min(range(len(errors)), key=errors.__getitem__)
     assert len(errors) == best + 3
     assert told[-1]["step"] < 60
-    from lcm_lora.training import checkpoints
+    from lcm_lora.training.state import checkpoints
 
     kept = checkpoints.read(spec.parent / "checkpoints", told[best]["step"])
     output = Path(json.loads(spec.read_text())["output"])
@@ -314,7 +314,7 @@ def test_finish_writes_what_there_is(job):
     found = files.read(Path(json.loads(spec.read_text())["output"]))
     assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
     assert not (spec.parent / "answers").exists()
-    assert acceleration(found.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
+    assert family_named(found.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])
@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(job, failin
     spec = job(lr=1.0, clip=1e9, steps=400, checkpoint_every=1, rank=32)
     message = failing(spec)
     assert "step" in message and "checkpoint" in message
-    from lcm_lora.training.checkpoints import newest
+    from lcm_lora.training.state.checkpoints import newest
 
     last = newest(spec.parent / "checkpoints")
     assert all(tensor.isfinite().all() for tensor in last.adapter.values())

@@ -1,7 +1,7 @@
 """The layers an LCM-LoRA has, counted on the host's own networks: those of the official files."""
 
 import pytest
-from lcm_lora.dev.bench.networks import FAMILIES, host_unet
+from lcm_lora.dev.bench.networks import ARCHITECTURES, host_unet
 
 OFFICIAL = {"SD1.5": (278, 67.25), "SSD-1B": (423, 104.90), "SDXL": (788, 196.75)}
 
@@ -12,7 +12,7 @@ def test_modules_and_parameters_are_those_of_the_official_files(comfy, family):
     from lcm_lora.training.export import vector
 
     modules, millions = OFFICIAL[family]
-    network = host_unet(FAMILIES[family], "meta")
+    network = host_unet(ARCHITECTURES[family], "meta")
     adapter = Adapter(network, rank=1, alpha=64.0)  # its size is linear in the rank
     assert len(adapter.names) == modules
     count = 64 * sum(p.numel() for p in adapter.parameters())

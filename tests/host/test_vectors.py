@@ -29,7 +29,7 @@ def loras(comfy) -> Path:
 
 
 def vector(tensors, source="a.safetensors"):
-    from lcm_lora.lora.wire import parse
+    from lcm_lora.lora.formats.parse import parse
 
     return parse(tensors, {}, source)
 
@@ -63,7 +63,7 @@ def test_every_dialect_patches_every_module_alike(model, dialect):
 )
 def test_native_names_are_the_hosts_for_every_module(comfy, per_level, depth, depth_out, middle):
     import comfy.utils
-    from lcm_lora.lora.names import canonical_names
+    from lcm_lora.lora.formats.names import canonical_names
 
     config = {
         "num_res_blocks": per_level,
@@ -89,7 +89,7 @@ def test_native_names_are_the_hosts_for_every_module(comfy, per_level, depth, de
 
 def test_our_wire_is_taken_whole_by_the_hosts_own_loader(model):
     import comfy.sd
-    from lcm_lora.lora.wire import to_wire
+    from lcm_lora.lora.formats.wire import to_wire
 
     wire = to_wire(vector(dialects(model)["peft"]))
     patched, _ = comfy.sd.load_lora_for_models(model, None, wire, 1.0, 0.0)
@@ -131,7 +131,7 @@ def test_a_sum_with_factors_and_a_full_difference_of_one_module_adds_both(model)
     torch.testing.assert_close(patched_weights(patched)[f"{key}.weight"], expected)
     # The host's own loader keeps one change a weight.
     from comfy.sd import load_lora_for_models
-    from lcm_lora.lora.wire import to_wire
+    from lcm_lora.lora.formats.wire import to_wire
 
     theirs, _ = load_lora_for_models(model, None, to_wire(vector(tensors)), 1.0, 0)
     torch.testing.assert_close(patched_weights(theirs)[f"{key}.weight"], expected)
@@ -274,7 +274,7 @@ def test_settings_that_exact_cannot_honour_are_refused(comfy, rank, energy):
 
 
 def test_svd_makes_the_same_sum_smaller_and_tells_its_error(model):
-    from lcm_lora.lora.wire import from_wire, to_wire
+    from lcm_lora.lora.formats.wire import from_wire, to_wire
     from lcm_lora.nodes.combine import LCMLoRACombine
 
     one, two = (vector(dialects(model, 4, seed)["kohya"]) for seed in (0, 1))
@@ -308,8 +308,8 @@ def test_a_count_shows_its_vectors_and_weights(comfy):
 def test_what_was_applied_in_the_graph_is_extracted_again(model):
     """A LoRA, a bias and a norm on a model: the difference to the model is what was applied."""
     from lcm_lora.lora.extract import extract
-    from lcm_lora.lora.host import differences
-    from lcm_lora.lora.wire import from_wire
+    from lcm_lora.lora.formats.wire import from_wire
+    from lcm_lora.lora.weights.host import differences
     from lcm_lora.nodes.extract import LCMLoRAExtract
 
     tensors = dialects(model)["kohya"]
@@ -360,9 +360,9 @@ def test_a_stack_does_what_its_loras_do_one_after_the_other(model, loras, comfy)
 
 
 def test_what_only_a_name_tells_of_a_stacks_lora_goes_into_the_sum(model, loras):
-    from lcm_lora.lora.acceleration import FAMILY
-    from lcm_lora.lora.metadata import RECIPE
-    from lcm_lora.lora.whole import sha256
+    from lcm_lora.lora.atomic import sha256
+    from lcm_lora.lora.family import FAMILY
+    from lcm_lora.lora.formats.metadata import RECIPE
     from lcm_lora.nodes.stack import LCMLoRAFromStack
 
     path = loras / "hyper-sd-8steps.safetensors"
@@ -407,7 +407,7 @@ def test_a_file_of_a_stack_that_is_no_sum_is_refused_at_any_strength(loras, stre
 
 
 def test_the_nodes_for_parts_and_rules(model):
-    from lcm_lora.lora.wire import from_wire, to_wire
+    from lcm_lora.lora.formats.wire import from_wire, to_wire
     from lcm_lora.nodes.combine import LCMLoRACombine
     from lcm_lora.nodes.weigh import LCMLoRABlocks, LCMLoRAProtect
 
@@ -417,7 +417,7 @@ def test_the_nodes_for_parts_and_rules(model):
     assert names and all("attentions" in name for name in names)
     assert attention.source == "1 [attention=1, rest=0; output=0.5]"
     clear, report = LCMLoRAProtect.execute(style, lcm, 1.0).args
-    assert "% of the energy of 1 taken away" in report
+    assert "% of the energy of 1 removed" in report
     count = {"count": "2", "vector_1": lcm, "vector_2": clear, "weight_1": 1.0, "weight_2": 0.8}
     merged, report = LCMLoRACombine.execute(count, "ties", 6, 1.0, 0.0, 0.5, 0).args
     assert {delta.rank for delta in from_wire(merged).deltas.values()} == {6}
@@ -431,7 +431,7 @@ def test_the_nodes_for_parts_and_rules(model):
 
 def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, monkeypatch):
     from lcm_lora.lora.blocks import PRESETS
-    from lcm_lora.lora.wire import to_wire
+    from lcm_lora.lora.formats.wire import to_wire
     from lcm_lora.nodes.weigh import LCMLoRABlocks
 
     shown = []
@@ -453,7 +453,7 @@ def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, m
 def test_whole_changes_are_worked_on_where_there_are_decompositions(comfy, monkeypatch, given,
                                                                     expected):  # fmt: skip
     import comfy.model_management
-    from lcm_lora.lora.host import device
+    from lcm_lora.nodes.host import device
 
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(given))
     assert device().type == expected

@@ -57,7 +57,7 @@ def ground(host_folder, tmp_path, server, subject):
 def browser():
     """Chromium, for the tests of one file: while it is there, no other event loop can run."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    from lcm_lora.dev.browser import chromium
+    from lcm_lora.tests.server.browser import chromium
 
     if (found := chromium()) is None:
         pytest.skip("there is no Chromium here, and only root can install Debian's")

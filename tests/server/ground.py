@@ -2,8 +2,9 @@
 
 import time
 
-from lcm_lora.training import disk
-from lcm_lora.training.jobs import processes, supervisor
+from lcm_lora.training.jobs import processes
+from lcm_lora.training.jobs.records import Attempt
+from lcm_lora.training.jobs.states import CRASHES
 
 STEPS = 30
 ENDED = ("done", "failed", "paused")
@@ -61,9 +62,9 @@ class Ground:
 
     def spared(self, job: str) -> None:
         """Lets a job come on that fails, by its rules, at the next crash without a new step."""
-        known = disk.read_object(self.store.path(job) / "supervisor.json")
-        if known.get("crashes", 0) >= supervisor.CRASHES:
-            while (now := self.store.job(job)).step <= known["step"] and now.state not in ENDED:
+        attempt = Attempt.read(self.store.path(job)) or Attempt()
+        if attempt.crashes >= CRASHES:
+            while (now := self.store.job(job)).step <= attempt.step and now.state not in ENDED:
                 time.sleep(0.1)
 
     def kill(self, victim: str, job: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-from lcm_lora.dev.browser import READY
+from lcm_lora.tests.server.browser import READY
 
 TEMPLATES = "/api/workflow_templates/lcm-lora"
 

@@ -15,15 +15,3 @@ def test_links_lead_somewhere(page):
     for link in links:
         if not link.startswith(("http", "#")):
             assert (page.parent / link.partition("#")[0]).exists(), link
-
-
-@pytest.mark.parametrize("page", (ROOT / "web" / "docs").glob("*.md"), ids=lambda page: page.stem)
-def test_a_help_page_has_a_picture(page):
-    assert re.search(r"!\[[^]]+\]\(\w+\.jpg\)", page.read_text(encoding="utf-8"))
-
-
-def test_every_picture_of_a_help_page_is_shown():
-    pages = ROOT / "web" / "docs"
-    text = "".join(page.read_text(encoding="utf-8") for page in pages.glob("*.md"))
-    shown = re.findall(r"\]\((\w+\.jpg)\)", text)
-    assert set(shown) == {file.name for file in pages.glob("*.jpg")}

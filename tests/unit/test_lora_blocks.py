@@ -6,7 +6,7 @@ import pytest
 import torch
 from lcm_lora.lora.blocks import PRESETS, group_of, parse_weights, weighted
 from lcm_lora.lora.delta import Delta, Vector
-from lcm_lora.lora.metadata import METHOD, RECIPE
+from lcm_lora.lora.formats.metadata import METHOD, RECIPE
 
 DOWN = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 FEED = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
@@ -133,7 +133,7 @@ def test_what_is_no_sum_has_no_half():
     vector = Vector({}, opaque={UP: parts, DOWN: parts})
     found = weighted(vector, parse_weights("input=0"), "so")
     assert found.opaque.keys() == {UP}
-    with pytest.raises(ValueError, match="DoRA weights, which have no half"):
+    with pytest.raises(ValueError, match="DoRA weights, which cannot be scaled"):
         weighted(vector, parse_weights("input=0.5"), "so")
 
 

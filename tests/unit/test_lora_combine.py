@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lora.lora.acceleration import FAMILY
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.elementwise.table import RULES
-from lcm_lora.lora.metadata import METHOD, RECIPE
-from lcm_lora.lora.wire import describe, from_wire, parse, to_wire
+from lcm_lora.lora.family import FAMILY
+from lcm_lora.lora.formats.describe import describe
+from lcm_lora.lora.formats.metadata import METHOD, RECIPE
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 from torch import nn
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -161,10 +163,10 @@ def test_the_acceleration_survives_a_style_and_two_of_them_are_told():
         for family in ("lcm", "tcd", None)
     )
     combined, report = exact([style, lcm], [0.8, 1.0])
-    assert combined.metadata[FAMILY] == "lcm" and "different kinds" not in report
+    assert combined.metadata[FAMILY] == "lcm" and "different families" not in report
     combined, report = exact([combined, tcd], [1.0, 0.5])
     assert combined.metadata[FAMILY] == "lcm + tcd"
-    assert "different kinds (lcm + tcd)" in report
+    assert "different families (lcm + tcd)" in report
     assert FAMILY not in exact([style, lcm], [1.0, 0.0])[0].metadata
 
 
@@ -217,8 +219,8 @@ def test_keys_that_are_no_part_of_a_lora_are_told():
     tensors = {f"{LINEAR}.lora_up.weight": rand(20, 2), f"{LINEAR}.lora_down.weight": rand(2, 12)}
     vector = from_wire(to_wire(parse(tensors | {"bundle_emb.x": torch.ones(2)}, {}, "a")))
     assert vector.ignored == ("bundle_emb.x",)
-    assert "1 keys are no part of a LoRA and left out: bundle_emb.x (an" in describe(vector)
-    assert "1 keys are no part of a LoRA" in exact([vector], [1.0])[1]
+    assert "1 keys are not part of the LoRA and were left out: bundle_emb.x (an" in describe(vector)
+    assert "1 keys are not part of the LoRA" in exact([vector], [1.0])[1]
 
 
 PROJ = "lora_unet_input_blocks_5_1_proj_in"  # attentions_1 of block 1 in SD, 0 of block 2 in KOALA

@@ -4,10 +4,10 @@ import pytest
 import torch
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.elementwise.table import RULES
-from lcm_lora.lora.files import write
+from lcm_lora.lora.formats.files import write
+from lcm_lora.lora.formats.wire import from_wire
 from lcm_lora.lora.protect import protected
 from lcm_lora.lora.reduce import truncated
-from lcm_lora.lora.wire import from_wire
 from lcm_lora.tests.unit.elsewhere import Elsewhere
 
 Q, NORM = (f"lora_unet_down_blocks_0_attentions_0_{end}" for end in ("proj_in", "norm"))

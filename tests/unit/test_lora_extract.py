@@ -37,7 +37,7 @@ def test_what_a_lora_changed_is_found_again():
     assert vector.deltas.keys() == {"a"} and vector.diffs.keys() == {"a.diff_b", "norm.diff"}
     torch.testing.assert_close(vector.deltas["a"].matrix(), up @ down, rtol=1e-4, atol=1e-4)
     assert vector.diffs["norm.diff"].equal(norm)
-    assert "1 layers of rank 4 or less, 2 norms and biases" in report
+    assert "1 layers with rank 4 or less, 2 norms and biases" in report
     assert float(report.partition("relative error ")[2].partition(".\n")[0]) < 1e-5
     again, _ = extract(layers, 4, 0, "x")
     assert again.deltas["a"].up.equal(vector.deltas["a"].up)

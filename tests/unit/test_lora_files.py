@@ -7,11 +7,12 @@ import re
 
 import pytest
 import torch
+from lcm_lora.lora.architecture import architecture_of
 from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
-from lcm_lora.lora.family import family_of
-from lcm_lora.lora.files import DTYPES, balanced, fingerprint, inside, offered, read, write
-from lcm_lora.lora.names import native_to_diffusers
+from lcm_lora.lora.formats.filenames import inside, offered
+from lcm_lora.lora.formats.files import DTYPES, balanced, fingerprint, read, write
+from lcm_lora.lora.formats.names import native_to_diffusers
 from safetensors.torch import load_file, save_file
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -161,16 +162,9 @@ def whole_file() -> bytes:
     ("content", "words"),
     [
         (b"", "is empty"),
-        (whole_file()[:-100], "is not a complete safetensors file"),
-        (whole_file()[:5], "is not a complete safetensors file"),
-        (b"<html>404 not found</html>", "is a web page"),
-        (b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page"),
-        (b'{"error": "Invalid username or password."}', "is JSON text"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13\n",
-            "is a Git LFS pointer",
-        ),
-        (b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
+        (whole_file()[:-100], "not a complete safetensors file"),
+        (whole_file()[:5], "not a complete safetensors file"),
+        (b"<html>404 not found</html>", "not a complete safetensors file"),
         (pickle.dumps({"a": 1}), "is a pickle"),
         (b"PK\x03\x04 a torch zip", "is a pickle"),
     ],
@@ -244,7 +238,7 @@ def test_only_safetensors_are_offered():
 def test_the_family_is_told_by_width_and_depth(width, depth, name):
     block = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_{}_attn2_to_k"
     delta = vector(columns=width).deltas[NAME]
-    found = family_of({block.format(i): delta.shape for i in range(depth)})
+    found = architecture_of({block.format(i): delta.shape for i in range(depth)})
     assert (found and found.name) == name
 
 
@@ -275,16 +269,16 @@ def shapes_of(name: str) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("name", TYPES)
 def test_a_relative_of_sdxl_is_told_by_all_its_attentions(name):
     whole = shapes_of(name)
-    assert family_of(whole).name == name
+    assert architecture_of(whole).name == name
     part = {module: shape for module, shape in whole.items() if "_up_blocks_" not in module}
-    assert family_of(part).name == ("SDXL" if name == "SDXL" else "SDXL type")
+    assert architecture_of(part).name == ("SDXL" if name == "SDXL" else "SDXL type")
 
 
 def test_an_sdxl_lora_of_few_blocks_is_not_said_to_be_of_a_relative(tmp_path):
     deep = re.compile(r".*_transformer_blocks_[4-9]_.*")
     made = {m: Delta(torch.ones(2, 1), torch.ones(1, 2048)) for m in shapes_of("SDXL")}
     weighted_down = Vector({m: delta for m, delta in made.items() if not deep.match(m)})
-    assert family_of(weighted_down.shapes).name == "SDXL"
+    assert architecture_of(weighted_down.shapes).name == "SDXL"
     write(tmp_path / "a.safetensors", weighted_down, "fp16", overwrite=False)
     told = read(tmp_path / "a.safetensors").metadata
     assert told["ss_base_model_version"] == "sdxl_base_v1-0"

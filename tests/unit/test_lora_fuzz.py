@@ -17,11 +17,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lcm_lora.lora.combine import exact
-from lcm_lora.lora.files import read
+from lcm_lora.lora.formats.describe import describe
+from lcm_lora.lora.formats.files import read
+from lcm_lora.lora.formats.peft_config import PEFT_METADATA
 from lcm_lora.lora.opaque import merged, misfit
-from lcm_lora.lora.peft_config import PEFT_METADATA
 from lcm_lora.lora.reduce import truncated
-from lcm_lora.lora.wire import describe
 
 resource = pytest.importorskip("resource", reason="only POSIX tells a process's memory")
 MODULES = (

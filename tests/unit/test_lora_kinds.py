@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.files import read
-from lcm_lora.lora.kinds import left_out_because
+from lcm_lora.lora.formats.files import read
+from lcm_lora.lora.formats.kinds import left_out_because
 from safetensors.torch import save_file
 
 

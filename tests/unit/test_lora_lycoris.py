@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lcm_lora.lora.wire import from_wire, parse, to_wire
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 
 pytest.importorskip("lycoris", reason="lycoris-lora is not installed")
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"

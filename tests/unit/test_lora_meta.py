@@ -26,7 +26,7 @@ def test_deltas_are_made_of_their_factors_there(each):
     assert stacked.up.is_meta and stacked.down.is_meta and stacked.rank == 8
     grams = Grams(2)
     grams.add("input", stacked, [0, 1], [4, 4])
-    assert grams.of["input"].is_meta
+    assert grams.by_place["input"].is_meta
     parts = decomposed(each)
     assert parts.values.is_meta and parts.cut(3).down.is_meta
 

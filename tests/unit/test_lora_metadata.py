@@ -6,17 +6,18 @@ import json
 
 import pytest
 import torch
-from lcm_lora.lora.acceleration import FAMILY
 from lcm_lora.lora.blocks import parse_weights, weighted
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.elementwise.table import RULES
 from lcm_lora.lora.extract import extract
-from lcm_lora.lora.files import read, read_named, write
-from lcm_lora.lora.metadata import METHOD, RECIPE, RECIPE_SHOWN, described
+from lcm_lora.lora.family import FAMILY
+from lcm_lora.lora.formats.describe import RECIPE_SHOWN, describe, described
+from lcm_lora.lora.formats.files import read, read_named, write
+from lcm_lora.lora.formats.metadata import METHOD, RECIPE
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 from lcm_lora.lora.protect import protected
 from lcm_lora.lora.reduce import truncated
-from lcm_lora.lora.wire import describe, from_wire, to_wire
 
 DOWN = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 UP = "lora_unet_up_blocks_0_attentions_1_proj_in"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.names import canonical_names, host_name, places, split_key
-from lcm_lora.lora.wire import from_wire, parse, to_wire
+from lcm_lora.lora.formats.keys import split_key
+from lcm_lora.lora.formats.names import canonical_names
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.places import host_name, places
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -256,7 +259,7 @@ def test_text_encoders_are_spelled_as_the_family_does():
 )
 def test_adapters_that_are_not_known_are_named_and_refused(piece):
     tensors = factors(Q, ".lora_up.weight", ".lora_down.weight") | {f"{Q}.{piece}": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"a holds .* weights, which these nodes do not read"):
+    with pytest.raises(ValueError, match=r"a holds .* weights, which these nodes do not support"):
         parse(tensors, {}, "a")
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lcm_lora.lora.files import read, write
+from lcm_lora.lora.formats.files import read, write
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.wire import from_wire, to_wire
 from lcm_lora.lora.opaque import merged
-from lcm_lora.lora.wire import from_wire, parse, to_wire
 from lcm_lora.tests.unit.owners import LYCORIS, of_lycoris, of_peft
 
 NAME = "lora_unet_down_blocks_0_resnets_0_conv1"

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from lcm_lora.lora import peft_config
-from lcm_lora.lora.files import read
-from lcm_lora.lora.wire import parse
+from lcm_lora.lora.formats import peft_config
+from lcm_lora.lora.formats.files import read
+from lcm_lora.lora.formats.parse import parse
 from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft", reason="peft is a developer's package")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lcm_lora.lora.combine import exact
 from lcm_lora.lora.delta import Delta, Opaque, Vector
-from lcm_lora.lora.metadata import METHOD
+from lcm_lora.lora.formats.metadata import METHOD
 from lcm_lora.lora.protect import ENERGY, protected
 
 IN = "lora_unet_down_blocks_0_attentions_0_proj_in"
@@ -75,7 +75,7 @@ def test_an_acceleration_of_zeros_takes_nothing():
     zero = Vector({IN: Delta(torch.zeros(20, 3), torch.ones(3, 12))}, source="zero")
     found, report = protected(STYLE, zero, 1.0)
     torch.testing.assert_close(found.deltas[IN].matrix(), STYLE.deltas[IN].matrix())
-    assert report.startswith("0.00 % of the energy of style taken away, in 1 of 3 modules")
+    assert report.startswith("0.00 % of the energy of style removed, in 1 of 3 modules")
 
 
 def test_what_is_held_without_factors_is_told():
@@ -84,11 +84,11 @@ def test_what_is_held_without_factors_is_told():
                    opaque={OUT: Opaque({"dora_scale": torch.ones(20)}, (20,))})  # fmt: skip
     found, report = protected(STYLE, whole, 1.0)
     assert found.deltas == STYLE.deltas
-    assert "In 2 modules whole holds whole differences and DoRA, not factors, and" in report
+    assert "In 2 modules, whole holds full differences and DoRA instead of factors, so" in report
     styles = Vector({}, {f"{IN}.diff": torch.ones(20, 12), "norm.diff": torch.ones(4)}, source="s")
     both = Vector(LCM.deltas, {"norm.diff": torch.ones(4)})
     report = protected(styles, both, 1.0)[1]
-    assert "In 1 modules s holds whole differences, not factors, which stay" in report
+    assert "In 1 modules, s holds full differences instead of factors, which stay" in report
 
 
 CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -26,9 +26,7 @@ def reference(scheduler, steps: int, **options) -> list[torch.Tensor]:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_whole_run_equals_diffusers(prediction, steps):
     expected = reference(LCMScheduler(prediction_type=PREDICTIONS[prediction], **SD), steps)
-    for found, wanted in zip(
-        run(denoiser(prediction), timesteps(steps)), expected, strict=True
-    ):
+    for found, wanted in zip(run(denoiser(prediction), timesteps(steps)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 

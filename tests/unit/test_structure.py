@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ LIBRARIES = {
     "regex",  # with transformers, which requires it
 }  # fmt: skip
 # A program of its own, which registers the pack under this name; and one that runs on a cluster.
-ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/jobs/ray_entry.py": {"ray"}}
+ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/cluster/entry.py": {"ray"}}
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -67,6 +68,32 @@ def test_imports_go_one_way(path):
             assert level <= depth + 1, f"{named(path)} imports from outside the pack"
             target = parts[0] if level <= depth else name.partition(".")[0]
             assert target in MAY[parts[0]], f"{named(path)} imports {target}"
+
+
+def module(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported_modules(path: Path, modules: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The pack's modules that a file imports, inside functions too."""
+    folder, targets = path.relative_to(ROOT).parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = tuple((node.module or "").split(".")) if node.module else ()
+        if node.level:
+            base = folder[: len(folder) - node.level + 1] + base
+        elif base[0] == "lcm_lora":
+            base = base[1:]
+        targets |= {base, *((*base, alias.name) for alias in node.names)}
+    return targets & modules
+
+
+def test_there_are_no_import_circles():
+    modules = {module(path) for path in FILES}
+    graph = {module(path): imported_modules(path, modules) for path in FILES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_entry_point_imports_nothing_until_it_is_called():

@@ -8,8 +8,8 @@ from threading import Barrier
 import psutil
 import pytest
 import torch
-from lcm_lora.training import bank
-from lcm_lora.training.processes import Processes
+from lcm_lora.training.data import bank
+from lcm_lora.training.ranks import Ranks
 
 SIZES = (64, 64, 0, 0, 64, 64)
 
@@ -45,18 +45,18 @@ def encode(caption):
 
 def build(folder, source, encode=encode, limit=0.1, processes=None, told=None):
     told = told if told is not None else []
-    bank.build(folder, source, encode, limit, processes or Processes(), lambda *a: told.append(a))
+    bank.build(folder, source, encode, limit, processes or Ranks(), lambda *a: told.append(a))
     return bank.Bank(folder)
 
 
 def test_rows_come_back_with_their_captions_and_sizes(tmp_path):
     found = build(tmp_path, Numbers(150))
     assert len(found) == 150
-    latents, about = found.batch([0, 149, 77])
+    latents, texts, sizes = found.batch([0, 149, 77])
     assert latents[:, 0, 0, 0].tolist() == [0, 149, 77]
-    assert about["context"].shape == (3, 77, 3) and about["pooled"].shape == (3, 5)
-    assert about["context"][:, 0, 0].tolist() == [ord("abc"[i % 3]) for i in (0, 149, 77)]
-    assert about["sizes"][:, 0].tolist() == [0, 149, 77]
+    assert texts["context"].shape == (3, 77, 3) and texts["pooled"].shape == (3, 5)
+    assert texts["context"][:, 0, 0].tolist() == [ord("abc"[i % 3]) for i in (0, 149, 77)]
+    assert sizes[:, 0].tolist() == [0, 149, 77]
 
 
 def test_each_caption_is_encoded_once(tmp_path):
@@ -108,7 +108,7 @@ def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_p
 
         with pytest.raises(Died):
             bank.build(
-                tmp_path, Draws(300), encode, 0.1, Processes(), lambda *a: told.append(a),
+                tmp_path, Draws(300), encode, 0.1, Ranks(), lambda *a: told.append(a),
                 between=between,
             )  # fmt: skip
         return sorted(file.name for file in tmp_path.iterdir())
@@ -133,7 +133,7 @@ def test_the_half_file_of_a_job_that_builds_the_same_bank_stays(tmp_path):
 def test_two_processes_build_every_other_file(tmp_path):
     barrier = Barrier(2)
 
-    class Threads(Processes):
+    class Threads(Ranks):
         def wait(self):
             barrier.wait(timeout=30)
 
@@ -193,8 +193,8 @@ def test_a_large_bank_keeps_few_files_open(tmp_path, monkeypatch):
     captions = [chr(33 + i % 90) + str(i) for i in range(320)]
     found = build(tmp_path, Numbers(320, captions=captions))
     for row in range(0, 320, 16):
-        latents, about = found.batch([row])
-        assert latents[0, 0, 0, 0] == row and about["sizes"][0, 0] == row
+        latents, _, sizes = found.batch([row])
+        assert latents[0, 0, 0, 0] == row and sizes[0, 0] == row
     maps = psutil.Process().memory_maps(grouped=False)
     held = {path.path for path in maps if str(tmp_path) in path.path}
     assert 0 < len(held) <= 8
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_noticed(tmp_path):
     build(tmp_path, Numbers(10))
     file = tmp_path / "rows-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="damaged or gone"):
+    with pytest.raises(ValueError, match="damaged or missing"):
         bank.Bank(tmp_path)
 
 

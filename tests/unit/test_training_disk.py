@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from lcm_lora.lora import whole
+from lcm_lora.lora import atomic
 from lcm_lora.training import disk, run
 
 
@@ -40,7 +40,7 @@ def test_it_is_not_tried_for_ever_nor_where_the_disk_says_something_else(
     def never(*_):
         raise in_use(number) if number else PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(whole, "PATIENCE", seconds)
+    monkeypatch.setattr(atomic, "PATIENCE", seconds)
     monkeypatch.setattr(os, "replace", never)
     begun = time.monotonic()
     with pytest.raises(PermissionError):
@@ -51,7 +51,7 @@ def test_it_is_not_tried_for_ever_nor_where_the_disk_says_something_else(
 
 @pytest.mark.parametrize("name", ["rename", "unlink", "rmtree", "read_text"])
 def test_folders_and_files_that_go_are_waited_for_too(tmp_path, monkeypatch, name):
-    from lcm_lora.training import checkpoints
+    from lcm_lora.training.state import checkpoints
 
     places = {"rename": os, "rmtree": shutil}
     place = places.get(name, type(tmp_path))
@@ -75,7 +75,8 @@ def test_folders_and_files_that_go_are_waited_for_too(tmp_path, monkeypatch, nam
 
 def test_what_cannot_be_read_is_not_taken_for_torn(tmp_path, monkeypatch):
     """The newest checkpoint would be passed over, and a whole bank called incomplete."""
-    from lcm_lora.training import bank, checkpoints
+    from lcm_lora.training.data import bank
+    from lcm_lora.training.state import checkpoints
 
     for step in (1, 2):
         checkpoints.save(tmp_path, checkpoints.Checkpoint(step, {}, {}, {}))

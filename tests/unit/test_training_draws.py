@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from lcm_lora.training.draws import Order, draw
+from lcm_lora.training.data.draws import Order, draw
 
 SHAPE = (4, 8, 8)
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from lcm_lora.training import objective, phased
+from lcm_lora.tests.unit.toy_network import a_step
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import pseudo_huber
-from lcm_lora.training.solver import Schedule
+from lcm_lora.training.objectives import lcm, phased
+from lcm_lora.training.objectives.lcm import pseudo_huber
+from lcm_lora.training.objectives.solver import Schedule
 from torch import nn
 from torch.func import functional_call
 
@@ -81,7 +82,7 @@ def reference(network, factors, prediction, phased, z0, noise, index, c, no_c, c
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("loss", [objective.lcm_loss, phased.phased_loss])
+@pytest.mark.parametrize("loss", [lcm.loss, phased.loss])
 def test_a_step_equals_the_equations(loss, prediction, monkeypatch):
     torch.manual_seed(0)
     network = Network().double()
@@ -100,9 +101,10 @@ def test_a_step_equals_the_equations(loss, prediction, monkeypatch):
         met.extend((student, target))
         return pseudo_huber(student, target)
 
-    monkeypatch.setattr(objective, "pseudo_huber", huber)
-    found = loss(
-        network, adapter, Schedule(ACP, prediction), z0, noise, index,
+    monkeypatch.setattr(lcm, "pseudo_huber", huber)
+    monkeypatch.setattr(phased, "pseudo_huber", huber)
+    found = a_step(
+        loss, network, adapter, Schedule(ACP, prediction), z0, noise, index,
         {"context": c}, {"context": no_c}, cfg,
     )  # fmt: skip
     found.backward()
@@ -112,7 +114,7 @@ def test_a_step_equals_the_equations(loss, prediction, monkeypatch):
         for name, up, down in adapter.tensors()
     }
     assert len(factors) == 6
-    is_phased = loss is phased.phased_loss
+    is_phased = loss is phased.loss
     wanted = reference(plain, factors, prediction, is_phased, z0, noise, index, c, no_c, cfg)
     wanted[2].backward()
 

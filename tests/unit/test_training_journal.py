@@ -3,18 +3,29 @@
 import json
 import math
 
-from lcm_lora.training.answers import folder
-from lcm_lora.training.journal import Journal
+from lcm_lora.training.data.answers import folder
+from lcm_lora.training.jobs.records import Status
 from lcm_lora.training.spec import Spec
+from lcm_lora.training.state.journal import Journal
 
 
 def test_a_process_that_goes_on_tells_how_far_the_one_before_came(tmp_path):
     Journal(tmp_path).state("running", step=20, loss=0.5, message="fast")
     journal = Journal(tmp_path)
     journal.state("preparing")
-    told = json.loads(journal.status_file.read_text())
+    told = json.loads((tmp_path / "status.json").read_text())
     assert (told["state"], told["step"], told["loss"]) == ("preparing", 20, 0.5)
-    assert "message" not in told
+    assert told["message"] == ""
+
+
+def test_a_repeated_report_without_figures_keeps_the_own_ones(tmp_path):
+    """A job that is asked to pause before its submission to a cluster has reported anything."""
+    journal = Journal(tmp_path)
+    journal.state("running", step=400, steps=1000, loss=0.2)
+    journal.repeat(Status(state="paused", message="ended on the cluster"))
+    report = Status.read(tmp_path)
+    assert (report.state, report.message) == ("paused", "ended on the cluster")
+    assert (report.step, report.steps, report.loss) == (400, 1000, 0.2)
 
 
 def test_metrics_are_json_whatever_the_figures(tmp_path):

@@ -4,13 +4,13 @@ import errno
 
 import pytest
 import torch
+from lcm_lora.training.disk import disk_is_full
 from lcm_lora.training.memory import (
     compile_blocks,
     in_parts,
     is_out_of_memory,
     recompute_blocks,
 )
-from lcm_lora.training.run import disk_is_full
 
 
 @pytest.mark.parametrize(

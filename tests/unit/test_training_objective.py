@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from lcm_lora.tests.unit.toy_network import ACP, Toy
+from lcm_lora.tests.unit.toy_network import ACP, Toy, a_step
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import lcm_loss, pseudo_huber
-from lcm_lora.training.solver import Schedule, ddim, guided, teacher
+from lcm_lora.training.objectives.lcm import loss as lcm_loss
+from lcm_lora.training.objectives.lcm import pseudo_huber
+from lcm_lora.training.objectives.solver import Schedule, ddim, guided, predict_guided
 
 
 def batch(n=6, seed=1):
@@ -35,11 +36,11 @@ def test_the_loss_of_a_perfect_network_is_zero(prediction):
     schedule = Schedule(ACP, prediction)
     oracle, adapter = Oracle(schedule, z0), Adapter(Toy(), 2)
     index = index.clamp(min=1)
-    assert lcm_loss(oracle, adapter, schedule, z0, eps, index, cond, uncond, 7.5) < 1e-4
+    assert a_step(lcm_loss, oracle, adapter, schedule, z0, eps, index, cond, uncond, 7.5) < 1e-4
     # From t = 19 the solver lands on s = 0, where the boundary makes z_s itself the target.
     zero = torch.zeros_like(index)
     z_0 = schedule.noised(z0, eps, zero)
-    found = lcm_loss(oracle, adapter, schedule, z0, eps, zero, cond, uncond, 7.5)
+    found = a_step(lcm_loss, oracle, adapter, schedule, z0, eps, zero, cond, uncond, 7.5)
     assert torch.allclose(found, pseudo_huber(z0, z_0), rtol=1e-2)
 
 
@@ -49,7 +50,7 @@ def test_the_loss_moves_only_the_adapter_and_only_through_the_student():
     z0, eps, index, cond, uncond = batch()
     grads = []
     network.register_forward_hook(lambda *a: grads.append((adapter.on, torch.is_grad_enabled())))
-    loss = lcm_loss(network, adapter, Schedule(ACP), z0, eps, index, cond, uncond, 7.5)
+    loss = a_step(lcm_loss, network, adapter, Schedule(ACP), z0, eps, index, cond, uncond, 7.5)
     # Teacher: one batched call, adapter off. Target: on, no gradient. Student: on, with gradient.
     assert grads == [(False, False), (True, False), (True, True)]
     loss.backward()
@@ -71,9 +72,10 @@ def test_guiding_x0_and_eps_each_equals_guiding_the_output(prediction):
     z0, eps, index, cond, uncond = batch()
     t = index * 20 + 19
     z = schedule.noised(z0, eps, t)
-    x0, e = teacher(network, schedule, z, t, cond, uncond, 5.0)
+    x0, e = predict_guided(network, schedule, z, t, cond, uncond, 5.0)
     output = guided(network(z, t, **cond), network(z, t, **uncond), 5.0)
-    for found, wanted in zip((x0, e), schedule.split(output, z, t), strict=True):
+    wanted_pair = schedule.predict(lambda *_: output, z, t, {})
+    for found, wanted in zip((x0, e), wanted_pair, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -4,12 +4,16 @@ import pytest
 import torch
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.timesteps import grid, timesteps
-from lcm_lora.tests.unit.toy_network import ACP, Toy
+from lcm_lora.tests.unit.toy_network import ACP, Toy, a_step
 from lcm_lora.training.adapter import Adapter
-from lcm_lora.training.objective import pseudo_huber
-from lcm_lora.training.phased import edge_below, edges, phased_loss
-from lcm_lora.training.solver import Schedule, ddim, teacher
-from lcm_lora.training.watch import few_steps
+from lcm_lora.training.objectives.lcm import pseudo_huber
+from lcm_lora.training.objectives.phased import edge_below, edges
+from lcm_lora.training.objectives.phased import loss as phased_loss
+from lcm_lora.training.objectives.solver import Schedule, ddim, predict_guided
+from lcm_lora.training.objectives.table import OBJECTIVES
+from lcm_lora.training.schema import declared
+from lcm_lora.training.spec import Spec
+from lcm_lora.training.state.samples import few_steps
 from torch import nn
 
 INDEX = torch.arange(50)
@@ -72,7 +76,9 @@ def test_the_loss_of_a_perfect_network_is_zero(prediction, phases):
         return {"eps": noise, "v": a * noise - s * x0, "x0": x0}[prediction]
 
     adapter = Adapter(Toy(), 2)
-    loss = phased_loss(oracle, adapter, schedule, z0, eps, INDEX, cond, uncond, 7.5, phases=phases)
+    loss = a_step(
+        phased_loss, oracle, adapter, schedule, z0, eps, INDEX, cond, uncond, 7.5, phases=phases
+    )
     assert loss < 1e-5
 
 
@@ -81,7 +87,7 @@ def test_the_loss_moves_only_the_adapter_and_only_through_the_student(learned):
     z0, eps, cond, uncond = batch()
     calls = []
     network.register_forward_hook(lambda *a: calls.append((adapter.on, torch.is_grad_enabled())))
-    loss = phased_loss(network, adapter, Schedule(ACP), z0, eps, INDEX, cond, uncond, 7.5)
+    loss = a_step(phased_loss, network, adapter, Schedule(ACP), z0, eps, INDEX, cond, uncond, 7.5)
     # Teacher: one batched call, adapter off. Target: on, no gradient. Student: on, with gradient.
     assert calls == [(False, False), (True, False), (True, True)]
     loss.backward()
@@ -97,7 +103,8 @@ def steps(network, adapter, schedule):
     s = (t - 20).clamp(min=0)
     z_t = schedule.noised(z0, eps, t)
     with torch.no_grad(), adapter.off():
-        return z_t, t, schedule.noised(*teacher(network, schedule, z_t, t, cond, uncond, 3.0), s), s
+        guided = predict_guided(network, schedule, z_t, t, cond, uncond, 3.0)
+        return z_t, t, schedule.noised(*guided, s), s
 
 
 def gradients(loss, adapter):
@@ -118,7 +125,9 @@ def test_one_phase_is_the_consistency_model_of_ddim_to_zero(learned, prediction)
         return ACP[0].sqrt() * (z - b * noise) / a + (1 - ACP[0]).sqrt() * noise
 
     wanted = pseudo_huber(f(z_t, t), f(z_s, s).detach())
-    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=1)
+    found = a_step(
+        phased_loss, network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=1
+    )
     assert torch.allclose(found, wanted, rtol=1e-5)
     for ours, theirs in zip(gradients(found, adapter), gradients(wanted, adapter), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
@@ -129,15 +138,52 @@ def test_a_phase_for_every_solver_step_is_the_teacher_itself(learned):
     schedule = Schedule(ACP)
     z0, eps, cond, uncond = batch()
     z_t, t, z_s, s = steps(network, adapter, schedule)
-    student = schedule.noised(*schedule.split(network(z_t, t, **cond), z_t, t), s)
-    found = phased_loss(network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=50)
+    student = schedule.noised(*schedule.predict(network, z_t, t, cond), s)
+    found = a_step(
+        phased_loss, network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=50
+    )
     assert torch.allclose(found, pseudo_huber(student, z_s), rtol=1e-5)
 
 
 def test_as_many_steps_as_the_grid_has_points_are_the_teachers_own(learned):
     network, _ = learned
-    network.schedule = Schedule(ACP)
     noise, _, cond, uncond = batch()
-    found = few_steps(network, noise, 50, cond, None, FAMILIES["phased"])
-    wanted = ddim(network, network.schedule, noise, 50, cond, uncond, 1.0)
+    found = few_steps(network, Schedule(ACP), lambda _: noise, 50, cond, FAMILIES["phased"])
+    wanted = ddim(network, Schedule(ACP), noise, 50, cond, uncond, 1.0)
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("name", ["lcm", "phased", "tcd"])
+def test_few_steps_are_the_equations_in_vp_scale(learned, prediction, name):
+    """LCM's algorithm 3 (arXiv 2310.04378) and TCD's (2402.19159), written out in float64."""
+    network, _ = learned
+    family, schedule, acp = FAMILIES[name], Schedule(ACP, prediction), ACP.double()
+    start, _, cond, _ = batch()
+    noise = [start, *torch.randn(3, *start.shape, generator=torch.Generator().manual_seed(2))]
+    found = few_steps(network, schedule, noise.__getitem__, 4, cond, family)
+    z, timesteps = start.double(), family.timesteps(4)
+    for i, t in enumerate(timesteps):
+        a, b = acp[t].sqrt(), (1 - acp[t]).sqrt()
+        with torch.no_grad():
+            output = network(z.float(), torch.full((len(z),), t), **cond).double()
+        x0, eps = (z - b * output) / a, output
+        if prediction == "v":
+            x0, eps = a * z - b * output, a * output + b * z
+        if name == "lcm":
+            x0 = 0.25 / ((10 * t) ** 2 + 0.25) * z + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x0
+        if i + 1 == len(timesteps):
+            break
+        after = timesteps[i + 1]
+        s = int((1 - family.eta) * after)
+        if name == "lcm":
+            z = acp[after].sqrt() * x0 + (1 - acp[after]).sqrt() * noise[i + 1].double()
+        else:
+            z = acp[s].sqrt() * x0 + (1 - acp[s]).sqrt() * eps
+            share = acp[after] / acp[s]
+            z = share.sqrt() * z + (1 - share).sqrt() * noise[i + 1].double()
+    assert (found - x0).norm() < 1e-5 * x0.norm()
+
+
+def test_each_objective_has_a_loss():
+    assert tuple(OBJECTIVES) == declared(Spec)["objective"].setting.choices

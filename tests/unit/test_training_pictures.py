@@ -12,10 +12,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from lcm_lora.training.bank import Unreadable
-from lcm_lora.training.captioned import find, picture_suffixes, summary
-from lcm_lora.training.pictures import Pictures, buckets
-from lcm_lora.training.sources import source
+from lcm_lora.training.data.bank import Unreadable
+from lcm_lora.training.data.captioned import find, picture_suffixes, summary
+from lcm_lora.training.data.pictures import Pictures, buckets
+from lcm_lora.training.data.sources import source
 from lcm_lora.training.spec import Data, Spec
 from PIL import Image
 
@@ -187,7 +187,7 @@ def test_metadata_jsonl_gives_the_captions(folder):
         with pytest.raises(ValueError, match="Line 1 of metadata.jsonl is not of the form"):
             find(folder)
     file.write_text('{"file_name": "z.png", "text": "x"}')
-    with pytest.raises(ValueError, match="'z.png', which is not there"):
+    with pytest.raises(ValueError, match="'z.png', which does not exist"):
         find(folder)
 
 
@@ -204,7 +204,7 @@ def test_an_empty_picture_in_a_shard_does_not_read_its_neighbours(tmp_path):
     picture = encoded(gradient(64, 64))
     tar = shard(tmp_path / "s.tar", {"a.txt": b"a", "a.png": b"", "b.txt": b"b", "b.png": picture})
     assert [each.read() for each in find(tar)] == [b"", picture]
-    with pytest.raises(Unreadable, match="a.png: this is no picture"):
+    with pytest.raises(Unreadable, match="a.png: Pillow cannot read this"):
         Pictures(tar, 64).example(0)
 
 
@@ -290,7 +290,7 @@ def test_frames_that_are_not_used_are_named(tmp_path, caplog):
         (tmp_path / f"{name}.txt").write_text(name)
     pictures = Pictures(tmp_path, 64, flip=False)
     assert all(pictures.example(number).pixels.shape == (64, 64, 3) for number in range(2))
-    assert caplog.messages == ["only the first frame is used of film.gif"]
+    assert caplog.messages == ["only the first frame of film.gif is used"]
 
 
 def test_no_ending_is_taken_that_pillow_knows_by_name_only():
@@ -344,7 +344,7 @@ def test_a_csv_is_read_as_python_writes_it(tmp_path):
         ("file_name,text\na.png\n", "Line 2 of metadata.csv is not of the form"),
         ('file_name,text\na.png,"x\n', "Line 2 of metadata.csv is not of the form"),
         ("file_name,text\n../a.png,x\n", "leaves its folder"),
-        ("file_name,text\nb.png,x\n", "'b.png', which is not there"),
+        ("file_name,text\nb.png,x\n", "'b.png', which does not exist"),
     ],
 )
 def test_a_broken_csv_is_told_with_its_line(tmp_path, text, message):
@@ -395,7 +395,7 @@ def test_a_name_that_is_no_unicode_can_be_written_and_its_picture_is_used(tmp_pa
             with open(os.fsencode(tmp_path) + b"/" + stem + suffix, "wb") as file:
                 file.write(data)
     pictures = Pictures(tmp_path, 64)
-    assert [picture.name for picture in pictures.found] == ["caf\\xe8.png", "caf\\xe9.png"]
+    assert [picture.name for picture in pictures.data] == ["caf\\xe8.png", "caf\\xe9.png"]
     assert pictures.example(1).pixels.shape == (64, 64, 3)
     tar = shard(tmp_path / "s.tar", {"b\udce9.png": encoded(gradient(8, 8)), "b\udce9.txt": b"x"})
     assert [picture.name for picture in find(tar)] == ["s.tar/b\\xe9.png"]
@@ -510,7 +510,7 @@ def test_a_disk_that_fails_is_no_broken_picture(folder, monkeypatch):
     (folder / "a.png").unlink()
     with pytest.raises(Unreadable, match="a.png: No such file"):
         pictures.example(0)
-    monkeypatch.setattr(type(pictures.found[1]), "read", fails)
+    monkeypatch.setattr(type(pictures.data[1]), "read", fails)
     with pytest.raises(OSError, match="Input/output error") as error:
         pictures.example(1)
     assert not isinstance(error.value, Unreadable)
@@ -520,6 +520,6 @@ def test_memory_that_runs_out_is_no_broken_picture(folder, monkeypatch):
     def full(_):
         raise MemoryError
 
-    monkeypatch.setattr("lcm_lora.training.pictures.ImageOps.exif_transpose", full)
+    monkeypatch.setattr("lcm_lora.training.data.pictures.ImageOps.exif_transpose", full)
     with pytest.raises(MemoryError):
         Pictures(folder, 64).example(0)

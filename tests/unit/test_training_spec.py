@@ -1,8 +1,11 @@
 """A job's description: what is wrong in it is said before anything is loaded."""
 
+import hashlib
 import json
 
 import pytest
+from lcm_lora.training.jobs.order import DataOrder, Order
+from lcm_lora.training.schema import build, schema, shared
 from lcm_lora.training.spec import Data, Spec, StyleLoRA, read
 
 GOOD = {"host": "/h", "checkpoint": "/c.safetensors", "output": "/o.safetensors", "banks": "/b"}
@@ -49,12 +52,12 @@ def test_only_the_paths_are_needed(tmp_path):
         ({"steps": 2.5}, "steps must be a whole number, found 2.5"),
         ({"steps": True}, "steps must be a whole number, found True"),
         ({"rank": "8"}, "rank must be a whole number, found '8'"),
-        ({"lr": 0}, "lr must be above 0"),
+        ({"lr": 0}, "lr must be above 0 and at most 1"),
         ({"guidance": [8, 3]}, "guidance must be one number from 1 to 30"),
         ({"guidance": []}, "guidance must be one number from 1 to 30"),
         ({"guidance": 0.5}, "guidance must be one number from 1 to 30"),
         ({"objective": "gan"}, "objective must be one of lcm, phased, found 'gan'"),
-        ({"resolution": 100}, "resolution must be 64 to 4096, by 8"),
+        ({"resolution": 100}, "resolution must be from 64 to 4096 and a multiple of 8"),
         ({"output": "/o.pt"}, "output must end in .safetensors"),
         ({"output": "o.safetensors"}, "output must be an absolute path"),
         ({"stepz": 3}, "unknown settings: stepz"),
@@ -81,3 +84,58 @@ def test_a_file_that_is_missing_or_no_json(tmp_path):
     path.write_text("[1]", encoding="utf-8")
     with pytest.raises(ValueError, match="must be a JSON object"):
         read(path)
+
+
+def test_settings_written_earlier_keep_their_text():
+    """A job is found again by the hash of this text."""
+    spec = Spec(
+        **GOOD,
+        host_flags=("--cpu",),
+        loras=(StyleLoRA("/s", 0.5),),
+        embeddings=("/e",),
+        data=Data("pictures", "/p"),
+        guidance=(4.0,),
+    )
+    found = hashlib.sha256(spec.to_json().encode()).hexdigest()
+    assert found == "86518c80aa31c9e60d2144bb512bf39061ed511486de09fd32ccdaf76c59031a"
+
+
+def test_an_order_takes_over_every_setting_that_it_shares():
+    order = Order(checkpoint="c", name="n", steps=7, guidance=4.0, passes=3)
+    taken = shared(order, Spec)
+    assert (taken["steps"], taken["guidance"], taken["passes"]) == (7, 4.0, 3)
+    assert "checkpoint" not in taken and "name" not in taken
+    assert shared(order.data, Spec) == {"resolution": 512}
+    assert shared(order.data, Data).keys() == {"count", "draw_steps", "crops", "flip"}
+
+
+def test_the_schema_of_an_order_has_the_limits_of_its_settings():
+    properties = schema(Order)["properties"]
+    assert properties["steps"].items() >= {"type": "integer", "minimum": 1, "default": 1000}.items()
+    assert properties["lr"]["exclusiveMinimum"] == 0 and properties["lr"]["maximum"] == 1
+    assert properties["objective"]["enum"] == ["lcm", "phased"]
+    assert properties["data"]["$ref"] == "#/components/schemas/DataOrder"
+    assert schema(Order)["required"] == ["checkpoint", "name"]
+    assert schema(DataOrder)["properties"]["resolution"]["multipleOf"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "rude"}, "policy must be one of yield, exclusive, share, found 'rude'"),
+        ({"device": "0; rm"}, 'device must be empty, numbers of devices such as "0"'),
+        ({"device": "0\n"}, "device must be"),
+        ({"guidance": 0.5}, "guidance must be one number from 1 to 30"),
+        ({"data": {"kind": "video"}}, "data.kind must be one of prompts, prompt file, pictures"),
+        ({"data": {"count": 0}}, "data.count must be at least 1"),
+        ({"style_lora": "\ud800"}, None),  # the name of a file may be so
+        ({"name": "\ud800"}, "name contains half of a character"),
+    ],
+)
+def test_an_order_is_checked(changes, message):
+    content = {"checkpoint": "c", "name": "n"} | changes
+    if message is None:
+        assert build(Order, content, "the request").style_lora == changes["style_lora"]
+        return
+    with pytest.raises(ValueError, match=message):
+        build(Order, content, "the request")

@@ -1,43 +1,44 @@
-"""What the server does beside the jobs: steps them aside for the graph, and tells what changed.
+"""What the server does for its jobs: pauses them while prompts run, and notifies pages of changes.
 
-It asks and is asked through functions, so that it knows neither the host nor HTTP.
+It is given functions, so that it depends neither on ComfyUI nor on HTTP.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import processes
-from .store import ACTIVE, Job, Store
+from .job import Job
+from .processes import Process
+from .states import ACTIVE
+from .store import Store
 
 log = logging.getLogger("lcm_lora")
-TICK = 0.5  # seconds between looks
-IDLE = 3.0  # seconds without a prompt, then the jobs come back
+TICK = 0.5  # seconds between rounds
+IDLE = 3.0  # seconds without a prompt before jobs resume
 
 
 @dataclass
 class Beside:
-    """One in a server.
+    """Watches the jobs for one ComfyUI server.
 
     Attributes:
         prompts: how many prompts run or wait. free: asks the server to unload its models.
-        work: sees that a supervisor runs. send: tells the pages the jobs that changed.
-        waiting: ids of jobs that a running prompt waits for; while there is one, none steps aside.
+        work: makes sure that a supervisor runs. notify: tells the pages that a job changed.
+        waiting: ids of jobs that a running prompt waits for; while there is one, no job pauses.
     """
 
     store: Store
     prompts: Callable[[], int]
     free: Callable[[], None]
     work: Callable[[], None]
-    send: Callable[[list[dict[str, Any]]], None]
+    notify: Callable[[], None]
     waiting: list[str]
-    _told: dict[str, dict] = field(default_factory=dict)
+    _shown: dict[str, dict[str, Any]] = field(default_factory=dict)
     _active: set[str] = field(default_factory=set)
     _busy_at: float = field(default=-1e9)
     _was_busy: bool = False
@@ -49,12 +50,12 @@ class Beside:
         while True:
             try:
                 self.look(time.monotonic())
-            except Exception:  # the next look may be luckier: a full disk, a lock that was held
+            except Exception:  # a full disk or a held lock; the next round may succeed
                 log.exception("The jobs could not be looked at.")
             time.sleep(TICK)
 
     def look(self, now: float) -> None:
-        """One round; now: seconds of a clock that only goes forward."""
+        """One round. now: seconds of a monotonic clock."""
         jobs = self.store.jobs()
         busy = self.prompts() > 0 and not self.waiting
         if busy:
@@ -62,44 +63,37 @@ class Beside:
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
         asked = False
         for job in jobs:
-            if job.remote:
-                continue  # it takes nothing of this machine
+            if job.on_cluster:
+                continue  # it uses nothing of this machine
             with self.store.unless_deleted(job.id):
-                if job.policy == "yield" and busy and _goes(job):
-                    asked |= self.store.ask(job.id, "pause", aside=self._me(), only=_goes)
-                elif rested and self._may_come_back(job):
-                    asked |= self.store.ask(job.id, "", only=self._may_come_back)
+                if job.policy == "yield" and busy and _can_pause(job):
+                    asked |= self.store.ask(job.id, "pause", Process.this(), only=_can_pause)
+                elif rested and _can_resume(job):
+                    asked |= self.store.ask(job.id, "", only=_can_resume)
         if asked:
             jobs = self.store.jobs()
         if any(job.waits for job in jobs):
             self.work()
-        self._hand_over([job for job in jobs if not job.remote], busy)
-        self._tell(jobs)
+        self._free_memory([job for job in jobs if not job.on_cluster], busy)
+        shown = {job.id: job.public() for job in jobs}
+        if shown != self._shown:
+            self._shown = shown
+            self.notify()
 
-    def _hand_over(self, jobs: list[Job], busy: bool) -> None:
-        """Asks for the models' memory where a job starts, and when prompts beside one are done."""
+    def _free_memory(self, jobs: list[Job], busy: bool) -> None:
+        """Unloads the server's models when a job starts, and when prompts during one are done."""
         active = {job.id for job in jobs if job.state in ACTIVE and job.policy != "share"}
         if active - self._active or (active and self._was_busy and not busy):
             self.free()
         self._active, self._was_busy = active, busy
 
-    def _tell(self, jobs: list[Job]) -> None:
-        now = {job.id: job.told() for job in jobs}
-        changed = [told for job, told in now.items() if self._told.get(job) != told]
-        gone = [{"id": job, "state": "deleted"} for job in self._told.keys() - now.keys()]
-        self._told = now
-        if changed or gone:
-            self.send(changed + gone)
 
-    def _me(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "identity": processes.identity(os.getpid())}
-
-    def _may_come_back(self, job: Job) -> bool:
-        """Whether it stands aside for this server, or for one that is no more."""
-        if job.state != "paused" or not job.aside:
-            return False
-        return job.forsaken or job.aside == self._me()
-
-
-def _goes(job: Job) -> bool:
+def _can_pause(job: Job) -> bool:
     return job.state in ("queued", "preparing", "running")
+
+
+def _can_resume(job: Job) -> bool:
+    """Whether it is paused for this server, or for one that no longer runs."""
+    if job.state != "paused" or job.aside is None:
+        return False
+    return job.is_forsaken or job.aside == Process.this()

@@ -8,37 +8,41 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("step", "loss", "lr", "gradient_norm", "samples_per_second", "memory")
+SAMPLED = ("1", "2", "4")  # steps of the sample pictures
+Row = list[float | int | None]
 
 
 def read(job: Path, first: int = 0, last: int = 1 << 40, points: int = 300) -> dict[str, Any]:
-    """Steps `first` to `last`, at most `points` of each: {"columns", "rows", "errors"}.
+    """Steps `first` to `last`: {"columns", "rows", "errors"}, each with at most `points` rows.
 
-    rows: figures by columns, None where one is not finite. errors: step, and the sample pictures'
-    distance to the teacher's at 1, 2 and 4 steps.
+    rows: figures by columns, None for one that is not finite. errors: step, and the distance of the
+    sample pictures at 1, 2 and 4 steps to the teacher's.
     """
-    path, rows, errors = job / "metrics.jsonl", [], []
+    rows: list[Row] = []
+    errors: list[Row] = []
+    path = job / "metrics.jsonl"
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            told = json.loads(line)
-            step, sampled = told.get("step"), told.get("endpoint_error")
+            figures = json.loads(line)
+            step, sampled = figures.get("step"), figures.get("endpoint_error")
         except (ValueError, AttributeError):
             continue  # a line that a crash has torn
         if not isinstance(step, int) or not first <= step <= last:
             continue
         if isinstance(sampled, dict):
-            errors.append([step, *(_finite(sampled.get(steps)) for steps in ("1", "2", "4"))])
+            errors.append([step, *(_finite(sampled.get(steps)) for steps in SAMPLED)])
         else:
-            rows.append([_finite(told.get(column)) for column in COLUMNS])
+            rows.append([_finite(figures.get(column)) for column in COLUMNS])
     return {"columns": COLUMNS, "rows": _thinned(rows, points), "errors": _thinned(errors, points)}
 
 
 def _finite(value: Any) -> float | int | None:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if fine else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
 
 
-def _thinned(rows: list[list], points: int) -> list[list]:
-    """At most `points` of the rows, the first and the last among them."""
+def _thinned(rows: list[Row], points: int) -> list[Row]:
+    """At most `points` of the rows, with the first and the last."""
     if len(rows) <= points:
         return rows
     return [rows[round(i * (len(rows) - 1) / (points - 1))] for i in range(points)]

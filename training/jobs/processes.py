@@ -1,23 +1,41 @@
-"""Processes that outlive the one which started them: told apart, started, ended."""
+"""Processes that outlive the one that started them: named, started, found and ended."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 MARK = "LCM_LORA_JOB"
-"""Environment variable by which a job's processes are found again, whatever session they are in."""
+"""Environment variable that marks a job's processes, whatever session they are in."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as files name it, by number and identity. The number alone may be reused."""
+
+    pid: int = 0
+    identity: str | None = None
+
+    @classmethod
+    def this(cls) -> Process:
+        return cls(os.getpid(), identity(os.getpid()))
+
+    @property
+    def alive(self) -> bool:
+        return self.pid > 0 and self.identity is not None and identity(self.pid) == self.identity
 
 
 def identity(pid: int) -> str | None:
-    """What tells a process from an earlier one of the same number; None when it has ended.
+    """A text that no other process of this number has; None if the process has ended.
 
-    On Linux the machine's start and the clock ticks since then, for psutil's time of creation moves
-    when the clock is set.
+    On Linux, the boot id and the clock ticks since boot: psutil's creation time changes when the
+    clock is set.
     """
     try:
         process = psutil.Process(pid)
@@ -25,7 +43,7 @@ def identity(pid: int) -> str | None:
             return None
         if sys.platform == "linux":
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            # The command's name, in brackets, may hold anything; the start is the 20th word after.
+            # The command name in brackets may hold anything; the start is the 20th word after it.
             ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
             return f"{boot}-{ticks}"
         return f"{process.create_time():.3f}"
@@ -33,44 +51,39 @@ def identity(pid: int) -> str | None:
         return None
 
 
-def alive(pid: object, known: object) -> bool:
-    """Whether the process of this number is still the one with this identity."""
-    return isinstance(pid, int) and pid > 0 and known is not None and identity(pid) == known
-
-
-def start(command: list[str], log: Path, mark: str, **environment: str) -> subprocess.Popen:
-    """Starts a process that stays when this one ends; its output is added to `log`."""
-    options: dict = {"start_new_session": True}
+def start(command: list[str], log: Path, mark: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Starts a process that stays when this one ends. Its output is appended to `log`."""
+    options: dict[str, Any] = {"start_new_session": True}
     if os.name == "nt":
         own_group, no_window, breakaway = 0x200, 0x08000000, 0x01000000
         options = {"creationflags": own_group | no_window | breakaway}
-    told = os.environ | {MARK: mark} | environment
+    options["stdin"] = subprocess.DEVNULL
+    options["env"] = os.environ | {MARK: mark} | environment
     with open(log, "ab") as file:
-        same = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "env": told}
         try:
-            return subprocess.Popen(command, **same, **options)
+            return subprocess.Popen(command, stdout=file, stderr=file, **options)
         except PermissionError:
             if os.name != "nt":
                 raise
-            # The server runs in a Windows job that lets nobody go; it will end the process with it.
+            # The server runs in a Windows job that allows no breakaway and will end this process.
             options["creationflags"] &= ~breakaway
-            return subprocess.Popen(command, **same, **options)
+            return subprocess.Popen(command, stdout=file, stderr=file, **options)
 
 
 def of_job(mark: str) -> list[psutil.Process]:
-    """Every process of a job, torchrun's workers too, which sit in sessions of their own."""
-    found = []
+    """Every process of a job, with torchrun's workers, which have sessions of their own."""
+    marked = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                marked.append(process)
         except (psutil.Error, OSError):
-            continue  # another user's, or gone meanwhile
-    return found
+            continue  # another user's, or it has just ended
+    return marked
 
 
 def end(mark: str, kill: bool) -> None:
-    """Asks every process of a job to end, or ends it."""
+    """Terminates or kills every process of a job."""
     for process in of_job(mark):
         try:
             process.kill() if kill else process.terminate()

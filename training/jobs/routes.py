@@ -1,8 +1,8 @@
-"""The jobs over HTTP, under /lcm_lora/; openapi.json beside this file describes it.
+"""The jobs over HTTP, under /lcm_lora/, as openapi.json beside this file describes them.
 
-Reading is GET. What changes something is POST with JSON from the same origin, and names things as
-the host lists them: no path, flag or command comes from a client. Files are read in threads, so
-that the server's event loop never waits.
+GET reads. POST changes something; it takes JSON from the same origin, and files by the names that
+ComfyUI lists: no path, flag or command comes from a client. Handlers run in threads, so that the
+server's event loop never waits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from filelock import Timeout
 from server import PromptServer
 
 from .. import disk
-from ..run import disk_is_full
-from ..spec import build
+from ..schema import build, schema
 from . import host
 from .beside import Beside
+from .job import Job, NoJob
 from .metrics import read
-from .store import Busy, Job, NoJob, is_id
+from .order import DataOrder, Order
+from .records import Attempt, Result
+from .states import ACTIVE
+from .store import Busy
 
 log = logging.getLogger("lcm_lora")
 LARGEST = 1 << 20  # bytes of a request
@@ -34,53 +37,61 @@ LOG_PART = 1 << 16
 ACTIONS = {"pause": "pause", "stop": "stop", "finish": "finish", "resume": ""}
 EVENT = "lcm_lora.jobs"
 
+Handler = Callable[[web.Request], Any]
+ChangeHandler = Callable[[web.Request, dict[str, Any]], Any]
 beside: Beside | None = None
 
 
 def register() -> None:
-    """Adds the routes to the server and starts to look after the jobs; once, as the pack loads."""
+    """Adds the routes to the server and starts to watch the jobs; once, when the pack loads."""
     global beside
     instance = getattr(PromptServer, "instance", None)
     if instance is None or beside is not None:
-        return  # not in a server, but in a tool that reads the nodes
+        return  # a tool that reads the nodes without a server
     table = instance.routes
     for path, handler in READS.items():
         table.get(f"/lcm_lora/{path}")(partial(_answer, handler))
-    for path, handler in CHANGES.items():
-        table.post(f"/lcm_lora/{path}")(partial(_change, handler))
+    for path, change in CHANGES.items():
+        table.post(f"/lcm_lora/{path}")(partial(_change, change))
 
     def free() -> None:
         instance.prompt_queue.set_flag("unload_models", True)
         instance.prompt_queue.set_flag("free_memory", True)
 
     beside = Beside(
-        host.store(), lambda: instance.prompt_queue.get_tasks_remaining(), free, host.work,
-        lambda jobs: instance.send_sync(EVENT, {"jobs": jobs}), host.waiting,
-    )  # fmt: skip
+        host.store(),
+        lambda: instance.prompt_queue.get_tasks_remaining(),
+        free,
+        host.work,
+        lambda: instance.send_sync(EVENT, {}),
+        host.waiting,
+    )
     beside.start()
 
 
-async def _answer(handler: Callable, request: web.Request) -> web.Response:
-    return await asyncio.to_thread(_response, partial(handler, request))
+async def _answer(handler: Handler, request: web.Request) -> web.Response:
+    return await asyncio.to_thread(_response, request, lambda: handler(request))
 
 
-async def _change(handler: Callable, request: web.Request) -> web.Response:
-    if wrong := _foreign(request):
-        return _error(403, wrong)
+async def _change(handler: ChangeHandler, request: web.Request) -> web.Response:
+    if reason := _foreign(request):
+        return _error(403, reason)
     if request.content_type != "application/json":
         return _error(415, f"Content-Type must be application/json, found {request.content_type}.")
     body = bytearray()
     async for part in request.content.iter_chunked(1 << 16):
         body += part
         if len(body) > LARGEST:
-            return _error(413, f"A request has at most {LARGEST} bytes.")
-    return await asyncio.to_thread(_response, lambda: handler(request, _object(bytes(body))))
+            return _error(413, f"A request may have at most {LARGEST} bytes.")
+    answer = lambda: handler(request, _object(bytes(body)))  # noqa: E731
+    return await asyncio.to_thread(_response, request, answer)
 
 
-def _response(handler: Callable[[], Any]) -> web.Response:
-    """What a handler finds, or the sentence it raises, as an answer; runs in a thread."""
+def _response(request: web.Request, handler: Callable[[], Any]) -> web.Response:
+    """The handler's answer. Every error of a route becomes its status and sentence here."""
     try:
-        found = handler()
+        with host.store().existing(request.match_info.get("id", "")):
+            content = handler()
     except NoJob as error:
         return _error(404, str(error))
     except (Busy, Timeout):
@@ -88,70 +99,61 @@ def _response(handler: Callable[[], Any]) -> web.Response:
     except ValueError as error:
         return _error(400, str(error))
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and (deleted := _deleted(error)):
-            return _error(404, str(NoJob(deleted)))
         log.exception("A request could not be answered.")
         if not isinstance(error, OSError):
             return _error(500, f"A fault of this pack: {type(error).__name__}. See ComfyUI's log.")
-        if disk_is_full(error):
+        if disk.disk_is_full(error):
             return _error(507, "The server's disk is full.")
         # Without the path, which clients should not see.
         return _error(500, f"The server's disk failed: {error.strerror or type(error).__name__}.")
-    return found if isinstance(found, web.Response) else _json(found)
+    return content if isinstance(content, web.Response) else _json(content)
 
 
-def _deleted(error: FileNotFoundError) -> str:
-    """The id of the job that was deleted while a file of it was read; "" where it is there."""
-    file = Path(str(error.filename or ""))
-    folder = next((folder for folder in (file, *file.parents) if is_id(folder.name)), None)
-    return folder.name if folder is not None and not folder.is_dir() else ""
-
-
-def _object(body: bytes) -> dict:
+def _object(body: bytes) -> dict[str, Any]:
     """Raises ValueError if a request's body is not a JSON object."""
     try:
-        told = json.loads(body or b"{}")
+        content = json.loads(body or b"{}")
     except RecursionError:
         raise ValueError("The body is nested too deep.") from None
     except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"The body is not JSON: {error}.") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"The body must be a JSON object, found {type(told).__name__}.")
-    return told
+    if not isinstance(content, dict):
+        raise ValueError(f"The body must be a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def _foreign(request: web.Request) -> str:
-    """Why a request is not from the server's own pages; empty where it is, or from a program."""
+    """An error if a page of another site sent the request, else ""."""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if site is not None:  # the browser has compared, and knows no proxy in between
-        own = site in ("same-origin", "none")
+    if site is not None:  # the browser has compared the addresses before any proxy
+        is_own = site in ("same-origin", "none")
     else:
-        own = origin is None or _same(origin, request.host)
-    return "" if own else "Jobs are changed from ComfyUI's own page only."
+        is_own = origin is None or _same(origin, request.host)
+    return "" if is_own else "Jobs can be changed from ComfyUI's own page only."
 
 
 def _same(origin: str, host: str) -> bool:
-    """Whether they name one server; the port counts where both tell it, for proxies drop it."""
+    """Whether both name one server. Ports are compared if both have one, since proxies drop it."""
     try:
         one, other = urlsplit(origin), urlsplit(f"//{host}")
         ports = {one.port, other.port}
-    except ValueError:  # it is no address
+    except ValueError:  # not an address
         return False
-    named = one.hostname is not None and one.hostname == other.hostname
-    return named and (None in ports or len(ports) == 1)
+    is_one_name = one.hostname is not None and one.hostname == other.hostname
+    return is_one_name and (None in ports or len(ports) == 1)
 
 
-def _json(found: Any, status: int = 200) -> web.Response:
+def _json(content: Any, status: int = 200) -> web.Response:
     # Without NaN, which browsers cannot read.
-    return web.json_response(text=json.dumps(found, allow_nan=False), status=status)
+    return web.json_response(text=json.dumps(content, allow_nan=False), status=status)
 
 
 def _error(status: int, sentence: str) -> web.Response:
     return _json({"error": sentence}, status)
 
 
-def _number(request: web.Request, name: str, otherwise: int, least: int, most: int) -> int:
-    text = request.query.get(name, str(otherwise))
+def _number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query.get(name, str(default))
     if not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 16):
         raise ValueError(f"{name} must be a whole number, found {text[:40]!r}.")
     if not least <= int(text) <= most:
@@ -163,30 +165,32 @@ def _path(request: web.Request) -> Path:
     return host.store().path(request.match_info["id"])
 
 
-def jobs(request: web.Request) -> dict:
+def jobs(request: web.Request) -> dict[str, Any]:
     limit = _number(request, "limit", 100, 1, 1000)
     offset = _number(request, "offset", 0, 0, 1 << 40)
-    found = host.store().jobs()
-    running = sum(job.state in ("preparing", "running", "stopping") for job in found)
-    shown = [job.told() for job in found[offset : offset + limit]]
-    return {"jobs": shown, "running": running, "total": len(found)}
+    listed = host.store().jobs()
+    running = sum(job.state in ACTIVE for job in listed)
+    shown = [job.public() for job in listed[offset : offset + limit]]
+    return {"jobs": shown, "running": running, "total": len(listed)}
 
 
-def job(request: web.Request) -> dict:
-    found, path = host.store().job(request.match_info["id"]), _path(request)
-    return found.told() | {
+def job(request: web.Request) -> dict[str, Any]:
+    described, path = host.store().job(request.match_info["id"]), _path(request)
+    result = Result.read(path) or Result()
+    made = {"lora_name": described.lora_name, "sha256": result.sha256, "made": result.made}
+    return described.public() | {
         "settings": _settings(disk.read_object(path / "spec.json")),
-        "attempts": _whole(disk.read_object(path / "supervisor.json").get("crashes")),
+        "attempts": (Attempt.read(path) or Attempt()).crashes,
         "samples": [
             {"step": int(file.stem.removeprefix("step-")), "name": file.name}
             for file in sorted((path / "samples").glob("step-????????.png"))
         ],
-        "result": _result(found, disk.read_object(path / "result.json")),
+        "result": made if described.state == "done" else None,
     }
 
 
-def job_log(request: web.Request) -> dict:
-    """From the byte `offset` on; negative: that many bytes before the end."""
+def job_log(request: web.Request) -> dict[str, Any]:
+    """The log from byte `offset` on. A negative offset counts from the end."""
     offset = _number(request, "offset", -LOG_PART, -LOG_PART, 1 << 40)
     path = _path(request) / "log.txt"
     if not path.exists():
@@ -196,14 +200,15 @@ def job_log(request: web.Request) -> dict:
         start = max(0, size + offset) if offset < 0 else min(offset, size)
         file.seek(start)
         part = file.read(LOG_PART)
-    # Up to the end of a line, so that no character is cut; the rest comes with the next part.
+    # Up to the end of a line, so that no character is cut; the next part has the rest.
     if len(part) == LOG_PART or not part.endswith(b"\n"):
         part = part[: part.rfind(b"\n") + 1] or part
     return {"text": part.decode("utf-8", "replace"), "offset": start + len(part)}
 
 
-def metrics(request: web.Request) -> dict:
-    """`rows` by `columns`; `errors`: step and the samples' distance to the teacher at 1, 2, 4."""
+def metrics(request: web.Request) -> dict[str, Any]:
+    """The metrics as rows; for each sampling, its step and the distances to the teacher's pictures
+    at 1, 2 and 4 steps."""
     first = _number(request, "from", 0, 0, 1 << 40)
     last = _number(request, "to", 1 << 40, 0, 1 << 40)
     return read(_path(request), first, last, _number(request, "points", 300, 2, 5000))
@@ -218,76 +223,72 @@ def samples(request: web.Request) -> web.Response:
     return web.Response(body=path.read_bytes(), content_type="image/png")
 
 
-def create(request: web.Request, told: dict) -> web.Response:
-    identifier, new = host.start(build(host.Order, told, "the request"))
+def create(request: web.Request, body: dict[str, Any]) -> web.Response:
+    identifier, new = host.start(build(Order, body, "the request"))
     return _json({"id": identifier, "new": new}, 201 if new else 200)
 
 
-def act(action: str, request: web.Request, told: dict) -> dict:
+def act(action: str, request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
     store, identifier = host.store(), request.match_info["id"]
-    store.ask(identifier, ACTIONS[action], only=partial(_fits, action))
+    store.ask(identifier, ACTIONS[action], only=partial(_allowed, action))
     if action == "resume":
         host.work()
     return {"id": identifier, "state": store.job(identifier).state}
 
 
-def _fits(action: str, job: Job) -> bool:
-    """True; raises ValueError where this cannot be asked of a job as it is."""
+def _allowed(action: str, job: Job) -> bool:
+    """True; raises ValueError if the job's state does not allow the action."""
     state = job.state
     if action == "resume" and state not in ("paused", "failed", "lost"):
-        raise ValueError(f"The job is {state}: only one that is paused or failed can go on.")
+        raise ValueError(f"The job is {state}: only paused or failed jobs can be resumed.")
     if action == "finish" and state != "running":
-        raise ValueError(f"The job is {state}: only one that trains can be finished early.")
+        raise ValueError(f"The job is {state}: only running jobs can be finished early.")
     if action != "resume" and state in ("done", "failed"):
         raise ValueError(f"The job is {state} already.")
     return True
 
 
-def delete(request: web.Request, told: dict) -> dict:
+def delete(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
     host.store().delete(request.match_info["id"])
     return {"id": request.match_info["id"], "state": "deleted"}
 
 
-def move(request: web.Request, told: dict) -> dict:
-    before = told.get("before")
+def move(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    before = body.get("before")
     if before is not None and not isinstance(before, str):
         raise ValueError(f"before must be a job's id or null, found {before!r}.")
-    try:
-        host.store().move(request.match_info["id"], before)
-    except NoJob as error:
-        if error.args[0] == request.match_info["id"]:
-            raise
-        raise ValueError(str(error)) from None
+    host.store().move(request.match_info["id"], before)
     return {"id": request.match_info["id"]}
 
 
 def openapi(request: web.Request) -> Any:
-    return json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
+    """openapi.json, completed with the schemas of Order and DataOrder."""
+    document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
+    orders = {kind.__name__: schema(kind) for kind in (Order, DataOrder)}
+    document["components"]["schemas"] |= orders
+    return document
 
 
-READS = {
-    "jobs": jobs, "jobs/{id}": job, "jobs/{id}/log": job_log, "jobs/{id}/metrics": metrics,
-    "jobs/{id}/samples/{name}": samples, "openapi.json": openapi,
-}  # fmt: skip
-CHANGES = {
-    "jobs": create, "jobs/{id}/delete": delete, "jobs/{id}/move": move,
+READS: dict[str, Handler] = {
+    "jobs": jobs,
+    "jobs/{id}": job,
+    "jobs/{id}/log": job_log,
+    "jobs/{id}/metrics": metrics,
+    "jobs/{id}/samples/{name}": samples,
+    "openapi.json": openapi,
+}
+CHANGES: dict[str, ChangeHandler] = {
+    "jobs": create,
+    "jobs/{id}/delete": delete,
+    "jobs/{id}/move": move,
     **{f"jobs/{{id}}/{action}": partial(act, action) for action in ACTIONS},
-}  # fmt: skip
+}
 
 
-def _settings(spec: dict) -> dict:
-    """The description without any path of the server's."""
+def _settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """The job's settings without the server's paths."""
     hidden = ("host", "host_flags", "checkpoint", "output", "banks", "embeddings", "loras", "data")
-    data = spec.get("data") if isinstance(spec.get("data"), dict) else {}
-    shown = {k: v for k, v in spec.items() if k not in hidden}
-    return shown | {"data": {k: v for k, v in data.items() if k != "path"}}
-
-
-def _result(found: Job, told: dict) -> dict | None:
-    if found.state != "done":
-        return None
-    return {"lora_name": found.lora_name, "sha256": told.get("sha256"), "made": told.get("made")}
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+    shown = {name: value for name, value in spec.items() if name not in hidden}
+    data = spec.get("data")
+    items = data.items() if isinstance(data, dict) else ()
+    return shown | {"data": {name: value for name, value in items if name != "path"}}

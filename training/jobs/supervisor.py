@@ -1,57 +1,57 @@
-"""Runs the queue: one process for a store of jobs, gone when nothing is left to do.
+"""Runs the queue: one process for a store of jobs, which ends when there is nothing left to do.
 
-Started by `ensure`; a second one ends at once, for the first holds the lock. It takes each device's
-jobs in order, relaunches a trainer that crashed from its newest checkpoint, and escalates a stop. A
-job that stands aside goes on when its server is no more, so it stays for that too.
-Killed and started again it finds its trainers by what it wrote about them.
+`ensure` starts it; a second one ends immediately, because the first holds the lock. It starts each
+device's jobs in order, starts a trainer that crashed again from its newest checkpoint, and enforces
+a stop. It also stays for jobs that are paused for a server, which go on when that server is gone.
+If it is killed, the next one finds the trainers by supervisor.json.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .. import disk, run
-from . import processes, ray_job
-from .store import ACTIVE, Job, Store
+from .. import disk
+from ..cluster.settings import Cluster
+from . import processes, states
+from .job import Job
+from .processes import Process
+from .records import Attempt, Control, Outline, Status
+from .states import ACTIVE
+from .store import Store
 
 log = logging.getLogger("lcm_lora")
-RUN = Path(run.__file__).resolve()
+RUN = Path(__file__).resolve().parents[1] / "run.py"
 LOCK, NAME = ".supervisor.lock", ".supervisor.json"
-TICK = 0.3  # seconds between looks
-FULL = 5.0  # seconds to wait when the disk refuses
-CRASHES = 3  # in a row without a new step, then the job has failed
-PAUSES = (1.0, 10.0, 60.0)  # seconds before a relaunch
+TICK = 0.3  # seconds between rounds
+FULL = 5.0  # seconds to wait after the disk has failed
 KEEP, ROOM = 200, 20e9  # ended jobs that stay, and the bytes they may take
-TERMINATE, KILL = 20.0, 60.0  # seconds after a stop was asked
+TERMINATE, KILL = 20.0, 60.0  # seconds after "stop"
 
-
-_started: dict[Path, subprocess.Popen] = {}
+_started: dict[Path, subprocess.Popen[bytes]] = {}
 """The newest supervisor that this process has started for each store."""
 
 
 def ensure(folder: Path) -> None:
     """Starts the supervisor of this store if none is running or just starting."""
     for _ in range(100):
-        known = disk.read_object(folder / NAME)
-        if processes.alive(known.get("pid"), known.get("identity")):
+        named = _named(folder)
+        if named.alive:
             return
         mine = _started.get(folder)
-        if mine is not None and mine.poll() is None and known.get("pid") != mine.pid:
-            return  # it has not said its name yet
+        if mine is not None and mine.poll() is None and named.pid != mine.pid:
+            return  # it has not written its name yet
         try:
             FileLock(folder / LOCK).acquire(timeout=0.1).lock.release()
         except Timeout:
-            continue  # one that is dying, or another server's that has not said its name yet
+            continue  # one that is ending, or another server's that has not written its name yet
         command = [sys.executable, str(RUN), "--supervise", str(folder)]
         _started[folder] = processes.start(command, folder / "supervisor.log", "supervisor")
         return
@@ -59,32 +59,43 @@ def ensure(folder: Path) -> None:
 
 
 def main(folder: Path) -> int:
-    """Until the queue is empty. Exit status 0, also when another supervisor is at work."""
-    store, me = Store(folder), os.getpid()
+    """Works until the queue is empty. Exit status 0, also if another supervisor is at work."""
+    store, me = Store(folder), Process.this()
     while True:
         try:
             with FileLock(folder / LOCK).acquire(timeout=1):
-                name = {"pid": me, "identity": processes.identity(me)}
-                disk.replace(folder / NAME, json.dumps(name))
-                log.info("supervisor %d takes up the queue", me)
+                _name(folder, me)
+                log.info("supervisor %d takes up the queue", me.pid)
                 Supervisor(store).run()
-                # Not removed: by its number one knows that this one is past its start.
-                disk.replace(folder / NAME, json.dumps({"pid": me, "identity": None}))
+                # The number stays: it shows that this supervisor is past its start.
+                _name(folder, Process(me.pid))
         except Timeout:
-            log.info("supervisor %d ends, for another one is at work", me)
+            log.info("supervisor %d ends, because another one is at work", me.pid)
             return 0
-        # A job may have been queued after the last look, by one who saw the name still there.
+        # A job may have been queued after the last round, while the name was still there.
         if not any(job.waits or job.state in ACTIVE for job in store.jobs()):
-            log.info("supervisor %d has nothing left to do", me)
+            log.info("supervisor %d has nothing left to do", me.pid)
             return 0
+
+
+def _named(folder: Path) -> Process:
+    content = disk.read_object(folder / NAME)
+    pid, identity = content.get("pid"), content.get("identity")
+    if not isinstance(pid, int) or not isinstance(identity, str | None):
+        return Process()
+    return Process(pid, identity)
+
+
+def _name(folder: Path, process: Process) -> None:
+    disk.replace(folder / NAME, json.dumps(asdict(process)))
 
 
 @dataclass
 class Supervisor:
-    """The loop and what it remembers; all that matters after a crash is in supervisor.json."""
+    """The loop and its memory; everything that matters after a crash is in supervisor.json."""
 
     store: Store
-    children: dict[str, subprocess.Popen] = field(default_factory=dict)
+    children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     asked_since: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -97,117 +108,97 @@ class Supervisor:
                 if not self._round():
                     return
                 time.sleep(TICK)
-            except OSError:  # a full disk, a lock that is held: the next round does what is left
+            except OSError:  # a full disk, or a held lock: the next round does the rest
                 log.exception("The queue could not be worked on.")
                 time.sleep(FULL)
 
     def _round(self) -> bool:
-        """Looks at every job and starts what may start; -> whether anything is left to do."""
+        """Looks at every job and starts what may start; -> whether there is anything left to do."""
         for job in self.store.jobs():
             with self.store.unless_deleted(job.id):
                 self._look(job)
         jobs = self.store.jobs()
         busy = set().union(*(_devices(job) for job in jobs if job.state in ACTIVE))
-        waiting = [job for job in jobs if job.state == "queued"]
-        for job in waiting:
-            with self.store.unless_deleted(job.id):
-                if busy.isdisjoint(_devices(job)) and self._may_start(job):
-                    self._launch(job)
-                    busy |= _devices(job)
+        for job in jobs:
+            if job.state == "queued":
+                with self.store.unless_deleted(job.id):
+                    if busy.isdisjoint(_devices(job)) and self._may_start(job):
+                        self._launch(job)
+                        busy |= _devices(job)
         return bool(busy) or any(job.waits for job in jobs)
 
     def _look(self, job: Job) -> None:
-        known = self._known(job)
+        attempt = self._attempt(job)
         if job.state in ACTIVE:
-            self._escalate(job)
-        elif "pid" in known and "ended" not in known:
-            self._ended(job)
-        elif job.forsaken:
-            self.store.ask(job.id, "", only=lambda found: found.forsaken)
+            self._enforce(job)
+        elif attempt.pid and attempt.ended is None:
+            self._ended(job, attempt)
+        elif job.is_forsaken:
+            self.store.ask(job.id, "", only=lambda now: now.is_forsaken)
 
     def _may_start(self, job: Job) -> bool:
-        """Not while it waits after a crash, but never for long, should the clock be set back."""
-        left = self._known(job).get("not_before", 0) - time.time()
-        return not 0 < left <= max(PAUSES)
+        """Whether the pause after a crash is over. If more than the longest pause is left, the
+        clock was set back, and the job may start."""
+        left = (self._attempt(job).not_before or 0.0) - time.time()
+        return not 0 < left <= max(states.PAUSES)
 
     def _launch(self, job: Job) -> None:
         path = self.store.path(job.id)
-        # A supervisor that was killed here may have left a trainer that it did not write down.
+        # A supervisor that was killed here may have left a trainer that it had not recorded.
         processes.end(job.id, kill=True)
-        control = disk.read_object(path / "control.json")
-        command, on = [sys.executable], []
-        if job.remote:
-            on = ["--ray", str(self.store.folder.parent / ray_job.SETTINGS)]
-        elif (count := int(control.get("processes", 1))) > 1:
+        control, before = self._control(job), self._attempt(job)
+        command, target = [sys.executable], [str(path / Outline.FILE)]
+        if job.on_cluster:
+            target = ["--ray", str(self.store.folder.parent / Cluster.FILE), *target]
+        elif control.processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
-            command += ["--nproc-per-node", str(count)]
-        # libuv is missing from torch's builds for Windows, where torchrun asks for it.
-        told = {"USE_LIBUV": "0"} if sys.platform == "win32" else {}
-        if job.visible and not job.remote:
-            # As ComfyUI's --cuda-device sets them: ROCm reads the second first.
-            told |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), job.visible)
-        # By this the words of an earlier process are known from those of this one.
-        earlier = disk.read_object(path / "status.json").get("started")
-        process = processes.start(
-            [*command, str(RUN), *on, str(path / "spec.json")], path / "log.txt", job.id, **told
-        )
+            command += ["--nproc-per-node", str(control.processes)]
+        # torch's builds for Windows have no libuv, which torchrun asks for.
+        environment = {"USE_LIBUV": "0"} if sys.platform == "win32" else {}
+        if job.visible and not job.on_cluster:
+            # ComfyUI's --cuda-device sets both; ROCm reads the second one first.
+            names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+            environment |= dict.fromkeys(names, job.visible)
+        earlier = (Status.read(path) or Status()).started
+        command += [str(RUN), *target]
+        process = processes.start(command, path / "log.txt", job.id, **environment)
         self.children[job.id] = process
-        before, turn = self._known(job), control.get("turn", 0)
-        again = before if before.get("turn") == turn else {}
-        self._tell(
-            job, pid=process.pid, identity=processes.identity(process.pid), turn=turn,
-            crashes=again.get("crashes", 0), step=again.get("step", 0), earlier=earlier,
-        )  # fmt: skip
+        is_same_turn = before.turn == control.turn
+        Attempt(
+            pid=process.pid,
+            identity=processes.identity(process.pid),
+            turn=control.turn,
+            earlier=earlier,
+            crashes=before.crashes if is_same_turn else 0,
+            step=before.step if is_same_turn else 0,
+        ).write(path)
         log.info("%s started as process %d", job.name, process.pid)
 
-    def _ended(self, job: Job) -> None:
-        """The trainer is no more: what that means, and whether it is launched again."""
+    def _ended(self, job: Job, attempt: Attempt) -> None:
+        """Records how the process of a job ended, which decides what follows."""
         child = self.children.pop(job.id, None)
         code = child.wait() if child else None
         processes.end(job.id, kill=True)  # workers that torchrun may have left
         self._sweep(job)
         self.asked_since.pop(job.id, None)
-        known = self._known(job)
-        status = disk.read_object(self.store.path(job.id) / "status.json")
-        if status.get("started") == known.get("earlier"):
-            status = {}
-        said, message = status.get("state"), str(status.get("message", ""))
-        control = disk.read_object(self.store.path(job.id) / "control.json")
-        if said == "done" or (said == "failed" and not status.get("crash")):
-            outcome = {"ended": said, "message": message}
-        elif control.get("action") or code == run.DISK_FULL or status.get("disk_full"):
-            outcome = {"ended": "paused", "message": message}
-        else:
-            step = int(status.get("step", 0))
-            crashes = 1 if step > known.get("step", 0) else known.get("crashes", 0) + 1
-            if crashes > CRASHES:
-                outcome = {
-                    "ended": "failed",
-                    "message": f"The training crashed {crashes} times in a row at step {step}"
-                    + (f": {message}" if status.get("crash") else ".")
-                    + " Its log tells more.",
-                }
-            else:
-                wait = PAUSES[min(crashes, len(PAUSES)) - 1]
-                outcome = {
-                    "ended": "crashed", "crashes": crashes, "step": step,
-                    "not_before": time.time() + wait,
-                }  # fmt: skip
-        log.info("%s ended with status %s: %s", job.name, code, outcome)
-        self._tell(job, **known | outcome)
+        path = self.store.path(job.id)
+        status = Status.read(path) or Status()
+        outcome = states.after_end(self._control(job), attempt, status, code)
+        log.info("%s ended with exit status %s: %s", job.name, code, outcome)
+        outcome.write(path)
 
     def _sweep(self, job: Job) -> None:
-        """Half files of processes that were killed, wherever a job writes."""
-        disk.clear_dead(self.store.path(job.id), deep=True)
-        spec = disk.read_object(self.store.path(job.id) / "spec.json")
-        for place in (Path(str(spec.get("output", ""))).parent, Path(str(spec.get("banks", "")))):
-            if place.is_absolute() and place.is_dir():
-                disk.clear_dead(place)
+        """Removes temporary files of killed processes, wherever a job writes."""
+        path = self.store.path(job.id)
+        disk.clear_dead(path, deep=True)
+        outline = Outline.read(path) or Outline()
+        for folder in (Path(outline.output).parent, Path(outline.banks)):
+            if folder.is_absolute() and folder.is_dir():
+                disk.clear_dead(folder)
 
-    def _escalate(self, job: Job) -> None:
-        """A stop that is not followed: asked to terminate, and then its whole tree is killed."""
-        control = disk.read_object(self.store.path(job.id) / "control.json")
-        if control.get("action") != "stop":
+    def _enforce(self, job: Job) -> None:
+        """Terminates, and then kills, the processes of a job that does not follow a "stop"."""
+        if self._control(job).action != "stop":
             self.asked_since.pop(job.id, None)
             return
         waited = time.monotonic() - self.asked_since.setdefault(job.id, time.monotonic())
@@ -216,15 +207,15 @@ class Supervisor:
         elif waited > TERMINATE:
             processes.end(job.id, kill=False)
 
-    def _known(self, job: Job) -> dict[str, Any]:
-        return disk.read_object(self.store.path(job.id) / "supervisor.json")
+    def _attempt(self, job: Job) -> Attempt:
+        return Attempt.read(self.store.path(job.id)) or Attempt()
 
-    def _tell(self, job: Job, **known: Any) -> None:
-        disk.replace(self.store.path(job.id) / "supervisor.json", json.dumps(known))
+    def _control(self, job: Job) -> Control:
+        return Control.read(self.store.path(job.id)) or Control()
 
 
 def _devices(job: Job) -> set[str]:
-    """The devices a job takes; the first where none is named, and on a cluster none of ours."""
-    if job.remote:
+    """The devices of this machine that a job uses; the first one if it names none."""
+    if job.on_cluster:
         return {job.id}
     return set((job.visible or "0").split(","))

@@ -1,0 +1,1 @@
+"""How a LoRA is written down: names, files, metadata, and the tensors of every dialect."""

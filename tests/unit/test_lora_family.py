@@ -1,0 +1,74 @@
+"""Which acceleration a LoRA file is, by metadata and by name."""
+
+from __future__ import annotations
+
+import pytest
+from lcm_lora.lora.family import FAMILY, family_named, joined
+from lcm_lora.samplers.families import FAMILIES
+from lcm_lora.training.schema import declared
+from lcm_lora.training.spec import Spec
+
+NAMES = {
+    "lcm-lora-sdv1-5.safetensors": "lcm",
+    "LCM_LoRA_Weights_SD15.safetensors": "lcm",
+    "lcm-lora-sdxl/pytorch_lora_weights.safetensors": "lcm",
+    "fast\\lcm\\weights.safetensors": "lcm",
+    "pcm_sd15_lcmlike_lora_converted.safetensors": "lcm",
+    "tcd-sdxl-lora.safetensors": "tcd",
+    "SDXL_TCD_LoRA.safetensors": "tcd",
+    "dmd2_sdxl_4step_lora_fp16.safetensors": "dmd2",
+    "lcm/dmd2-lcm-sampler.safetensors": "dmd2",
+    "Hyper-SDXL-4steps-lora.safetensors": "hyper-sd",
+    "Hyper-SD15-12steps-CFG-lora.safetensors": "hyper-sd",
+    "Hyper-SD15-1step-lora.safetensors": "hyper-sd-1step",
+    "hyper_sdxl_1_step.safetensors": "hyper-sd-1step",
+    "pcm_sdxl_normalcfg_8step_converted.safetensors": "pcm",
+    "sdxl_lightning_4step_lora.safetensors": "lightning",
+    "lightning-8steps.safetensors": "lightning",
+    "pytorch_lora_weights.safetensors": "",
+    "lightning strikes.safetensors": "",
+    "hyper-detail.safetensors": "",
+    "hyperrealism.safetensors": "",
+    "halcmorphic_utcd_ldmd2x.safetensors": "",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name):
+    family, why = family_named({}, name)
+    assert family == NAMES[name]
+    assert not family or family in FAMILIES
+    assert bool(why) == bool(family)
+
+
+def test_metadata_goes_before_the_name_and_our_own_before_others():
+    name = "sdxl_lightning_4step_lora.safetensors"
+    title = {"modelspec.title": "TCD-SDXL-LoRA", "ss_output_name": "my pcm"}
+    assert family_named(title, name) == ("tcd", "the file's metadata, modelspec.title")
+    ours = title | {FAMILY: "phased"}
+    assert family_named(ours, name) == ("phased", f"the file's metadata, {FAMILY}")
+    assert family_named({"ss_output_name": "style"}, name)[0] == "lightning"
+    assert family_named({}, f"lcm/{name}") == ("lightning", f"the name {name}")
+
+
+def test_a_name_of_two_is_neither():
+    assert family_named({}, "tcd-and-pcm.safetensors")[0] == "tcd + pcm"
+
+
+@pytest.mark.parametrize(
+    ("families", "expected"),
+    [
+        ([None, None], None),
+        ([None, "tcd"], "tcd"),
+        (["lcm", "lcm"], "lcm"),
+        (["tcd", None, "lcm"], "lcm + tcd"),
+        (["lcm + tcd", "lcm"], "lcm + tcd"),
+    ],
+)
+def test_what_a_sum_says(families, expected):
+    metadata = [{FAMILY: family} if family else {"ss_tag": "x"} for family in families]
+    assert joined(metadata) == ({FAMILY: expected} if expected else {})
+
+
+def test_what_we_distil_is_known():
+    assert set(declared(Spec)["objective"].setting.choices) <= FAMILIES.keys()

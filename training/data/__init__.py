@@ -1,0 +1,1 @@
+"""What a job trains on: prompts or captioned pictures, the latent bank, and each step's draws."""

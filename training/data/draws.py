@@ -1,0 +1,83 @@
+"""The random choices of a training step, as functions of (seed, step, place in the batch).
+
+No generator's state outlives a step. So a resumed run draws the same numbers as an unbroken one,
+two processes draw together what one would draw alone, and the micro-batch changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ...samplers.noise import picture_seed
+from ..objectives.batch import ORIGIN_STEPS
+
+
+class Order:
+    """Which rows of the bank form which batch: every row once an epoch, in a new order each time.
+
+    shapes: of the rows' latents; a batch has one shape. batch: pictures a step, of all processes
+    together. If a shape's rows do not fill their last batch, the first of them come twice in that
+    epoch.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], batch: int, seed: int):
+        self.batch, self.seed = batch, seed
+        self.groups: dict[tuple[int, ...], list[int]] = {}
+        for row, shape in enumerate(shapes):
+            self.groups.setdefault(tuple(shape), []).append(row)
+        self.per_epoch = sum(math.ceil(len(rows) / batch) for rows in self.groups.values())
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of step `step` (0, 1, ...): `batch` of them."""
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._batches, self._epoch = self._shuffled(epoch), epoch
+        return self._batches[at]
+
+    def original(self, step: int, passes: int) -> int:
+        """The step whose batch and draws this step repeats, if each is used in `passes` consecutive
+        passes over the bank. For 1 pass it is the step itself."""
+        epoch, at = divmod(step, self.per_epoch)
+        return epoch // passes * passes * self.per_epoch + at
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(picture_seed(self.seed, epoch, 1 << 40))
+        batches = []
+        for rows in self.groups.values():
+            order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            for start in range(0, len(order), self.batch):
+                part = order[start : start + self.batch]
+                missing = self.batch - len(part)
+                batches.append(part + [order[i % len(order)] for i in range(missing)])
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def mean_guidance(guidance: Sequence[float]) -> float:
+    """The middle of the range that `draw` takes cfg from."""
+    return sum(guidance) / len(guidance)
+
+
+def draw(
+    seed: int, step: int, places: Sequence[int], shape: Sequence[int], guidance: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(eps, index, cfg) for the pictures at these places of a step's batch, on the CPU.
+
+    eps: noise [B, *shape] float32; index: int64 [B] in 0..49, a point of the solver's grid; cfg:
+    float32 [B, 1, 1, 1], within the range of guidance.
+    """
+    eps = torch.empty(len(places), *shape)
+    index = torch.empty(len(places), dtype=torch.int64)
+    cfg = torch.empty(len(places), 1, 1, 1)
+    generator = torch.Generator()
+    low, high = guidance[0], guidance[-1]
+    for i, place in enumerate(places):
+        generator.manual_seed(picture_seed(seed, place, step))
+        index[i] = torch.randint(ORIGIN_STEPS, (), generator=generator)
+        cfg[i] = low + (high - low) * torch.rand((), generator=generator)
+        eps[i].normal_(generator=generator)
+    return eps, index, cfg

@@ -1,0 +1,96 @@
+"""A distillation as a user orders it, in a node or over HTTP: files by their names in ComfyUI.
+
+Settings that are a Spec's own are declared in training/spec.py and named here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..schema import check, same, setting
+from ..spec import Data, Spec
+
+POLICIES = ("yield", "exclusive", "share")
+SOURCES = ("prompts", "prompt file", "pictures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOrder:
+    """The content of LCM_DATA: where the clean latents come from."""
+
+    kind: str = setting(
+        "prompts: the checkpoint draws the pictures. pictures: your own, with captions.",
+        "prompts",
+        choices=SOURCES,
+    )
+    prompts: str = setting(
+        "One prompt per line. Leave it empty to use the list that comes with the pack.",
+        "",
+        widget={"multiline": True},
+    )
+    path: str = setting(
+        "A text file, a folder of pictures or a tar file in ComfyUI's input folder.",
+        "",
+        is_path=True,
+    )
+    count: int = same(Data, "count")
+    draw_steps: int = same(Data, "draw_steps")
+    crops: int = same(Data, "crops")
+    flip: bool = same(Data, "flip")
+    resolution: int = same(Spec, "resolution")
+
+    def __post_init__(self) -> None:
+        check(self, "data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A distillation. The order of the fields is that of the node's inputs: append new ones."""
+
+    checkpoint: str = setting(
+        "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega or KOALA.", is_path=True
+    )
+    data: DataOrder = setting("The data from Distillation Data.", factory=DataOrder)
+    name: str = setting(
+        "File name in the loras folder. For a subfolder, write folder/name.",
+        widget={"default": "my-lcm-lora"},
+    )
+    steps: int = same(Spec, "steps")
+    batch: int = same(Spec, "batch")
+    rank: int = same(Spec, "rank")
+    guidance: float = same(Spec, "guidance", Spec.guidance[0])
+    lr: float = same(Spec, "lr")
+    seed: int = same(Spec, "seed")
+    precision: str = same(Spec, "precision")
+    policy: str = setting(
+        "What happens while you generate. yield: the job saves and ends, and resumes when the "
+        "queue is empty; ComfyUI unloads its models each time the job starts. exclusive: the job "
+        "goes on; ComfyUI unloads its models when the job starts and each time the queue becomes "
+        "empty. share: the job goes on, and ComfyUI does not unload its models.",
+        "yield",
+        choices=POLICIES,
+    )
+    style_lora: str = setting(
+        "A style LoRA to bake into the checkpoint first. You get an accelerated style in one file.",
+        "",
+        is_path=True,
+    )
+    style_strength: float = setting(
+        "Weight of that style.", 1.0, widget={"min": -10.0, "max": 10.0, "step": 0.01}
+    )
+    sample_every: int = same(Spec, "sample_every")
+    checkpoint_every: int = same(Spec, "checkpoint_every")
+    device: str = setting(
+        'GPU numbers, such as "1" or "0,1"; leave it empty for the first GPU. "ray" uses one '
+        'worker of your Ray cluster, "ray:4" four.',
+        "",
+        pattern="([0-9]{1,3}(,[0-9]{1,3})*)?|ray(:[1-9][0-9]{0,2})?",
+        expected='empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" for so many '
+        "workers of your Ray cluster",
+    )
+    overwrite: bool = same(Spec, "overwrite")
+    objective: str = same(Spec, "objective")
+    passes: int = same(Spec, "passes")
+
+    def __post_init__(self) -> None:
+        check(self)

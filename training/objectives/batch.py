@@ -1,0 +1,49 @@
+"""What one training step works on, and where it lies on the solver's grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ...samplers.families import ORIGIN_STEPS
+from ...samplers.timesteps import grid
+
+SKIP = 1000 // ORIGIN_STEPS  # the k of the LCM paper: how many timesteps a solver step covers
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures of one training step, all tensors on the device of the network.
+
+    Attributes:
+        z0: clean latents [B, C, H, W] at diffusion scale. eps: their noise, of the same shape.
+        index: int64 [B] in 0..49, the point on the grid 19, 39, ..., 999 where the noise is added.
+        cond, uncond: the network's inputs with and without the caption.
+        cfg: the usual guidance scale, a number or [B, 1, 1, 1].
+    """
+
+    z0: torch.Tensor
+    eps: torch.Tensor
+    index: torch.Tensor
+    cond: Inputs
+    uncond: Inputs
+    cfg: float | torch.Tensor
+
+    @property
+    def t(self) -> torch.Tensor:
+        """The timesteps where the solver's step begins, int64 [B]."""
+        return table(tuple(grid(ORIGIN_STEPS)), self.index.device)[self.index]
+
+    @property
+    def s(self) -> torch.Tensor:
+        """The timesteps where it ends, int64 [B]."""
+        return (self.t - SKIP).clamp(min=0)
+
+
+@cache
+def table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Integers as int64 [N] on a device. Cached, because each copy makes the device wait."""
+    return torch.tensor(values, device=device)

@@ -1,0 +1,106 @@
+"""The model's noise schedule, the guided teacher, and the DDIM solver on the distillation grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...samplers.consistency import x0_and_eps
+from ..adapter import Adapter
+from .batch import Batch, Inputs
+
+Network = Callable[..., torch.Tensor]
+"""network(z [B, C, H, W], t int64 [B], **inputs) -> raw output [B, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a model was trained with: `alphas_cumprod` [1000] and its prediction type.
+
+    The table is float32, or float64 to check equations; latents and losses take its precision.
+
+    prediction: "eps", "v" or "x0". ComfyUI's sigmas give alphas_cumprod = 1 / (1 + sigma^2).
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction: str = "eps"
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        """sqrt(alphas_cumprod[t]), ready to multiply latents: [B] -> [B, 1, 1, 1]."""
+        return self.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """sqrt(1 - alphas_cumprod[t]): [B] -> [B, 1, 1, 1]."""
+        return (1 - self.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+
+    def noised(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """z_t = alpha_t x0 + sigma_t eps, in float32 (VP scale)."""
+        return self.alpha(t) * x0 + self.sigma(t) * eps
+
+    def predict(
+        self, network: Network, z: torch.Tensor, t: torch.Tensor, inputs: Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (x0, eps) that a network predicts at (z, t): [B, C, H, W] in the table's dtype."""
+        output, dtype = network(z, t, **inputs), self.alphas_cumprod.dtype
+        return x0_and_eps(
+            output.to(dtype), z.to(dtype), self.alpha(t), self.sigma(t), self.prediction
+        )
+
+
+def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance with the usual scale: 1 gives the conditional prediction alone.
+
+    The LCM papers write w = cfg - 1 (arXiv 2310.04378, equation 12).
+    """
+    return uncond + cfg * (cond - uncond)
+
+
+def predict_guided(
+    network: Network, schedule: Schedule, z: torch.Tensor, t: torch.Tensor,
+    cond: Inputs, uncond: Inputs, cfg: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The guided (x0, eps) of a network at (z, t), both [B, C, H, W] float32.
+
+    The conditional and the unconditional prediction run as one batch. x0 and eps are each converted
+    first and then guided, whatever the prediction type.
+    """
+    both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
+    x0, eps = schedule.predict(network, torch.cat([z, z]), torch.cat([t, t]), both)
+    (x0_cond, x0_uncond), (eps_cond, eps_uncond) = x0.chunk(2), eps.chunk(2)
+    return guided(x0_cond, x0_uncond, cfg), guided(eps_cond, eps_uncond, cfg)
+
+
+@torch.no_grad()
+def teacher_step(
+    network: Network, adapter: Adapter, schedule: Schedule, batch: Batch
+) -> torch.Tensor:
+    """z_s [B, C, H, W]: a guided DDIM step from z_t at batch.t to batch.s (arXiv 2310.04378,
+    algorithm 1). The teacher is the network with the adapter off."""
+    t, s = batch.t, batch.s
+    z_t = schedule.noised(batch.z0, batch.eps, t)
+    with adapter.off():
+        x0, eps = predict_guided(network, schedule, z_t, t, batch.cond, batch.uncond, batch.cfg)
+    return schedule.noised(x0, eps, s)
+
+
+@torch.no_grad()
+def ddim(
+    network: Network, schedule: Schedule, noise: torch.Tensor, steps: int,
+    cond: Inputs, uncond: Inputs, cfg: float, between: Callable[[], None] = lambda: None,
+) -> torch.Tensor:  # fmt: skip
+    """`steps` guided DDIM steps from noise [B, C, H, W] at t = 999 to the clean latent.
+
+    Evenly spaced from the noisiest timestep (999, 979, ..., 19 for 50 steps). A DDIM step to s
+    noises x0 with the predicted eps, and the last one keeps x0 (arXiv 2010.02502, equation 12).
+    between() is called before each step.
+    """
+    z = noise.float()
+    grid = torch.linspace(999, -1, steps + 1).round().long().tolist()
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        between()
+        now = torch.full((len(z),), t, device=z.device)
+        x0, eps = predict_guided(network, schedule, z, now, cond, uncond, cfg)
+        z = x0 if s < 0 else schedule.noised(x0, eps, torch.full_like(now, s))
+    return z

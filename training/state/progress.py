@@ -1,0 +1,103 @@
+"""What changes as a run goes on: micro-batch, loss scale, learning rate, and means to report."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..memory import TooLittleMemory, recompute_blocks
+from ..spec import Spec
+
+log = logging.getLogger("lcm_lora")
+FIRST_SCALE, GROWTH = 2.0**16, 1000
+
+
+@dataclass
+class Progress:
+    """The state of a run that its checkpoints keep in state.json, beside the step.
+
+    micro_batch: pictures at a time, as many as memory allows.
+    recompute: whether blocks are computed again in backward.
+    best, best_step: the smallest error of the 1-step samples. waited: samplings since then.
+    seconds: time spent in the loop.
+    scale: factor of the loss in float16. It doubles after GROWTH good steps and is halved when a
+        gradient overflows (arXiv 1710.03740, section 3.2). good: good steps since then.
+    """
+
+    micro_batch: int
+    recompute: bool = False
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    seconds: float = 0.0
+    scale: float = 1.0
+    good: int = 0
+
+    @classmethod
+    def first(cls, spec: Spec, half: bool = False) -> Progress:
+        """The progress before step 1. half: whether the network computes in float16."""
+        count = min(spec.micro_batch or spec.batch, spec.batch)
+        return cls(count, spec.checkpointing == "on", scale=FIRST_SCALE if half else 1.0)
+
+
+@dataclass
+class Means:
+    """Means over the steps between two lines of metrics; samples and checkpoints do not count."""
+
+    count: int = 0
+    losses: float = 0.0
+    norms: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, loss: float, norm: float, seconds: float) -> None:
+        self.count += 1
+        self.losses += loss
+        self.norms += norm
+        self.seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        return self.losses / self.count
+
+    @property
+    def norm(self) -> float:
+        return self.norms / self.count
+
+    @property
+    def seconds_a_step(self) -> float:
+        return self.seconds / self.count
+
+
+def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
+    """Halves the number of pictures at a time; at 1, has blocks computed again in backward.
+
+    Raises TooLittleMemory if neither is possible any more.
+    """
+    if progress.micro_batch > 1:
+        progress.micro_batch = math.ceil(progress.micro_batch / 2)
+        log.warning(
+            "out of memory: going on with %d pictures at a time, %d times a step",
+            progress.micro_batch, math.ceil(spec.batch / progress.micro_batch),
+        )  # fmt: skip
+    elif not progress.recompute and spec.checkpointing == "auto":
+        recompute_blocks(network)
+        progress.recompute = True
+        log.warning("out of memory: going on with blocks computed again in backward")
+    else:
+        raise TooLittleMemory(
+            "The device's memory is too small for a training step with one picture. Choose a "
+            "smaller resolution or rank, or close other programs that use the device."
+        )
+
+
+def learning_rate(spec: Spec, step: int) -> float:
+    """The rate of step 0, 1, ...: a linear warm-up, then the decay to 0 over the other steps."""
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
+    share = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+    if spec.decay == "cosine":
+        return spec.lr * 0.5 * (1 + math.cos(math.pi * share))
+    return spec.lr * (1 - share) if spec.decay == "linear" else spec.lr

@@ -1,0 +1,133 @@
+"""Sample pictures of a running job, next to the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ...samplers.consistency import consistency
+from ...samplers.families import FAMILIES, Family
+from ...samplers.lcm import kept_noise, lcm
+from ...samplers.noise import picture_noise
+from .. import disk
+from ..adapter import Adapter
+from ..data.bank import Tensors, square_sizes, together
+from ..memory import in_parts
+from ..objectives.solver import Network, Schedule, ddim
+from ..teacher import Teacher
+from ..tensors import save
+
+T = TypeVar("T")
+Noise = Callable[[int], torch.Tensor]
+TEACHER_STEPS = 50
+STEPS = (1, 2, 4)
+
+
+class Samples:
+    """Pictures at 1, 2 and 4 steps from fixed noise, and their distance to the teacher's pictures.
+
+    They are sampled as the finished file will be, as its objective requires. The teacher's 50-step
+    latents are drawn once and kept in the job's folder. side: of the pictures, in pixels.
+    """
+
+    def __init__(
+        self, job: Path, teacher: Teacher, prompts: tuple[str, ...], side: int, seed: int,
+        objective: str,
+    ):  # fmt: skip
+        self.folder, self.teacher, self.side, self.seed = job / "samples", teacher, side, seed
+        self.family = FAMILIES[objective]
+        self.texts = [teacher.text(prompt) for prompt in prompts]
+
+    def draw(self, adapter: Adapter, step: int, cfg: float) -> dict[str, float]:
+        """Writes samples/step-N.png; -> mean squared error to the teacher's latents, by steps."""
+        self.folder.mkdir(exist_ok=True)
+        teacher = self.teacher
+
+        def few_step(numbers: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+            noise, cond, _ = self._inputs(numbers)
+            columns = [
+                few_steps(teacher, teacher.schedule, noise, n, cond, self.family) for n in STEPS
+            ]
+            return list(zip(*columns, strict=True))
+
+        endpoint = self._endpoint(adapter, cfg)
+        columns = [torch.stack(column) for column in zip(*self._in_parts(few_step), strict=True)]
+        errors = {
+            str(steps): float((latents - endpoint).square().mean())
+            for steps, latents in zip(STEPS, columns, strict=True)
+        }
+        pictures = [teacher.decode(column) for column in (endpoint, *columns)]
+        teacher.free_vae()
+        sheet = torch.cat([torch.cat(list(column), 0) for column in pictures], 1)
+        pixels = (sheet.nan_to_num() * 255).round().to(torch.uint8).numpy()
+        with disk.whole_file(self.folder / f"step-{step:08d}.png") as new:
+            Image.fromarray(np.ascontiguousarray(pixels)).save(new, "PNG")
+        return errors
+
+    def _in_parts(self, make: Callable[[Sequence[int]], list[T]]) -> list[T]:
+        """make(numbers of the prompts), of as many at a time as memory has room for."""
+        return in_parts(range(len(self.texts)), len(self.texts), make)
+
+    def _inputs(self, numbers: Sequence[int]) -> tuple[Noise, Tensors, Tensors]:
+        """(noise by step, conditional, unconditional inputs) of these prompts, on the device."""
+        teacher = self.teacher
+        sizes = torch.tensor([square_sizes(self.side)] * len(numbers))
+        like = torch.empty(len(numbers), *teacher.latent_shape(self.side))
+        noise = picture_noise(like, self.seed, numbers)
+        texts = together([self.texts[number] for number in numbers])
+        return (lambda step: noise(step).to(teacher.device)), *teacher.conditions(texts, sizes)
+
+    def _endpoint(self, adapter: Adapter, cfg: float) -> torch.Tensor:
+        """The teacher's latents [B, C, h, w]. Raises ValueError if they are not finite."""
+        path, teacher = self.folder / "teacher.safetensors", self.teacher
+        if path.exists():
+            return load_file(path)["latents"].to(teacher.device)
+
+        def many_step(numbers: Sequence[int]) -> list[torch.Tensor]:
+            noise, cond, uncond = self._inputs(numbers)
+            return list(ddim(teacher, teacher.schedule, noise(0), TEACHER_STEPS, cond, uncond, cfg))
+
+        with adapter.off():
+            latents = torch.stack(self._in_parts(many_step))
+        if not latents.isfinite().all():
+            raise ValueError(
+                "The teacher's own pictures are not finite numbers: its precision is too low. "
+                "Choose precision bf16 or fp32."
+            )
+        save(path, {"latents": latents})
+        return latents
+
+
+def few_steps(
+    network: Network, schedule: Schedule, noise: Noise, steps: int, cond: Tensors, family: Family
+) -> torch.Tensor:
+    """Clean latents [B, C, h, w] of a network, sampled as its family requires (samplers/lcm.py).
+
+    noise(0) [B, C, h, w] is the start at t = 999, noise(i) the fresh noise of step i.
+    """
+    start, timesteps = noise(0), family.timesteps(steps)
+    t = torch.tensor(timesteps, device=start.device)
+    # samplers/lcm.py works in ComfyUI's scale x = z / alpha, whose noise level is sigma / alpha.
+    levels = (1 / schedule.alphas_cumprod - 1).sqrt()
+    sigmas = torch.cat([levels[t], torch.zeros(1, device=start.device)])
+    remaining = iter(timesteps)
+
+    def denoised(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        now = torch.full((len(x),), next(remaining), device=x.device)
+        z = schedule.alpha(now) * x
+        x0, _ = schedule.predict(network, z, now, cond)
+        return consistency(z, x0, now) if family.boundary else x0
+
+    kept = kept_noise(
+        sigmas[:-1], family.eta, lambda _: t[1:], lambda rounded: levels[rounded.long()]
+    )
+    return lcm(
+        denoised, start / schedule.alpha(t[:1]), sigmas,
+        noise=lambda step: noise(step + 1), kept=[*kept, 0.0],
+    )  # fmt: skip

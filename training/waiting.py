@@ -1,0 +1,83 @@
+"""What a job waits for before its training begins, and what it is asked to do meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from . import disk
+from .state.journal import Journal
+
+Action = Literal["", "pause", "finish"]
+ACTIONS: tuple[Action, ...] = ("", "pause", "finish")
+PATIENCE = 60.0  # seconds to wait for memory
+
+
+class Paused(Exception):
+    """The job was asked to end before its training began. The finished files of the bank stay."""
+
+
+class Request:
+    """What the job is asked to do, by its control file or by a signal. A signal means pause.
+
+    Calling it gives "" (go on), "pause" (save and end) or "finish" (save, write the LoRA and end).
+    """
+
+    def __init__(self, control: Path):
+        self.control, self.signalled = control, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signal)
+
+    def _signal(self, *_: object) -> None:
+        self.signalled = True
+
+    def __call__(self) -> Action:
+        if self.signalled:
+            return "pause"
+        action = disk.read_object(self.control).get("action")
+        if action == "finish":
+            return "finish"
+        # A stop is a pause too. If it is not followed, the supervisor ends the process.
+        return "pause" if action in ("pause", "stop") else ""
+
+    def end_if_asked(self, reached: str = "before the training began") -> None:
+        """Raises Paused if the job is to pause."""
+        if self() == "pause":
+            raise Paused(f"paused {reached}")
+
+
+def for_memory(
+    checkpoint: Path,
+    free_memory: Callable[[], int],
+    journal: Journal | None,
+    request: Callable[[], Action],
+) -> None:
+    """Waits until the device has room for the checkpoint, which the server was asked to make.
+
+    Waits for PATIENCE at most, because ComfyUI may get by with less.
+    """
+    needed = checkpoint.stat().st_size if checkpoint.is_file() else 0
+    deadline = time.monotonic() + PATIENCE
+    while (free := free_memory()) < needed and time.monotonic() < deadline:
+        if request():
+            raise Paused("paused before the training began")
+        if journal is not None:
+            journal.state(
+                "preparing",
+                message=f"waiting for {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free",
+            )
+        time.sleep(1)
+
+
+def require_room(folder: Path, needed: float, purpose: str) -> None:
+    """Raises OSError (ENOSPC) if the disk of `folder` has less than `needed` bytes free."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{purpose} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free",
+        )
