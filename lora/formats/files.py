@@ -32,6 +32,27 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOST = 0.02  # share of a tensor's norm; a warning if rounding loses more. bf16 loses 0.002
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a file's header
 
+_DOWNLOAD = "The download went wrong: download the file again."
+# What files of other formats begin with. The first match counts.
+_OTHER_FORMATS = tuple(
+    (re.compile(beginning, re.DOTALL), kind)
+    for beginning, kind in (
+        (
+            rb"PK|\x80",
+            "a pickle (a .pt or .ckpt file), whatever its name; expected safetensors. Pickles can "
+            "run code, so these nodes do not open them.",
+        ),
+        (
+            rb"version https://git-lfs",
+            "a Git LFS pointer, which names a file that was not downloaded; expected safetensors. "
+            "Run `git lfs pull`, or download the file itself.",
+        ),
+        (rb"\s*<", f"a web page; expected safetensors. {_DOWNLOAD}"),
+        (rb"\s*[{\[]", f"JSON text, such as a website's error; expected safetensors. {_DOWNLOAD}"),
+        (rb"GGUF", "a GGUF file; expected safetensors. Load it with a loader for GGUF."),
+    )
+)
+
 # The projections around SD1's transformers are convolutions; LyCORIS' products do not show that.
 _PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
 
@@ -40,18 +61,17 @@ def read(path: Path) -> Vector:
     """A safetensors LoRA in any known key dialect.
 
     Raises:
-        ValueError: the file is empty, incomplete, a pickle or another format, or holds no LoRA.
+        ValueError: the file is empty, incomplete, of another format, or holds no LoRA.
     """
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(64)
     if not start:
         raise ValueError(f"{path.name} is empty (0 bytes); expected a safetensors LoRA.")
     # The length of a header may begin with the same bytes, but the header's brace follows it.
-    if start.startswith((b"PK", b"\x80")) and not start.endswith(b"{"):
-        raise ValueError(
-            f"{path.name} is a pickle (a .pt or .ckpt file), whatever its name; expected "
-            "safetensors. Pickles can run code, so these nodes do not open them."
-        )
+    if start[8:9] != b"{":
+        for beginning, kind in _OTHER_FORMATS:
+            if beginning.match(start):
+                raise ValueError(f"{path.name} is {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}) | _beside(path)

@@ -77,7 +77,7 @@ def broken(kind: str, good) -> bytes | dict[str, torch.Tensor]:
         ("empty", "is empty"),
         ("truncated", "not a complete safetensors file"),
         ("pickle", "is a pickle"),
-        ("text", "not a complete safetensors file"),
+        ("text", "is a web page"),
         ("nan alpha", "its alpha is nan"),
         ("rank 0", "rank"),
         ("shapes", "do not multiply"),
