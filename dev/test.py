@@ -27,7 +27,7 @@ def main(arguments: list[str], host: Path) -> int:
             return 1
     os.environ["LCM_LORA_TEST_HOST"] = str(host)
     tests = ROOT / "tests"
-    # The root of the collection is tests/: above it lies the pack's __init__, which wants ComfyUI.
+    # pytest collects below tests/ only: the __init__ above it imports ComfyUI.
     fixed = [
         "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tests), "--confcutdir", str(tests),
     ]  # fmt: skip
@@ -60,9 +60,10 @@ def _check_types() -> int:
 
 
 def _side_by_side() -> list[str]:
-    """Two processes share the tests (tests/conftest.py says which go together), for they wait much.
+    """Arguments for two processes that share the tests: most tests wait a lot.
 
-    Each has half of the threads: where two programs want every core, both crawl.
+    tests/conftest.py says which tests stay in one process. Each process gets half of the threads,
+    because two programs that both want every core slow each other down.
     """
     cores = os.cpu_count() or 1
     if cores < 2:

@@ -1,4 +1,7 @@
-"""The timesteps of a few-step run (LCM, arXiv 2310.04378, algorithm 3 and section 4.3)."""
+"""Ways to spread the timesteps of a few-step run (LCM, arXiv 2310.04378, algorithm 3, section 4.3).
+
+families.py says which family uses which. host.py passes on a list that the user gives.
+"""
 
 from __future__ import annotations
 

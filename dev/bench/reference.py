@@ -42,7 +42,7 @@ def prepare(case: Case) -> Callable[[], Step]:
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     empty = write_bank(case.bank, encoders)
     shape = (4, case.side, case.side)
-    order = draws.Order([shape] * PICTURES, 1, SEED)
+    order = draws.Shuffle([shape] * PICTURES, 1, SEED)
     clock, numbers = Clock(parameters, teacher_unet, unet), itertools.count()
 
     def step() -> Step:

@@ -6,7 +6,7 @@ import pytest
 from lcm_lora.training import disk
 from lcm_lora.training.jobs.processes import Process
 from lcm_lora.training.jobs.records import Attempt, Control, Handover, Result, Status
-from lcm_lora.training.jobs.states import CRASHES, PAUSES, after_end, state_of
+from lcm_lora.training.jobs.states import CRASHES, PAUSES, restart_or_end, state_of
 
 ME = Process.this()
 
@@ -90,7 +90,7 @@ def test_the_table_of_states(control, attempt, status, state):
     ],
 )
 def test_the_table_of_ends(control, status, code, ended):
-    outcome = after_end(control, RUNS, status, code)
+    outcome = restart_or_end(control, RUNS, status, code)
     assert outcome.ended == ended
     assert (outcome.pid, outcome.turn, outcome.earlier) == (RUNS.pid, RUNS.turn, RUNS.earlier)
     assert (outcome.not_before is None) == (ended != "crashed")
@@ -98,14 +98,14 @@ def test_the_table_of_ends(control, status, code, ended):
 
 def test_crashes_count_until_there_is_a_new_step():
     status = Status(started=6.0, state="failed", step=3, message="no device", crash=True)
-    attempt = after_end(Control(), RUNS, status, 1)
+    attempt = restart_or_end(Control(), RUNS, status, 1)
     assert (attempt.crashes, attempt.step) == (1, 3)
     for crashes in range(2, CRASHES + 1):
-        attempt = after_end(Control(), attempt, status, 1)
+        attempt = restart_or_end(Control(), attempt, status, 1)
         assert (attempt.ended, attempt.crashes) == ("crashed", crashes)
-    further = after_end(Control(), attempt, Status(started=6.0, state="running", step=4), -9)
+    further = restart_or_end(Control(), attempt, Status(started=6.0, state="running", step=4), -9)
     assert (further.ended, further.crashes, further.step) == ("crashed", 1, 4)
-    failed = after_end(Control(), attempt, status, 1)
+    failed = restart_or_end(Control(), attempt, status, 1)
     assert failed.ended == "failed"
     assert f"crashed {CRASHES + 1} times in a row at step 3: no device" in failed.message
     assert len(PAUSES) == CRASHES

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from lcm_lora.training.data.draws import Order, draw
+from lcm_lora.training.data.draws import Shuffle, draw
 
 SHAPE = (4, 8, 8)
 
@@ -33,16 +33,16 @@ def test_the_draws_are_distributed_as_they_should():
 
 
 def test_each_epoch_has_every_row_and_its_own_order():
-    order = Order([SHAPE] * 24, batch=4, seed=1)
+    order = Shuffle([SHAPE] * 24, batch=4, seed=1)
     epochs = [[row for i in range(6) for row in order.rows(6 * e + i)] for e in range(3)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert Order([SHAPE] * 24, batch=4, seed=1).rows(13) == order.rows(13)
+    assert Shuffle([SHAPE] * 24, batch=4, seed=1).rows(13) == order.rows(13)
 
 
 def test_a_batch_has_one_shape_and_is_always_full():
     shapes = [(4, 8, 8)] * 10 + [(4, 6, 10)] * 3 + [(4, 10, 6)]
-    order = Order(shapes, batch=4, seed=0)
+    order = Shuffle(shapes, batch=4, seed=0)
     seen = Counter()
     for step in range(order.per_epoch):
         rows = order.rows(step)
@@ -55,7 +55,7 @@ def test_a_batch_has_one_shape_and_is_always_full():
 
 def test_two_processes_share_the_batch_of_one():
     """Rank r takes its part of the rows and of the places: together they are the one batch."""
-    order = Order([SHAPE] * 30, batch=8, seed=2)
+    order = Shuffle([SHAPE] * 30, batch=8, seed=2)
     whole = order.rows(2)
     parts = whole[:4], whole[4:]
     assert not set(parts[0]) & set(parts[1])
@@ -65,7 +65,7 @@ def test_two_processes_share_the_batch_of_one():
 
 
 def test_a_batch_is_used_in_so_many_passes_and_no_more():
-    order = Order([SHAPE] * 24, batch=4, seed=1)  # 6 steps a pass
+    order = Shuffle([SHAPE] * 24, batch=4, seed=1)  # 6 steps a pass
     assert [order.original(step, 1) for step in range(20)] == list(range(20))
     assert [order.original(step, 3) for step in (0, 5, 6, 11, 17, 18, 23, 24)] == [
         0, 5, 0, 5, 5, 18, 23, 18,

@@ -15,7 +15,7 @@ from ...samplers.noise import picture_seed
 from ..objectives.batch import ORIGIN_STEPS
 
 
-class Order:
+class Shuffle:
     """Which rows of the bank form which batch: every row once an epoch, in a new order each time.
 
     shapes: of the rows' latents; a batch has one shape. batch: pictures a step, of all processes

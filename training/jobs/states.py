@@ -52,8 +52,8 @@ def state_of(control: Control, attempt: Attempt, status: Status) -> tuple[str, s
     return "queued", ""
 
 
-def after_end(control: Control, attempt: Attempt, status: Status, code: int | None) -> Attempt:
-    """The attempt with how it ended. Nothing else decides whether a job is started again:
+def restart_or_end(control: Control, attempt: Attempt, status: Status, code: int | None) -> Attempt:
+    """The attempt with how it ended. No other code decides whether a job is started again:
 
     done       the trainer reported it
     failed     the trainer reported a fault that would return, as in the settings (no `crash`)

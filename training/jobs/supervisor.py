@@ -183,7 +183,7 @@ class Supervisor:
         self.asked_since.pop(job.id, None)
         path = self.store.path(job.id)
         status = Status.read(path) or Status()
-        outcome = states.after_end(self._control(job), attempt, status, code)
+        outcome = states.restart_or_end(self._control(job), attempt, status, code)
         log.info("%s ended with exit status %s: %s", job.name, code, outcome)
         outcome.write(path)
 

@@ -66,7 +66,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused
         )
-        self.order = draws.Order(self.bank.shapes, spec.batch * self.ranks.world, spec.seed)
+        self.shuffle = draws.Shuffle(self.bank.shapes, spec.batch * self.ranks.world, spec.seed)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress.first(spec, self.half)
         self.answers = None
@@ -138,8 +138,8 @@ class Run:
         """Adds up the gradients of this process's part of the batch; -> its mean loss, float32."""
         self.optimiser.zero_grad()
         spec, teacher, first = self.spec, self.teacher, self.ranks.rank * self.spec.batch
-        step = self.order.original(self.step, spec.passes)
-        rows = self.order.rows(step)[first : first + spec.batch]
+        step = self.shuffle.original(self.step, spec.passes)
+        rows = self.shuffle.rows(step)[first : first + spec.batch]
         answers = self.answers.read(step) if self.answers else None
         total, new_answers = torch.zeros((), device=teacher.device), []
         for start in range(0, spec.batch, self.progress.micro_batch):
@@ -155,7 +155,7 @@ class Run:
             total += loss.detach()
         if self.answers and answers is None:
             self.answers.write(step, torch.cat(new_answers))
-            if step % (spec.passes * self.order.per_epoch) == 0:
+            if step % (spec.passes * self.shuffle.per_epoch) == 0:
                 self.answers.forget_before(step)
         return total
 
