@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 
 from . import sheet
@@ -47,6 +48,7 @@ class Bar:
 def fitted(workflow: dict, subject: sheet.Subject) -> dict:
     """A shipped workflow as an API prompt, with the subject's files, caption and size put in."""
     prompt = to_api(workflow)
+    styles = cycle([subject.style_lora, subject.second_style or subject.style_lora])
     for node in prompt.values():
         inputs = node["inputs"]
         if node["class_type"] == "CheckpointLoaderSimple":
@@ -54,7 +56,7 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
         elif "lora_name" in inputs:
             # The official LCM-LoRA is named so in all workflows; any other one is a style.
             official = inputs["lora_name"].startswith("lcm-lora")
-            inputs["lora_name"] = subject.lcm_lora if official else subject.style_lora
+            inputs["lora_name"] = subject.lcm_lora if official else next(styles)
         elif node["class_type"] == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = subject.captions[0]
         elif "width" in inputs:
@@ -76,14 +78,19 @@ def draw(client: Client, title: str, prompt: dict) -> tuple[dict, float]:
     return client.pictures(shown), bar.close()
 
 
-def toy_subject(checkpoint: Path) -> sheet.Subject:
-    """The toy's files by name, four captions it knows, and its own guidance."""
-    from .toy import assemble, command
+def toy_subject() -> sheet.Subject:
+    """The demo model's files by name, four captions that it knows, and its own guidance."""
+    from .toy import assemble, command, world
 
-    names = "an ankle boot", "a dress", "a bag", "a pullover"
+    names = (
+        "a fox on a teal background", "a cupcake on pink polka dots", "a rocket on blue rays",
+        "a panda on an orange background",
+    )  # fmt: skip
     captions = tuple(f"a photo of {name}" for name in names)
-    loras = assemble.LCM_LORA.name, assemble.STYLE_LORA.name
-    return sheet.Subject(checkpoint.name, *loras, captions, command.GUIDANCE, size=64)
+    return sheet.Subject(
+        assemble.checkpoint().name, assemble.LCM_LORA, assemble.STICKER_LORA, captions,
+        command.GUIDANCE, size=world.SIZE, second_style=assemble.BLUEPRINT_LORA,
+    )  # fmt: skip
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
@@ -132,12 +139,13 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
         names = [path.name if path else None for path in files]
         subject = sheet.Subject(*names, (chosen.prompt,), guidance=7.5, size=chosen.size)
     else:
+        files, subject = (), toy_subject()
+    server = Server(host, local)
+    if subject.second_style:
         from .toy import assemble
 
-        files = assemble.checkpoint(local / "models"), assemble.LCM_LORA, assemble.STYLE_LORA
-        subject = toy_subject(files[0])
-    server = Server(host, local)
-    for path, folder in zip(files, ("checkpoints", "loras", "loras"), strict=True):
+        assemble.install(server.base)
+    for path, folder in zip(files, ("checkpoints", "loras", "loras"), strict=False):
         if path:
             install(path, server.base / "models" / folder)
     with server:

@@ -15,11 +15,11 @@ from PIL import Image
 from . import sheet, strips
 from .demo import WORKFLOWS, draw, fitted, reseed, toy_subject
 from .environment import ROOT
-from .server import Server, install
+from .server import Server
 from .toy import assemble, stand_ins
 
 PAGES = ROOT / "web" / "docs"
-ENLARGED = 6  # times: 64 pixels become 384
+ENLARGED = 3  # times: 128 pixels become 384
 
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
@@ -31,14 +31,10 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(known)}")
     server = Server(host, local)
-    models = server.base / "models"
-    checkpoint = assemble.checkpoint(local / "models")
-    install(checkpoint, models / "checkpoints")
-    for lora in (assemble.LCM_LORA, assemble.STYLE_LORA):
-        install(lora, models / "loras")
+    assemble.install(server.base)
     stand_ins.lay_out(server.base)
     with server:
-        client, subject = server.client(), toy_subject(checkpoint)
+        client, subject = server.client(), toy_subject()
         for name in names:
             if name in strips.STRIPS:
                 prompt, cells = strips.prompt(name, subject)

@@ -7,7 +7,7 @@ import logging
 import time
 from pathlib import Path
 
-from .server import Server, install
+from .server import Server
 from .toy import assemble
 
 log = logging.getLogger("lcm_lora")
@@ -18,9 +18,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     parser.add_argument("--port", type=int, default=8188)
     chosen = parser.parse_args(arguments)
     server = Server(host, local, chosen.port)
-    install(assemble.checkpoint(local / "models"), server.base / "models" / "checkpoints")
-    for lora in (assemble.LCM_LORA, assemble.STYLE_LORA):
-        install(lora, server.base / "models" / "loras")
+    assemble.install(server.base)
     with server:
         log.info("ComfyUI is at %s, its log is %s", server.url, server.log)
         try:

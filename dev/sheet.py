@@ -28,6 +28,7 @@ class Subject:
     guidance: float
     size: int
     seed: int = 7
+    second_style: str | None = None
 
 
 @dataclass

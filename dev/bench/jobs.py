@@ -23,7 +23,7 @@ from ...training.jobs.store import Job, Store
 from .. import commands
 from ..client import Client
 from ..demo import toy_subject
-from ..server import Server, install
+from ..server import Server
 from ..sheet import Graph, Subject
 from ..toy import assemble
 from .report import Report
@@ -43,13 +43,12 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     local = commands.LOCAL / "jobs-bench"
     shutil.rmtree(local, ignore_errors=True)
     server = Server(Path(comfy.__path__[0]).parent, local)
-    install(checkpoint, server.base / "models" / "checkpoints")
-    install(assemble.LCM_LORA, server.base / "models" / "loras")
+    assemble.install(server.base)
     store = Store(server.base / "user" / "__lcm_lora" / "jobs")
     report = Report("jobs")
     os.environ["OMP_NUM_THREADS"] = "1"  # the server's, and the trainer's, which inherits it
     with server:
-        client, subject = server.client(), toy_subject(checkpoint)
+        client, subject = server.client(), toy_subject()
         client.run(drawing(subject, 0))  # loads the models
         alone = [seconds(client.run, drawing(subject, i)) for i in range(1, PROMPTS + 1)]
         report.add("prompt of four steps", "alone", "time", "s", alone)

@@ -29,7 +29,7 @@ def main(arguments: list[str], _host: Path, local: Path) -> int:
     module.options(parser)
     chosen = parser.parse_args(arguments)
     begun = time.monotonic()
-    report = module.run(chosen, assemble.checkpoint(local / "models"))
+    report = module.run(chosen, assemble.checkpoint())
     log.info("%s: %.0f s", area, time.monotonic() - begun)
     print(report.table())  # noqa: T201 (the table is this command's result)
     if chosen.json:

@@ -67,13 +67,13 @@ def compared(runs: int, ways: dict[str, Callable[[], object]]) -> Turns:
 
 def small(report: Report, chosen: argparse.Namespace, checkpoint: Path) -> None:
     toy = subjects.Toy.load(checkpoint)
-    lora = comfy.utils.load_torch_file(str(assemble.LCM_LORA), safe_load=True)
+    lora = comfy.utils.load_torch_file(str(assemble.lora(assemble.LCM_LORA)), safe_load=True)
     loaded = comfy.sd.load_lora_for_models(toy.base, None, lora, 1.0, 0.0)[0]
     # Both share the patched weights, so that no run waits for a model to be loaded.
     models = patch_sampling(loaded), ModelSamplingDiscrete().patch(loaded, "lcm", False)[0]
-    texts = toy.encode("a photo of a bag"), toy.encode("")
+    texts = toy.encode("a photo of a fox"), toy.encode("")
     for steps in (1, 4):
-        given = steps, *texts, (chosen.batch, 4, 8, 8)
+        given = steps, *texts, (chosen.batch, *subjects.LATENT)
         ways = {OURS: partial(ours, models[0], *given), HOST: partial(host, models[1], *given)}
         turns = compared(chosen.runs, ways)
         for name in ways:

@@ -1,4 +1,4 @@
-"""The toy, and ways to sample with it: from the same noise to latents."""
+"""The demo model, and ways to sample with it: from the same noise to latents."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ...lora.formats import files
 from ...lora.host import apply
 from ...nodes.sampling import LCMKSampler
 from ...samplers.host import patch_sampling
-from ..toy import assemble
+from ..toy import assemble, world
 from ..toy.command import GUIDANCE
 
 TEACHER_STEPS = 50
+LATENT = 4, world.SIZE // 8, world.SIZE // 8
 Sample = Callable[[int, int, list, list, int], torch.Tensor]
-"""(steps, seed, positive, negative, count) -> latents [count, 4, 8, 8]"""
+"""(steps, seed, positive, negative, count) -> latents [count, *LATENT]"""
 
 
-@dataclass
+@dataclass(eq=False)
 class Toy:
-    """The toy as ComfyUI loads it. name: of its file and its type of numbers."""
+    """The demo model as ComfyUI loads it. name: of its file and its type of numbers."""
 
     name: str
     base: ModelPatcher
@@ -45,18 +46,22 @@ class Toy:
         vae.first_stage_model.to(memory_format=torch.channels_last)  # decodes in half the time
         return cls(f"{checkpoint.name} {dtype}", base, clip, vae)
 
-    def encode(self, text: str) -> list:
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+    def encode(self, *texts: str) -> list:
+        """Conditioning for a batch with one picture of each text."""
+        encoded = [self.clip.encode_from_tokens(self.clip.tokenize(text)) for text in texts]
+        return [[torch.cat(encoded), {}]]
 
     @torch.no_grad()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """[N, 4, 8, 8] -> [N, 3, 64, 64] in 0..1."""
+        """Latents [N, *LATENT] -> [N, 3, SIZE, SIZE] in 0..1."""
         return self.vae.decode(latent).movedim(-1, 1).float().clamp(0, 1)
 
 
 def columns(toy: Toy) -> dict[str, Sample]:
     """The columns of the contact sheet, left to right. Those without the LoRA use guidance."""
-    lcm, style = files.read(assemble.LCM_LORA), files.read(assemble.STYLE_LORA)
+    lcm, style = (
+        files.read(assemble.lora(name)) for name in (assemble.LCM_LORA, assemble.STICKER_LORA)
+    )
     return {
         "base, DDIM": of_host(toy, "ddim"),
         "base, DPM++ 2M": of_host(toy, "dpmpp_2m"),
@@ -72,7 +77,7 @@ def of_host(toy: Toy, sampler: str) -> Sample:
     def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
         return nodes.common_ksampler(
             toy.base, seed, steps, GUIDANCE, sampler, "sgm_uniform", positive, negative,
-            {"samples": torch.zeros(count, 4, 8, 8)},
+            {"samples": torch.zeros(count, *LATENT)},
         )[0]["samples"]  # fmt: skip
 
     return sample
@@ -82,7 +87,7 @@ def with_lcm(model: ModelPatcher, cfg: float) -> Sample:
     """LCM KSampler."""
 
     def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
-        latent = {"samples": torch.zeros(count, 4, 8, 8)}
+        latent = {"samples": torch.zeros(count, *LATENT)}
         output = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
         return output.result[0]["samples"]
 

@@ -1,17 +1,22 @@
-"""Puts the full toy checkpoint together from what git holds, once, into a folder."""
+"""Puts the demo model's files together from the packed weights in git, each of them once."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import server
+from ..commands import LOCAL
+
 WEIGHTS = Path(__file__).parent / "weights"
-LCM_LORA = WEIGHTS / "toy-lcm-lora.safetensors"
-STYLE_LORA = WEIGHTS / "toy-blueprint-lora.safetensors"
+LCM_LORA, STICKER_LORA, BLUEPRINT_LORA = (
+    "demo-lcm-lora.safetensors", "demo-sticker-lora.safetensors", "demo-blueprint-lora.safetensors"
+)  # fmt: skip
 
 
 def state_dict(
@@ -27,10 +32,9 @@ def state_dict(
     return state | text.state_dict()
 
 
-def checkpoint(folder: Path) -> Path:
-    """The full checkpoint in `folder` (290 MB), made there if it is not.
+def checkpoint(folder: Path = LOCAL / "models") -> Path:
+    """The full checkpoint in `folder` (310 MB), made there if it is not.
 
-    Its name carries a digest of what it is made of, so that new weights make a new file.
     Needs the host on the import path.
     """
     parts = [
@@ -38,22 +42,47 @@ def checkpoint(folder: Path) -> Path:
         WEIGHTS / "vae.safetensors",
         Path(__file__).with_name("text.py"),
     ]
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
-    path = folder / f"toy-fashion-{digest}.safetensors"
-    if path.exists():
-        return path
-    from . import networks, pack
 
-    with torch.device("meta"):
-        shapes = [
-            {name: tensor.shape for name, tensor in model.state_dict().items()}
-            for model in (networks.unet(), networks.vae())
-        ]
-    unet, vae = (
-        pack.unpack(load_file(part), shape) for part, shape in zip(parts, shapes, strict=False)
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(state_dict(unet, vae), scratch)
-    os.replace(scratch, path)
+    def write(path: Path) -> None:
+        from . import networks, planes
+
+        with torch.device("meta"):
+            shapes = [
+                {name: tensor.shape for name, tensor in model.state_dict().items()}
+                for model in (networks.unet(), networks.vae())
+            ]
+        unet, vae = (
+            planes.unpack(load_file(part), shape)
+            for part, shape in zip(parts, shapes, strict=False)
+        )
+        save_file(state_dict(unet, vae), path)
+
+    return _made("demo-emoji.safetensors", parts, folder, write)
+
+
+def lora(name: str, folder: Path = LOCAL / "models") -> Path:
+    """One of the LoRAs beside it, as an ordinary file in `folder`."""
+    from . import planes
+
+    packed = WEIGHTS / name
+    return _made(name, [packed], folder, lambda path: planes.unpack_lora(packed, path))
+
+
+def install(base: Path) -> None:
+    """Puts the checkpoint and all LoRAs where a server with this base folder looks for them."""
+    models = base / "models"
+    server.install(checkpoint(), models / "checkpoints")
+    for name in (LCM_LORA, STICKER_LORA, BLUEPRINT_LORA):
+        server.install(lora(name), models / "loras")
+
+
+def _made(name: str, parts: list[Path], folder: Path, write: Callable[[Path], None]) -> Path:
+    """The file `name`, in a folder whose name is a digest of what it is made of."""
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
+    path = folder / digest / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        write(scratch)
+        os.replace(scratch, path)
     return path

@@ -1,93 +1,56 @@
-"""`python3 dev toy`: assembles the toy checkpoint; --train makes its weights anew first."""
+"""`python3 dev toy`: puts the demo model together; --train trains its weights first."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import time
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import comfy.model_management
+import comfy.sd
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ...lora import reduce
+from ...lora.formats import files
+from ...training import export
 from .. import environment
-from . import assemble, data, judge, learn, networks, pack, planes, sprites, train, world
+from . import assemble, judge, learn, networks, planes, sprites, world
 
 log = logging.getLogger("lcm_lora")
 
-# The classifier agrees with 88 % of the captions at 50 steps (300 pictures). The LCM-LoRA is
-# distilled with the same scale.
 GUIDANCE = 2.5
-PICTURES, RESTYLED = 36_000, 8_000
-
-
-def make(work: Path, cache: Path) -> None:
-    """Trains every part that `work` does not hold yet and writes dev/toy/weights."""
-    work.mkdir(parents=True, exist_ok=True)
-    assemble.WEIGHTS.mkdir(exist_ok=True)
-    source = data.folder(cache)
-    pixels, labels = data.load(source, "train")
-
-    classifier = judge.Classifier().eval()
-    classifier.load_state_dict(
-        train.stage(work, "classifier", lambda: train.classifier(pixels, labels).state_dict())
-    )
-    vae = networks.vae()
-    vae.load_state_dict(train.stage(work, "vae", lambda: train.vae(pixels).state_dict()))
-    packed_vae = shipped(vae, train.VAE_BITS, "vae")
-    test_pixels = data.load(source, "test")[0]
-    real = train.stage(work, "real", lambda: train.real_moments(classifier, vae, test_pixels))
-    write_classifier(classifier, real)
-
-    def latents() -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(7)
-        parts = [data.greys(part) for part in pixels[:PICTURES].split(1000)]
-        photos = [train.encode(vae, data.dyed(part, generator)[0]) for part in parts]
-        prints = [train.encode(vae, data.blueprint(part)) for part in parts[: RESTYLED // 1000]]
-        return {"photos": torch.cat(photos), "blueprints": torch.cat(prints)}
-
-    latent = train.stage(work, "latents", latents)
-    context = train.stage(work, "contexts", lambda: {"context": train.contexts(work, packed_vae)})[
-        "context"
-    ]
-
-    unet = networks.unet()
-    photos = latent["photos"], labels[:PICTURES], context
-    unet.load_state_dict(train.stage(work, "unet", lambda: train.unet(*photos).state_dict()))
-    shipped(unet, train.UNET_BITS, "unet")
-
-    prints = latent["blueprints"], labels[:RESTYLED], context
-    for path, fit in (
-        (assemble.STYLE_LORA, lambda: train.style_lora(unet, *prints)),
-        (assemble.LCM_LORA, lambda: train.lcm_lora(unet, *photos, GUIDANCE)),
-    ):
-        train.stage(work, path.stem, lambda path=path, fit=fit: train.exported(fit(), path))
-
-
-# How the time of `dev toy --world` is shared out.
+# The distillation's own. LCM sampling applies the guidance again after each fresh noise, so what is
+# right at one step is too much at four.
+DISTILLED = 2.0
+# How the time of a training is shared out. The distillation has a number of steps instead.
 SHARES = {
-    "vae": 0.2, "decoder": 0.1, "unet": 0.54, "noto": 0.08, "blueprint": 0.05, "sticker": 0.03,
+    "vae": 0.2, "decoder": 0.1, "unet": 0.5, "blueprint": 0.09, "sticker": 0.04, "classifier": 0.07,
 }  # fmt: skip
-RANKS = {"noto": 32, "blueprint": 16, "sticker": 16}
+STYLES = {"blueprint": assemble.BLUEPRINT_LORA, "sticker": assemble.STICKER_LORA}
+STYLE_RANK, LCM_RANK = 16, 48
 DRAWINGS = 7  # pictures of each caption
-LORA_BITS = 6
+SEEN = {"3d": 4_000, "noto": 1_000, "sticker": 1_500, "blueprint": 1_500}  # by the classifier
+LCM_STEPS, LCM_PICTURES = 1_000, 1_600
+VAE_BITS = 8
 
 
 def unet_bits(weight: torch.Tensor) -> int:
-    """The large kernels bear fewer bits than the rest."""
+    """The large kernels get fewer bits than the rest."""
     return 3 if weight.dim() == 4 and weight.shape[-1] == 3 else 4
 
 
-def make_world(work: Path, cache: Path, minutes: float) -> None:
-    """Trains what `work` does not hold yet of the emoji model, on the host's device.
+def make(work: Path, cache: Path, minutes: float) -> None:
+    """Trains what `work` does not hold yet, on the host's device, and writes dev/toy/weights.
 
     Every stage leaves one file, so an interrupted training goes on at the stage where it stopped.
-    The packed weights in `work` are the ones to commit. If git already holds a packed UNet,
-    training starts from it.
+    The UNet starts from the weights that git holds.
     """
-    import comfy.model_management
-    import comfy.sd
-
     work.mkdir(parents=True, exist_ok=True)
     device = comfy.model_management.get_torch_device()
 
@@ -100,26 +63,28 @@ def make_world(work: Path, cache: Path, minutes: float) -> None:
         ("vae", lambda: learn.vae(painter, clock("vae"))),
         ("decoder", lambda: learn.sharpen(vae.to(device), painter, clock("decoder"))),
     ):
-        vae.load_state_dict(train.stage(work, name, lambda fit=fit: fit().state_dict()))
+        vae.load_state_dict(learn.stage(work, name, lambda fit=fit: fit().state_dict()))
     vae.to(device).requires_grad_(False)
-    packed = planes.pack(vae.state_dict(), lambda _: train.VAE_BITS)
-    save_file(packed, work / "world-vae.safetensors")
+    save_file(
+        planes.pack(vae.state_dict(), lambda _: VAE_BITS), assemble.WEIGHTS / "vae.safetensors"
+    )
 
-    unet = networks.world_unet()
-    networks.initialise(unet, 3, zero=("out.2", "out_layers.3", "proj_out"))
+    seen = learn.stage(work, "seen", lambda: learn.labelled(painter, vae, SEEN))
+    seen = {name: value.to(device) for name, value in seen.items()}
+    state = learn.stage(
+        work, "classifier", lambda: learn.classifier(seen, clock("classifier")).state_dict()
+    )
+    judge.write(state, seen)
+
+    unet = networks.unet()
     shapes = {name: value.shape for name, value in unet.state_dict().items()}
-    before = assemble.WEIGHTS / "world-unet.safetensors"
-    if before.exists():
-        unet.load_state_dict(planes.unpack(load_file(before), shapes))
+    shipped = assemble.WEIGHTS / "unet.safetensors"
+    unet.load_state_dict(planes.unpack(load_file(shipped), shapes))
     captions = 2_000 if device.type == "cpu" else 20_000
     specs = world.specs(captions, torch.Generator().manual_seed(70))
-    untrained = work / "untrained.safetensors"
-    vae_state = {name: value.cpu() for name, value in vae.state_dict().items()}
-    save_file(assemble.state_dict(unet.state_dict(), vae_state), untrained)
-    clip = comfy.sd.load_checkpoint_guess_config(str(untrained), output_vae=False)[1]
-    untrained.unlink()
+    clip = comfy.sd.load_checkpoint_guess_config(str(assemble.checkpoint()), output_vae=False)[1]
     contexts = learn.contexts(clip, [*(spec.caption for spec in specs), ""], device)
-    acp = train.alphas_cumprod().to(device)
+    acp = learn.alphas_cumprod().to(device)
 
     def pictures(hand: str, drawings: int) -> learn.Pictures:
         drawn = [spec for spec in specs for _ in range(drawings)]
@@ -132,53 +97,77 @@ def make_world(work: Path, cache: Path, minutes: float) -> None:
         photos = pictures("3d", DRAWINGS)
         return learn.unet(unet, photos, acp, clock("unet"), bits=unet_bits).state_dict()
 
-    packed = planes.pack(train.stage(work, "unet", trained), unet_bits)
-    save_file(packed, work / "world-unet.safetensors")
+    packed = planes.pack(learn.stage(work, "unet", trained), unet_bits)
+    save_file(packed, shipped)
     unet.load_state_dict(planes.unpack(packed, shapes))
-    for hand, rank in RANKS.items():
+    for hand, name in STYLES.items():
 
-        def fit(hand: str = hand, rank: int = rank) -> dict[str, torch.Tensor]:
-            adapter = learn.lora(unet, pictures(hand, 1), acp, clock(hand), rank)
+        def fit(hand: str = hand) -> dict[str, torch.Tensor]:
+            adapter = learn.lora(unet, pictures(hand, 1), acp, clock(hand), STYLE_RANK)
             adapter.detach()
             return adapter.state()
 
-        state = train.stage(work, hand, fit)
-        save_file(planes.pack(state, lambda _: LORA_BITS), work / f"world-{hand}.safetensors")
+        write_lora(learn.stage(work, hand, fit), STYLE_RANK, work / name)
+        planes.pack_lora(work / name, assemble.WEIGHTS / name)
+    distil(work, painter)
 
 
-def shipped(model: torch.nn.Module, bits: int, name: str) -> dict[str, torch.Tensor]:
-    """Packs a model into weights/ and gives it, in place, the weights that come out again."""
-    packed = pack.pack(model.state_dict(), bits)
-    save_file(packed, assemble.WEIGHTS / f"{name}.safetensors")
-    state = pack.unpack(packed, {key: value.shape for key, value in model.state_dict().items()})
-    model.load_state_dict({key: value.float() for key, value in state.items()})
-    return model.state_dict()
+def write_lora(layers: dict[str, torch.Tensor], alpha: float, path: Path) -> None:
+    """An ordinary kohya file of an adapter's layers."""
+    metadata = {"ss_base_model_version": "sd_v1", "ss_output_name": path.stem}
+    files.write(path, export.vector(layers, alpha, metadata, path.stem), "fp16", overwrite=True)
 
 
-def write_classifier(model: judge.Classifier, real: dict[str, torch.Tensor]) -> None:
-    """The classifier, and what it sees in the real test pictures."""
-    state = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in model.state_dict().items()
-    }
-    save_file(state | {f"real.{key}": value for key, value in real.items()}, judge.CLASSIFIER)
+def distil(work: Path, painter: learn.Painter) -> None:
+    """The LCM-LoRA: a job of the shipped engine on captioned scenes."""
+    job = work / "lcm"
+    output = job / "lcm-lora.safetensors"
+    if not output.exists():
+        job.mkdir(exist_ok=True)
+        write_pictures(job / "pictures", painter, LCM_PICTURES)
+        spec = {
+            "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(assemble.checkpoint()),
+            "banks": str(job / "banks"), "output": str(output), "resolution": world.SIZE,
+            "steps": LCM_STEPS, "batch": 12, "rank": 64, "guidance": DISTILLED, "passes": 4,
+            "data": {"kind": "pictures", "path": str(job / "pictures"), "flip": False},
+        }  # fmt: skip
+        (job / "spec.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
+        run = environment.ROOT / "training" / "run.py"
+        if status := subprocess.run([sys.executable, str(run), str(job / "spec.json")]).returncode:
+            raise SystemExit(f"The distillation ended with status {status}. Run this again.")
+    ship_lcm_lora(output, work)
+
+
+def ship_lcm_lora(output: Path, work: Path) -> None:
+    """A job's LoRA at the rank that git holds, packed."""
+    smaller, _ = reduce.truncated(files.read(output), LCM_RANK)
+    small = work / assemble.LCM_LORA
+    files.write(small, smaller, "fp16", overwrite=True)
+    planes.pack_lora(small, assemble.WEIGHTS / small.name)
+
+
+def write_pictures(folder: Path, painter: learn.Painter, count: int) -> None:
+    """Random scenes as PNG files with captions beside them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    specs = world.specs(count, torch.Generator().manual_seed(70))
+    for begun in range(0, count, 16):
+        part = specs[begun : begun + 16]
+        for i, (spec, scene) in enumerate(zip(part, painter.scenes("3d", part), strict=True)):
+            array = (scene.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+            file = folder / f"{begun + i:05d}.png"
+            Image.fromarray(array).save(file)
+            file.with_suffix(".txt").write_text(spec.caption, encoding="utf-8")
 
 
 def main(arguments: list[str], _host: Path, local: Path) -> int:
     parser = argparse.ArgumentParser(prog="python3 dev toy", description=__doc__)
-    parser.add_argument("--train", action="store_true", help="train all weights from scratch")
     parser.add_argument(
-        "--world", type=float, metavar="MINUTES",
-        help="train the emoji model for so long, on the GPU if there is one",
+        "--train", type=float, metavar="MINUTES", nargs="?", const=600.0,
+        help="train for so long (default: 600), on the GPU if there is one, then distil",
     )  # fmt: skip
     chosen = parser.parse_args(arguments)
-    if chosen.world:
-        make_world(local / "world", environment.cache(), chosen.world)
-        log.info("the emoji model's packed weights are in %s", local / "world")
-        return 0
     if chosen.train:
-        begun = time.monotonic()
-        make(local / "toy-training", environment.cache())
-        log.info("the toy was trained in %.0f minutes", (time.monotonic() - begun) / 60)
-    log.info("the toy checkpoint is %s", assemble.checkpoint(local / "models"))
+        make(local / "toy-training", environment.cache(), chosen.train)
+    log.info("the demo model is %s", assemble.checkpoint())
     return 0

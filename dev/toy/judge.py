@@ -1,14 +1,16 @@
-"""Figures of picture quality on the toy: Frechet distance, class accuracy, endpoint error."""
+"""Figures of picture quality: Frechet distance, precision and recall, class accuracy."""
 
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import assemble, data
+from . import assemble, world
 
 CLASSIFIER = assemble.WEIGHTS / "classifier.safetensors"
+FEATURES = 64
 
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +31,11 @@ def frechet(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.T
 def unbiased(
     features: torch.Tensor, real: tuple[torch.Tensor, torch.Tensor], sizes: int = 12, draws: int = 8
 ) -> float:
-    """The Frechet distance of endlessly many such pictures (arXiv 1911.07023, section 4).
+    """The Frechet distance extrapolated to an unlimited sample (arXiv 1911.07023, section 4).
 
-    The distance of N pictures is too large by about a constant / N, so it is taken for random parts
-    of several sizes, from half of the pictures to all of them, and a line in 1/N gives N without
-    end. features [N, D], N >= 4.
+    The distance of N pictures is too large by about a constant / N. So it is measured on random
+    subsets of several sizes, from half of the pictures to all of them, and a straight line in 1/N
+    is followed to 1/N = 0. features [N, D], N >= 4.
     """
     generator = torch.Generator().manual_seed(0)
     total, points = len(features), []
@@ -46,57 +48,112 @@ def unbiased(
     return max(0.0, float(y.mean() - slope * x.mean()))
 
 
+def share_inside(points: torch.Tensor, others: torch.Tensor, k: int = 3) -> float:
+    """The share of points [N, D] within the manifold of others [M, D] (arXiv 1904.06991, eq. 1):
+    nearer to one of them than that one's own k-th neighbour.
+
+    Precision is the share of drawn pictures inside the real ones; recall the reverse.
+    """
+    radius = torch.cdist(others, others).kthvalue(k + 1, dim=1).values  # the first is itself
+    return float((torch.cdist(points, others) <= radius).any(1).float().mean())
+
+
 class Classifier(nn.Module):
-    """Tells garment, dye and backdrop on 32 x 32 pixels; its 32 features carry the distance."""
+    """Sees objects, colour, pattern and hand on whole pictures; its features carry the distance.
+
+    It works on all 128 pixels, so that pictures that are only soft are far from the real ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96)
+        widths = (3, 32, 64, 96, 160)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
-                nn.Conv2d(b, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
-                nn.MaxPool2d(2),
+                nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 2 if a == 3 else 1, bias=False),
+                nn.BatchNorm2d(b), nn.ReLU(),
+                nn.Conv2d(b, b, 3, padding=1, bias=False, groups=b // 32),
+                nn.BatchNorm2d(b), nn.ReLU(),
             )
             for a, b in zip(widths, widths[1:], strict=False)
         )  # fmt: skip
-        self.embed = nn.Linear(96 * 4 * 4, 32)
-        self.garment = nn.Linear(32, len(data.NAMES))
-        self.dye = nn.Linear(32, len(data.DYES))
-        self.backdrop = nn.Linear(32, data.HUES)
+        self.embed = nn.Linear(2 * widths[-1], FEATURES)
+        self.object = nn.Linear(FEATURES, len(world.NAMES))
+        self.colour = nn.Linear(FEATURES, len(world.COLOURS))
+        self.pattern = nn.Linear(FEATURES, len(world.PATTERNS))
+        self.hand = nn.Linear(FEATURES, len(world.HANDS))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, 64, 64] in 0..1 -> [N, 32]."""
-        x = nn.functional.avg_pool2d(images, 2) * 2 - 1
+        """[N, 3, SIZE, SIZE] in 0..1 -> [N, FEATURES]."""
+        x = images * 2 - 1
         for stage in self.stages:
             x = stage(x)
-        return torch.relu(self.embed(x.flatten(1)))
+        # Left and right apart: two objects stand side by side.
+        halves = F.adaptive_avg_pool2d(x, (1, 2)).flatten(1)
+        return torch.relu(self.embed(halves))
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, 3, 64, 64] in 0..1 -> logits of garment [N, 10], dye [N, 8] and hue [N, 6]."""
-        features = self.features(images)
-        return self.garment(features), self.dye(features), self.backdrop(features)
+    def heads(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features -> logits of each head, [N, classes]."""
+        return {
+            "object": self.object(features), "colour": self.colour(features),
+            "pattern": self.pattern(features), "hand": self.hand(features),
+        }  # fmt: skip
+
+
+def names_both(logits: torch.Tensor, kinds: list[tuple[int, ...]]) -> torch.Tensor:
+    """Whether the likeliest objects are the ones that the prompt names: bool [N]."""
+    fits = []
+    for row, wanted in zip(logits, kinds, strict=True):
+        likeliest = row.topk(len(set(wanted))).indices.tolist()
+        fits.append(set(likeliest) == set(wanted))
+    return torch.tensor(fits)
+
+
+def write(state: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]) -> None:
+    """Writes the classifier for git, with the features of the real pictures that it compares with.
+
+    state: of a trained Classifier. seen: as `learn.labelled` gives it; the 3D scenes that went
+    through the VAE are the real ones, because no sampler can do better than its VAE.
+    """
+    model = Classifier().eval()
+    model.load_state_dict({name: tensor.float().cpu() for name, tensor in state.items()})
+    real = seen["pictures"][seen["hand"] == 0][::2]
+    with torch.no_grad():
+        features = torch.cat([model.features(part.cpu().float() / 255) for part in real.split(100)])
+    kept = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+    save_file(kept | {"real": features.half()}, CLASSIFIER)
 
 
 class Judge:
-    """The shipped classifier and what it sees in 10,000 real test pictures, after the toy's VAE."""
+    """The shipped classifier, and what it sees in real pictures after the demo model's VAE."""
 
     def __init__(self) -> None:
         state = load_file(CLASSIFIER)
-        self.real = state.pop("real.mean").double(), state.pop("real.covariance").double()
+        self.real = state.pop("real").float()
+        self.moments = moments(self.real)
         self.model = Classifier().eval()
         self.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, 64, 64] in 0..1 -> [N, 32]."""
-        return torch.cat([self.model.features(part) for part in images.split(250)])
+        """[N, 3, SIZE, SIZE] in 0..1 -> [N, FEATURES]."""
+        return torch.cat([self.model.features(part) for part in images.split(100)])
 
     def distance(self, features: torch.Tensor) -> float:
         """Frechet distance of a sample's features to the real ones, its size allowed for."""
-        return unbiased(features, self.real)
+        return unbiased(features, self.moments)
+
+    def precision(self, features: torch.Tensor) -> float:
+        """The share of drawn pictures among the real ones."""
+        return share_inside(features, self.real[: len(features)])
+
+    def recall(self, features: torch.Tensor) -> float:
+        """The share of real pictures among the drawn ones. Needs as many of these each time."""
+        return share_inside(self.real[: len(features)], features)
 
     @torch.no_grad()
-    def accuracy(self, features: torch.Tensor, labels: torch.Tensor) -> float:
-        """The share of pictures in which the classifier sees what the prompt named."""
-        return float((self.model.garment(features).argmax(1) == labels).float().mean())
+    def accuracy(self, features: torch.Tensor, kinds: list[tuple[int, ...]]) -> float:
+        """The share of pictures in which the classifier sees what the prompt names."""
+        return float(names_both(self.model.object(features), kinds).float().mean())

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import comfy.model_sampling
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...training.adapter import Adapter
-from . import networks, planes, world
+from . import judge, networks, planes, world
 
 log = logging.getLogger("lcm_lora")
 
@@ -62,6 +66,24 @@ class Clock:
         log.info("%s: %d steps in %.0f s", self.name, self.step, self.worked)
 
 
+def stage(
+    work: Path, name: str, train: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The stage's file in `work`, trained now if it is not there."""
+    path = work / f"{name}.safetensors"
+    if not path.exists():
+        state = train()
+        scratch = path.with_suffix(".tmp")
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, scratch)
+        os.replace(scratch, path)
+    return load_file(path)
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """SD1.5's noise schedule as the host has it: [1000], float32."""
+    return 1 / (1 + comfy.model_sampling.ModelSamplingDiscrete().sigmas.float() ** 2)
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 products and float32 sums, where the device has them: elsewhere they are slow."""
     fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
@@ -103,6 +125,10 @@ class Painter:
         ]
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
+    def labelled(self, hand: str, specs: list[world.Spec]) -> tuple[torch.Tensor, ...]:
+        """Scenes [N, 3, SIZE, SIZE], and the indices of their colours and patterns [N]."""
+        return world.scenes(self.sprites[hand], specs, self.generator, world.HANDS[hand])
+
 
 MIXTURE = {"3d": 16, "noto": 6, "sticker": 5, "blueprint": 5}
 
@@ -139,6 +165,89 @@ def vae(painter: Painter, clock: Clock) -> nn.Module:
         if clock.step % 200 == 0:
             log.info("vae: loss %.4f", loss.item())
     return model.eval()
+
+
+@torch.no_grad()
+def labelled(
+    painter: Painter, round_trip: nn.Module, counts: dict[str, int], batch: int = 32
+) -> dict[str, torch.Tensor]:
+    """Random scenes of each hand and what they show, for the classifier.
+
+    Every second picture has been through the VAE `round_trip`, as drawn pictures have.
+
+    -> pictures uint8 [N, 3, SIZE, SIZE]; kinds [N, 2], the second is -1 for one object; colour and
+    pattern [N], -100 where there is neither; hand [N].
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for number, (hand, count) in enumerate(counts.items()):
+        for begun in range(0, count, batch):
+            specs = world.specs(min(batch, count - begun), painter.words)
+            pictures, colour, pattern = painter.labelled(hand, specs)
+            pictures[::2] = decode(round_trip, encode(round_trip, pictures[::2]))
+            none = torch.full_like(colour, -100)
+            drawn = world.HANDS[hand].drawn  # blue paper has neither colour nor pattern
+            for name, value in {
+                "pictures": (pictures * 255).round().byte(),
+                "kinds": torch.tensor([(*spec.kinds, -1)[:2] for spec in specs]),
+                "colour": none if drawn else colour, "pattern": none if drawn else pattern,
+                "hand": torch.full_like(colour, number),
+            }.items():  # fmt: skip
+                parts.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def classifier(shown: dict[str, torch.Tensor], clock: Clock, batch: int = 64) -> nn.Module:
+    """The judge's classifier: it names objects, colour, pattern and hand.
+
+    shown: as `labelled` gives it. The pictures are shifted, blurred, and changed in brightness and
+    colour a little, so that it looks at the things in them.
+    """
+    device = shown["pictures"].device
+    torch.manual_seed(8)
+    model = judge.Classifier().to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(8)
+    optimiser = optimiser_of(model.parameters(), 1e-2)
+    first, second = shown["kinds"].T
+    objects = F.one_hot(first, len(world.NAMES)).float()
+    pair = second >= 0
+    objects[pair] += F.one_hot(second[pair], len(world.NAMES))
+    objects = objects / objects.sum(1, keepdim=True)
+    average = 0.0
+    for _ in clock.steps(optimiser, 2e-3):
+        pick = torch.randint(len(objects), (batch,), generator=generator, device=device)
+        x = jittered(shown["pictures"][pick].float() / 255, generator)
+        with autocast(device):
+            logits = model.heads(model.features(x.contiguous(memory_format=torch.channels_last)))
+        loss = F.cross_entropy(logits["object"].float(), objects[pick])
+        for name in ("colour", "pattern", "hand"):
+            loss = loss + 0.3 * F.cross_entropy(logits[name].float(), shown[name][pick])
+        descend(loss, optimiser)
+        average += 0.02 * (float(loss.detach()) - average)
+        if clock.step % 100 == 0:
+            log.info("classifier: loss %.3f", average)
+    return model.eval()
+
+
+def jittered(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures [N, 3, S, S], shifted by up to 4 pixels, changed in colour, a few blurred."""
+    count, side = len(x), x.shape[-1]
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(count, *shape, generator=generator, device=x.device)
+
+    padded = F.pad(x, (4, 4, 4, 4), mode="replicate")
+    left, top = (8.99 * rand()).long().tolist(), (8.99 * rand()).long().tolist()
+    x = torch.stack(
+        [
+            picture[:, b : b + side, a : a + side]
+            for picture, a, b in zip(padded, left, top, strict=True)
+        ]
+    )
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.where(rand(1, 1, 1) < 0.15, soft, x)
+    return ((x - 0.5) * (0.9 + 0.2 * rand(1, 1, 1)) + 0.5 + 0.08 * (rand(3, 1, 1) - 0.5)).clamp(
+        0, 1
+    )
 
 
 class Critic(nn.Module):

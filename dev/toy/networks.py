@@ -1,4 +1,4 @@
-"""The toy's networks, built from the host's own classes so that the host loads their files."""
+"""The demo model's networks, made of the host's own classes, so that the host loads their files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from comfy.taesd.taesd import TAESD
 from torch import nn
 
 VAE_SCALE = 0.18215  # SD1.5's latent scale; the TAESD class multiplies by it before decoding
-
-
+# Two levels of 320 channels: residual blocks at the full size of the latents, attention at half.
 SHAPE = {
-    "image_size": 32, "in_channels": 4, "model_channels": 320, "num_res_blocks": [1],
-    "channel_mult": [1], "transformer_depth": [1], "transformer_depth_output": [1, 1],
+    "image_size": 32, "in_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1],
+    "channel_mult": [1, 1], "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1],
     "transformer_depth_middle": -2, "use_spatial_transformer": True, "context_dim": 768,
     "legacy": False, "num_heads": 8, "num_head_channels": -1, "dtype": torch.float32,
     "operations": comfy.ops.disable_weight_init,
@@ -24,20 +23,8 @@ SHAPE = {
 
 
 def unet() -> UNetModel:
-    """The smallest UNet the host takes for SD1.5: 320 channels, one level, no middle (18.7 M)."""
+    """A small UNet that the host takes for SD1.5, without a middle (29.6 M)."""
     return UNetModel(**SHAPE, out_channels=4)
-
-
-# Two levels: residual blocks at the full size of the latents, attention at half of it (29.6 M).
-SHAPE_OF_WORLD = SHAPE | {
-    "num_res_blocks": [1, 1], "channel_mult": [1, 1], "transformer_depth": [0, 1],
-    "transformer_depth_output": [0, 0, 1, 1],
-}  # fmt: skip
-
-
-def world_unet() -> UNetModel:
-    """The demo model's network."""
-    return UNetModel(**SHAPE_OF_WORLD, out_channels=4)
 
 
 def control_net() -> ControlNet:

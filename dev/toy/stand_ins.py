@@ -1,4 +1,4 @@
-"""Files for the toy under the names that the shipped workflows give: a picture and a ControlNet."""
+"""A picture and a ControlNet for the demo model, under the names in the shipped workflows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from . import world
+
 DRAWN = Path(__file__).parents[2] / "workflows" / "LCM-LoRA_text_to_image.jpg"
 PICTURE = "example.png"
 CONTROL = "control_v11p_sd15_canny_fp16.safetensors"
-HOLE = (24, 4, 60, 30)  # left, top, right, bottom: the upper half of the boot
+HOLE = (36, 8, 92, 60)  # left, top, right, bottom: the head
 
 
 def lay_out(base: Path) -> None:
@@ -27,9 +29,9 @@ def lay_out(base: Path) -> None:
 
 
 def picture(path: Path) -> None:
-    """A boot that the toy drew, with a hole as the front end's mask editor leaves it: in alpha."""
+    """A drawn picture with a hole in its alpha, where the front end's mask editor leaves it."""
     with Image.open(DRAWN) as drawn:
-        small = drawn.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
+        small = drawn.convert("RGBA").resize((world.SIZE, world.SIZE), Image.Resampling.LANCZOS)
     alpha = Image.new("L", small.size, 255)
     ImageDraw.Draw(alpha).rectangle(HOLE, fill=0)
     small.putalpha(alpha)
