@@ -71,8 +71,8 @@ def classifier(
         images = images + 0.03 * torch.randn(images.shape, generator=generator)
         with autocast(CPU):
             guesses = model(images)
-        told = zip(guesses, (labels[pick], *rest), strict=True)
-        descend(sum(F.cross_entropy(guess.float(), truth) for guess, truth in told), optimiser)
+        pairs = zip(guesses, (labels[pick], *rest), strict=True)
+        descend(sum(F.cross_entropy(guess.float(), truth) for guess, truth in pairs), optimiser)
     return model.eval()
 
 
