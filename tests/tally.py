@@ -59,17 +59,17 @@ def half_files(*folders: Path, working: bool = False) -> int:
 
 
 def _half_files(folders: Sequence[Path], working: bool) -> int:
-    found = 0
+    count = 0
     # Not rglob, which gives up where a folder that it looks into is removed meanwhile.
-    walked = (each for folder in folders for each in os.walk(folder))
+    walked = (entry for folder in folders for entry in os.walk(folder))
     for file in (Path(at, name) for at, inside, names in walked for name in (*inside, *names)):
         if any(part.startswith(TEMPORARY) for part in file.parts):
-            found += not working
+            count += not working
         elif file.suffix == ".json":
-            found += disk.read_json(file) is None and file.exists()
+            count += disk.read_json(file) is None and file.exists()
         elif file.suffix == ".safetensors":
-            found += not _reads(file) and file.exists()
-    return found
+            count += not _reads(file) and file.exists()
+    return count
 
 
 def _reads(file: Path) -> bool:
@@ -83,9 +83,9 @@ def _reads(file: Path) -> bool:
 def settled(count: Callable[[], int], seconds: float = 20) -> int:
     """What is left when whoever just ended has ended, and the supervisor has looked at it."""
     until = time.monotonic() + seconds
-    while (found := count()) and time.monotonic() < until:
+    while (left := count()) and time.monotonic() < until:
         time.sleep(0.2)
-    return found
+    return left
 
 
 def orphans(store: Store, job: str) -> int:
@@ -94,6 +94,6 @@ def orphans(store: Store, job: str) -> int:
 
 
 def _orphans(store: Store, job: str) -> int:
-    known = processes.of_job("supervisor")
-    supervisors = [each for each in known if str(store.folder) in each.cmdline()]
+    running = processes.of_job("supervisor")
+    supervisors = [process for process in running if str(store.folder) in process.cmdline()]
     return len(processes.of_job(job)) + max(0, len(supervisors) - 1)

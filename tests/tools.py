@@ -29,9 +29,11 @@ def run(package: str, *command, cwd: Path) -> subprocess.CompletedProcess:
 def comfy(*words: str, cwd: Path) -> str:
     """What the registry's own tool prints."""
     off = run(COMFY_CLI, "comfy", "--skip-prompt", "tracking", "disable", cwd=cwd)
-    told = run(COMFY_CLI, "comfy", "--skip-prompt", *words, cwd=cwd) if not off.returncode else off
-    assert told.returncode == 0, told.stdout + told.stderr
-    return told.stdout
+    result = (
+        run(COMFY_CLI, "comfy", "--skip-prompt", *words, cwd=cwd) if not off.returncode else off
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def clone(folder: Path) -> Path:

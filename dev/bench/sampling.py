@@ -73,8 +73,11 @@ def small(report: Report, chosen: argparse.Namespace, checkpoint: Path) -> None:
     models = patch_sampling(loaded), ModelSamplingDiscrete().patch(loaded, "lcm", False)[0]
     texts = toy.encode("a photo of a fox"), toy.encode("")
     for steps in (1, 4):
-        given = steps, *texts, (chosen.batch, *subjects.LATENT)
-        ways = {OURS: partial(ours, models[0], *given), HOST: partial(host, models[1], *given)}
+        arguments = steps, *texts, (chosen.batch, *subjects.LATENT)
+        ways = {
+            OURS: partial(ours, models[0], *arguments),
+            HOST: partial(host, models[1], *arguments),
+        }
         turns = compared(chosen.runs, ways)
         for name in ways:
             report.add(f"{steps} steps", name, "wall", "s", turns.seconds(name))
@@ -98,16 +101,16 @@ def full_size(report: Report, runs: int) -> None:
     patched = patch_sampling(model)
     alike = patched.clone()
     alike.model_options["transformer_options"]["optimized_attention_override"] = (
-        lambda _, *given, **options: attention_pytorch(*given, **options)
+        lambda _, *arguments, **options: attention_pytorch(*arguments, **options)
     )
     theirs = ModelSamplingDiscrete().patch(model, "lcm", False)[0]
     for steps in (1, 4):
         timesteps = torch.tensor([[999.0], [759.0], [499.0], [259.0]])[:steps]
-        given = steps, [[text, {}]], [[text, {}]], (1, 4, SIDE, SIDE)
+        arguments = steps, [[text, {}]], [[text, {}]], (1, 4, SIDE, SIDE)
         ways = {
-            OURS: partial(ours, patched, *given),
-            ALIKE: partial(ours, alike, *given),
-            HOST: partial(host, theirs, *given),
+            OURS: partial(ours, patched, *arguments),
+            ALIKE: partial(ours, alike, *arguments),
+            HOST: partial(host, theirs, *arguments),
             DIFFUSERS: partial(
                 pipeline, prompt_embeds=text, num_inference_steps=steps, guidance_scale=1.0,
                 output_type="latent", height=8 * SIDE, width=8 * SIDE,

@@ -296,10 +296,10 @@ def sharpen(model: nn.Module, painter: Painter, clock: Clock) -> nn.Module:
             y = decoder(z + 0.08 * noise).float()
             fake, seen = critic(y)
             with torch.no_grad():
-                _, wanted = critic(x)
+                _, real_features = critic(x)
         likeness = sum(
             F.l1_loss(a.float(), b.float()) / b.float().abs().mean()
-            for a, b in zip(seen, wanted, strict=True)
+            for a, b in zip(seen, real_features, strict=True)
         )
         plain = differences(y - x) + 0.05 * likeness
         fooled = -fake.float().mean()

@@ -43,9 +43,9 @@ def packed(model, name: str):
             file[f"model.diffusion_model.{key}"] = weight.clone()
             continue
         layout = QUANT_ALGOS[kind]["comfy_tensor_layout"]
-        given = {"scale": "recalculate"} if kind.startswith("float8") else settings
-        given = given | ({"per_channel": True} if "convrot" in settings else {})
-        tensor = QuantizedTensor.from_float(weight.bfloat16(), layout, **given)
+        options = {"scale": "recalculate"} if kind.startswith("float8") else settings
+        options = options | ({"per_channel": True} if "convrot" in settings else {})
+        tensor = QuantizedTensor.from_float(weight.bfloat16(), layout, **options)
         file |= tensor.state_dict(f"{base}weight")
         about = json.dumps({"format": kind, **settings}).encode()
         file[f"{base}comfy_quant"] = torch.tensor(list(about), dtype=torch.uint8)

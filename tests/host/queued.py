@@ -27,10 +27,10 @@ def kill_supervisor(store) -> None:
 
 def until(check, what: str, seconds: float = 400):
     deadline = time.monotonic() + seconds
-    while not (found := check()):
+    while not (result := check()):
         assert time.monotonic() < deadline, f"waited too long until {what}"
         time.sleep(0.05)
-    return found
+    return result
 
 
 def ended(store, identifier, *states):

@@ -55,6 +55,6 @@ def reference(
     return z / SCALE
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4):
-    error = (found.double() - expected).norm() / expected.norm()
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4):
+    error = (actual.double() - expected).norm() / expected.norm()
     assert error < tolerance, f"relative error {error:.2e}"

@@ -51,9 +51,9 @@ def advanced(model, positive, latent, steps=4, strength=1.0, cfg=None, noise=Non
 def test_the_advanced_sampler_equals_the_one_node(cfg, denoise):
     model = patched(build("v"))
     latent = picture(2)
-    whole = ours(model, latent=latent, denoise=denoise, cfg=cfg or 1.0)["samples"]
-    found = advanced(model, conditioning(1), latent, strength=denoise, cfg=cfg)
-    assert torch.equal(found, whole)
+    expected = ours(model, latent=latent, denoise=denoise, cfg=cfg or 1.0)["samples"]
+    actual = advanced(model, conditioning(1), latent, strength=denoise, cfg=cfg)
+    assert torch.equal(actual, expected)
 
 
 def test_an_inpaint_model_equals_diffusers():
@@ -61,27 +61,27 @@ def test_an_inpaint_model_equals_diffusers():
     import node_helpers
 
     model = build("v", in_channels=9)
-    kept = picture()["samples"]
+    original = picture()["samples"]
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :24] = 1
-    given = {"concat_latent_image": kept, "concat_mask": mask}
+    values = {"concat_latent_image": original, "concat_mask": mask}
     seen = []
 
     def concatenate(_module, inputs):
         z, *rest = inputs
         if z.shape[1] == 4:
             small = mask[:, None, ::8, ::8]
-            z = torch.cat([z, small, kept * SCALE], 1)
+            z = torch.cat([z, small, original * SCALE], 1)
         seen.append(z[:, 4:])
         return z, *rest
 
     handle = model.model.diffusion_model.register_forward_pre_hook(concatenate)
     expected = reference(model, "v", 4, seed=11, batch=1)
     of_diffusers, seen = seen, []
-    positive = node_helpers.conditioning_set_values(conditioning(1), given)
-    found = ours(model, positive=positive)["samples"]
+    positive = node_helpers.conditioning_set_values(conditioning(1), values)
+    actual = ours(model, positive=positive)["samples"]
     handle.remove()
-    assert_same(found, expected)
+    assert_same(actual, expected)
     assert len(seen) == 4
     for ours_is, theirs in zip(seen, of_diffusers, strict=True):
         torch.testing.assert_close(ours_is, theirs)
@@ -150,9 +150,9 @@ def test_a_control_net_equals_diffusers():
     control, seen = control_net()
     positive, hint = controlled(control, 0.5)
     plain = ours(model)["samples"]
-    found = ours(model, positive=positive)["samples"]
+    steered = ours(model, positive=positive)["samples"]
     assert seen == [999, 759, 499, 259]
-    assert (found - plain).norm() > 0.05 * plain.norm()
+    assert (steered - plain).norm() > 0.05 * plain.norm()
 
     def add(_module, inputs, named):
         z, t, *_ = inputs
@@ -166,7 +166,7 @@ def test_a_control_net_equals_diffusers():
     handle = unet.register_forward_pre_hook(add, with_kwargs=True)
     expected = reference(model, "v", 4, seed=11, batch=1)
     handle.remove()
-    assert_same(found, expected)
+    assert_same(steered, expected)
 
 
 def test_a_control_nets_strength_and_range():
@@ -219,11 +219,11 @@ def test_areas_are_drawn_as_pictures_of_their_own():
         area(conditioning(1), 64, 64, 0, 0, 1.0)[0], area(conditioning(3), 64, 64, 64, 0, 1.0)[0]
     )[0]
     noise = comfy.sample.prepare_noise(wide()["samples"], 11, [0])
-    found = ours(model, 1, positive=positive, latent=wide())["samples"]
+    combined = ours(model, 1, positive=positive, latent=wide())["samples"]
     for columns, prompt in ((slice(0, 8), 1), (slice(8, 16), 3)):
         piece = GivenNoise(noise[..., columns])
         alone = advanced(model, conditioning(prompt), empty(), steps=1, noise=piece)
-        assert_same(found[..., columns], alone.double(), 1e-5)
+        assert_same(combined[..., columns], alone.double(), 1e-5)
 
 
 def hook_lora(model) -> dict[str, torch.Tensor]:
@@ -261,9 +261,9 @@ def hooked(prompt: int, model, keyframes=()) -> list:
 def test_a_lora_hook_equals_the_loader():
     model = patched(build("v"))
     plain = ours(model)["samples"]
-    found = ours(model, positive=hooked(1, model))["samples"]
-    assert_same(found, ours(loaded(model))["samples"].double(), 1e-5)
-    assert (found - plain).norm() > 0.05 * plain.norm()
+    actual = ours(model, positive=hooked(1, model))["samples"]
+    assert_same(actual, ours(loaded(model))["samples"].double(), 1e-5)
+    assert (actual - plain).norm() > 0.05 * plain.norm()
     assert torch.equal(ours(model)["samples"], plain)  # the weights are the model's own again
 
 
@@ -341,12 +341,12 @@ def test_pictures_taken_out_of_a_batch_and_repeated_stay_themselves():
 
     model = patched(build("v"))
     five = RepeatLatentBatch().repeat(picture(), 5)[0]
-    whole = ours(model, latent=five, denoise=0.7)["samples"]
+    batch = ours(model, latent=five, denoise=0.7)["samples"]
     third = LatentFromBatch().frombatch(five, 2, 1)[0]
-    assert_same(ours(model, latent=third, denoise=0.7)["samples"], whole[2:3].double(), 1e-5)
+    assert_same(ours(model, latent=third, denoise=0.7)["samples"], batch[2:3].double(), 1e-5)
     last = RepeatLatentBatch().repeat(third, 3)[0]  # numbers 2, 3, 4
-    assert_same(ours(model, latent=last, denoise=0.7)["samples"], whole[2:].double(), 1e-5)
-    assert (whole[2] - whole[3]).norm() > 0.05 * whole[2].norm()
+    assert_same(ours(model, latent=last, denoise=0.7)["samples"], batch[2:].double(), 1e-5)
+    assert (batch[2] - batch[3]).norm() > 0.05 * batch[2].norm()
 
 
 def test_each_picture_of_a_batch_has_its_own_mask():
@@ -357,12 +357,12 @@ def test_each_picture_of_a_batch_has_its_own_mask():
         masks[index, ..., : 16 * (index + 1)] = 1
     latent = {**picture(3), "noise_mask": masks}
     model = build("v")
-    whole = ours(model, latent=latent)["samples"]
+    batch = ours(model, latent=latent)["samples"]
     for index in range(3):
-        kept = 2 * (index + 1)
-        assert (whole - latent["samples"])[index, ..., kept:].abs().max() < 1e-4
+        edge = 2 * (index + 1)
+        assert (batch - latent["samples"])[index, ..., edge:].abs().max() < 1e-4
         alone = ours(model, latent=LatentFromBatch().frombatch(latent, index, 1)[0])["samples"]
-        assert_same(alone, whole[index : index + 1].double(), 1e-5)
+        assert_same(alone, batch[index : index + 1].double(), 1e-5)
 
 
 def test_every_step_shows_a_preview(monkeypatch):

@@ -99,7 +99,7 @@ def answer(routes, handler, request=None):
     return response.status, json.loads(response.text)["error"]
 
 
-def test_a_fault_of_ours_is_told_as_one(routes, caplog):
+def test_a_fault_of_ours_is_reported_as_one(routes, caplog):
     def faulty():
         return {}["rows"]
 
@@ -109,7 +109,7 @@ def test_a_fault_of_ours_is_told_as_one(routes, caplog):
     assert "rows" in caplog.text
 
 
-def test_a_job_that_is_not_there_is_told(routes, store):
+def test_a_job_that_is_not_there_is_named(routes, store):
     identifier = "00000000-0000-4000-8000-000000000000"
     request = SimpleNamespace(match_info={"id": identifier, "name": "step-1.png"})
     for read in (routes.job, routes.job_log, routes.samples):
@@ -146,12 +146,12 @@ def test_a_lock_that_is_held_says_to_try_again(routes, store, job, monkeypatch):
         (FileNotFoundError(2, "No such file or directory", "/home/me/x"), 500, "No such file"),
     ],
 )
-def test_a_disk_that_fails_is_told_without_a_path(routes, error, status, words):
+def test_a_disk_that_fails_is_reported_without_a_path(routes, error, status, words):
     def fails():
         raise error
 
-    found, sentence = answer(routes, fails)
-    assert found == status and words in sentence and "/home" not in sentence
+    code, sentence = answer(routes, fails)
+    assert code == status and words in sentence and "/home" not in sentence
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def server(comfy, monkeypatch, tmp_path):
     """server(count, visible, *flags): a machine whose PyTorch sees so many devices."""
     from lcm_lora.training.jobs import host
 
-    def given(count, visible=None, *flags):
+    def machine(count, visible=None, *flags):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(sys, "argv", ["main.py", *flags])
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -170,12 +170,12 @@ def server(comfy, monkeypatch, tmp_path):
         device, processes = host._devices(word, tmp_path / "ray.json")
         return device, processes, host._visible(device)
 
-    given.devices = devices
-    return given
+    machine.devices = devices
+    return machine
 
 
 @pytest.mark.parametrize(
-    ("count", "visible", "word", "wanted", "flags"),
+    ("count", "visible", "word", "expected", "flags"),
     [
         (2, None, "", ("", 1, "0"), ()), (2, None, "1", ("1", 1, "1"), ()),
         (2, None, "001", ("1", 1, "1"), ()), (2, None, "1,0", ("1,0", 2, "1,0"), ()),
@@ -188,9 +188,11 @@ def server(comfy, monkeypatch, tmp_path):
         (2, None, "1", ("1", 1, "1"), ("--cpu-vae",)), (0, None, "", ("", 1, ""), ()),
     ],
 )  # fmt: skip
-def test_a_device_is_the_one_that_the_server_calls_so(server, count, visible, word, wanted, flags):
+def test_a_device_is_the_one_that_the_server_calls_so(
+    server, count, visible, word, expected, flags
+):
     server(count, visible, *flags)
-    assert server.devices(word) == wanted
+    assert server.devices(word) == expected
 
 
 @pytest.mark.parametrize(

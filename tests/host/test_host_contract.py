@@ -91,18 +91,18 @@ def named(path):
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:end]))
+            target = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError:
             continue
         for part in parts[end:]:
-            found = getattr(found, part)
-        return found
+            target = getattr(target, part)
+        return target
     raise ModuleNotFoundError(path)
 
 
-@pytest.mark.parametrize(("path", "given", "options"), CALLS, ids=[row[0] for row in CALLS])
-def test_the_host_takes_our_call(comfy, path, given, options):
-    inspect.signature(named(path)).bind(*given, **dict.fromkeys(options, X))
+@pytest.mark.parametrize(("path", "arguments", "options"), CALLS, ids=[row[0] for row in CALLS])
+def test_the_host_takes_our_call(comfy, path, arguments, options):
+    inspect.signature(named(path)).bind(*arguments, **dict.fromkeys(options, X))
 
 
 @pytest.mark.parametrize("row", ATTRIBUTES, ids=[row[0] for row in ATTRIBUTES])
@@ -156,9 +156,9 @@ def test_a_loaded_checkpoint_has_what_we_read(loaded):
     assert vae.first_stage_model is not None
     assert clip.cond_stage_model.state_dict() and clip.patcher.load_device
     management.load_models_gpu([patcher], force_full_load=True)
-    assert patcher in [each.model for each in management.current_loaded_models]
+    assert patcher in [entry.model for entry in management.current_loaded_models]
     management.free_memory(1e30, patcher.load_device, [])
-    assert patcher not in [each.model for each in management.current_loaded_models]
+    assert patcher not in [entry.model for entry in management.current_loaded_models]
 
 
 def test_a_loaded_model_has_the_blocks_that_are_recomputed_and_compiled(loaded):
@@ -175,7 +175,7 @@ def test_a_loaded_model_knows_how_it_would_be_loaded_again(loaded, toy_checkpoin
         assert made[1][0] == str(toy_checkpoint)
 
 
-def test_a_weight_is_told_with_its_patches(loaded):
+def test_a_weight_is_returned_with_its_patches(loaded):
     key = "diffusion_model.out.2.weight"
     model = loaded[0].clone()
     assert model.add_patches({key: ("diff", (torch.ones(1),))}, 0.5) == [key]

@@ -34,7 +34,7 @@ def test_the_queue_runs_in_order_and_everything_ends(store, job):
     supervisor.ensure(store.folder)
     supervisor.ensure(store.folder)
     ended(store, second, "done")
-    changed = {each.name: each.changed for each in store.jobs()}
+    changed = {record.name: record.changed for record in store.jobs()}
     assert changed["c"] < changed["a"] < changed["b"]
     assert store.job(first).lora_name == "a.safetensors"
     gone(store)
@@ -95,9 +95,9 @@ def test_a_bad_job_fails_at_once_and_the_next_one_runs(store, job, tmp_path):
     good, _ = store.create(job("good", steps=2), "good")
     supervisor.ensure(store.folder)
     ended(store, good, "done")
-    found = store.job(bad)
-    assert found.state == "failed"
-    assert "no checkpoint" in found.error
+    record = store.job(bad)
+    assert record.state == "failed"
+    assert "no checkpoint" in record.error
 
 
 @pytest.mark.faults
@@ -175,7 +175,7 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("arguments", "flags"),
     [
         (["--directml", "--port", "8188"], ["--directml"]),
         (["--directml", "--lowvram"], ["--directml", "--lowvram"]),
@@ -185,13 +185,15 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
         (["--port", "1", "--default-device=1"], ["--default-device=1"]),
     ],
 )
-def test_a_job_gets_the_flags_that_decide_how_a_model_is_computed(comfy, monkeypatch, given, kept):
+def test_a_job_gets_the_flags_that_decide_how_a_model_is_computed(
+    comfy, monkeypatch, arguments, flags
+):
     from comfy.cli_args import parser
     from lcm_lora.training.jobs import host
 
-    monkeypatch.setattr(sys, "argv", ["main.py", *given])
-    assert host._flags() == tuple(kept)
-    parser.parse_args(kept)  # which ends the process where it does not know them
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    assert host._flags() == tuple(flags)
+    parser.parse_args(flags)  # which ends the process where it does not know them
 
 
 def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeypatch):
@@ -201,8 +203,8 @@ def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeyp
     from lcm_lora.training.jobs.host import _spec
     from lcm_lora.training.jobs.order import Order
 
-    kept = folder_paths.folder_names_and_paths["embeddings"]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([*kept[0]], kept[1]))
+    paths, suffixes = folder_paths.folder_names_and_paths["embeddings"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([*paths], suffixes))
     (comfy.checkpoints / "any.safetensors").write_bytes(b"x")
     save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "badhands.safetensors")
     assert load_embed("badhands", folder_paths.get_folder_paths("embeddings"), 768) is None
@@ -242,12 +244,12 @@ def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path,
     import folder_paths
     from lcm_lora.training.jobs.host import _input
 
-    given, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
-    for folder in (given, elsewhere):
+    input_folder, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
+    for folder in (input_folder, elsewhere):
         folder.mkdir()
-    (given / "linked").symlink_to(elsewhere)
-    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(given))
-    assert _input("linked") == str(given / "linked")
+    (input_folder / "linked").symlink_to(elsewhere)
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(input_folder))
+    assert _input("linked") == str(input_folder / "linked")
     for name in ("linked/../../elsewhere", "../elsewhere", str(elsewhere), ".", "linked/..", ""):
         with pytest.raises(ValueError, match="is not inside ComfyUI's input folder"):
             _input(name)
@@ -263,9 +265,9 @@ def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_p
     monkeypatch.setattr(states, "PAUSES", (0.1, 0.1, 0.1))
     bad, _ = store.create(job("bad", host=str(host)), "bad")
     assert supervisor.main(store.folder) == 0
-    found = store.job(bad)
-    assert found.state == "failed"
-    assert "crashed 4 times" in found.error
+    record = store.job(bad)
+    assert record.state == "failed"
+    assert "crashed 4 times" in record.error
     store.ask(bad, "")
     assert store.job(bad).state == "queued"
 

@@ -14,7 +14,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 SYNTAX = re.compile(r"[{}|@]")  # has a meaning for the front end's translator
 
 
-def said(language: str, file: str) -> dict:
+def translated(language: str, file: str) -> dict:
     return json.loads((LOCALES / language / f"{file}.json").read_text(encoding="utf-8"))
 
 
@@ -49,13 +49,13 @@ def english() -> dict:
 
 
 def flat(words: dict, before="") -> dict[str, str]:
-    found = {}
+    texts = {}
     for key, value in words.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{before}{key}.")
+            texts |= flat(value, f"{before}{key}.")
         else:
-            found[before + key] = value
-    return found
+            texts[before + key] = value
+    return texts
 
 
 def test_there_are_languages():
@@ -65,12 +65,12 @@ def test_there_are_languages():
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_word_of_the_nodes_is_there(comfy, language):
-    ours, theirs = flat(english()), flat(said(language, "nodeDefs"))
+    ours, theirs = flat(english()), flat(translated(language, "nodeDefs"))
     assert sorted(ours.keys() - theirs.keys()) == [], "not translated"
     assert sorted(theirs.keys() - ours.keys()) == [], "of no node"
     for key, text in theirs.items():
-        kept = text in PROPER or (key.endswith(".name") and text.isupper())  # a wire's type
-        assert text.strip() and (kept or text != ours[key]), f"{key} is still English"
+        unchanged = text in PROPER or (key.endswith(".name") and text.isupper())  # a wire's type
+        assert text.strip() and (unchanged or text != ours[key]), f"{key} is still English"
         assert not SYNTAX.search(text), key
         missing = set(NUMBER.findall(ours[key])) - set(NUMBER.findall(text))
         assert key.endswith(".name") or not missing, f"{key} does not say {missing}"
@@ -81,8 +81,8 @@ def test_folders_and_wires_have_names(comfy, language):
     from lcm_lora.nodes.catalogue import NODES
 
     schemas = [node.define_schema() for node in NODES]
-    main = said(language, "main")
+    main = translated(language, "main")
     folders = {folder for schema in schemas for folder in schema.category.split("/")[1:]}
     types = {output.get_io_type() for schema in schemas for output in schema.outputs}
     assert set(main["nodeCategories"]) == folders
-    assert set(main["dataTypes"]) == {each for each in types if each.startswith("LCM_")}
+    assert set(main["dataTypes"]) == {name for name in types if name.startswith("LCM_")}

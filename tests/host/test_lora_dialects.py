@@ -57,9 +57,9 @@ def same_merge(model, unet, merged: dict[str, torch.Tensor], file, taken: int) -
             state[keys[path]].copy_(tensor)
     patched, _, coverage = apply(model, None, read(file), 1.0, 0.0)
     assert coverage.taken == coverage.total == taken and not coverage.left_over
-    found, changed = patched_weights(patched), set()
+    weights, changed = patched_weights(patched), set()
     for path, expected in merged.items():
-        weight = found.get(keys.get(path), before[path])
+        weight = weights.get(keys.get(path), before[path])
         assert (weight - expected).norm() <= 1e-5 * expected.norm(), path
         if not torch.equal(expected, before[path]):
             changed.add(path.rpartition(".")[0])
@@ -131,18 +131,18 @@ def test_a_network_of_lycoris_does_what_its_merge_does(model, unet, algorithm, t
 
 
 @pytest.fixture(scope="module", params=COUNTS)
-def whole(comfy, request):
+def family_and_model(comfy, request):
     """(family, a model of its shapes without numbers)"""
     return request.param, patcher(ARCHITECTURES[request.param], "meta")
 
 
-def test_lcm_loras_are_taken_whole_in_every_dialect(whole):
+def test_lcm_loras_are_taken_completely_in_every_dialect(family_and_model):
     """Factors without numbers, of the shapes of the official files."""
     from lcm_lora.lora.formats.parse import parse
     from lcm_lora.lora.host import apply
     from lcm_lora.training.adapter import Adapter
 
-    family, model = whole
+    family, model = family_and_model
     network = model.model.diffusion_model
     weights = {name.removesuffix(".weight"): p.shape for name, p in network.named_parameters()}
     adapted = set(Adapter(network, 1, 1.0).names)

@@ -38,8 +38,8 @@ def unpacked(patcher, key) -> torch.Tensor:
     from comfy.model_patcher import get_key_weight
 
     weight, _, convert = get_key_weight(patcher.model, key)
-    whole = convert(weight.to(torch.float32, copy=True), inplace=True)
-    return comfy.lora.calculate_weight(patcher.patches.get(key, []), whole, key)
+    dense = convert(weight.to(torch.float32, copy=True), inplace=True)
+    return comfy.lora.calculate_weight(patcher.patches.get(key, []), dense, key)
 
 
 def test_every_packed_format_of_the_host_is_tried(comfy):

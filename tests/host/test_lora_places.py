@@ -225,16 +225,16 @@ def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy,
     vector = parse(tensors, {}, "a")
     write(tmp_path / "b.safetensors", vector, "fp32", False)
     model = tiny_model()
-    for given in (vector, from_wire(to_wire(vector)), read(tmp_path / "b.safetensors")):
-        _, ours, coverage = apply(model, clip, given, 1.0, 0.5)
+    for lora in (vector, from_wire(to_wire(vector)), read(tmp_path / "b.safetensors")):
+        _, ours, coverage = apply(model, clip, lora, 1.0, 0.5)
         assert coverage.taken == coverage.total == 12 and not coverage.left_over
         _, theirs = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 0.5)
         changed, expected = patched_weights_of(ours), patched_weights_of(theirs)
         assert changed.keys() == expected.keys() and len(changed) == 14
         for key, weight in expected.items():
             torch.testing.assert_close(changed[key], weight)
-    for given in (to_wire(vector), load_file(tmp_path / "b.safetensors")):
-        _, theirs = comfy.sd.load_lora_for_models(model, clip, given, 1.0, 0.5)
+    for lora in (to_wire(vector), load_file(tmp_path / "b.safetensors")):
+        _, theirs = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 0.5)
         assert patched_weights_of(theirs).keys() == expected.keys(), "the host's own loader"
 
 

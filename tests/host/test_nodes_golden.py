@@ -27,14 +27,14 @@ def described(item) -> dict:
 def schemas() -> dict:
     from lcm_lora.nodes.catalogue import NODES
 
-    found = {}
+    nodes = {}
     for node in NODES:
         schema = node.define_schema()
-        found[schema.node_id] = {
+        nodes[schema.node_id] = {
             "inputs": [described(item) for item in schema.inputs],
             "outputs": [output.get_io_type() for output in schema.outputs],
         }
-    return found
+    return nodes
 
 
 def without_new_options(now, landed):
@@ -46,19 +46,21 @@ def without_new_options(now, landed):
 
 
 def test_nodes_are_as_they_landed(comfy, request):
-    found = schemas()
+    current = schemas()
     golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
     for name, node in golden.items():
-        assert name in found, f"{name} is gone"
+        assert name in current, f"{name} is gone"
         for side in ("inputs", "outputs"):
-            kept = found[name][side][: len(node[side])]
-            kept = [without_new_options(*pair) for pair in zip(kept, node[side], strict=False)]
-            assert kept == node[side], f"{name}: {side} may only be added at the end"
+            present = current[name][side][: len(node[side])]
+            present = [
+                without_new_options(*pair) for pair in zip(present, node[side], strict=False)
+            ]
+            assert present == node[side], f"{name}: {side} may only be added at the end"
     if request.config.getoption("--update-golden"):
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        GOLDEN.write_text(json.dumps(current, indent=1) + "\n", encoding="utf-8")
     else:
-        assert found == golden, "new inputs or nodes: record them with --update-golden"
+        assert current == golden, "new inputs or nodes: record them with --update-golden"
 
 
 def test_every_node_explains_itself(comfy):

@@ -115,9 +115,9 @@ def test_a_sampling_object_set_after_ours_is_what_counts():
         lambda model: one_by_one(model, empty()),
         lambda model: ours(model)["samples"],
     ):
-        found = run(later)
-        assert torch.equal(found, run(alone))
-        assert (found - run(patched(model))).norm() > 0.01 * found.norm()
+        drawn = run(later)
+        assert torch.equal(drawn, run(alone))
+        assert (drawn - run(patched(model))).norm() > 0.01 * drawn.norm()
     calls = Calls(later)
     one_by_one(calls.model, empty())
     assert calls.timesteps == [999, 759, 499, 259]  # of the new schedule
@@ -226,7 +226,7 @@ def test_tiled_decoding_of_our_latent(toy):
     model, clip, vae = toy
     positive = CLIPTextEncode().encode(clip, "a photo of a bag")[0]
     latent = ours(model, 1, latent={"samples": torch.zeros(1, 4, 16, 16)}, positive=positive)
-    whole = VAEDecode().decode(vae, latent)[0]
+    at_once = VAEDecode().decode(vae, latent)[0]
     tiled = VAEDecodeTiled().decode(vae, latent, 64, 32)[0]
-    assert tiled.shape == whole.shape == (1, 128, 128, 3)
-    assert (tiled - whole).abs().mean() < 0.02
+    assert tiled.shape == at_once.shape == (1, 128, 128, 3)
+    assert (tiled - at_once).abs().mean() < 0.02

@@ -49,8 +49,8 @@ def cluster():
             text=True, env=os.environ | here, cwd=folder,
         )  # fmt: skip
         try:
-            told = next(line for line in process.stdout if line.startswith('{"address"'))
-            yield json.loads(told)["address"]
+            announcement = next(line for line in process.stdout if line.startswith('{"address"'))
+            yield json.loads(announcement)["address"]
         finally:
             process.stdin.close()
             process.wait(timeout=60)
@@ -63,9 +63,9 @@ def settings(store, comfy, tmp_path):
     def write(address: str, token: str = TOKEN) -> Path:
         storage = tmp_path / "storage"
         storage.mkdir(exist_ok=True)
-        told = {"address": address, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
-        told["token"] = token
-        (store.folder.parent / Cluster.FILE).write_text(json.dumps(told))
+        fields = {"address": address, "storage": str(storage), "host": str(comfy.host), "gpus": 0.0}
+        fields["token"] = token
+        (store.folder.parent / Cluster.FILE).write_text(json.dumps(fields))
         return storage
 
     return write
@@ -82,7 +82,7 @@ def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
     supervisor.ensure(store.folder)
     until(lambda: store.job(local).step >= 4, "it trains here")
     first = trainer(store, local)
-    workers = [each for each in processes.of_job(local) if each.pid != first]
+    workers = [process for process in processes.of_job(local) if process.pid != first]
     assert len(workers) == 2
     workers[-1].kill()
     remote, _ = store.create(job("remote", sample_every=6), "remote", "ray:2", 2)
@@ -92,8 +92,8 @@ def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
     ended(store, local, "done")
     ended(store, remote, "done")
     outputs = [
-        Path(json.loads((store.path(each) / "spec.json").read_text())["output"])
-        for each in (local, remote)
+        Path(json.loads((store.path(identifier) / "spec.json").read_text())["output"])
+        for identifier in (local, remote)
     ]
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert trainer(store, local) != first
@@ -114,12 +114,12 @@ def test_stop_and_resume_on_a_cluster(store, job, cluster, settings):
     supervisor.ensure(store.folder)
     until(lambda: store.job(running).step >= 2, "it trains on the cluster")
     store.ask(running, "stop")
-    found = ended(store, running, "paused")
-    assert found.step >= 2
+    paused = ended(store, running, "paused")
+    assert paused.step >= 2
     gone(store)
     store.ask(running, "")
     supervisor.ensure(store.folder)
-    until(lambda: store.job(running).step > found.step, "it goes on")
+    until(lambda: store.job(running).step > paused.step, "it goes on")
     kill_supervisor(store)
     supervisor.ensure(store.folder)
     # It ends there while nobody follows it here.
@@ -140,12 +140,12 @@ def test_a_cluster_that_wants_another_token(store, job, cluster, settings, token
     settings(cluster, token)
     refused, _ = store.create(job("a"), "a", "ray")
     supervisor.ensure(store.folder)
-    found = ended(store, refused, "failed")
-    assert "The cluster refuses" in found.message
-    assert TOKEN not in found.message
+    record = ended(store, refused, "failed")
+    assert "The cluster refuses" in record.message
+    assert TOKEN not in record.message
 
 
-def test_a_cluster_that_is_not_there_is_told_and_asked_again(store, job, settings):
+def test_a_cluster_that_is_not_there_is_reported_and_asked_again(store, job, settings):
     settings("http://127.0.0.1:9")
     waiting, _ = store.create(job("a"), "a", "ray")
     supervisor.ensure(store.folder)

@@ -30,11 +30,11 @@ def test_the_nodes_one_by_one_equal_the_one_node():
 @pytest.mark.parametrize(("family", "steps"), [("tcd", 4), ("lightning", 2), ("dmd2", 1)])
 def test_the_nodes_follow_the_family(family, steps):
     model = patched(build("v"), family)
-    whole = ours(model, steps)["samples"]
-    assert torch.equal(one_by_one(model, empty(), steps, family_eta=True), whole)
+    expected = ours(model, steps)["samples"]
+    assert torch.equal(one_by_one(model, empty(), steps, family_eta=True), expected)
     # Without it eta is the number of the widget, as in workflows older than families.
     eta = FAMILIES[family].eta
-    assert torch.equal(one_by_one(model, empty(), steps, eta=eta), whole)
+    assert torch.equal(one_by_one(model, empty(), steps, eta=eta), expected)
     # A MODEL of no family is an LCM's.
     plain = build("v")
     assert torch.equal(one_by_one(plain, empty(), family_eta=True), one_by_one(plain, empty()))
@@ -42,12 +42,13 @@ def test_the_nodes_follow_the_family(family, steps):
 
 def test_eta_of_the_one_node():
     model = patched(build("v"), "tcd")
-    wanted = ours(model)["samples"]
-    assert torch.equal(ours(model, eta=0.3)["samples"], wanted)
-    assert torch.equal(ours(model, eta=0.3, noise_device="gpu")["samples"], wanted)  # both the CPU
+    expected = ours(model)["samples"]
+    assert torch.equal(ours(model, eta=0.3)["samples"], expected)
+    same = ours(model, eta=0.3, noise_device="gpu")["samples"]  # here both devices are the CPU
+    assert torch.equal(same, expected)
     other = ours(model, eta=0.0)["samples"]
     assert torch.equal(other, one_by_one(model, empty(), eta=0.0))
-    assert (other - wanted).norm() > 0.01 * wanted.norm()
+    assert (other - expected).norm() > 0.01 * expected.norm()
 
 
 def test_eta_zero_is_the_hosts_ddim():
@@ -60,26 +61,26 @@ def test_eta_zero_is_the_hosts_ddim():
     latent = empty()["samples"]
     noise = comfy.sample.prepare_noise(latent, 11)
     sampler = LCMSampler.execute(0.0, "cpu").result[0]
-    found = comfy.sample.sample_custom(
+    actual = comfy.sample.sample_custom(
         model, noise, 1.0, sampler, sigmas, conditioning(1), conditioning(2), latent, seed=11
     )
-    assert_same(found, host_ksampler(model, "simple", sampler="euler").double(), 1e-5)
+    assert_same(actual, host_ksampler(model, "simple", sampler="euler").double(), 1e-5)
 
 
 def picture_by_picture(model):
     """The MODEL with a network that is asked for one picture at a time."""
 
     def call(apply_model, args):
-        whole = len(args["input"])
+        count = len(args["input"])
         one = [
             {
                 "input": args["input"][i : i + 1], "timestep": args["timestep"][i : i + 1],
                 "c": {
-                    name: value[i : i + 1] if torch.is_tensor(value) and len(value) == whole
+                    name: value[i : i + 1] if torch.is_tensor(value) and len(value) == count
                     else value for name, value in args["c"].items()
                 },
             }
-            for i in range(whole)
+            for i in range(count)
         ]  # fmt: skip
         return torch.cat([apply_model(a["input"], a["timestep"], **a["c"]) for a in one])
 
@@ -176,12 +177,12 @@ def test_zero_terminal_snr_set_with_the_hosts_own_lcm_patch_is_kept():
     own = model.get_model_object("model_sampling")
     before = own.sigmas.clone()
     by_hand = core_patch(model, "lcm", True)
-    wanted = build("v", zsnr=True)
+    equivalent = build("v", zsnr=True)
     torch.testing.assert_close(
         patched(by_hand).get_model_object("model_sampling").table,
-        wanted.get_model_object("model_sampling").sigmas, rtol=1e-4, atol=0,
+        equivalent.get_model_object("model_sampling").sigmas, rtol=1e-4, atol=0,
     )  # fmt: skip
-    assert_same(ours(by_hand)["samples"], ours(wanted)["samples"].double(), 1e-4)
+    assert_same(ours(by_hand)["samples"], ours(equivalent)["samples"].double(), 1e-4)
     assert model.get_model_object("model_sampling") is own
     assert torch.equal(own.sigmas, before) and not own.zsnr
 

@@ -46,8 +46,8 @@ def test_each_family_equals_its_authors(family, steps):
     expected = reference(
         model, "v", steps, seed=11, batch=2, scheduler=scheduler, **options
     )  # fmt: skip
-    found = ours(patched(model, family), steps, latent=empty(2))
-    assert_same(found["samples"], expected)
+    actual = ours(patched(model, family), steps, latent=empty(2))
+    assert_same(actual["samples"], expected)
 
 
 def test_zero_terminal_snr_is_kept():
@@ -83,7 +83,7 @@ def test_an_empty_latent_starts_with_noise_alone_at_any_timestep():
     expected = reference(model, "v", 2, seed=11, batch=1, scheduler=scheduler)
     sigmas = LCMSchedule.execute(model, 2, 1.0, 50, "599, 299").result[0]
     sampler = LCMSampler.execute(1.0, "cpu").result[0]
-    found = SamplerCustom.execute(
+    actual = SamplerCustom.execute(
         patched(model), True, 11, 1.0, conditioning(1), conditioning(2), sampler, sigmas, empty()
     )
-    assert_same(found.result[0]["samples"], expected)
+    assert_same(actual.result[0]["samples"], expected)

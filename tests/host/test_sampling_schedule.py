@@ -56,9 +56,9 @@ def test_every_timestep_of_the_table_is_exact():
     model = build()
     table = model.get_model_object("model_sampling").sigmas
     sampling = patched(model).get_model_object("model_sampling")
-    whole = torch.arange(1000)
-    assert torch.equal(sampling.timestep(table), whole.float())
-    assert torch.equal(sampling.sigma(whole), table)
+    timesteps = torch.arange(1000)
+    assert torch.equal(sampling.timestep(table), timesteps.float())
+    assert torch.equal(sampling.sigma(timesteps), table)
     assert sampling.timestep(torch.tensor([1e-4, 1e4])).tolist() == [0, 999]
     assert sampling.timestep(table[759]).shape == ()
     between = torch.rand(500, generator=torch.Generator().manual_seed(0)) * 999
@@ -71,10 +71,10 @@ def test_the_boundary_condition_holds(prediction):
     sampling = patched(build(prediction)).get_model_object("model_sampling")
     output, x = torch.randn(2, 2, 4, 8, 8)
     sigma = sampling.sigma(torch.tensor([0, 999]))
-    found = sampling.calculate_denoised(sigma, output, x)
-    torch.testing.assert_close(found[0], x[0] * (1 + sigma[0] ** 2).rsqrt())
+    denoised = sampling.calculate_denoised(sigma, output, x)
+    torch.testing.assert_close(denoised[0], x[0] * (1 + sigma[0] ** 2).rsqrt())
     own = build(prediction).get_model_object("model_sampling")
-    torch.testing.assert_close(found[1], own.calculate_denoised(sigma, output, x)[1])
+    torch.testing.assert_close(denoised[1], own.calculate_denoised(sigma, output, x)[1])
 
 
 def test_percent_to_sigma_stays_as_the_model_has_it():
@@ -126,13 +126,13 @@ def test_the_schedule_of_a_family():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_simple_takes_of_each_family(family):
     """As the pages tell: where all timesteps are the grid, perhaps the one beside at some steps."""
-    whole = FAMILIES[family].origin_steps is None
+    on_grid = FAMILIES[family].origin_steps is None
     for steps in range(1, 9):
         calls = Calls(patched(build("v"), family))
         host_ksampler(calls.model, "simple", steps, "euler")
-        wanted = FAMILIES[family].timesteps(steps)
-        off = [abs(a - b) for a, b in zip(calls.timesteps, wanted, strict=True)]
+        expected = FAMILIES[family].timesteps(steps)
+        off = [abs(a - b) for a, b in zip(calls.timesteps, expected, strict=True)]
         if FAMILIES[family].single and steps == 1:
-            assert (calls.timesteps, wanted) == ([999], [399])
+            assert (calls.timesteps, expected) == ([999], [399])
         else:
-            assert max(off) == int(whole and steps in (3, 6, 7)), steps
+            assert max(off) == int(on_grid and steps in (3, 6, 7)), steps

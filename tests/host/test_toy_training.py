@@ -28,8 +28,8 @@ def test_the_networks_train(parts):
     vae = train.vae(parts["pixels"], COUNT, BATCH)
     assert train.encode(vae, torch.rand(2, 3, 64, 64)).shape == (2, 4, 8, 8)
     classifier = train.classifier(parts["pixels"], parts["labels"], COUNT, BATCH)
-    told = classifier(torch.rand(2, 3, 64, 64))
-    assert [tuple(each.shape) for each in told] == [(2, 10), (2, 8), (2, 6)]
+    guesses = classifier(torch.rand(2, 3, 64, 64))
+    assert [tuple(guess.shape) for guess in guesses] == [(2, 10), (2, 8), (2, 6)]
     data = parts["latents"], parts["labels"], parts["context"]
     unet = train.unet(*data, count=COUNT, batch=BATCH)
     assert all(p.isfinite().all() for p in unet.parameters())

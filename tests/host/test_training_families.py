@@ -28,10 +28,10 @@ TYPE_XL = SD | {
 
 
 def type_xl(depth):
-    each = len(depth) // 3
+    per_level = len(depth) // 3
     return TYPE_XL | {
-        "num_res_blocks": [each] * 3, "transformer_depth": depth,
-        "transformer_depth_output": [0] * (3 * (each + 1)),
+        "num_res_blocks": [per_level] * 3, "transformer_depth": depth,
+        "transformer_depth_output": [0] * (3 * (per_level + 1)),
     }  # fmt: skip
 
 
@@ -158,10 +158,10 @@ def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precis
     from lcm_lora.training.objectives import lcm
     from lcm_lora.training.teacher import DTYPES, Teacher
 
-    found = {}
-    for each in ("fp32", precision):
-        teacher = Teacher.load(toy_checkpoint, each)
-        assert next(teacher.network.parameters()).dtype == DTYPES[each]
+    results = {}
+    for dtype in ("fp32", precision):
+        teacher = Teacher.load(toy_checkpoint, dtype)
+        assert next(teacher.network.parameters()).dtype == DTYPES[dtype]
         adapter = Adapter(teacher.network, 4, 4.0)
         about = {name: value[None] for name, value in teacher.text("a photo of a bag").items()}
         cond, uncond = teacher.conditions(about, torch.tensor([(64, 64, 0, 0, 64, 64)]))
@@ -173,8 +173,8 @@ def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precis
         loss.backward()
         grads = torch.cat([layer.up.grad.flatten() for layer in adapter.layers])
         assert grads.dtype == torch.float32
-        found[each] = float(loss.detach()), grads
-    (loss, grads), (full_loss, full_grads) = found[precision], found["fp32"]
+        results[dtype] = float(loss.detach()), grads
+    (loss, grads), (full_loss, full_grads) = results[precision], results["fp32"]
     assert loss == pytest.approx(full_loss, rel=near)
     assert torch.cosine_similarity(grads, full_grads, 0) > along
 
@@ -188,7 +188,7 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
 
     style = StyleLoRA(str(assemble.STYLE_LORA), 0.8)
     teacher = Teacher.load(toy_checkpoint, "fp32", (style,))
-    found = dict(teacher.network.named_parameters())
+    parameters = dict(teacher.network.named_parameters())
     model = comfy.sd.load_checkpoint_guess_config(
         str(toy_checkpoint), model_options={"dtype": torch.float32}
     )[0]
@@ -197,10 +197,10 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
     model = comfy.sd.load_lora_for_models(model, None, lora, style.strength, 0.0)[0]
     model.patch_model()
     changed = 0
-    for name, wanted in model.model.diffusion_model.named_parameters():
-        baked, wanted, before = (p.cpu() for p in (found[name], wanted, plain[name]))
-        assert torch.allclose(baked, wanted, rtol=1e-5, atol=1e-6), name
-        changed += not torch.equal(wanted, before)
+    for name, expected in model.model.diffusion_model.named_parameters():
+        baked, expected, before = (p.cpu() for p in (parameters[name], expected, plain[name]))
+        assert torch.allclose(baked, expected, rtol=1e-5, atol=1e-6), name
+        changed += not torch.equal(expected, before)
     assert changed > 10
 
 
@@ -211,9 +211,9 @@ def test_a_caption_may_name_an_embedding(comfy, toy_checkpoint, tmp_path):
     second.mkdir()
     save_file({"emb_params": torch.randn(2, 768)}, second / "mine.safetensors")
     with_it = Teacher.load(toy_checkpoint, embeddings=(str(tmp_path), str(second)))
-    told = with_it.text("a photo, embedding:mine")["context"]
-    assert told.isfinite().all()
-    assert not torch.equal(told, with_it.text("a photo,")["context"])
+    context = with_it.text("a photo, embedding:mine")["context"]
+    assert context.isfinite().all()
+    assert not torch.equal(context, with_it.text("a photo,")["context"])
 
 
 @pytest.mark.parametrize("channels", [8, 9])

@@ -34,7 +34,7 @@ def teacher(comfy, toy_checkpoint):
 def latents(teacher, toy_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bank")
     source = sources.source(spec_of(folder, toy_checkpoint), teacher)
-    bank.build(folder, source, teacher.text, 0.0, Ranks(), lambda *told: None)
+    bank.build(folder, source, teacher.text, 0.0, Ranks(), lambda *progress: None)
     return bank.Bank(folder)
 
 
@@ -71,8 +71,8 @@ def test_the_same_settings_give_the_same_bits(trained):
 
 
 def test_micro_batches_add_up_to_the_batch(trained):
-    (_, whole), (_, parts) = trained(), trained(micro_batch=1)
-    assert (moved(parts) - moved(whole)).norm() < 1e-2 * moved(whole).norm()
+    (_, at_once), (_, parts) = trained(), trained(micro_batch=1)
+    assert (moved(parts) - moved(at_once)).norm() < 1e-2 * moved(at_once).norm()
 
 
 def test_it_goes_on_with_less_when_memory_runs_out(trained, teacher, caplog):
@@ -83,16 +83,16 @@ def test_it_goes_on_with_less_when_memory_runs_out(trained, teacher, caplog):
 
     limit = teacher.network.register_forward_pre_hook(at_most_two)
     try:
-        run, found = trained()
+        run, factors = trained()
     finally:
         limit.remove()
     assert run.progress.micro_batch == 2 and not run.progress.recompute
     assert "2 pictures at a time, 2 times a step" in caplog.text
-    _, wanted = trained(micro_batch=2)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, expected = trained(micro_batch=2)
+    assert all(torch.equal(factors[name], expected[name]) for name in expected)
 
 
-def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
+def test_memory_that_does_not_hold_one_picture_is_reported(trained, teacher):
     def never(_module, _inputs):
         raise torch.OutOfMemoryError("this network holds nothing")
 
@@ -106,7 +106,7 @@ def test_memory_that_does_not_hold_one_picture_is_told(trained, teacher):
         restore(forwards)
 
 
-def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkpoint, monkeypatch):
+def test_a_plan_says_what_the_job_does_when_memory_runs_out(teacher, toy_checkpoint, monkeypatch):
     from lcm_lora.training.plan import plan
     from lcm_lora.training.state import progress
 
@@ -120,14 +120,14 @@ def test_a_plan_tells_what_the_job_does_when_memory_runs_out(teacher, toy_checkp
     adapter = Adapter(teacher.network, 4, 4.0)
     limit = teacher.network.register_forward_pre_hook(only_one_that_is_recomputed)
     try:
-        told = plan(spec_of("/b", toy_checkpoint, passes=2), teacher, adapter, 8)
+        report = plan(spec_of("/b", toy_checkpoint, passes=2), teacher, adapter, 8)
         with pytest.raises(MemoryError, match="too small for a training step with one picture"):
             again.clear()
             plan(spec_of("/b", toy_checkpoint, checkpointing="off"), teacher, adapter, 8)
     finally:
         limit.remove()
         adapter.detach()
-    assert "measured here, 1 pictures at a time, blocks computed again in backward" in told
+    assert "measured here, 1 pictures at a time, blocks computed again in backward" in report
 
 
 def test_recomputing_blocks_changes_nothing_but_memory(trained, teacher):
@@ -163,13 +163,13 @@ def test_it_goes_on_with_less_when_memory_runs_out_in_backward(trained, teacher,
 
     limit = teacher.network.output_blocks[0][0].register_forward_hook(at_most_two)
     try:
-        run, found = trained()
+        run, factors = trained()
     finally:
         limit.remove()
     assert parts[:3] == [4, 2, 2] and run.progress.micro_batch == 2
     assert "2 pictures at a time, 2 times a step" in caplog.text
-    _, wanted = trained(micro_batch=2)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, expected = trained(micro_batch=2)
+    assert all(torch.equal(factors[name], expected[name]) for name in expected)
 
 
 def test_memory_that_runs_out_as_gradients_are_averaged_is_tried_again(
@@ -185,10 +185,10 @@ def test_memory_that_runs_out_as_gradients_are_averaged_is_tried_again(
         return averaged(self, tensors)
 
     monkeypatch.setattr(Ranks, "mean_", full_at_first)
-    run, found = trained()
+    run, factors = trained()
     assert run.progress.micro_batch == 2 and len(calls) == 4
-    _, wanted = trained(micro_batch=2)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    _, expected = trained(micro_batch=2)
+    assert all(torch.equal(factors[name], expected[name]) for name in expected)
 
 
 class Graphs(list):
@@ -219,7 +219,7 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     forwards = {block: block.__dict__.get("forward") for block in blocks}
     torch._dynamo.reset()
     try:
-        _, found = trained(steps=1, compile=True)
+        _, compiled = trained(steps=1, compile=True)
         count = len(graphs)
         assert count >= 3 * len(blocks)
         _, again = trained(steps=1)  # the blocks are compiled still
@@ -227,7 +227,7 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     finally:
         restore(forwards)
         torch._dynamo.reset()
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert all(torch.equal(compiled[name], plain[name]) for name in plain)
     assert all(torch.equal(again[name], plain[name]) for name in plain)
 
 
@@ -238,7 +238,7 @@ def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
 
     plain, asked = torch.optim.AdamW, []
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, **o: plain(p, **o | {"fused": True}))
-    _, wanted = trained(steps=2)
+    _, expected = trained(steps=2)
     spec = spec_of(tmp_path / "job", toy_checkpoint, steps=2)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
     pause_after_one = lambda: asked.append(1) or ("pause" if len(asked) == 2 else "")  # noqa: E731
@@ -249,8 +249,8 @@ def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
                 pause_after_one,
             )  # fmt: skip
             assert run.train() == outcome
-        found = adapter.state_dict()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        factors = adapter.state_dict()
+        assert all(torch.equal(factors[name], expected[name]) for name in expected)
     finally:
         adapter.detach()
 
@@ -280,12 +280,12 @@ def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
     asked = []
     ask = loop.teacher_step
     monkeypatch.setattr(loop, "teacher_step", lambda *batch: asked.append(1) or ask(*batch))
-    _, kept = trained(steps=8, passes=3)
+    _, reusing = trained(steps=8, passes=3)
     assert len(asked) == 4
     monkeypatch.setattr(answers.Answers, "read", lambda *_: None)
-    _, always = trained(steps=8, passes=3)
+    _, asking = trained(steps=8, passes=3)
     assert len(asked) == 12
-    assert all(torch.equal(kept[name], always[name]) for name in kept)
+    assert all(torch.equal(reusing[name], asking[name]) for name in reusing)
 
 
 def test_answers_of_earlier_passes_go(trained):
@@ -316,10 +316,10 @@ def test_sample_pictures_are_drawn_one_by_one_where_memory_is_short(sampled, tea
         if len(inputs[0]) > 2:
             raise torch.OutOfMemoryError("this network holds two latents at a time")
 
-    wanted = sampled("at once")
+    expected = sampled("at once")
     limit = teacher.network.register_forward_pre_hook(at_most_two)
     try:
-        assert sampled("in parts") == pytest.approx(wanted, rel=1e-3)
+        assert sampled("in parts") == pytest.approx(expected, rel=1e-3)
     finally:
         limit.remove()
 

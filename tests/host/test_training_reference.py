@@ -38,9 +38,9 @@ def test_names_are_those_of_diffusers_and_peft(comfy, family):
     adapter = Adapter(host_unet(ARCHITECTURES[family], "meta"), 4, 4.0)
     adapter.layers.to_empty(device="cpu")
     ours = vector(adapter.state(), adapter.alpha, {}, family).deltas
-    wanted = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}
-    assert ours.keys() == wanted.keys()
-    for name, layer in wanted.items():
+    expected = {"lora_unet_" + name.replace(".", "_"): m for name, m in lora_layers(theirs).items()}
+    assert ours.keys() == expected.keys()
+    for name, layer in expected.items():
         assert ours[name].up.shape == layer.lora_B["default"].weight.shape
         assert ours[name].down.shape == layer.lora_A["default"].weight.shape
 
@@ -123,8 +123,8 @@ def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
     pictures = zip(*(x.split(1) for x in (z0, eps, 20 * index + 19, c, no_c)), strict=True)
     met = [reference.pair(*picture, cfg=7.5) for picture in pictures]
     student, target = (torch.cat(side) for side in zip(*met, strict=True))
-    wanted = (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
-    wanted.backward()
+    expected = (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+    expected.backward()
 
     loss = a_step(
         lcm.loss, lambda z, t, context: network(z, t.float(), context), adapter,
@@ -132,6 +132,6 @@ def test_a_step_equals_diffusers_and_peft(comfy, ours, theirs):
         {"context": c}, {"context": no_c}, 7.5,
     )  # fmt: skip
     loss.backward()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for mine, peft_s in pairs:
         assert (mine.grad - peft_s.grad).abs().max() <= 1e-4 * peft_s.grad.abs().max()

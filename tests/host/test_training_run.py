@@ -77,7 +77,7 @@ def reached(spec: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_job_leaves_a_lora_that_the_host_takes_whole(job, comfy, toy_checkpoint):
+def test_a_job_leaves_a_lora_that_the_host_takes_completely(job, comfy, toy_checkpoint):
     import comfy.sd
     from lcm_lora.lora.host import apply
 
@@ -88,9 +88,9 @@ def test_a_job_leaves_a_lora_that_the_host_takes_whole(job, comfy, toy_checkpoin
     _, _, coverage = apply(model, None, vector, 1.0, 0.0)
     assert coverage.taken == coverage.total == len(vector.deltas) > 30
     assert any(delta.up.abs().max() > 0 for delta in vector.deltas.values())
-    told = vector.metadata
-    assert told["lcm_lora.base_family"] == "SD1.5" and told["ss_network_dim"] == "4"
-    assert len(told["ss_new_sd_model_hash"]) == 64
+    metadata = vector.metadata
+    assert metadata["lcm_lora.base_family"] == "SD1.5" and metadata["ss_network_dim"] == "4"
+    assert len(metadata["ss_new_sd_model_hash"]) == 64
 
     steps = [line for line in metrics(spec) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -116,11 +116,11 @@ def test_a_baked_in_style_is_in_the_file(job):
     assert baked.deltas and made.modules() == baked.modules() | alone.modules()
     for name, delta in made.deltas.items():
         parts = [(alone.deltas.get(name), 1.0), (baked.deltas.get(name), 0.8)]
-        wanted = sum(part.matrix() * weight for part, weight in parts if part)
-        torch.testing.assert_close(delta.matrix(), wanted, rtol=5e-3, atol=1e-4)
-    told = made.metadata
-    assert told["lcm_lora.family"] == "lcm"
-    assert json.loads(told["lcm_lora.style_loras"]) == [[assemble.STYLE_LORA.name, 0.8]]
+        expected = sum(part.matrix() * weight for part, weight in parts if part)
+        torch.testing.assert_close(delta.matrix(), expected, rtol=5e-3, atol=1e-4)
+    metadata = made.metadata
+    assert metadata["lcm_lora.family"] == "lcm"
+    assert json.loads(metadata["lcm_lora.style_loras"]) == [[assemble.STYLE_LORA.name, 0.8]]
 
 
 def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
@@ -134,11 +134,11 @@ def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatc
     made = files.read(done(spec))
     (spec.parent / "status.json").write_text('{"state": "running"}')
     monkeypatch.setattr(jobs.host, "store", lambda: Store(tmp_path))
-    found = from_wire(jobs.LCMJobResult.execute(identifier, False).args[0])
-    assert found.modules() == made.modules()
+    newest = from_wire(jobs.LCMJobResult.execute(identifier, False).args[0])
+    assert newest.modules() == made.modules()
     for name, delta in made.deltas.items():
         torch.testing.assert_close(
-            found.deltas[name].matrix(), delta.matrix(), rtol=5e-3, atol=1e-4
+            newest.deltas[name].matrix(), delta.matrix(), rtol=5e-3, atol=1e-4
         )
 
 
@@ -219,7 +219,7 @@ DISK_FULL, SMALL, ENOUGH = 75, 64 * 1024, 256 * 1024 * 1024
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs, which Linux has")
 @pytest.mark.parametrize(
     "what",
-    ["job", *(pytest.param(each, marks=pytest.mark.faults) for each in ("banks", "output"))],
+    ["job", *(pytest.param(name, marks=pytest.mark.faults) for name in ("banks", "output"))],
 )
 def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, unbroken, small_disk, what):
     """Full from the start for the bank and the result, after the first checkpoint for the job."""
@@ -266,31 +266,33 @@ def test_pictures_with_captions_become_a_lora(job, tmp_path):
     assert files.read(done(spec)).deltas
     log = (spec.parent / "log.txt").read_text()
     assert "skipped: broken.png" in log and "not used: film.mp4" in log
-    told = status(spec)
-    assert told["state"] == "done"
-    assert "Not used (1): film.mp4" in told["message"]
-    assert "Unreadable: 2 of the examples, the first: broken.png" in told["message"]
+    record = status(spec)
+    assert record["state"] == "done"
+    assert "Not used (1): film.mp4" in record["message"]
+    assert "Unreadable: 2 of the examples, the first: broken.png" in record["message"]
 
 
 def test_no_better_for_long_enough_ends_with_the_best(job):
     """A learning rate that makes it worse with every step."""
     spec = job("patience", lr=0.05, steps=60, sample_every=2, patience=2, checkpoint_every=2)
     done(spec)
-    told = [line for line in metrics(spec) if "endpoint_error" in line]
-    errors = [line["endpoint_error"]["1"] for line in told]
+    measured = [line for line in metrics(spec) if "endpoint_error" in line]
+    errors = [line["endpoint_error"]["1"] for line in measured]
     best = min(range(len(errors)), key=errors.__getitem__)
     assert len(errors) == best + 3
-    assert told[-1]["step"] < 60
+    assert measured[-1]["step"] < 60
     from lcm_lora.training.state import checkpoints
 
-    kept = checkpoints.read(spec.parent / "checkpoints", told[best]["step"])
+    checkpoint = checkpoints.read(spec.parent / "checkpoints", measured[best]["step"])
     output = Path(json.loads(spec.read_text())["output"])
-    assert files.read(output).metadata["ss_max_train_steps"] == str(told[best]["step"])
-    assert status(spec)["step"] == told[best]["step"]
+    assert files.read(output).metadata["ss_max_train_steps"] == str(measured[best]["step"])
+    assert status(spec)["step"] == measured[best]["step"]
     lora = load_file(output)
-    ups = sorted(tensor.half().norm() for name, tensor in kept.adapter.items() if "up" in name)
-    found = sorted(tensor.norm() for name, tensor in lora.items() if "lora_up" in name)
-    assert torch.allclose(torch.stack(ups).float(), torch.stack(found).float(), rtol=1e-2)
+    ups = sorted(
+        tensor.half().norm() for name, tensor in checkpoint.adapter.items() if "up" in name
+    )
+    exported = sorted(tensor.norm() for name, tensor in lora.items() if "lora_up" in name)
+    assert torch.allclose(torch.stack(ups).float(), torch.stack(exported).float(), rtol=1e-2)
 
 
 @pytest.mark.faults
@@ -299,8 +301,8 @@ def test_compiled_blocks_learn_what_plain_ones_learn(job):
     plain = files.read(done(job("plain", steps=2)))
     compiled = files.read(done(job("compiled", steps=2, compile=True)))
     for name, delta in plain.deltas.items():
-        wanted, found = delta.matrix(), compiled.deltas[name].matrix()
-        assert (found - wanted).norm() <= 0.02 * wanted.norm(), name
+        expected, actual = delta.matrix(), compiled.deltas[name].matrix()
+        assert (actual - expected).norm() <= 0.02 * expected.norm(), name
 
 
 def test_finish_writes_what_there_is(job):
@@ -311,10 +313,10 @@ def test_finish_writes_what_there_is(job):
     (spec.parent / "control.json").write_text('{"action": "finish"}')
     assert process.wait(timeout=60) == 0
     assert status(spec)["state"] == "done"
-    found = files.read(Path(json.loads(spec.read_text())["output"]))
-    assert 3 <= int(found.metadata["ss_max_train_steps"]) < 1000
+    vector = files.read(Path(json.loads(spec.read_text())["output"]))
+    assert 3 <= int(vector.metadata["ss_max_train_steps"]) < 1000
     assert not (spec.parent / "answers").exists()
-    assert family_named(found.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
+    assert family_named(vector.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])
@@ -352,9 +354,9 @@ def failing(monkeypatch):
         from lcm_lora.training import run
 
         assert run.main([str(spec), *arguments]) == 1
-        told = status(spec)
-        assert told["state"] == "failed"
-        return told["message"]
+        record = status(spec)
+        assert record["state"] == "failed"
+        return record["message"]
 
     yield run
     for number, handler in handlers.items():
@@ -383,7 +385,7 @@ def test_bad_jobs_say_what_is_wrong(job, failing, tmp_path, toy_checkpoint):
     assert "full rank is 320" in failing(job(rank=321))
 
 
-def test_a_device_that_is_not_there_is_told(job):
+def test_a_device_that_is_not_there_is_named(job):
     spec = job(host_flags=[])
     assert start(spec, CUDA_VISIBLE_DEVICES="99").wait(timeout=300) == 1
     assert "There is no device 99" in status(spec)["message"]
@@ -416,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(job, failin
     assert all(tensor.isfinite().all() for tensor in last.adapter.values())
 
 
-def test_a_teacher_that_draws_nan_is_told(job, failing, toy_checkpoint, tmp_path):
+def test_a_teacher_that_draws_nan_is_reported(job, failing, toy_checkpoint, tmp_path):
     state = load_file(toy_checkpoint)
     state["model.diffusion_model.out.2.bias"] = torch.full_like(
         state["model.diffusion_model.out.2.bias"], torch.nan
@@ -476,8 +478,8 @@ def test_a_pause_while_the_bank_is_drawn_is_followed_at_once_by_every_process(jo
             assert process.wait(timeout=25) != 0  # after 30 s the launcher kills the others
         finally:
             process.terminate()
-        told = status(spec)
-        assert (told["state"], told["message"]) == ("paused", f"paused at {message}")
+        record = status(spec)
+        assert (record["state"], record["message"]) == ("paused", f"paused at {message}")
         assert not list(banks.rglob(".tmp-*"))
 
     paused_at(f"rows: 0 of {ROWS + 1}")

@@ -172,7 +172,7 @@ def test_left_over_modules_are_named_and_the_rest_is_applied(model, caplog):
     assert "2 left over: lora_unet_conv_in (shape" in caplog.text
 
 
-def test_a_module_for_a_layer_of_another_size_is_told_whatever_its_kind(model):
+def test_a_module_for_a_layer_of_another_size_is_reported_whatever_its_kind(model):
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     tensors = {f"{name}.oft_blocks": torch.zeros(3, 4, 4)}
     with pytest.raises(ValueError, match=r"shape \[12\], the model has"):
@@ -232,8 +232,8 @@ def test_a_dora_of_the_text_encoder(model):
     tensors[f"{TEXT}.dora_scale"] = torch.full((3072, 1), 2.0)
     _, clip, coverage = apply(model, dialects(model)["kohya"] | tensors, 1.0, text_clip(), 0.5)
     assert not coverage.left_over
-    (found,) = patched_weights(clip.patcher).values()
-    torch.testing.assert_close(found.norm(dim=1), torch.full((3072,), 0.5 * 2.0))
+    (weight,) = patched_weights(clip.patcher).values()
+    torch.testing.assert_close(weight.norm(dim=1), torch.full((3072,), 0.5 * 2.0))
 
 
 def test_the_nodes_load_combine_save_and_offer_the_file(model, loras):
@@ -273,20 +273,20 @@ def test_settings_that_exact_cannot_honour_are_refused(comfy, rank, energy):
         LCMLoRACombine.execute({"count": "2"}, "exact", rank, energy)
 
 
-def test_svd_makes_the_same_sum_smaller_and_tells_its_error(model):
+def test_svd_makes_the_same_sum_smaller_and_reports_its_error(model):
     from lcm_lora.lora.formats.wire import from_wire, to_wire
     from lcm_lora.nodes.combine import LCMLoRACombine
 
     one, two = (vector(dialects(model, 4, seed)["kohya"]) for seed in (0, 1))
     count = {"count": "2", "vector_1": to_wire(one), "vector_2": to_wire(two)}
     count |= {"weight_1": 1.0, "weight_2": 0.8}
-    whole = from_wire(LCMLoRACombine.execute(count, "exact", 0, 1.0).args[0])
+    exact = from_wire(LCMLoRACombine.execute(count, "exact", 0, 1.0).args[0])
     reduced, report = LCMLoRACombine.execute(count, "svd", 5, 1.0).args
-    found = from_wire(reduced)
-    assert {delta.rank for delta in found.deltas.values()} == {5}
+    truncated = from_wire(reduced)
+    assert {delta.rank for delta in truncated.deltas.values()} == {5}
     lost = total = 0.0
-    for name, delta in whole.deltas.items():
-        lost += float((found.deltas[name].matrix() - delta.matrix()).square().sum())
+    for name, delta in exact.deltas.items():
+        lost += float((truncated.deltas[name].matrix() - delta.matrix()).square().sum())
         total += float(delta.matrix().square().sum())
     assert f"relative error {(lost / total) ** 0.5:.2e}" in report
 
@@ -320,14 +320,14 @@ def test_what_was_applied_in_the_graph_is_extracted_again(model):
     changed, _, coverage = apply(model, tensors, 0.5)
     assert coverage.taken == coverage.total
     wire, report = LCMLoRAExtract.execute(changed, model, 4).args
-    found, expected = from_wire(wire), vector(tensors)
-    assert found.modules() == expected.modules()
+    extracted, expected = from_wire(wire), vector(tensors)
+    assert extracted.modules() == expected.modules()
     for name, delta in expected.deltas.items():
         assert (
-            found.deltas[name].matrix() - 0.5 * delta.matrix()
+            extracted.deltas[name].matrix() - 0.5 * delta.matrix()
         ).norm() < 1e-4 * delta.matrix().norm()
     for name, diff in expected.diffs.items():
-        torch.testing.assert_close(found.diffs[name], 0.5 * diff, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(extracted.diffs[name], 0.5 * diff, rtol=1e-4, atol=1e-5)
     assert "100.000 % of the energy kept" in report
     with pytest.raises(ValueError, match="do not differ"):
         extract(differences(model, model.clone()), 4, 0, "x")
@@ -351,12 +351,13 @@ def test_a_stack_does_what_its_loras_do_one_after_the_other(model, loras, comfy)
     assert "1 x two.safetensors [model -0.3, CLIP 1.1]" in report and "rank 4 to 13" in report
     ours = apply(model, wire, 1.0, clip, 1.0)
     for pair in zip(ours[:2], theirs, strict=True):
-        found, expected = (
-            patched_weights(each if hasattr(each, "patches") else each.patcher) for each in pair
+        actual, expected = (
+            patched_weights(target if hasattr(target, "patches") else target.patcher)
+            for target in pair
         )
-        assert found.keys() == expected.keys() and found
+        assert actual.keys() == expected.keys() and actual
         for key, weight in expected.items():
-            torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual[key], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_what_only_a_name_tells_of_a_stacks_lora_goes_into_the_sum(model, loras):
@@ -429,7 +430,7 @@ def test_the_nodes_for_parts_and_rules(model):
         LCMLoRACombine.execute(count, "ties", 6, 0.9)
 
 
-def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, monkeypatch):
+def test_names_without_modules_are_reported_and_misspelt_blocks_are_refused(model, monkeypatch):
     from lcm_lora.lora.blocks import PRESETS
     from lcm_lora.lora.formats.wire import to_wire
     from lcm_lora.nodes.weigh import LCMLoRABlocks
@@ -447,13 +448,13 @@ def test_names_without_modules_are_told_and_misspelt_blocks_are_refused(model, m
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("processor", "expected"),
     [("cuda:0", "cuda"), ("cpu", "cpu"), ("mps", "cpu"), ("xpu", "cpu"), ("privateuseone", "cpu")],
 )
-def test_whole_changes_are_worked_on_where_there_are_decompositions(comfy, monkeypatch, given,
+def test_whole_changes_are_worked_on_where_there_are_decompositions(comfy, monkeypatch, processor,
                                                                     expected):  # fmt: skip
     import comfy.model_management
     from lcm_lora.nodes.host import device
 
-    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(given))
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(processor))
     assert device().type == expected

@@ -59,11 +59,11 @@ def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     from lcm_lora.tests.server.browser import chromium
 
-    if (found := chromium()) is None:
+    if (executable := chromium()) is None:
         pytest.skip("there is no Chromium here, and only root can install Debian's")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
-            executable_path=found, headless=True,
+            executable_path=executable, headless=True,
             args=["--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader"],
         )  # fmt: skip
         yield browser

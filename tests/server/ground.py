@@ -12,13 +12,13 @@ ENDED = ("done", "failed", "paused")
 
 def order(client, name: str, **changes) -> str:
     """-> the id of a small job, which is queued; `checkpoint` has to be among the changes."""
-    told = {
+    settings = {
         "name": name, "steps": STEPS, "batch": 2,
         "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
         "sample_every": 10, "policy": "share", "precision": "fp32",
         "data": {"prompts": "a photo of a bag", "count": 8, "draw_steps": 4, "resolution": 64},
     }  # fmt: skip
-    return client.post("/lcm_lora/jobs", told | changes)["id"]
+    return client.post("/lcm_lora/jobs", settings | changes)["id"]
 
 
 def done(store, job: str, seconds: float) -> bool:
@@ -54,8 +54,8 @@ class Ground:
 
     def order(self, name: str, **changes) -> str:
         """-> the id of a queued job."""
-        told = {"checkpoint": self.subject.checkpoint} | changes
-        return order(self.server.client(), name, **told)
+        settings = {"checkpoint": self.subject.checkpoint} | changes
+        return order(self.server.client(), name, **settings)
 
     def done(self, job: str, seconds: float = 300) -> bool:
         return done(self.store, job, seconds)

@@ -42,13 +42,13 @@ def loras(server):
 
 
 def broken(kind: str, good) -> bytes | dict[str, torch.Tensor]:
-    whole = good.read_bytes()
+    content = good.read_bytes()
     if kind == "empty":
         return b""
     if kind == "truncated":
-        return whole[: len(whole) // 2]
+        return content[: len(content) // 2]
     if kind == "pickle":
-        return b"\x80\x04" + whole[:100]
+        return b"\x80\x04" + content[:100]
     if kind == "text":
         return b"<html>404 not found</html>" * 20
     tensors = load_file(good)

@@ -59,13 +59,13 @@ def history(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("version", environment.HOSTS)
 def test_comfy_import_guard_finds_all_that_we_use(version, pack, history):
-    told = tools.run(
+    result = tools.run(
         "comfy-import-guard==1.3.0", "comfy-import-guard",
         "--cache-dir", history, "--offline", "check", "--comfy-dir", pack.parents[1],
         "--pack", pack.name, "--target", f"v{version}", "--strict", cwd=pack,
     )  # fmt: skip
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "1 pack(s): 0 will break, 1 safe, 0 warn, 0 skipped" in told.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 pack(s): 0 will break, 1 safe, 0 warn, 0 skipped" in result.stdout
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -77,12 +77,12 @@ def test_comfy_cli_takes_the_workflow(path, client, subject, tmp_path):
     files = tmp_path / "prompt.json", tmp_path / "known.json"
     for file, content in zip(files, (prompt, client.get("/object_info")), strict=True):
         file.write_text(json.dumps(content), encoding="utf-8")
-    told = tools.comfy(
+    output = tools.comfy(
         "--json", "workflow", "validate", "--workflow", str(files[0]), "--input", str(files[1]),
         cwd=tmp_path,
     )  # fmt: skip
-    found = json.loads(told.splitlines()[-1])["data"]
-    assert found["valid"] and not found["warning_count"], found
+    verdict = json.loads(output.splitlines()[-1])["data"]
+    assert verdict["valid"] and not verdict["warning_count"], verdict
 
     # It reads the workflow as we do, too.
     read = tools.run(tools.COMFY_CLI, "python", "-c", CONVERT, path, files[1], cwd=tmp_path)

@@ -18,8 +18,8 @@ VICTIMS = [
 @pytest.mark.faults
 def test_kills_at_random_moments_cost_nothing(ground, tally):
     """Every job is killed at, again and again, until each kill has been tried often enough."""
-    chance, whole = random.Random(1), ground.order("whole")
-    assert ground.done(whole)
+    chance, undisturbed = random.Random(1), ground.order("whole")
+    assert ground.done(undisturbed)
     expected = ground.loras / "whole.safetensors"
     folders = ground.loras, ground.store.folder, ground.store.folder.parent / "banks"
     tried = dict.fromkeys(VICTIMS, 0)
@@ -52,7 +52,7 @@ def test_two_servers_of_one_user_folder_share_one_queue(ground, tally):
     two = ground.order("two")
     try:
         done = [ground.done(job) for job in (one, two)]
-        lost = sum(not each for each in done)
+        lost = sum(not finished for finished in done)
         lost += not same(ground.loras / "one.safetensors", ground.loras / "two.safetensors")
         tally.add(
             "two servers on one user folder", lost,
@@ -90,9 +90,9 @@ def test_a_name_that_is_taken_meanwhile_and_a_checkpoint_that_is_gone(ground, ta
         (taken, "output name taken meanwhile", "exists already"),
         (gone, "checkpoint deleted while queued", "no checkpoint"),
     ):
-        found = ground.store.job(job)
-        told = found.state == "failed" and says in (found.error or "")
-        tally.add(fault, int(not ended or not told), orphans(ground.store, job), 0)
+        record = ground.store.job(job)
+        reported = record.state == "failed" and says in (record.error or "")
+        tally.add(fault, int(not ended or not reported), orphans(ground.store, job), 0)
     assert file.read_bytes() == b"mine"
 
 
@@ -108,9 +108,9 @@ def test_after_a_power_cut_stale_numbers_of_processes_mean_nothing(ground, tally
         for file in (
             ground.store.path(job) / "supervisor.json", ground.store.folder / ".supervisor.json"
         ):  # fmt: skip
-            known = json.loads(file.read_text()) if file.exists() else {}
+            record = json.loads(file.read_text()) if file.exists() else {}
             later = time.time() + 1e6
-            file.write_text(json.dumps(known | {"pid": os.getpid(), "not_before": later}))
+            file.write_text(json.dumps(record | {"pid": os.getpid(), "not_before": later}))
             os.utime(file, (later, later))
         ground.up()
         lost = not ground.done(job)

@@ -23,12 +23,12 @@ def outcomes(
          "--tb", "no", "--junitxml", report, *tests],
         cwd=host, capture_output=True, env=os.environ | {"PYTHONPATH": str(plugins)}, timeout=900,
     )  # fmt: skip
-    found = {}
+    passed = {}
     for case in xml.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         if "skipped" not in kinds:
-            found[case.get("classname"), case.get("name")] = not kinds & {"failure", "error"}
-    return found
+            passed[case.get("classname"), case.get("name")] = not kinds & {"failure", "error"}
+    return passed
 
 
 def file_of(host: Path, module: str) -> Path:

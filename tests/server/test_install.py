@@ -65,13 +65,13 @@ def by_the_manager(host: Path, python: Path, scratch: Path) -> str:
     """-> the name of the pack's folder."""
     repository = tools.clone(scratch / "comfyui-lcm-lora")
     address = f"file://localhost/{repository.as_posix().lstrip('/')}"
-    told = subprocess.run(
+    result = subprocess.run(
         [python, "-m", "cm_cli", "install", "--exit-on-fail", address, "--mode", "local"],
         env=os.environ | {"COMFYUI_PATH": str(host)}, capture_output=True, text=True, cwd=scratch,
     )  # fmt: skip
-    said = told.stdout + told.stderr
-    assert told.returncode == 0 and "[INSTALLED]" in said, said
-    assert "PyTorch is not installed" not in said, "it did not see the environment"
+    output = result.stdout + result.stderr
+    assert result.returncode == 0 and "[INSTALLED]" in output, output
+    assert "PyTorch is not installed" not in output, "it did not see the environment"
     return repository.name
 
 
@@ -97,9 +97,9 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
     install(assemble.LCM_LORA, clean / "models" / "loras")
     with Server(clean, tmp_path, installed=True, python=python) as server:
         its = server.client()
-        known = its.get("/object_info")
+        nodes = its.get("/object_info")
         for name in GOLDEN:
-            assert known[name]["python_module"] == f"custom_nodes.{folder}"
+            assert nodes[name]["python_module"] == f"custom_nodes.{folder}"
         served(its, f"/extensions/{folder}", ROOT / "web")
         assert f"/extensions/{folder}/jobs.js" in its.get("/extensions")
         offered = its.get("/workflow_templates")[folder]

@@ -43,7 +43,7 @@ def graph(subject, name, wait=True, **changes) -> dict:
         "11": ("SaveImage", {"images": ["10", 0], "filename_prefix": name}),
         "12": ("PreviewImage", {"images": ["4", 2]}),
     }  # fmt: skip
-    return {key: {"class_type": kind, "inputs": given} for key, (kind, given) in nodes.items()}
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
 
 
 def order_only(subject, name, **changes) -> dict:
@@ -54,20 +54,20 @@ def order_only(subject, name, **changes) -> dict:
 def store(server):
     from lcm_lora.training.jobs.store import Store
 
-    known = Store(server.base / "user" / "__lcm_lora" / "jobs")
-    yield known
-    for job in known.jobs():
+    jobs_store = Store(server.base / "user" / "__lcm_lora" / "jobs")
+    yield jobs_store
+    for job in jobs_store.jobs():
         if job.state in ("preparing", "running", "stopping", "queued"):
-            known.ask(job.id, "stop")
+            jobs_store.ask(job.id, "stop")
             processes.end(job.id, kill=True)
 
 
 def until(check, what, seconds=240):
     deadline = time.monotonic() + seconds
-    while not (found := check()):
+    while not (result := check()):
         assert time.monotonic() < deadline, f"waited too long until {what}"
         time.sleep(0.05)
-    return found
+    return result
 
 
 def named(store, name):
@@ -77,10 +77,10 @@ def named(store, name):
 def send(client, path, body="{}", method="POST", **headers):
     """-> (status, parsed answer) of a request as it is given, headers and all."""
     connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=60)
-    told = {"Content-Type": "application/json"} | {
+    all_headers = {"Content-Type": "application/json"} | {
         key.replace("_", "-"): value for key, value in headers.items()
     }
-    connection.request(method, f"/lcm_lora/{path}", body, told)
+    connection.request(method, f"/lcm_lora/{path}", body, all_headers)
     answer = connection.getresponse()
     text = answer.read()
     try:
@@ -92,8 +92,8 @@ def send(client, path, body="{}", method="POST", **headers):
 def test_distil_then_use_it_in_one_graph(client, subject, store, server):
     shown = client.run(graph(subject, "made/first"))
     assert client.pictures(shown)["11"][0].is_file()
-    found = named(store, "made/first")
-    assert (found.state, found.step, found.lora_name) == ("done", 4, "made/first.safetensors")
+    record = named(store, "made/first")
+    assert (record.state, record.step, record.lora_name) == ("done", 4, "made/first.safetensors")
     # Queued once more it is the same job, done already.
     shown = client.run(graph(subject, "made/first"))
     assert shown["4"]["text"][0].startswith("done, step 4 of 4")
@@ -102,17 +102,17 @@ def test_distil_then_use_it_in_one_graph(client, subject, store, server):
     offered = client.get("/object_info/LCMLoRALoader")["LCMLoRALoader"]["input"]["required"]
     assert "made/first.safetensors" in json.dumps(offered["lora_name"])
 
-    status = client.get(f"/lcm_lora/jobs/{found.id}")
+    status = client.get(f"/lcm_lora/jobs/{record.id}")
     assert [sample["step"] for sample in status["samples"]] == [2, 4]
     assert str(server.base) not in json.dumps(status)
-    metrics = client.get(f"/lcm_lora/jobs/{found.id}/metrics")
+    metrics = client.get(f"/lcm_lora/jobs/{record.id}/metrics")
     assert metrics["rows"][-1][0] == 4
     assert [row[0] for row in metrics["errors"]] == [2, 4]
-    log = client.get(f"/lcm_lora/jobs/{found.id}/log?offset=0")
+    log = client.get(f"/lcm_lora/jobs/{record.id}/log?offset=0")
     assert "step 4 of 4" in log["text"]
-    assert client.get(f"/lcm_lora/jobs/{found.id}/log?offset={log['offset']}")["text"] == ""
+    assert client.get(f"/lcm_lora/jobs/{record.id}/log?offset={log['offset']}")["text"] == ""
     with urllib.request.urlopen(
-        f"{client.url}/lcm_lora/jobs/{found.id}/samples/{status['samples'][0]['name']}"
+        f"{client.url}/lcm_lora/jobs/{record.id}/samples/{status['samples'][0]['name']}"
     ) as answer:
         assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
 
@@ -168,10 +168,10 @@ def test_order_over_http(client, subject, store):
     order = {key: SMALL[key] for key in ("steps", "batch", "rank", "guidance", "policy")}
     source = {"prompts": PROMPTS, "count": 4, "draw_steps": 2, "resolution": 64}
     body = order | {"checkpoint": subject.checkpoint, "name": "by http", "data": source}
-    status, told = send(client, "jobs", json.dumps(body))
-    assert status == 201 and told["new"]
-    assert send(client, "jobs", json.dumps(body)) == (200, {"id": told["id"], "new": False})
-    until(lambda: store.job(told["id"]).state == "done", "it is done")
+    status, answer = send(client, "jobs", json.dumps(body))
+    assert status == 201 and answer["new"]
+    assert send(client, "jobs", json.dumps(body)) == (200, {"id": answer["id"], "new": False})
+    until(lambda: store.job(answer["id"]).state == "done", "it is done")
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_order_over_http(client, subject, store):
 def test_orders_that_are_refused(change, says, client, subject, store):
     before = len(store.jobs())
     body = {"checkpoint": subject.checkpoint, "name": "refused"} | change
-    status, told = send(client, "jobs", json.dumps(body))
-    assert status == 400, told
-    assert says in told["error"]
+    status, answer = send(client, "jobs", json.dumps(body))
+    assert status == 400, answer
+    assert says in answer["error"]
     assert len(store.jobs()) == before
 
 
@@ -243,10 +243,10 @@ def test_requests_that_are_refused(client):
     ],
 )
 def test_behind_a_proxy_the_own_page_may_change_a_job(client, host, origin, site, status):
-    told = {"Host": host, "Origin": origin, "Sec_Fetch_Site": site}
-    given = {key: value for key, value in told.items() if value is not None}
+    headers = {"Host": host, "Origin": origin, "Sec_Fetch_Site": site}
+    present = {key: value for key, value in headers.items() if value is not None}
     # It is let through where it is told that there is no such job.
-    assert send(client, f"jobs/{uuid.uuid4()}/stop", **given)[0] == status
+    assert send(client, f"jobs/{uuid.uuid4()}/stop", **present)[0] == status
 
 
 def test_a_lora_that_is_there_already_is_named_at_the_node(client, subject, server):
@@ -258,9 +258,9 @@ def test_a_lora_that_is_there_already_is_named_at_the_node(client, subject, serv
     assert error.value.node == "2"
 
 
-def test_what_openapi_tells_is_there(client):
-    told = client.get("/lcm_lora/openapi.json")
-    for path, methods in told["paths"].items():
+def test_what_openapi_describes_is_there(client):
+    document = client.get("/lcm_lora/openapi.json")
+    for path, methods in document["paths"].items():
         asked = path.removeprefix("/lcm_lora/").replace("{id}", str(uuid.uuid4()))
         for method in methods:
             body = "{}" if method == "post" else None
@@ -277,8 +277,8 @@ def test_nothing_that_fits_the_document_or_breaks_it_makes_the_server_fail(clien
         "--seed", "1", "--generation-database", "none",
     ]  # fmt: skip
     # It leaves a cache where it runs.
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 @pytest.fixture
@@ -305,8 +305,8 @@ def test_a_job_outlives_its_server_and_a_new_server_finds_it(servers, subject):
         step = store.job(job.id).step
         until(lambda: store.job(job.id).step > step, "it goes on without a server")
     with again:
-        told = again.client().get(f"/lcm_lora/jobs/{job.id}")
-        assert told["state"] in ("running", "done")
+        answer = again.client().get(f"/lcm_lora/jobs/{job.id}")
+        assert answer["state"] in ("running", "done")
         until(lambda: store.job(job.id).state == "done", "it is done")
         again.client().run(graph(subject, "outlives", steps=40))
 

@@ -76,9 +76,9 @@ print(json.dumps(
 
 
 def test_every_node_is_there_with_its_words(client):
-    known = client.get("/object_info")
+    nodes = client.get("/object_info")
     for name, node in GOLDEN.items():
-        info = known[name]
+        info = nodes[name]
         assert info["description"] and info["display_name"]
         assert info["category"].split("/")[0] == "LCM-LoRA"
         assert all(info["output_tooltips"])
@@ -124,9 +124,9 @@ def imported(folder: Path) -> dict:
 def test_importing_it_connects_writes_changes_and_brings_in_nothing(tmp_path):
     """Beside ComfyUI's own modules the pack loads none, so it costs next to nothing at start; and
     nothing of theirs is exchanged or registered."""
-    found = imported(tmp_path)
-    del found["seconds"]
-    assert found == {"nodes": len(GOLDEN), "new": [], "touched": [], "changed": []}
+    effects = imported(tmp_path)
+    del effects["seconds"]
+    assert effects == {"nodes": len(GOLDEN), "new": [], "touched": [], "changed": []}
 
 
 @pytest.mark.faults  # it reads a clock, which the tests must do without

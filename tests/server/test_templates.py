@@ -42,7 +42,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, here,
     for official, own in here.items():
         text = text.replace(official, own)
     workflow = json.loads(text)
-    prompt, kept = page.evaluate(OPENED, [workflow, path.stem, vue])
+    prompt, page_nodes = page.evaluate(OPENED, [workflow, path.stem, vue])
     page.wait_for_timeout(500)  # what is missing is told a moment later
     pictured(page, f"{path.stem}-{'vue' if vue else 'canvas'}")
     for warning in ("text=/errors? found|missing/i", ".p-toast-message", "[role=dialog]"):
@@ -59,7 +59,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, here,
         # Without a widget of its own that changes the seed, and with it the sum, at every run.
         saved, again = (
             next(node["widgets_values"] for node in nodes if node["type"] == "LCMLoRACombine")
-            for nodes in (workflow["nodes"], kept)
+            for nodes in (workflow["nodes"], page_nodes)
         )
         assert again == saved
     assert not page.wrong and not page.foreign

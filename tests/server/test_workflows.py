@@ -66,12 +66,12 @@ def given_picture(server) -> torch.Tensor:
 
 def test_image_to_image_starts_from_the_picture(client, server, subject):
     prompt = fitted(FOLDER / "Image_to_image_in_four_steps.json", subject)
-    given = given_picture(server)
+    source = given_picture(server)
     drawn = pictures(client, prompt)
-    assert drawn.shape == given.shape
+    assert drawn.shape == source.shape
     inputs_of(prompt, "LCMKSampler")["denoise"] = 1.0
     anew = pictures(client, prompt)
-    near, far = ((picture - given).abs().mean() for picture in (drawn, anew))
+    near, far = ((picture - source).abs().mean() for picture in (drawn, anew))
     assert 0.01 < near < 0.75 * far
 
 
@@ -136,10 +136,10 @@ def test_what_combine_saves_draws_the_same_in_the_hosts_loader(client, server, s
 def test_its_nodes_and_inputs_exist(path, client):
     from lcm_lora.dev.workflow import to_api
 
-    known = client.get("/object_info")
+    nodes = client.get("/object_info")
     prompt = to_api(json.loads(path.read_text(encoding="utf-8")))
     for node in prompt.values():
-        spec = known[node["class_type"]]["input"]
+        spec = nodes[node["class_type"]]["input"]
         named = set(spec["required"]) | set(spec.get("optional", {}))
         assert {name.partition(".")[0] for name in node["inputs"]} <= named
         assert set(spec["required"]) <= set(node["inputs"])
@@ -196,8 +196,8 @@ def test_it_says_where_its_files_come_from(path):
         values = [value for value in node.get("widgets_values") or [] if isinstance(value, str)]
         named = {value for value in values if value.endswith(".safetensors")}
         named -= {"papercut_sd15.safetensors", "add_detail.safetensors"}
-        told = node["properties"].get("models", [])
-        assert {each["name"] for each in told} == named
-        for each in told:
-            assert each["url"].startswith("https://huggingface.co/")
-            assert each["directory"] in ("checkpoints", "loras", "controlnet")
+        models = node["properties"].get("models", [])
+        assert {model["name"] for model in models} == named
+        for model in models:
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["directory"] in ("checkpoints", "loras", "controlnet")

@@ -31,7 +31,7 @@ def test_linked_folders_are_copied_as_they_are_read_and_again_when_they_change(f
     copied = disk.files_under(tmp_path / "storage")[0]
     assert here == [("a.png", "a"), ("more/b.png", "b")] and not copied
     there = follower._brought(str(pictures))
-    assert [(each.name, each.caption) for each in find(type(tmp_path)(there))] == here
+    assert [(picture.name, picture.caption) for picture in find(type(tmp_path)(there))] == here
     assert follower._brought(str(pictures)) == there
     (elsewhere / "b.txt").write_text("another caption")
     assert follower._brought(str(pictures)) != there

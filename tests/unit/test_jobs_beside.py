@@ -43,8 +43,8 @@ class Server:
 
     def runs(self, job):
         me = os.getpid()
-        told = {"pid": me, "identity": processes.identity(me), "turn": self.turn(job)}
-        (self.store.path(job) / "supervisor.json").write_text(json.dumps(told))
+        record = {"pid": me, "identity": processes.identity(me), "turn": self.turn(job)}
+        (self.store.path(job) / "supervisor.json").write_text(json.dumps(record))
 
     def ends(self, job):
         (self.store.path(job) / "supervisor.json").write_text('{"ended": "paused"}')
@@ -62,9 +62,9 @@ class Server:
 
         def jobs():
             self.store.jobs = read
-            found = read()
+            listed = read()
             act()
-            return found
+            return listed
 
         self.store.jobs = jobs
 
@@ -182,7 +182,7 @@ def test_the_supervisor_stays_for_one_that_stands_aside_until_its_server_is_gone
     server.look()
     assert server.asked(job) == ("pause", True) and server.worked
     at_work, launched = supervisor.Supervisor(server.store), []
-    monkeypatch.setattr(at_work, "_launch", lambda found: launched.append(found.id))
+    monkeypatch.setattr(at_work, "_launch", lambda record: launched.append(record.id))
     assert at_work._round() and not launched
     server.store.ask(job, "pause", Process(os.getpid(), "of one that ended"))
     assert at_work._round() and launched == [job]

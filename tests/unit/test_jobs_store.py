@@ -40,11 +40,11 @@ def state(store, job):
 def test_a_new_job_waits(store, tmp_path):
     job, new = store.create(spec(tmp_path, steps=30), "mine")
     assert new
-    found = store.job(job)
-    assert (found.state, found.name, found.steps) == ("queued", "mine", 30)
-    assert found.checkpoint == "base.safetensors"
-    assert found.lora_name is None
-    assert found.created > 1.7e9
+    record = store.job(job)
+    assert (record.state, record.name, record.steps) == ("queued", "mine", 30)
+    assert record.checkpoint == "base.safetensors"
+    assert record.lora_name is None
+    assert record.created > 1.7e9
 
 
 def test_the_same_settings_twice_are_one_job_until_it_has_ended(store, tmp_path):
@@ -94,21 +94,21 @@ def test_what_a_live_process_says_counts_while_it_lives(store, tmp_path):
         store.delete(job)
 
 
-@pytest.mark.parametrize("said", ["done", "failed", "paused"])
-def test_a_process_that_has_said_its_last_word_is_stopping(store, tmp_path, said):
+@pytest.mark.parametrize("last_state", ["done", "failed", "paused"])
+def test_a_process_that_has_said_its_last_word_is_stopping(store, tmp_path, last_state):
     job, _ = store.create(spec(tmp_path), "a")
     me = {"pid": os.getpid(), "identity": processes.identity(os.getpid()), "turn": 0}
     tell(store, job, "supervisor", **me, earlier=None)
-    tell(store, job, "status", state=said, started=5.0, message="its last word")
+    tell(store, job, "status", state=last_state, started=5.0, message="its last word")
     assert (state(store, job), store.job(job).message) == ("stopping", "its last word")
 
 
-@pytest.mark.parametrize("said", ["preparing", "running", "failed", "paused"])
-def test_words_of_the_process_before_are_not_those_of_this_one(store, tmp_path, said):
+@pytest.mark.parametrize("last_state", ["preparing", "running", "failed", "paused"])
+def test_words_of_the_process_before_are_not_those_of_this_one(store, tmp_path, last_state):
     job, _ = store.create(spec(tmp_path), "a")
     me = {"pid": os.getpid(), "identity": processes.identity(os.getpid()), "turn": 0}
     tell(store, job, "supervisor", **me, earlier=5.0)
-    tell(store, job, "status", state=said, started=5.0, message="its last word")
+    tell(store, job, "status", state=last_state, started=5.0, message="its last word")
     assert (state(store, job), store.job(job).message) == ("preparing", "")
     tell(store, job, "status", state="running", started=6.0)
     assert state(store, job) == "running"
@@ -126,18 +126,18 @@ def test_one_that_fails_after_it_was_asked_to_end_has_failed(store, tmp_path, as
     assert state(store, job) == "paused"
 
 
-def test_only_one_that_has_stepped_aside_is_told_to_come_back(store, tmp_path):
+def test_only_a_job_that_has_stepped_aside_is_shown_so(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     me = processes.Process.this()
-    told = lambda: (store.job(job).state, store.job(job).public()["aside"])  # noqa: E731
-    assert told() == ("queued", False)
+    state_and_aside = lambda: (store.job(job).state, store.job(job).public()["aside"])  # noqa: E731
+    assert state_and_aside() == ("queued", False)
     tell(store, job, "supervisor", **vars(me), turn=0)
     store.ask(job, "pause", aside=me)
-    assert told() == ("stopping", True)
+    assert state_and_aside() == ("stopping", True)
     tell(store, job, "supervisor", ended="paused", turn=0)
-    assert told() == ("paused", True)
+    assert state_and_aside() == ("paused", True)
     tell(store, job, "status", state="done")
-    assert told() == ("done", False)
+    assert state_and_aside() == ("done", False)
 
 
 def test_a_process_that_took_over_the_number_is_not_the_job_s(store, tmp_path):
@@ -151,14 +151,14 @@ def test_a_process_that_took_over_the_number_is_not_the_job_s(store, tmp_path):
 def test_a_process_that_ended_is_noticed_though_no_file_changed(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    known = processes.identity(child.pid)
-    tell(store, job, "supervisor", pid=child.pid, identity=known, turn=0)
+    identity = processes.identity(child.pid)
+    tell(store, job, "supervisor", pid=child.pid, identity=identity, turn=0)
     tell(store, job, "status", state="running")
-    assert [each.state for each in store.jobs()] == ["running"]
+    assert [record.state for record in store.jobs()] == ["running"]
     child.kill()
     while processes.identity(child.pid) is not None:  # until it is at least a zombie
         pass
-    assert [each.state for each in store.jobs()] == ["lost"]
+    assert [record.state for record in store.jobs()] == ["lost"]
     child.wait()
     assert processes.identity(child.pid) is None
 
@@ -174,11 +174,11 @@ def test_a_torn_or_missing_file_is_a_state_and_no_exception(store, tmp_path, nam
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
-    found = {each.id: each for each in store.jobs()}
+    records = {record.id: record for record in store.jobs()}
     gone = name == "spec" and content != '{"step": "x"}'
-    assert found[job].state == ("failed" if gone else "queued")
-    assert found[other].state == "queued"
-    assert ("spec.json" in found[job].message) == gone
+    assert records[job].state == ("failed" if gone else "queued")
+    assert records[other].state == "queued"
+    assert ("spec.json" in records[job].message) == gone
 
 
 def test_looks_of_several_threads_do_not_disturb_each_other(store, tmp_path):
@@ -191,7 +191,7 @@ def test_looks_of_several_threads_do_not_disturb_each_other(store, tmp_path):
         assert store.jobs() == []
 
     store._folders = another_looks_meanwhile
-    assert [each.id for each in store.jobs()] == [job]
+    assert [record.id for record in store.jobs()] == [job]
 
 
 @pytest.mark.parametrize("file", ["spec.json", "control.json", "status.json"])
@@ -209,7 +209,7 @@ def test_a_job_that_is_deleted_while_it_is_read_is_no_job(store, tmp_path, monke
     fresh = Store(store.folder)  # which has read none of them yet
     with pytest.raises(KeyError, match=jobs[0]):
         fresh.job(jobs[0])
-    assert [each.id for each in fresh.jobs()] == [other]
+    assert [record.id for record in fresh.jobs()] == [other]
     assert (tmp_path / jobs[1]).is_dir()
 
 
@@ -234,9 +234,9 @@ def test_a_job_is_asked_as_it_is_then(store, tmp_path):
         return changing()
 
     store._changing = another_was_faster
-    assert not store.ask(job, "pause", only=lambda found: found.state == "queued")
+    assert not store.ask(job, "pause", only=lambda record: record.state == "queued")
     assert json.loads((store.path(job) / "control.json").read_text())["action"] == "stop"
-    assert store.ask(job, "", only=lambda found: found.state == "paused")
+    assert store.ask(job, "", only=lambda record: record.state == "paused")
     assert state(store, job) == "queued"
 
 
@@ -288,7 +288,7 @@ def test_a_name_that_is_taken_is_refused_and_nothing_is_queued(store, tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"a LoRA")
     with pytest.raises(ValueError, match="b exists already"):
         store.create(spec(tmp_path, "b"), "b")
-    assert [each.id for each in store.jobs()] == [job]
+    assert [record.id for record in store.jobs()] == [job]
     assert store.create(spec(tmp_path, steps=7, overwrite=True), "a")[1]
 
 
@@ -330,26 +330,26 @@ def test_what_dead_writers_left_is_removed_and_what_living_ones_write_is_not(tmp
             for pid in (gone.pid, os.getpid(), living.pid):
                 (folder / f".tmp-{pid}-0a1b").write_text("half")
             (folder / "whole.json").write_text("{}")
-        kept = {f".tmp-{living.pid}-0a1b", "whole.json"}
+        remaining = {f".tmp-{living.pid}-0a1b", "whole.json"}
         disk.clear_dead(tmp_path)
-        assert {file.name for file in tmp_path.iterdir()} == kept | {"deeper"}
+        assert {file.name for file in tmp_path.iterdir()} == remaining | {"deeper"}
         assert len(list((tmp_path / "deeper").iterdir())) == 4
         disk.clear_dead(tmp_path, deep=True)
-        assert {file.name for file in (tmp_path / "deeper").iterdir()} == kept
+        assert {file.name for file in (tmp_path / "deeper").iterdir()} == remaining
     finally:
         living.communicate(b"\n")
 
 
-def test_a_torn_control_file_is_whole_again(store, tmp_path):
+def test_a_torn_control_file_is_repaired(store, tmp_path):
     jobs = [store.create(spec(tmp_path, name), name)[0] for name in "ab"]
-    torn, whole = (store.folder / job / "control.json" for job in jobs)
-    before = whole.read_text()
+    torn, intact = (store.folder / job / "control.json" for job in jobs)
+    before = intact.read_text()
     torn.write_text('{"order": 1')
     store.clean(10, 1e9)
-    assert Control.read(torn.parent) == Control() and whole.read_text() == before
+    assert Control.read(torn.parent) == Control() and intact.read_text() == before
 
 
-def test_a_lock_that_is_held_is_told_without_a_path(store, tmp_path, monkeypatch):
+def test_a_lock_that_is_held_is_reported_without_a_path(store, tmp_path, monkeypatch):
     job, _ = store.create(spec(tmp_path), "a")
     monkeypatch.setattr(store_module, "LONGEST", 0.05)
     with FileLock(store.folder / ".changing.lock"):

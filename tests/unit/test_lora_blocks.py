@@ -59,8 +59,8 @@ def test_a_module_is_placed_by_its_name(module, group):
 )
 def test_weights_are_products_of_all_that_fit(text, expected):
     weight = parse_weights(text)
-    found = tuple(weight(module) for module in (DOWN, FEED, UP, CONV, TEXT))
-    assert found == expected
+    weights = tuple(weight(module) for module in (DOWN, FEED, UP, CONV, TEXT))
+    assert weights == expected
 
 
 @pytest.mark.parametrize(
@@ -112,15 +112,15 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
         {"note": "kept", RECIPE: "[]"},
         source="style",
     )
-    found = weighted(vector, parse_weights("input=0.5, output=-2, text=0"), "so")
-    assert found.deltas.keys() == {DOWN, UP} and found.source == "style [so]"
+    scaled = weighted(vector, parse_weights("input=0.5, output=-2, text=0"), "so")
+    assert scaled.deltas.keys() == {DOWN, UP} and scaled.source == "style [so]"
     for name, factor in ((DOWN, 0.5), (UP, -2.0)):
         expected = factor * vector.deltas[name].matrix()
-        torch.testing.assert_close(found.deltas[name].matrix(), expected)
-    assert found.metadata["note"] == "kept"
-    assert json.loads(found.metadata[RECIPE]) == [{"source": "style", "weight": 1.0, "recipe": []}]
-    assert found.metadata[METHOD] == "by blocks, so"
-    (diff,) = found.diffs.values()
+        torch.testing.assert_close(scaled.deltas[name].matrix(), expected)
+    assert scaled.metadata["note"] == "kept"
+    assert json.loads(scaled.metadata[RECIPE]) == [{"source": "style", "weight": 1.0, "recipe": []}]
+    assert scaled.metadata[METHOD] == "by blocks, so"
+    (diff,) = scaled.diffs.values()
     assert diff.equal(torch.full((3,), -2.0))
     with pytest.raises(ValueError, match="No module of style"):
         weighted(vector, lambda _: 0.0, "none")
@@ -131,8 +131,8 @@ def test_a_change_is_multiplied_and_what_has_no_weight_is_left_out():
 def test_what_is_no_sum_has_no_half():
     parts = {"dora_scale": torch.ones(2)}
     vector = Vector({}, opaque={UP: parts, DOWN: parts})
-    found = weighted(vector, parse_weights("input=0"), "so")
-    assert found.opaque.keys() == {UP}
+    scaled = weighted(vector, parse_weights("input=0"), "so")
+    assert scaled.opaque.keys() == {UP}
     with pytest.raises(ValueError, match="DoRA weights, which cannot be scaled"):
         weighted(vector, parse_weights("input=0.5"), "so")
 

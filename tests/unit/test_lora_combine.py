@@ -157,7 +157,7 @@ def test_metadata_says_how_the_sum_was_made():
     assert outer["recipe"] == json.loads(combined.metadata[RECIPE])
 
 
-def test_the_acceleration_survives_a_style_and_two_of_them_are_told():
+def test_the_acceleration_survives_a_style_and_two_of_them_are_reported():
     lcm, tcd, style = (
         Vector({LINEAR: linear(2)}, metadata={FAMILY: family} if family else {}, source=str(family))
         for family in ("lcm", "tcd", None)
@@ -193,17 +193,17 @@ def test_weights_that_give_no_sum_are_refused(weights, words):
 
 def test_a_full_difference_and_factors_of_other_shapes_are_refused():
     """As conv_in of a model and of its inpainting relative."""
-    whole = Vector({}, {f"{CONV}.diff": rand(20, 4, 3, 3)}, source="A")
+    full = Vector({}, {f"{CONV}.diff": rand(20, 4, 3, 3)}, source="A")
     with pytest.raises(ValueError, match=r"\[20, 12, 3, 3\] in B, \[20, 4, 3, 3\] in A"):
-        exact([whole, Vector({CONV: conv(2)}, source="B")], [1.0, 1.0])
+        exact([full, Vector({CONV: conv(2)}, source="B")], [1.0, 1.0])
     tensors = {f"{CONV}.lora_up.weight": rand(20, 2), f"{CONV}.lora_down.weight": rand(2, 12)}
     with pytest.raises(ValueError, match=r"factors make \[20, 12\].*difference is \[20, 4, 3, 3\]"):
-        parse(tensors | whole.diffs, {}, "a")
+        parse(tensors | full.diffs, {}, "a")
 
 
 @pytest.mark.parametrize("rule", [None, *RULES])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_told_by_file_and_module(rule, number):
+def test_numbers_that_are_not_finite_are_refused_with_file_and_module(rule, number):
     good, bad = linear(2), linear(2)
     bad = replace(bad, up=bad.up.index_fill(0, torch.tensor([3]), number))
     vectors = Vector({LINEAR: good}, source="good"), Vector({LINEAR: bad}, source="bad")
@@ -215,7 +215,7 @@ def test_numbers_that_are_not_finite_are_told_by_file_and_module(rule, number):
             elementwise(vectors, [1.0, 1.0], RULES[rule], 0.5, 2, 0, cpu)
 
 
-def test_keys_that_are_no_part_of_a_lora_are_told():
+def test_keys_that_are_no_part_of_a_lora_are_named():
     tensors = {f"{LINEAR}.lora_up.weight": rand(20, 2), f"{LINEAR}.lora_down.weight": rand(2, 12)}
     vector = from_wire(to_wire(parse(tensors | {"bundle_emb.x": torch.ones(2)}, {}, "a")))
     assert vector.ignored == ("bundle_emb.x",)

@@ -27,9 +27,9 @@ def test_rules_that_draw_nothing_equal_pefts(name, theirs, density):
     weights = torch.full((3,), 0.7) if name == "ties" else torch.tensor([1.0, -0.8, 0.5])
     stacked = changes()
     weighted = stacked * weights.view(-1, 1, 1)
-    found = RULES[name].merge(weighted, density, generator())
+    merged = RULES[name].merge(weighted, density, generator())
     expected = getattr(merge_utils, theirs)(list(stacked), weights, density)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dare", "magnitude"])
@@ -43,19 +43,19 @@ def test_dare_is_the_sum_on_average():
     mean = torch.stack([rule.merge(stacked, 0.5, generator(i)) for i in range(3000)]).mean(0)
     assert (mean - stacked.sum(0)).abs().max() < 0.25
     once = rule.merge(stacked[:1], 0.25, generator())
-    kept = once != 0
-    torch.testing.assert_close(once[kept], 4 * stacked[0][kept])
-    assert 0.1 < kept.float().mean() < 0.4
+    nonzero = once != 0
+    torch.testing.assert_close(once[nonzero], 4 * stacked[0][nonzero])
+    assert 0.1 < nonzero.float().mean() < 0.4
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_della_keeps_large_numbers_rather_and_each_as_it_is_on_average(density):
     one, rule = changes(1, (4, 50)), RULES["della"]
     draws = torch.stack([rule.merge(one, density, generator(i)) for i in range(2000)])
-    kept = (draws != 0).float().mean(0)
-    assert abs(float(kept.mean()) - density) < 0.01
+    shares = (draws != 0).float().mean(0)
+    assert abs(float(shares.mean()) - density) < 0.01
     order = one[0].abs().argsort(1)
-    rates = kept.gather(1, order)
+    rates = shares.gather(1, order)
     spread = min(0.3, 2 * density, 2 * (1 - density))
     apart = float(rates[:, -5:].mean() - rates[:, :5].mean())
     assert apart == pytest.approx(0.9 * spread, abs=0.03)
@@ -83,16 +83,16 @@ def vectors():
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_a_merge_has_the_rank_asked_and_tells_its_error(name):
+def test_a_merge_has_the_rank_asked_and_reports_its_error(name):
     merged, report = elementwise(vectors(), [1.0, 0.8], RULES[name], 0.5, 6, 3, CPU)
     again, _ = elementwise(vectors(), [1.0, 0.8], RULES[name], 0.5, 6, 3, CPU)
-    whole, _ = elementwise(vectors(), [1.0, 0.8], RULES[name], 0.5, 24, 3, CPU)
+    full_rank, _ = elementwise(vectors(), [1.0, 0.8], RULES[name], 0.5, 24, 3, CPU)
     assert {d.rank for d in merged.deltas.values()} == {6}
     lost = total = 0.0
-    for module, each in merged.deltas.items():
-        assert each.matrix().equal(again.deltas[module].matrix())
-        dense = whole.deltas[module].matrix()  # of full rank, so the merge itself
-        lost += float((each.matrix() - dense).square().sum())
+    for module, module_delta in merged.deltas.items():
+        assert module_delta.matrix().equal(again.deltas[module].matrix())
+        dense = full_rank.deltas[module].matrix()  # of full rank, so the merge itself
+        lost += float((module_delta.matrix() - dense).square().sum())
         total += float(dense.square().sum())
     assert f"relative error {(lost / total) ** 0.5:.2e}" in report
     assert merged.diffs["norm.diff"].equal(torch.full((2,), 0.8))
@@ -107,10 +107,10 @@ def test_other_seeds_draw_otherwise():
 def test_everything_kept_is_the_exact_sum():
     merged, _ = elementwise(vectors(), [1.0, -0.8], RULES["magnitude"], 1.0, 0, 0, CPU)
     expected, _ = exact(vectors(), [1.0, -0.8])
-    for name, each in expected.deltas.items():
-        assert merged.deltas[name].rank == each.rank
-        found = merged.deltas[name].matrix()
-        torch.testing.assert_close(found, each.matrix(), rtol=1e-4, atol=1e-4)
+    for name, summed in expected.deltas.items():
+        assert merged.deltas[name].rank == summed.rank
+        matrix = merged.deltas[name].matrix()
+        torch.testing.assert_close(matrix, summed.matrix(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("density", "rank"), [(0.0, 4), (1.1, 4), (float("nan"), 4), (0.5, -1)])

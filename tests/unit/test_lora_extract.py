@@ -23,10 +23,10 @@ def test_a_rank_is_as_near_as_can_be(shape, rank):
     delta, left_out = nearest(change, rank, 0)
     values = torch.linalg.svdvals(change.double().flatten(1))
     best = float(values[min(rank, len(values)) :].square().sum())
-    found = float((delta.matrix().double() - change.double()).square().sum())
+    error = float((delta.matrix().double() - change.double()).square().sum())
     assert delta.shape == change.shape and delta.rank == min(rank, *change.flatten(1).shape)
-    assert found <= best * 1.02 + 1e-9
-    assert left_out == pytest.approx(found, rel=1e-3, abs=1e-6)
+    assert error <= best * 1.02 + 1e-9
+    assert left_out == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
 def test_what_a_lora_changed_is_found_again():
@@ -51,6 +51,6 @@ def test_what_a_lora_changed_is_found_again():
         ([("a", torch.ones(3, 3), None)], 0, "rank must be at least 1"),
     ],
 )
-def test_what_cannot_be_extracted_is_told(layers, rank, says):
+def test_what_cannot_be_extracted_is_refused(layers, rank, says):
     with pytest.raises(ValueError, match=says):
         extract(layers, rank, 0, "x")

@@ -48,7 +48,7 @@ def test_a_file_in_use_can_be_overwritten(tmp_path):
     assert fingerprint(path) != before and read(path).deltas[NAME].shape == (20, 1024)
 
 
-def test_an_existing_file_is_kept_unless_told(tmp_path):
+def test_an_existing_file_is_kept_unless_overwrite_is_set(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path, vector(), "fp16", overwrite=False)
     before = path.read_bytes()
@@ -77,7 +77,7 @@ def test_a_failing_write_leaves_everything_as_it_was(tmp_path, small_files, old)
     )
 
 
-def test_values_too_small_for_fp16_are_told(tmp_path, caplog):
+def test_values_too_small_for_fp16_are_reported(tmp_path, caplog):
     small = Vector({NAME: Delta(torch.full((20, 4), 1e-20), torch.ones(4, 768))})
     write(tmp_path / "a.safetensors", small, "fp16", False)
     assert "lora_up.weight is so small that fp16 keeps it with an error of 100 %" in caplog.text
@@ -99,13 +99,13 @@ def test_a_small_factor_keeps_its_precision_in_fp16(tmp_path, size):
     """Alpha and weight go into the up factor of a sum, other ones for each of its terms."""
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(*s, generator=generator) for s in ((20, 4), (4, 768)))
-    whole = Delta(up * size * torch.tensor([1, 1e-3, 1, 1e3]), down)
-    assert torch.equal(balanced(whole).matrix(), whole.matrix())
-    write(tmp_path / "a.safetensors", Vector({NAME: whole}), "fp16", False)
-    found = read(tmp_path / "a.safetensors").deltas[NAME]
+    original = Delta(up * size * torch.tensor([1, 1e-3, 1, 1e3]), down)
+    assert torch.equal(balanced(original).matrix(), original.matrix())
+    write(tmp_path / "a.safetensors", Vector({NAME: original}), "fp16", False)
+    read_back = read(tmp_path / "a.safetensors").deltas[NAME]
     for rank in range(4):  # each by itself, for the largest would hide the others
-        made = found.up[:, rank, None].float() @ found.down[None, rank].float()
-        expected = whole.up[:, rank, None] @ whole.down[None, rank]
+        made = read_back.up[:, rank, None].float() @ read_back.down[None, rank].float()
+        expected = original.up[:, rank, None] @ original.down[None, rank]
         assert (made - expected).norm() <= 5e-4 * expected.norm()
 
 
@@ -115,14 +115,14 @@ def test_factors_of_8_bits_are_written_and_weighted(tmp_path, kind):
     tensors = {f"{NAME}.lora_up.weight": factors.up, f"{NAME}.lora_down.weight": factors.down}
     tensors |= {f"{NAME}.diff_b": torch.ones(20)}
     save_file({key: t.to(kind) for key, t in tensors.items()}, tmp_path / "a.safetensors")
-    given = read(tmp_path / "a.safetensors")
-    half = weighted(given, lambda _: 0.5, "half")
+    original = read(tmp_path / "a.safetensors")
+    half = weighted(original, lambda _: 0.5, "half")
     write(tmp_path / "b.safetensors", half, "fp16", False)
-    found = read(tmp_path / "b.safetensors")
+    read_back = read(tmp_path / "b.safetensors")
     torch.testing.assert_close(
-        found.deltas[NAME].matrix(), given.deltas[NAME].matrix() / 2, rtol=1e-3, atol=1e-3
+        read_back.deltas[NAME].matrix(), original.deltas[NAME].matrix() / 2, rtol=1e-3, atol=1e-3
     )
-    assert (found.diffs[f"{NAME}.diff_b"] == 0.5).all()
+    assert (read_back.diffs[f"{NAME}.diff_b"] == 0.5).all()
 
 
 def test_products_and_cores_are_written_as_two_factors(tmp_path):
@@ -138,15 +138,15 @@ def test_products_and_cores_are_written_as_two_factors(tmp_path):
     }  # fmt: skip
     tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     save_file(tensors, tmp_path / "a.safetensors")
-    given = read(tmp_path / "a.safetensors")
-    write(tmp_path / "b.safetensors", given, "fp32", False)
+    original = read(tmp_path / "a.safetensors")
+    write(tmp_path / "b.safetensors", original, "fp32", False)
     written = load_file(tmp_path / "b.safetensors")
     parts = {"lora_up.weight", "lora_down.weight", "alpha"}
     assert written.keys() == {f"{name}.{part}" for name in (NAME, conv, proj) for part in parts}
-    found = read(tmp_path / "b.safetensors")
+    read_back = read(tmp_path / "b.safetensors")
     assert written[f"{proj}.lora_down.weight"].dim() == 4
-    for name, delta in given.deltas.items():
-        matrix = found.deltas[name].matrix()
+    for name, delta in original.deltas.items():
+        matrix = read_back.deltas[name].matrix()
         assert matrix.shape == ((6, 6, 1, 1) if name == proj else delta.shape)
         torch.testing.assert_close(matrix.reshape(delta.shape), delta.matrix())
 
@@ -242,11 +242,11 @@ def test_only_safetensors_are_offered():
         (640, 1, None),
     ],
 )
-def test_the_family_is_told_by_width_and_depth(width, depth, name):
+def test_the_architecture_follows_from_width_and_depth(width, depth, name):
     block = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_{}_attn2_to_k"
     delta = vector(columns=width).deltas[NAME]
-    found = architecture_of({block.format(i): delta.shape for i in range(depth)})
-    assert (found and found.name) == name
+    architecture = architecture_of({block.format(i): delta.shape for i in range(depth)})
+    assert (architecture and architecture.name) == name
 
 
 # transformer_depth, _middle and _output, as ComfyUI's model_detection.py has them.
@@ -262,22 +262,22 @@ TYPES = {
 def shapes_of(name: str) -> dict[str, tuple[int, int]]:
     """All cross-attention keys of a UNet of the SDXL type."""
     down, middle, up = TYPES[name]
-    each = len(down) // 3
-    depths = {f"input_blocks_{1 + i + i // each}_1": depth for i, depth in enumerate(down)}
+    per_level = len(down) // 3
+    depths = {f"input_blocks_{1 + i + i // per_level}_1": depth for i, depth in enumerate(down)}
     depths |= {"middle_block_1": middle}
     depths |= {f"output_blocks_{i}_1": depth for i, depth in enumerate(reversed(up))}
     inner = "transformer_blocks_{}_attn2_to_k"
     return {
-        native_to_diffusers(f"lora_unet_{block}_{inner.format(i)}", each): (640, 2048)
+        native_to_diffusers(f"lora_unet_{block}_{inner.format(i)}", per_level): (640, 2048)
         for block, depth in depths.items() for i in range(depth)
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_relative_of_sdxl_is_told_by_all_its_attentions(name):
-    whole = shapes_of(name)
-    assert architecture_of(whole).name == name
-    part = {module: shape for module, shape in whole.items() if "_up_blocks_" not in module}
+def test_a_relative_of_sdxl_is_recognised_by_all_its_attentions(name):
+    shapes = shapes_of(name)
+    assert architecture_of(shapes).name == name
+    part = {module: shape for module, shape in shapes.items() if "_up_blocks_" not in module}
     assert architecture_of(part).name == ("SDXL" if name == "SDXL" else "SDXL type")
 
 
@@ -287,21 +287,21 @@ def test_an_sdxl_lora_of_few_blocks_is_not_said_to_be_of_a_relative(tmp_path):
     weighted_down = Vector({m: delta for m, delta in made.items() if not deep.match(m)})
     assert architecture_of(weighted_down.shapes).name == "SDXL"
     write(tmp_path / "a.safetensors", weighted_down, "fp16", overwrite=False)
-    told = read(tmp_path / "a.safetensors").metadata
-    assert told["ss_base_model_version"] == "sdxl_base_v1-0"
-    assert "modelspec.usage_hint" not in told
+    metadata = read(tmp_path / "a.safetensors").metadata
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert "modelspec.usage_hint" not in metadata
     relative = Vector({m: made[m] for m in shapes_of("SSD-1B")})
     write(tmp_path / "b.safetensors", relative, "fp16", overwrite=False)
-    told = read(tmp_path / "b.safetensors").metadata
-    assert told["modelspec.usage_hint"] == "Made for SSD-1B."
+    metadata = read(tmp_path / "b.safetensors").metadata
+    assert metadata["modelspec.usage_hint"] == "Made for SSD-1B."
 
 
 def test_the_same_vector_is_the_same_file(tmp_path):
     """The library's own order of the metadata changes from one process to the next."""
     metadata = {f"key {i}": "x" * i for i in range(20)}
     backwards = dict(reversed(metadata.items()))
-    for name, told in (("a", metadata), ("b", backwards)):
-        write(tmp_path / f"{name}.safetensors", vector(metadata=told), "fp16", overwrite=False)
+    for name, ordered in (("a", metadata), ("b", backwards)):
+        write(tmp_path / f"{name}.safetensors", vector(metadata=ordered), "fp16", overwrite=False)
     one, two = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "ab")
     assert one == two
     header = one[8 : 8 + int.from_bytes(one[:8], "little")]
@@ -322,16 +322,16 @@ def test_other_tools_read_what_the_file_is(tmp_path, width, version, architectur
     stale = {"ss_network_dim": "64", "ss_base_model_version": "sd_v9", "note": "kept"}
     stale["sshs_model_hash"] = "of other tensors"
     write(tmp_path / "a.safetensors", vector(width, metadata=stale), "fp16", overwrite=False)
-    told = read(tmp_path / "a.safetensors").metadata
-    assert told["ss_network_dim"] == "4" and told["ss_network_alpha"] == "2"
-    assert told["ss_base_model_version"] == version and told["note"] == "kept"
-    assert told["modelspec.architecture"] == architecture
-    assert "sshs_model_hash" not in told
+    metadata = read(tmp_path / "a.safetensors").metadata
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "2"
+    assert metadata["ss_base_model_version"] == version and metadata["note"] == "kept"
+    assert metadata["modelspec.architecture"] == architecture
+    assert "sshs_model_hash" not in metadata
     finer = {"ss_base_model_version": f"{version}_v", "modelspec.architecture": "stable-diffusion"}
     write(tmp_path / "a.safetensors", vector(width, metadata=finer), "fp16", overwrite=True)
-    told = read(tmp_path / "a.safetensors").metadata
-    assert told["ss_base_model_version"] == f"{version}_v"
-    assert told["modelspec.architecture"] == architecture
+    metadata = read(tmp_path / "a.safetensors").metadata
+    assert metadata["ss_base_model_version"] == f"{version}_v"
+    assert metadata["modelspec.architecture"] == architecture
 
 
 def test_ranks_that_differ_are_called_as_kohya_does(tmp_path):

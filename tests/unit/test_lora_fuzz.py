@@ -108,7 +108,8 @@ def hurt(header: dict, chance: random.Random) -> None:
     elif way == 3:
         del entry[chance.choice(list(entry))]
     elif way == 4:
-        other = chance.choice([each for each in header.values() if isinstance(each, dict)])
+        entries = [value for value in header.values() if isinstance(value, dict)]
+        other = chance.choice(entries)
         entry["data_offsets"] = other.get("data_offsets", [0, 0])
     else:
         header[name] = chance.choice((None, [], {"": 1}, {"shape": {}}, 5))
@@ -158,7 +159,7 @@ def work(vector) -> None:
 
 def fuzz(count: int, folder) -> dict[str, int]:
     """Reads so many files and works with what they give; -> how many were read and refused."""
-    path, found = folder / "a.safetensors", {"read": 0, "refused": 0}
+    path, counts = folder / "a.safetensors", {"read": 0, "refused": 0}
 
     @settings(
         max_examples=count, derandomize=True, database=None, deadline=None,
@@ -170,27 +171,27 @@ def fuzz(count: int, folder) -> dict[str, int]:
         begun = time.process_time()
         try:
             work(read(path))
-            found["read"] += 1
+            counts["read"] += 1
         except ValueError as error:
             assert len(str(error)) > 20, error
-            found["refused"] += 1
+            counts["refused"] += 1
         assert time.process_time() - begun < 1
 
     try_one()
-    return found
+    return counts
 
 
 def test_broken_files_are_read_rightly_or_refused_with_a_sentence(tmp_path):
     fuzz(20, tmp_path)  # whatever is loaded at first use is loaded
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = fuzz(1000, tmp_path)
+    counts = fuzz(1000, tmp_path)
     megabyte = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / megabyte
     assert grown < 64, f"{grown} MB for files of some kilobytes"
-    assert found["read"] > 30 and found["refused"] > 100
+    assert counts["read"] > 30 and counts["refused"] > 100
 
 
 @pytest.mark.faults
 def test_many_broken_files(tmp_path):
-    found = fuzz(20_000, tmp_path)
-    assert sum(found.values()) >= 20_000
+    counts = fuzz(20_000, tmp_path)
+    assert sum(counts.values()) >= 20_000

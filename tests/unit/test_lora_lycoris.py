@@ -56,12 +56,12 @@ def made(kind: str, shape: tuple[int, ...], seed: int = 0, **options):
 def test_a_file_of_lycoris_is_read_exactly(kind, shape, options):
     tensors, delta = made(kind, shape, **options)
     vector = parse(tensors, {}, "a")
-    found = vector.deltas[NAME]
+    parsed = vector.deltas[NAME]
     assert not vector.ignored
-    assert found.rank <= min(delta.shape[0], delta[0].numel())
-    torch.testing.assert_close(found.matrix().reshape(delta.shape), delta, rtol=1e-5, atol=1e-6)
+    assert parsed.rank <= min(delta.shape[0], delta[0].numel())
+    torch.testing.assert_close(parsed.matrix().reshape(delta.shape), delta, rtol=1e-5, atol=1e-6)
     again = from_wire(to_wire(vector)).deltas[NAME]
-    torch.testing.assert_close(again.matrix(), found.matrix())
+    torch.testing.assert_close(again.matrix(), parsed.matrix())
 
 
 def test_a_product_is_kept_as_its_factors_and_scaled_with_them():
@@ -83,14 +83,14 @@ def test_a_product_is_kept_as_its_factors_and_scaled_with_them():
     ("kind", "options"),
     [("loha", {"use_tucker": True}), ("lokr", {"use_tucker": True, "factor": 4}), ("lokr", {})],
 )
-def test_a_kernel_is_kept_where_parts_or_name_tell_it(kind, options):
+def test_a_kernel_is_kept_where_parts_or_name_show_it(kind, options):
     """Other programs want a convolution's factors with their kernel."""
     tensors, delta = made(kind, CONV, lora_dim=2, **options)
     name = NAME.replace("attentions_0_proj_in", "resnets_0_conv1")
     tensors = {key.replace(NAME, name): tensor for key, tensor in tensors.items()}
-    found = parse(tensors, {}, "a").deltas[name]
-    assert found.shape == found.plain().shape == CONV
-    torch.testing.assert_close(found.matrix(), delta, rtol=1e-5, atol=1e-6)
+    parsed = parse(tensors, {}, "a").deltas[name]
+    assert parsed.shape == parsed.plain().shape == CONV
+    torch.testing.assert_close(parsed.matrix(), delta, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_kernel_is_kept_where_parts_or_name_tell_it(kind, options):
         ("loha", {"hada_t1": torch.ones(24, 4, 0, 3)}, "expected a matrix"),
     ],
 )
-def test_broken_factors_are_told_by_name(kind, hurt, says):
+def test_broken_factors_are_refused_by_name(kind, hurt, says):
     tensors, _ = made(kind, LINEAR, lora_dim=4 if kind == "loha" else 2)
     for part, tensor in hurt.items():
         tensors.pop(f"{NAME}.{part}", None)

@@ -18,16 +18,18 @@ def delta(rank=4, kernel=(), tucker=False) -> Delta:
     return Delta(torch.empty(20, rank, *ones, device=META, dtype=torch.float16), down, mid, 2.0)
 
 
-@pytest.mark.parametrize("each", [delta(), delta(kernel=(3, 3)), delta(kernel=(3, 3), tucker=True)])
-def test_deltas_are_made_of_their_factors_there(each):
-    assert each.matrix().is_meta and each.matrix().shape == each.shape
-    assert each.scaled(0.5).matrix().is_meta
-    stacked = _stack([(each, 0.5), (each, -1.0)])
+@pytest.mark.parametrize(
+    "change", [delta(), delta(kernel=(3, 3)), delta(kernel=(3, 3), tucker=True)]
+)
+def test_deltas_are_made_of_their_factors_there(change):
+    assert change.matrix().is_meta and change.matrix().shape == change.shape
+    assert change.scaled(0.5).matrix().is_meta
+    stacked = _stack([(change, 0.5), (change, -1.0)])
     assert stacked.up.is_meta and stacked.down.is_meta and stacked.rank == 8
     grams = Grams(2)
     grams.add("input", stacked, [0, 1], [4, 4])
     assert grams.by_place["input"].is_meta
-    parts = decomposed(each)
+    parts = decomposed(change)
     assert parts.values.is_meta and parts.cut(3).down.is_meta
 
 

@@ -72,14 +72,14 @@ def test_what_was_changed_has_not_the_hash_of_the_file(made):
     assert "sha256" not in term and term["recipe"][0]["sha256"] == "hash of style"
 
 
-def test_methods_tell_their_settings():
-    found, loss = truncated(exact([LCM, STYLE], [1.0, 0.8])[0], 3, 1 - 0.001**2)
-    told = f"svd, rank 3, keep_energy 0.999999, relative error {loss.error:.2e}"
-    assert found.metadata[METHOD] == told
-    found, report = extract([(DOWN, torch.randn(20, 12), None)], 4, 5, "distilled - base")
-    method, _, error = found.metadata[METHOD].partition(", relative error ")
+def test_methods_name_their_settings():
+    made, loss = truncated(exact([LCM, STYLE], [1.0, 0.8])[0], 3, 1 - 0.001**2)
+    expected = f"svd, rank 3, keep_energy 0.999999, relative error {loss.error:.2e}"
+    assert made.metadata[METHOD] == expected
+    made, report = extract([(DOWN, torch.randn(20, 12), None)], 4, 5, "distilled - base")
+    method, _, error = made.metadata[METHOD].partition(", relative error ")
     assert method == "extracted, rank 4, seed 5" and f"relative error {error}." in report
-    assert [(term["source"], term["weight"]) for term in recipe_of(found)] == [
+    assert [(term["source"], term["weight"]) for term in recipe_of(made)] == [
         ("distilled", 1.0), ("base", -1.0)
     ]  # fmt: skip
 
@@ -107,10 +107,10 @@ def test_blocks_that_take_an_acceleration_away_do_not_bring_it(text, family):
     assert weighted(lcm, parse_weights(text), text).metadata.get(FAMILY) == family
 
 
-def test_the_info_shows_a_recipe_whole(tmp_path):
-    for each in (LCM, STYLE):
-        write(tmp_path / each.source, each, "fp32", overwrite=False)
-    lcm, style = (read_named(tmp_path / each.source, each.source) for each in (LCM, STYLE))
+def test_the_info_shows_a_recipe_completely(tmp_path):
+    for lora in (LCM, STYLE):
+        write(tmp_path / lora.source, lora, "fp32", overwrite=False)
+    lcm, style = (read_named(tmp_path / lora.source, lora.source) for lora in (LCM, STYLE))
     half = weighted(style, parse_weights("input=0.5"), "input=0.5")
     write(tmp_path / "both", exact([lcm, half], [1.0, -0.75])[0], "fp32", overwrite=False)
     lines = describe(read(tmp_path / "both")).splitlines()
@@ -141,9 +141,9 @@ def test_what_is_of_another_files_tensors_is_not_written(tmp_path):
         "ss_network_dim": "2", "ss_network_alpha": "1", "sshs_model_hash": "x",
         "modelspec.hash_sha256": "0xabc", "modelspec.title": "my LoHa", "modelspec.date": "2023",
     }  # fmt: skip
-    kept = {"ss_output_name": "loha", "modelspec.author": "me"}
-    norm = Vector({}, {f"{DOWN}.diff": torch.ones(2)}, stale | kept)
+    unchanged = {"ss_output_name": "loha", "modelspec.author": "me"}
+    norm = Vector({}, {f"{DOWN}.diff": torch.ones(2)}, stale | unchanged)
     write(tmp_path / "a.safetensors", norm, "fp32", overwrite=False)
-    assert read(tmp_path / "a.safetensors").metadata == kept | {
+    assert read(tmp_path / "a.safetensors").metadata == unchanged | {
         "ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0"
     }  # fmt: skip

@@ -112,8 +112,8 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
     ],
 )  # fmt: skip
 def test_each_spelling_has_one_canonical_name(key, name, part):
-    module, found = split_key(key)
-    assert (canonical_names([module])[module], found) == (name, part)
+    module, key_part = split_key(key)
+    assert (canonical_names([module])[module], key_part) == (name, part)
 
 
 @pytest.mark.parametrize("key", ["unet.conv_in.bias", "unet.conv_in.weight", "vae.alpha_x"])
@@ -235,8 +235,8 @@ def test_the_hosts_trainer_is_understood():
 )  # fmt: skip
 def test_what_kohya_has_no_name_for_is_called_as_the_host_calls_it(name, width, path):
     assert host_name(name, width) == f"text_encoders.{path}"
-    given = canonical_names([f"text_encoders.{path}"])[f"text_encoders.{path}"]
-    assert given == name.replace("te1_", "te_")
+    canonical = canonical_names([f"text_encoders.{path}"])[f"text_encoders.{path}"]
+    assert canonical == name.replace("te1_", "te_")
 
 
 @pytest.mark.parametrize("name", [Q, TEXT, "lora_te2_text_projection", "lora_te1_text_projection"])

@@ -37,26 +37,27 @@ def test_the_inner_product_needs_no_matrix():
         assert STYLE.deltas[OUT].inner(other) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_report_tells_the_angles():
+def test_the_report_names_the_angles():
     _, report = exact([LCM, STYLE], [1.0, -0.5])
     line = next(line for line in report.splitlines() if line.startswith("Cosine of 1 and 2"))
-    found = [float(number) for number in re.findall(r"[-+]\d\.\d+", line)]
+    cosines = [float(number) for number in re.findall(r"[-+]\d\.\d+", line)]
     a = [-LCM.deltas[name].matrix().flatten() for name in (IN, OUT)]
     b = [STYLE.deltas[name].matrix().flatten() for name in (IN, OUT)]
     norm = sum(float(d.matrix().square().sum()) for d in STYLE.deltas.values()) ** 0.5
-    whole = float((torch.cat(a) * torch.cat(b)).sum()) / (float(torch.cat(a).norm()) * norm)
-    assert found[0] == pytest.approx(whole, abs=1e-3)
-    assert found[1:3] == pytest.approx([cosine(*pair) for pair in zip(a, b, strict=True)], abs=1e-3)
+    expected = float((torch.cat(a) * torch.cat(b)).sum()) / (float(torch.cat(a).norm()) * norm)
+    assert cosines[0] == pytest.approx(expected, abs=1e-3)
+    expected = [cosine(*pair) for pair in zip(a, b, strict=True)]
+    assert cosines[1:3] == pytest.approx(expected, abs=1e-3)
     assert "input" in line and "output" in line
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_the_share_of_what_meets_the_main_directions_is_gone(share):
-    found, report = protected(STYLE, LCM, share)
-    assert found.deltas["other"] is STYLE.deltas["other"]
-    lost = whole = 0.0
+    remaining, report = protected(STYLE, LCM, share)
+    assert remaining.deltas["other"] is STYLE.deltas["other"]
+    lost = total = 0.0
     for name in (IN, OUT):
-        before, after = (v.deltas[name].matrix().flatten(1).double() for v in (STYLE, found))
+        before, after = (v.deltas[name].matrix().flatten(1).double() for v in (STYLE, remaining))
         _, values, right = torch.linalg.svd(LCM.deltas[name].matrix().flatten(1).double())
         energy = values.square().cumsum(0) / values.square().sum()
         main = right[: int((energy < ENERGY).sum()) + 1]
@@ -64,26 +65,26 @@ def test_the_share_of_what_meets_the_main_directions_is_gone(share):
         for directions, factor in ((main.T, 1 - share), (beside, 1.0)):
             pair = after @ directions, factor * before @ directions
             torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
-        assert found.deltas[name].rank == STYLE.deltas[name].rank
+        assert remaining.deltas[name].rank == STYLE.deltas[name].rank
         lost += float(before.square().sum() - after.square().sum())
-    assert found.metadata[METHOD] == f"protected from lcm, share {share:g}"
-    whole = sum(float(d.matrix().square().sum()) for d in STYLE.deltas.values())
-    assert float(report.split()[0]) == pytest.approx(100 * lost / whole, abs=0.01)
+    assert remaining.metadata[METHOD] == f"protected from lcm, share {share:g}"
+    total = sum(float(d.matrix().square().sum()) for d in STYLE.deltas.values())
+    assert float(report.split()[0]) == pytest.approx(100 * lost / total, abs=0.01)
 
 
 def test_an_acceleration_of_zeros_takes_nothing():
     zero = Vector({IN: Delta(torch.zeros(20, 3), torch.ones(3, 12))}, source="zero")
-    found, report = protected(STYLE, zero, 1.0)
-    torch.testing.assert_close(found.deltas[IN].matrix(), STYLE.deltas[IN].matrix())
+    remaining, report = protected(STYLE, zero, 1.0)
+    torch.testing.assert_close(remaining.deltas[IN].matrix(), STYLE.deltas[IN].matrix())
     assert report.startswith("0.00 % of the energy of style removed, in 1 of 3 modules")
 
 
-def test_what_is_held_without_factors_is_told():
+def test_what_is_held_without_factors_is_reported():
     assert "\n" not in protected(STYLE, LCM, 1.0)[1]
-    whole = Vector({}, {f"{IN}.diff": torch.ones(20, 12)}, source="whole",
+    full = Vector({}, {f"{IN}.diff": torch.ones(20, 12)}, source="whole",
                    opaque={OUT: Opaque({"dora_scale": torch.ones(20)}, (20,))})  # fmt: skip
-    found, report = protected(STYLE, whole, 1.0)
-    assert found.deltas == STYLE.deltas
+    remaining, report = protected(STYLE, full, 1.0)
+    assert remaining.deltas == STYLE.deltas
     assert "In 2 modules, whole holds full differences and DoRA instead of factors, so" in report
     styles = Vector({}, {f"{IN}.diff": torch.ones(20, 12), "norm.diff": torch.ones(4)}, source="s")
     both = Vector(LCM.deltas, {"norm.diff": torch.ones(4)})
@@ -94,12 +95,12 @@ def test_what_is_held_without_factors_is_told():
 CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
-def test_what_cannot_be_protected_is_told():
+def test_what_cannot_be_protected_is_refused():
     with pytest.raises(ValueError, match="share must be between 0 and 1"):
         protected(STYLE, LCM, 1.5)
     sd15, sdxl = (
-        Vector({each: Delta(torch.ones(20, 2), torch.ones(2, width))}, source=source)
-        for each, width, source in ((CROSS, 768, "a"), (f"{CROSS[:-1]}v", 2048, "b"))
+        Vector({module: Delta(torch.ones(20, 2), torch.ones(2, width))}, source=source)
+        for module, width, source in ((CROSS, 768, "a"), (f"{CROSS[:-1]}v", 2048, "b"))
     )
     with pytest.raises(ValueError, match="a was made for SD1.5 .* and b for SDXL"):
         protected(sd15, sdxl, 1.0)

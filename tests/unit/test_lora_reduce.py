@@ -26,26 +26,26 @@ VECTOR = Vector(
 )
 
 
-def dense(each: Delta) -> torch.Tensor:
-    return each.matrix().double().flatten(1)
+def dense(delta: Delta) -> torch.Tensor:
+    return delta.matrix().double().flatten(1)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_a_rank_is_the_best_there_is(rank):
-    found, kept = truncated(VECTOR, rank=rank)
-    lost = whole = 0.0
+    reduced, truncation = truncated(VECTOR, rank=rank)
+    lost = total = 0.0
     for name, old in VECTOR.deltas.items():
         left, values, right = torch.linalg.svd(dense(old), full_matrices=False)
         best = left[:, :rank] * values[:rank] @ right[:rank]
-        new = found.deltas[name]
-        assert kept.ranks[name] == (old.rank, rank) and new.rank == rank
+        new = reduced.deltas[name]
+        assert truncation.ranks[name] == (old.rank, rank) and new.rank == rank
         assert new.shape == old.shape
         assert (dense(new) - best).norm() <= 2e-6 * best.norm()
         lost += float(values[rank:].square().sum())
-        whole += float(values.square().sum())
-    assert kept.energy == pytest.approx(1 - lost / whole, abs=1e-6)
-    assert kept.error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
-    assert found.diffs is VECTOR.diffs
+        total += float(values.square().sum())
+    assert truncation.energy == pytest.approx(1 - lost / total, abs=1e-6)
+    assert truncation.error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    assert reduced.diffs is VECTOR.diffs
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
@@ -63,17 +63,18 @@ def test_a_share_of_the_energy_is_reached_with_the_fewest_ranks(share):
 def test_nothing_is_lost_where_nothing_is_to_be_lost():
     twice = VECTOR.deltas["wide"]
     stacked = Delta(torch.cat([twice.up, twice.up], 1), torch.cat([twice.down, twice.down], 0))
-    found, kept = truncated(Vector({"twice": stacked, **VECTOR.deltas}))
-    assert kept.energy == pytest.approx(1.0, abs=1e-9)
-    assert kept.ranks["twice"] == (24, 12) and kept.ranks["more ranks than rows"] == (20, 8)
+    reduced, truncation = truncated(Vector({"twice": stacked, **VECTOR.deltas}))
+    assert truncation.energy == pytest.approx(1.0, abs=1e-9)
+    assert truncation.ranks["twice"] == (24, 12)
+    assert truncation.ranks["more ranks than rows"] == (20, 8)
     for name, old in {"twice": stacked, **VECTOR.deltas}.items():
-        assert (dense(found.deltas[name]) - dense(old)).norm() <= 2e-6 * dense(old).norm()
+        assert (dense(reduced.deltas[name]) - dense(old)).norm() <= 2e-6 * dense(old).norm()
 
 
 def test_equal_singular_values_are_enough_for_a_share():
     same = Delta(torch.eye(64)[:, :16].contiguous(), torch.eye(48)[:16].contiguous())
-    found, kept = truncated(Vector({"same": same}), keep_energy=0.9)
-    assert kept.energy >= 0.9 and found.deltas["same"].rank >= 15
+    reduced, truncation = truncated(Vector({"same": same}), keep_energy=0.9)
+    assert truncation.energy >= 0.9 and reduced.deltas["same"].rank >= 15
 
 
 def test_small_values_of_a_wide_layer_are_no_rounding():
@@ -83,16 +84,16 @@ def test_small_values_of_a_wide_layer_are_no_rounding():
     values = torch.full((32,), 1e-3)
     values[0] = 1
     wide = Vector({"wide": Delta(left * values, right.T.contiguous())})
-    found, kept = truncated(wide)
-    assert found.deltas["wide"].rank == 32 and kept.error < 1e-6
-    _, kept = truncated(wide, keep_energy=1 - 1e-3**2)
-    assert kept.error <= 1e-3
+    reduced, truncation = truncated(wide)
+    assert reduced.deltas["wide"].rank == 32 and truncation.error < 1e-6
+    _, truncation = truncated(wide, keep_energy=1 - 1e-3**2)
+    assert truncation.error <= 1e-3
 
 
 def test_a_vector_of_zeros_stays_one():
     zero = Delta(torch.zeros(4, 2), torch.ones(2, 5))
-    found, kept = truncated(Vector({"zero": zero}), rank=1)
-    assert not found.deltas["zero"].matrix().any() and kept.energy == 1.0
+    reduced, truncation = truncated(Vector({"zero": zero}), rank=1)
+    assert not reduced.deltas["zero"].matrix().any() and truncation.energy == 1.0
 
 
 @pytest.mark.parametrize(("rank", "energy"), [(-1, 1.0), (0, 0.0), (0, 1.5), (0, float("nan"))])

@@ -44,7 +44,7 @@ def test_every_word_of_the_page_is_there(language):
 def test_commands_have_names(language):
     path = ROOT / "locales" / language / "commands.json"
     commands = json.loads(path.read_text(encoding="utf-8"))
-    known = re.findall(r'id: "([\w.]+)", label: "([^"]+)"', PAGE)
-    assert commands.keys() == {name.replace(".", "_") for name, _ in known}
-    for name, label in known:
+    declared = re.findall(r'id: "([\w.]+)", label: "([^"]+)"', PAGE)
+    assert commands.keys() == {name.replace(".", "_") for name, _ in declared}
+    for name, label in declared:
         assert commands[name.replace(".", "_")]["label"] not in ("", label)

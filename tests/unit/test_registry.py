@@ -60,9 +60,10 @@ def test_versions_agree():
     assert COMFY["requires-comfyui"] == f">={oldest}"
     for path in (ROOT / "workflows").glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            told = node["properties"]
+            properties = node["properties"]
             if node["type"].startswith("LCM"):
-                assert (told["cnr_id"], told["ver"]) == (PROJECT["name"], PROJECT["version"])
+                assert properties["cnr_id"] == PROJECT["name"]
+                assert properties["ver"] == PROJECT["version"]
 
 
 @pytest.mark.parametrize(("key", "shape"), [("Icon", (1, 1)), ("Banner", (21, 9))])
@@ -77,7 +78,7 @@ def test_pictures_have_the_shape_that_the_registry_shows(key, shape):
 
 @pytest.mark.usefixtures("network")
 def test_the_registrys_own_tool_finds_nothing(archived, tmp_path):
-    told = tools.comfy("node", "validate", cwd=tools.clone(tmp_path / "pack"))
-    assert "warning" not in told.lower()
+    output = tools.comfy("node", "validate", cwd=tools.clone(tmp_path / "pack"))
+    assert "warning" not in output.lower()
     with tools.archive(tmp_path) as made:
         assert set(made.namelist()) == archived

@@ -40,8 +40,8 @@ def test_a_perfect_prediction_gives_back_x0_and_eps(prediction):
     angle = torch.linspace(0.05, 1.5, 5, dtype=torch.float64).view(-1, 1, 1, 1)
     alpha, sigma = angle.cos(), angle.sin()
     output = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[prediction]
-    found = x0_and_eps(output, alpha * x0 + sigma * eps, alpha, sigma, prediction)
-    torch.testing.assert_close(found, (x0, eps))
+    recovered = x0_and_eps(output, alpha * x0 + sigma * eps, alpha, sigma, prediction)
+    torch.testing.assert_close(recovered, (x0, eps))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])

@@ -57,8 +57,8 @@ def test_a_whole_run_equals_the_authors(family, steps):
     # TCD's scheduler goes to the timestep 0, not to the clean picture: let there be no noise.
     scheduler.alphas_cumprod[0] = 1.0
     chosen = FAMILIES[family]
-    found = run(denoiser("eps", chosen.boundary), chosen.timesteps(steps), chosen.eta)
-    for ours, theirs in zip(found, reference(scheduler, **options), strict=True):
+    latents = run(denoiser("eps", chosen.boundary), chosen.timesteps(steps), chosen.eta)
+    for ours, theirs in zip(latents, reference(scheduler, **options), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -75,8 +75,8 @@ def test_a_whole_lightning_run_equals_euler(steps):
         x = scheduler.step(output, t, x, return_dict=False)[0]
         expected.append(x)
     chosen = FAMILIES["lightning"]
-    found = run(denoiser("eps", chosen.boundary), chosen.timesteps(steps), chosen.eta)
-    for ours, theirs, sigma in zip(found, expected, sigmas[1:], strict=True):
+    latents = run(denoiser("eps", chosen.boundary), chosen.timesteps(steps), chosen.eta)
+    for ours, theirs, sigma in zip(latents, expected, sigmas[1:], strict=True):
         torch.testing.assert_close(
             (ours * (1 + sigma**2).sqrt()).float(), theirs, rtol=1e-4, atol=1e-4
         )
@@ -87,13 +87,14 @@ def test_a_whole_lightning_run_equals_euler(steps):
 def test_image_to_image_keeps_all_steps_and_starts_below_its_strength(family, steps):
     before = 0
     for percent in range(16, 101):
-        found = FAMILIES[family].timesteps(steps, percent / 100)
-        assert len(found) == steps and all(a > b for a, b in zip(found, found[1:], strict=False))
+        timesteps = FAMILIES[family].timesteps(steps, percent / 100)
+        assert len(timesteps) == steps
+        assert all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
         single = steps == 1 and FAMILIES[family].single
         highest = min(10 * percent, single + 1 if single else 1000)
-        assert highest - 21 <= found[0] < highest and found[-1] >= 0
-        assert found[0] >= before  # more strength is never less noise
-        before = found[0]
+        assert highest - 21 <= timesteps[0] < highest and timesteps[-1] >= 0
+        assert timesteps[0] >= before  # more strength is never less noise
+        before = timesteps[0]
 
 
 def test_image_to_image_of_the_trailing_families():

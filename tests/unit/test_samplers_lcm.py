@@ -26,8 +26,8 @@ def reference(scheduler, steps: int, **options) -> list[torch.Tensor]:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_whole_run_equals_diffusers(prediction, steps):
     expected = reference(LCMScheduler(prediction_type=PREDICTIONS[prediction], **SD), steps)
-    for found, wanted in zip(run(denoiser(prediction), timesteps(steps)), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(run(denoiser(prediction), timesteps(steps)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.75])
@@ -35,8 +35,8 @@ def test_a_whole_run_equals_diffusers(prediction, steps):
 def test_eta_equals_the_gamma_of_tcd(prediction, eta):
     """Up to the last step, where TCD keeps the noise of t = 0 and we, like LCM, keep none."""
     expected = reference(TCDScheduler(prediction_type=PREDICTIONS[prediction], **SD), 4, eta=eta)
-    found = run(denoiser(prediction, boundary=False), timesteps(4), eta)
-    for ours, theirs in zip(found[:-1], expected[:-1], strict=True):
+    latents = run(denoiser(prediction, boundary=False), timesteps(4), eta)
+    for ours, theirs in zip(latents[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -57,7 +57,7 @@ def test_numbers_and_batch_must_agree():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "batch_index",
     [
         [3, 5], (3, 5), np.array([3, 5]), np.array([3, 5], np.uint8), torch.tensor([3, 5]),
         torch.tensor([3, 5], dtype=torch.int16), [np.int64(3), np.int32(5)],
@@ -65,14 +65,14 @@ def test_numbers_and_batch_must_agree():
     ],
     ids=str,
 )  # fmt: skip
-def test_numbers_of_pictures_of_any_kind_of_integers(given):
-    numbers = picture_numbers(given, 2)
+def test_numbers_of_pictures_of_any_kind_of_integers(batch_index):
+    numbers = picture_numbers(batch_index, 2)
     assert numbers == [3, 5] and all(type(number) is int for number in numbers)
 
 
-@pytest.mark.parametrize("given", [None, [], np.array([], int), torch.tensor([], dtype=int)])
-def test_pictures_without_numbers_are_counted(given):
-    assert picture_numbers(given, 3) == [0, 1, 2]
+@pytest.mark.parametrize("batch_index", [None, [], np.array([], int), torch.tensor([], dtype=int)])
+def test_pictures_without_numbers_are_counted(batch_index):
+    assert picture_numbers(batch_index, 3) == [0, 1, 2]
 
 
 def test_one_number_alone():
@@ -80,7 +80,7 @@ def test_one_number_alone():
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("batch_index", "says"),
     [
         ([0.5, 1.0], r"is \[0.5, 1.0\]; expected one integer"),
         (np.array([0.5, 1.0]), "expected one integer"),
@@ -90,9 +90,9 @@ def test_one_number_alone():
         (torch.arange(3), "has 3 numbers for 2 pictures"),
     ],
 )
-def test_numbers_of_pictures_that_are_none(given, says):
+def test_numbers_of_pictures_that_are_none(batch_index, says):
     with pytest.raises(ValueError, match=says):
-        picture_numbers(given, 2)
+        picture_numbers(batch_index, 2)
 
 
 def test_unknown_device():

@@ -35,13 +35,13 @@ ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/cluster/entry.py": {"ray
 
 def imports(path: Path) -> list[tuple[str, int]]:
     """(dotted name, level) of every import in a file, inside functions too."""
-    found = []
+    imported = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, 0) for alias in node.names]
+            imported += [(alias.name, 0) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.module or "", node.level))
-    return found
+            imported.append((node.module or "", node.level))
+    return imported
 
 
 def may_touch_the_host(path: Path) -> bool:
@@ -59,9 +59,9 @@ def test_imports_go_one_way(path):
     for name, level in imports(path):
         if level == 0:
             root = name.partition(".")[0]
-            known = STANDARD | LIBRARIES | (HOST if may_touch_the_host(path) else set())
-            known |= ELSEWHERE.get(named(path), set())
-            assert root in known, f"{named(path)} imports {name}"
+            allowed = STANDARD | LIBRARIES | (HOST if may_touch_the_host(path) else set())
+            allowed |= ELSEWHERE.get(named(path), set())
+            assert root in allowed, f"{named(path)} imports {name}"
             assert root != "comfy_extras", f"{named(path)} imports {name}, which moves"
         elif len(parts) > 1:
             depth = len(parts) - 1
@@ -104,10 +104,10 @@ def test_the_entry_point_imports_nothing_until_it_is_called():
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_no_pickle_no_eval_no_shell(path):
     text = path.read_text(encoding="utf-8")
-    found = re.findall(
+    matches = re.findall(
         r"torch\.load\(|\bpickle\b\.|(?<!\.)\b(?:eval|exec)\(|shell=True|os\.system", text
     )
-    assert not found
+    assert not matches
 
 
 def test_only_the_host_files_of_lora_and_samplers_know_comfyui():

@@ -71,6 +71,6 @@ def test_unpack_gives_the_rounded_weights(bits, error):
     assert packed["conv.weight"].numel() * 8 == weights["conv.weight"].numel() * bits
     back = planes.unpack(packed, {name: tensor.shape for name, tensor in weights.items()})
     for name, tensor in weights.items():
-        wanted = planes.rounded(tensor, bits) if planes.packable(tensor) else tensor
-        assert torch.allclose(back[name].float(), wanted, rtol=1e-3, atol=1e-6), name
+        expected = planes.rounded(tensor, bits) if planes.packable(tensor) else tensor
+        assert torch.allclose(back[name].float(), expected, rtol=1e-3, atol=1e-6), name
         assert (back[name].float() - tensor).norm() < error * tensor.norm(), name

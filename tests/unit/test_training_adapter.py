@@ -64,14 +64,14 @@ def test_off_ends_when_the_body_raises(block):
 
 def test_the_layers_equal_the_delta_added_to_the_weights(block):
     adapter = moved(Adapter(block, rank=3, alpha=6.0))
-    wanted = block(X)
+    expected = block(X)
     adapter.detach()
     layers = dict(block.named_modules())
     with torch.no_grad():
         for name, up, down in adapter.tensors():
             delta = torch.einsum("or,r...->o...", up.flatten(1), down) * 6.0 / 3
             layers[name].weight += delta
-    assert torch.allclose(block(X), wanted, atol=1e-5)
+    assert torch.allclose(block(X), expected, atol=1e-5)
 
 
 def test_only_the_adapter_learns(block):

@@ -29,30 +29,30 @@ class Numbers:
 
     def rows(self, numbers, text, between):
         self.made += numbers
-        found = []
+        results = []
         for number in numbers:
             assert text(number)["context"][0, 0] == ord(self.captions()[number][0])
             latent = torch.full(self.shapes[number % len(self.shapes)], float(number))
             row = bank.Row(latent, (number, *SIZES[1:]))
             bad = bank.Unreadable(f"{number}.png is cut off")
-            found.append(bad if number in self.bad else row)
-        return found
+            results.append(bad if number in self.bad else row)
+        return results
 
 
 def encode(caption):
     return {"context": torch.full((77, 3), float(ord(caption[0]))), "pooled": torch.ones(5)}
 
 
-def build(folder, source, encode=encode, limit=0.1, processes=None, told=None):
-    told = told if told is not None else []
-    bank.build(folder, source, encode, limit, processes or Ranks(), lambda *a: told.append(a))
+def build(folder, source, encode=encode, limit=0.1, processes=None, reports=None):
+    reports = reports if reports is not None else []
+    bank.build(folder, source, encode, limit, processes or Ranks(), lambda *a: reports.append(a))
     return bank.Bank(folder)
 
 
 def test_rows_come_back_with_their_captions_and_sizes(tmp_path):
-    found = build(tmp_path, Numbers(150))
-    assert len(found) == 150
-    latents, texts, sizes = found.batch([0, 149, 77])
+    built = build(tmp_path, Numbers(150))
+    assert len(built) == 150
+    latents, texts, sizes = built.batch([0, 149, 77])
     assert latents[:, 0, 0, 0].tolist() == [0, 149, 77]
     assert texts["context"].shape == (3, 77, 3) and texts["pooled"].shape == (3, 5)
     assert texts["context"][:, 0, 0].tolist() == [ord("abc"[i % 3]) for i in (0, 149, 77)]
@@ -88,9 +88,9 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(ValueError, match="no complete latent bank"):
         bank.Bank(tmp_path)
     source = Numbers(300)
-    found = build(tmp_path, source)
+    built = build(tmp_path, source)
     assert source.made == list(range(128, 300))
-    assert found.batch(range(300))[0][:, 0, 0, 0].tolist() == list(range(300))
+    assert built.batch(range(300))[0][:, 0, 0, 0].tolist() == list(range(300))
 
 
 def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_path):
@@ -108,15 +108,15 @@ def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_p
 
         with pytest.raises(Died):
             bank.build(
-                tmp_path, Draws(300), encode, 0.1, Ranks(), lambda *a: told.append(a),
+                tmp_path, Draws(300), encode, 0.1, Ranks(), lambda *a: reports.append(a),
                 between=between,
             )  # fmt: skip
         return sorted(file.name for file in tmp_path.iterdir())
 
-    told = []
+    reports = []
     assert building(2) == []  # at the third text
     assert building(3) == ["texts-00000.safetensors"]  # before the first row
-    assert told[-1] == ("rows", 0, 300)
+    assert reports[-1] == ("rows", 0, 300)
     assert building(1) == ["rows-00000.safetensors", "texts-00000.safetensors"]
     assert len(build(tmp_path, Draws(300))) == 300
 
@@ -140,17 +140,17 @@ def test_two_processes_build_every_other_file(tmp_path):
     sources = [Numbers(300), Numbers(300)]
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(build, tmp_path, sources[r], processes=Threads(r, 2)) for r in (0, 1)]
-        found = [job.result() for job in jobs]
+        banks = [job.result() for job in jobs]
     first, second = (set(source.made) for source in sources)
     assert not first & second and first | second == set(range(300))
-    assert len(found[0]) == len(found[1]) == 300
+    assert len(banks[0]) == len(banks[1]) == 300
 
 
 def test_unreadable_examples_are_left_out_and_named(tmp_path, caplog):
-    found = build(tmp_path, Numbers(100, bad=[3, 70]))
-    assert len(found) == 98
-    assert found.batch([2, 3])[0][:, 0, 0, 0].tolist() == [2, 4]
-    assert found.skipped == ["3.png is cut off", "70.png is cut off"]
+    built = build(tmp_path, Numbers(100, bad=[3, 70]))
+    assert len(built) == 98
+    assert built.batch([2, 3])[0][:, 0, 0, 0].tolist() == [2, 4]
+    assert built.skipped == ["3.png is cut off", "70.png is cut off"]
     assert "3.png is cut off" in caplog.text and "70.png is cut off" in caplog.text
 
 
@@ -191,9 +191,9 @@ def test_a_large_bank_keeps_few_files_open(tmp_path, monkeypatch):
     """20 files of rows and 5 of texts, of which 4 each may be open."""
     monkeypatch.setattr(bank, "OPEN", 4)
     captions = [chr(33 + i % 90) + str(i) for i in range(320)]
-    found = build(tmp_path, Numbers(320, captions=captions))
+    built = build(tmp_path, Numbers(320, captions=captions))
     for row in range(0, 320, 16):
-        latents, _, sizes = found.batch([row])
+        latents, _, sizes = built.batch([row])
         assert latents[0, 0, 0, 0] == row and sizes[0, 0] == row
     maps = psutil.Process().memory_maps(grouped=False)
     held = {path.path for path in maps if str(tmp_path) in path.path}

@@ -56,8 +56,8 @@ def test_a_batch_has_one_shape_and_is_always_full():
 def test_two_processes_share_the_batch_of_one():
     """Rank r takes its part of the rows and of the places: together they are the one batch."""
     order = Shuffle([SHAPE] * 30, batch=8, seed=2)
-    whole = order.rows(2)
-    parts = whole[:4], whole[4:]
+    rows = order.rows(2)
+    parts = rows[:4], rows[4:]
     assert not set(parts[0]) & set(parts[1])
     eps = draw(2, 2, range(8), SHAPE, (7.5,))[0]
     halves = [draw(2, 2, range(4 * r, 4 * r + 4), SHAPE, (7.5,))[0] for r in (0, 1)]

@@ -103,11 +103,11 @@ def test_a_step_equals_the_equations(loss, prediction, monkeypatch):
 
     monkeypatch.setattr(lcm, "pseudo_huber", huber)
     monkeypatch.setattr(phased, "pseudo_huber", huber)
-    found = a_step(
+    our_loss = a_step(
         loss, network, adapter, Schedule(ACP, prediction), z0, noise, index,
         {"context": c}, {"context": no_c}, cfg,
     )  # fmt: skip
-    found.backward()
+    our_loss.backward()
 
     factors = {
         f"{name}.weight": (up.clone().requires_grad_(), down.clone().requires_grad_())
@@ -115,10 +115,10 @@ def test_a_step_equals_the_equations(loss, prediction, monkeypatch):
     }
     assert len(factors) == 6
     is_phased = loss is phased.loss
-    wanted = reference(plain, factors, prediction, is_phased, z0, noise, index, c, no_c, cfg)
-    wanted[2].backward()
+    expected = reference(plain, factors, prediction, is_phased, z0, noise, index, c, no_c, cfg)
+    expected[2].backward()
 
-    pairs = [*zip((*met, found), wanted, strict=True)]
+    pairs = [*zip((*met, our_loss), expected, strict=True)]
     for layer, (up, down) in zip(adapter.layers, factors.values(), strict=True):
         pairs += [(layer.up.grad, up.grad), (layer.down.grad, down.grad)]
     for ours, theirs in pairs:

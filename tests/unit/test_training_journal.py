@@ -9,13 +9,13 @@ from lcm_lora.training.spec import Spec
 from lcm_lora.training.state.journal import Journal
 
 
-def test_a_process_that_goes_on_tells_how_far_the_one_before_came(tmp_path):
+def test_a_process_that_goes_on_reports_how_far_the_one_before_came(tmp_path):
     Journal(tmp_path).state("running", step=20, loss=0.5, message="fast")
     journal = Journal(tmp_path)
     journal.state("preparing")
-    told = json.loads((tmp_path / "status.json").read_text())
-    assert (told["state"], told["step"], told["loss"]) == ("preparing", 20, 0.5)
-    assert told["message"] == ""
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["loss"]) == ("preparing", 20, 0.5)
+    assert status["message"] == ""
 
 
 def test_a_repeated_report_without_figures_keeps_the_own_ones(tmp_path):
@@ -45,5 +45,5 @@ def test_answers_are_of_one_job_with_one_number_of_processes(tmp_path):
     paths["output"] = str(tmp_path / "a.safetensors")
     spec, other = Spec(**paths, passes=2), Spec(**paths, passes=2, guidance=(4.0,))
     asked = [(spec, "a", 1), (spec, "a", 2), (spec, "b", 1), (other, "a", 1)]
-    assert len({folder(tmp_path, *each) for each in asked}) == 4
+    assert len({folder(tmp_path, *arguments) for arguments in asked}) == 4
     assert folder(tmp_path, spec, "a", 1) == folder(tmp_path, spec, "a", 1)

@@ -54,7 +54,7 @@ def test_parts_become_smaller_until_they_fit():
         asked.append(len(part))
         if len(part) > 3:
             raise torch.OutOfMemoryError("too many")
-        return [2 * each for each in part]
+        return [2 * number for number in part]
 
     assert in_parts(range(10), 8, make) == list(range(0, 20, 2))
     assert asked == [8, 4, 2, 2, 2, 2, 2]

@@ -40,8 +40,8 @@ def test_the_loss_of_a_perfect_network_is_zero(prediction):
     # From t = 19 the solver lands on s = 0, where the boundary makes z_s itself the target.
     zero = torch.zeros_like(index)
     z_0 = schedule.noised(z0, eps, zero)
-    found = a_step(lcm_loss, oracle, adapter, schedule, z0, eps, zero, cond, uncond, 7.5)
-    assert torch.allclose(found, pseudo_huber(z0, z_0), rtol=1e-2)
+    loss = a_step(lcm_loss, oracle, adapter, schedule, z0, eps, zero, cond, uncond, 7.5)
+    assert torch.allclose(loss, pseudo_huber(z0, z_0), rtol=1e-2)
 
 
 def test_the_loss_moves_only_the_adapter_and_only_through_the_student():
@@ -74,9 +74,9 @@ def test_guiding_x0_and_eps_each_equals_guiding_the_output(prediction):
     z = schedule.noised(z0, eps, t)
     x0, e = predict_guided(network, schedule, z, t, cond, uncond, 5.0)
     output = guided(network(z, t, **cond), network(z, t, **uncond), 5.0)
-    wanted_pair = schedule.predict(lambda *_: output, z, t, {})
-    for found, wanted in zip((x0, e), wanted_pair, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    expected_pair = schedule.predict(lambda *_: output, z, t, {})
+    for ours, theirs in zip((x0, e), expected_pair, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_ddim_equals_diffusers():

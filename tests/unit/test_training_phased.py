@@ -124,12 +124,12 @@ def test_one_phase_is_the_consistency_model_of_ddim_to_zero(learned, prediction)
         noise = output if prediction == "eps" else a * output + b * z
         return ACP[0].sqrt() * (z - b * noise) / a + (1 - ACP[0]).sqrt() * noise
 
-    wanted = pseudo_huber(f(z_t, t), f(z_s, s).detach())
-    found = a_step(
+    expected = pseudo_huber(f(z_t, t), f(z_s, s).detach())
+    loss = a_step(
         phased_loss, network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=1
     )
-    assert torch.allclose(found, wanted, rtol=1e-5)
-    for ours, theirs in zip(gradients(found, adapter), gradients(wanted, adapter), strict=True):
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    for ours, theirs in zip(gradients(loss, adapter), gradients(expected, adapter), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max())
 
 
@@ -139,18 +139,18 @@ def test_a_phase_for_every_solver_step_is_the_teacher_itself(learned):
     z0, eps, cond, uncond = batch()
     z_t, t, z_s, s = steps(network, adapter, schedule)
     student = schedule.noised(*schedule.predict(network, z_t, t, cond), s)
-    found = a_step(
+    loss = a_step(
         phased_loss, network, adapter, schedule, z0, eps, INDEX, cond, uncond, 3.0, phases=50
     )
-    assert torch.allclose(found, pseudo_huber(student, z_s), rtol=1e-5)
+    assert torch.allclose(loss, pseudo_huber(student, z_s), rtol=1e-5)
 
 
 def test_as_many_steps_as_the_grid_has_points_are_the_teachers_own(learned):
     network, _ = learned
     noise, _, cond, uncond = batch()
-    found = few_steps(network, Schedule(ACP), lambda _: noise, 50, cond, FAMILIES["phased"])
-    wanted = ddim(network, Schedule(ACP), noise, 50, cond, uncond, 1.0)
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    latents = few_steps(network, Schedule(ACP), lambda _: noise, 50, cond, FAMILIES["phased"])
+    expected = ddim(network, Schedule(ACP), noise, 50, cond, uncond, 1.0)
+    assert torch.allclose(latents, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -161,7 +161,7 @@ def test_few_steps_are_the_equations_in_vp_scale(learned, prediction, name):
     family, schedule, acp = FAMILIES[name], Schedule(ACP, prediction), ACP.double()
     start, _, cond, _ = batch()
     noise = [start, *torch.randn(3, *start.shape, generator=torch.Generator().manual_seed(2))]
-    found = few_steps(network, schedule, noise.__getitem__, 4, cond, family)
+    latents = few_steps(network, schedule, noise.__getitem__, 4, cond, family)
     z, timesteps = start.double(), family.timesteps(4)
     for i, t in enumerate(timesteps):
         a, b = acp[t].sqrt(), (1 - acp[t]).sqrt()
@@ -182,7 +182,7 @@ def test_few_steps_are_the_equations_in_vp_scale(learned, prediction, name):
             z = acp[s].sqrt() * x0 + (1 - acp[s]).sqrt() * eps
             share = acp[after] / acp[s]
             z = share.sqrt() * z + (1 - share).sqrt() * noise[i + 1].double()
-    assert (found - x0).norm() < 1e-5 * x0.norm()
+    assert (latents - x0).norm() < 1e-5 * x0.norm()
 
 
 def test_each_objective_has_a_loss():

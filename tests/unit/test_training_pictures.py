@@ -55,15 +55,15 @@ def shard(path, samples):
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(512, 64), (1024, 64), (64, 8), (64, 64)])
 def test_buckets_have_the_area_and_whole_multiples(resolution, multiple):
-    found = buckets(resolution, multiple)
-    assert found[0] == (resolution, resolution)
-    assert len(set(found)) == len(found)
-    for height, width in found:
+    sizes = buckets(resolution, multiple)
+    assert sizes[0] == (resolution, resolution)
+    assert len(set(sizes)) == len(sizes)
+    for height, width in sizes:
         assert height % multiple == width % multiple == 0
         assert height * width <= resolution**2
         assert 0.5 <= height / width <= 2
         assert (width + multiple) * height > resolution**2
-    assert {(w, h) for h, w in found} == set(found)
+    assert {(w, h) for h, w in sizes} == set(sizes)
 
 
 def test_each_picture_goes_to_the_bucket_of_its_shape(folder):
@@ -75,7 +75,7 @@ def test_each_picture_goes_to_the_bucket_of_its_shape(folder):
     assert pictures.captions() == ["ein Bär, a", "ein Bär, b", "ein Bär, more/c"]
 
 
-def test_the_crop_lies_within_and_its_sizes_are_told(folder):
+def test_the_crop_lies_within_and_its_sizes_are_recorded(folder):
     pictures = Pictures(folder, 64, crops=8, flip=False, multiple=64)
     assert len(pictures) == 24
     places = set()
@@ -175,7 +175,7 @@ def test_metadata_jsonl_gives_the_captions(folder):
     lines = [{"file_name": f"{name}.png", "text": name.upper()} for name in ("a", "b", "more/c")]
     file = folder / "metadata.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [each.caption for each in find(folder)] == ["A", "B", "MORE/C"]
+    assert [picture.caption for picture in find(folder)] == ["A", "B", "MORE/C"]
     file.write_text('{"file_name": "a.png"}')
     with pytest.raises(ValueError, match="Line 1 of metadata.jsonl"):
         find(folder)
@@ -197,23 +197,23 @@ def test_pictures_that_are_links_and_odd_line_ends_are_taken(folder, tmp_path):
     (links / "a.png").symlink_to(folder / "a.png")
     line = json.dumps({"file_name": "a.png", "text": "one\u2028two"}, ensure_ascii=False)
     (links / "metadata.jsonl").write_text(line, encoding="utf-8")
-    assert [each.caption for each in find(links)] == ["one\u2028two"]
+    assert [picture.caption for picture in find(links)] == ["one\u2028two"]
 
 
 def test_an_empty_picture_in_a_shard_does_not_read_its_neighbours(tmp_path):
     picture = encoded(gradient(64, 64))
     tar = shard(tmp_path / "s.tar", {"a.txt": b"a", "a.png": b"", "b.txt": b"b", "b.png": picture})
-    assert [each.read() for each in find(tar)] == [b"", picture]
+    assert [entry.read() for entry in find(tar)] == [b"", picture]
     with pytest.raises(Unreadable, match="a.png: Pillow cannot read this"):
         Pictures(tar, 64).example(0)
 
 
 def test_a_shard_gives_what_a_folder_gives(folder, tmp_path):
     samples = {}
-    for each in find(folder):
-        key = each.name.removesuffix(".png").replace("/", "-")
-        samples |= {f"{key}.png": each.read(), f"{key}.json": b""}
-        samples[f"{key}.json"] = json.dumps({"caption": each.caption}).encode()
+    for picture in find(folder):
+        key = picture.name.removesuffix(".png").replace("/", "-")
+        samples |= {f"{key}.png": picture.read(), f"{key}.json": b""}
+        samples[f"{key}.json"] = json.dumps({"caption": picture.caption}).encode()
     tar = shard(tmp_path / "shard-000.tar", samples)
     one, two = Pictures(folder, 64, crops=2), Pictures(tar, 64, crops=2)
     assert one.captions() == two.captions()
@@ -221,7 +221,7 @@ def test_a_shard_gives_what_a_folder_gives(folder, tmp_path):
         assert torch.equal(one.example(number).pixels, two.example(number).pixels)
     tar.rename(tmp_path / "SHARD.TAR")
     (folder / "._a.png").write_bytes(b"what macOS puts beside a file")
-    names = [each.name for each in find(tmp_path)]
+    names = [picture.name for picture in find(tmp_path)]
     assert names[:3] == ["SHARD.TAR/a.png", "SHARD.TAR/b.png", "SHARD.TAR/more-c.png"]
     assert names[3:] == ["pictures/a.png", "pictures/b.png", "pictures/more/c.png"]
 
@@ -279,8 +279,8 @@ def test_every_format_of_pillow_is_read(tmp_path, suffix):
         gradient(64, 64).save(file, Image.registered_extensions()[suffix.lower()])
     (tmp_path / "a.txt").write_text("a gradient")
     pixels = Pictures(tmp_path, 64, flip=False).example(0).pixels
-    wanted = torch.from_numpy(np.asarray(gradient(64, 64), np.float32) / 255)
-    assert (pixels - wanted).abs().mean() < 0.1  # a GIF has 256 colours, a JPEG is lossy
+    expected = torch.from_numpy(np.asarray(gradient(64, 64), np.float32) / 255)
+    assert (pixels - expected).abs().mean() < 0.1  # a GIF has 256 colours, a JPEG is lossy
 
 
 def test_frames_that_are_not_used_are_named(tmp_path, caplog):
@@ -312,8 +312,8 @@ def test_no_ending_is_taken_that_pillow_knows_by_name_only():
 def test_a_caption_is_taken_wherever_tools_put_it(tmp_path, name, text):
     (tmp_path / "a.png").write_bytes(encoded(gradient(8, 8)))
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    found = find(tmp_path)
-    assert [picture.caption for picture in found] == ["x"] and not found.unused
+    pictures = find(tmp_path)
+    assert [picture.caption for picture in pictures] == ["x"] and not pictures.unused
 
 
 def test_the_next_caption_is_taken_where_the_first_is_empty(tmp_path):
@@ -347,7 +347,7 @@ def test_a_csv_is_read_as_python_writes_it(tmp_path):
         ("file_name,text\nb.png,x\n", "'b.png', which does not exist"),
     ],
 )
-def test_a_broken_csv_is_told_with_its_line(tmp_path, text, message):
+def test_a_broken_csv_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "a.png").write_bytes(encoded(gradient(8, 8)))
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -375,7 +375,7 @@ HALF = "\\ud800"
         ({"metadata.csv": b"file_name,text\na.png,x\nb.png,\xff"}, "metadata.csv .*line 3"),
     ],
 )
-def test_a_caption_that_is_no_unicode_is_told_with_its_line(tmp_path, files, message):
+def test_a_caption_that_is_no_unicode_is_refused_with_its_line(tmp_path, files, message):
     picture = encoded(gradient(8, 8))
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -411,11 +411,12 @@ def test_linked_folders_are_followed_once(folder, tmp_path):
     (elsewhere / "deep" / "back").symlink_to(folder)
     (folder / "again").symlink_to(folder / "more")
     (folder / "nowhere.png").symlink_to(tmp_path / "none")
-    found = find(folder)
-    assert [picture.name for picture in found] == [
+    pictures = find(folder)
+    assert [picture.name for picture in pictures] == [
         "a.png", "b.png", "linked/deep/y.png", "linked/x.png", "more/c.png",
     ]  # fmt: skip
-    assert sorted(name for name, _ in found.unused) == ["again", "linked/deep/back", "nowhere.png"]
+    unused = sorted(name for name, _ in pictures.unused)
+    assert unused == ["again", "linked/deep/back", "nowhere.png"]
 
 
 def test_everything_that_is_not_used_is_named(folder):
@@ -429,15 +430,15 @@ def test_everything_that_is_not_used_is_named(folder):
         "1.png": picture, "1.txt": b"x", "1.json": b"{}", "1.jpg": picture, "1.cls": b"3",
         "2.txt": b"y", "._1.png": b"", "v.2.png": picture,
     })  # fmt: skip
-    found = find(folder)
-    assert [picture.caption for picture in found] == ["x", "ein Bär, a", "ein Bär, b", "x"]
-    names = [name for name, _ in found.unused]
+    pictures = find(folder)
+    assert [picture.caption for picture in pictures] == ["x", "ein Bär, a", "ein Bär, b", "x"]
+    names = [name for name, _ in pictures.unused]
     assert sorted(names) == sorted([
         "second.txt", "a.caption", "film.mp4", "table.parquet", ".DS_Store", "more/c.txt",
         "line 1 of more/metadata.jsonl", "s.tar/1.json", "s.tar/1.jpg", "s.tar/1.cls",
         "s.tar/2.txt", "s.tar/._1.png", "s.tar/v.2.png",
     ])  # fmt: skip
-    sentence = summary(found.unused)
+    sentence = summary(pictures.unused)
     assert "Not used (13)" in sentence and "film.mp4" in sentence
     assert summary([]) == ""
 
@@ -482,9 +483,9 @@ def test_what_is_transparent_in_16_bits_becomes_white_too(folder, colour, pixel,
     pixels[..., -1] = 65535 if colour in (4, 6) else solid
     pixels[:, :32] = pixel
     (folder / "b.png").write_bytes(png16(pixels, colour, clear))
-    found = Pictures(folder, 64, flip=False).example(1).pixels
-    assert (found[:, :31] == 1).all()
-    assert (found[:, 33:] - 0.5).abs().max() < 0.01
+    converted = Pictures(folder, 64, flip=False).example(1).pixels
+    assert (converted[:, :31] == 1).all()
+    assert (converted[:, 33:] - 0.5).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

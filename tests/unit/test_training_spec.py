@@ -96,8 +96,8 @@ def test_settings_written_earlier_keep_their_text():
         data=Data("pictures", "/p"),
         guidance=(4.0,),
     )
-    found = hashlib.sha256(spec.to_json().encode()).hexdigest()
-    assert found == "86518c80aa31c9e60d2144bb512bf39061ed511486de09fd32ccdaf76c59031a"
+    digest = hashlib.sha256(spec.to_json().encode()).hexdigest()
+    assert digest == "86518c80aa31c9e60d2144bb512bf39061ed511486de09fd32ccdaf76c59031a"
 
 
 def test_an_order_takes_over_every_setting_that_it_shares():

@@ -18,7 +18,9 @@ class NeighbourScale:
     def patch(self, model, scale):
         model = model.clone()
         model.set_model_unet_function_wrapper(
-            lambda apply, given: scale * apply(given["input"], given["timestep"], **given["c"])
+            lambda apply, arguments: (
+                scale * apply(arguments["input"], arguments["timestep"], **arguments["c"])
+            )
         )
         return (model,)
 
@@ -38,7 +40,7 @@ comfy.samplers.SCHEDULER_HANDLERS["neighbour"] = comfy.samplers.SchedulerHandler
 comfy.samplers.SCHEDULER_NAMES.append("neighbour")
 
 own_previewer = latent_preview.get_previewer
-latent_preview.get_previewer = lambda *given, **named: own_previewer(*given, **named)
+latent_preview.get_previewer = lambda *arguments, **named: own_previewer(*arguments, **named)
 
 NODE_CLASS_MAPPINGS = {"NeighbourScale": NeighbourScale}
 NODE_DISPLAY_NAME_MAPPINGS = {"NeighbourScale": "Scale the Network"}
