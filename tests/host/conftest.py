@@ -27,10 +27,9 @@ def comfy(tmp_path_factory, host_folder):
 @pytest.fixture(scope="session")
 def toy_checkpoint(comfy) -> Path:
     """The assembled toy, kept in the checkout's own folder between runs."""
-    from lcm_lora.dev.commands import LOCAL
     from lcm_lora.dev.toy import assemble
 
-    return assemble.checkpoint(LOCAL / "models")
+    return assemble.checkpoint()
 
 
 @pytest.fixture(scope="session")

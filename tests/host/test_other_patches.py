@@ -201,7 +201,7 @@ def test_clip_skip_before_and_after_a_vector_is_applied(comfy, toy):
     from nodes import CLIPSetLastLayer, CLIPTextEncode
 
     model, clip, _ = toy
-    vector = to_wire(read(assemble.LCM_LORA))
+    vector = to_wire(read(assemble.lora(assemble.LCM_LORA)))
 
     def text(clip):
         return CLIPTextEncode().encode(clip, "a photo of a bag")[0]

@@ -28,8 +28,8 @@ def test_every_key_of_both_loras_is_taken(comfy, toy_checkpoint):
 
     model = comfy.sd.load_checkpoint_guess_config(str(toy_checkpoint))[0]
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    for path in (assemble.LCM_LORA, assemble.STYLE_LORA):
-        tensors = load_file(path)
+    for name in (assemble.LCM_LORA, assemble.STICKER_LORA, assemble.BLUEPRINT_LORA):
+        tensors = load_file(assemble.lora(name))
         assert all(name.startswith("lora_unet_") for name in tensors)
         taken = comfy.lora.load_lora(tensors, keys)
         assert len(taken) == len(tensors) / 3

@@ -42,7 +42,7 @@ def test_the_vae_and_its_decoder_train(small):
 
 
 def test_the_unet_ends_as_weights_that_packing_keeps_and_a_lora_trains_on_it(small):
-    from lcm_lora.dev.toy import learn, networks, planes, train
+    from lcm_lora.dev.toy import learn, networks, planes
     from lcm_lora.dev.toy.command import unet_bits
 
     generator = torch.Generator().manual_seed(0)
@@ -50,10 +50,10 @@ def test_the_unet_ends_as_weights_that_packing_keeps_and_a_lora_trains_on_it(sma
         torch.randn(4, 4, 4, 4, generator=generator), torch.arange(4),
         torch.randn(5, 77, 768, generator=generator),
     )  # fmt: skip
-    unet = networks.world_unet()
+    unet = networks.unet()
     networks.initialise(unet, 3, zero=("out.2", "out_layers.3", "proj_out"))
     before = {name: p.clone() for name, p in unet.named_parameters()}
-    acp = train.alphas_cumprod()
+    acp = learn.alphas_cumprod()
     learn.unet(unet, pictures, acp, clock(), batch=2, bits=unet_bits, begin=0.0)
     assert any(not torch.equal(p, before[name]) for name, p in unet.named_parameters())
     shapes = {name: value.shape for name, value in unet.state_dict().items()}
@@ -62,6 +62,23 @@ def test_the_unet_ends_as_weights_that_packing_keeps_and_a_lora_trains_on_it(sma
     unet.load_state_dict(planes.unpack(packed, shapes))
     adapter = learn.lora(unet, pictures, acp, clock(), rank=2, batch=2)
     assert all(layer.up.abs().max() > 0 for layer in adapter.layers)
+
+
+def test_the_classifier_trains_and_the_judge_reads_its_file(small, monkeypatch, tmp_path):
+    from lcm_lora.dev.toy import judge, learn, networks, world
+
+    vae = networks.vae().eval()
+    networks.initialise(vae, 2)
+    seen = learn.labelled(small, vae, {"3d": 6, "blueprint": 2}, batch=4)
+    assert seen["pictures"].shape == (8, 3, 32, 32) and seen["hand"].tolist() == [0] * 6 + [1] * 2
+    assert (seen["colour"][:6] >= 0).all() and (seen["colour"][6:] == -100).all()
+    model = learn.classifier(seen, clock(), batch=4)
+    monkeypatch.setattr(judge, "CLASSIFIER", tmp_path / "classifier.safetensors")
+    judge.write(model.state_dict(), seen)
+    kept = judge.Judge()
+    assert kept.real.shape == (3, judge.FEATURES)
+    named = model.object(model.features(torch.rand(2, 3, 32, 32)))
+    assert named.shape == (2, len(world.NAMES))
 
 
 def test_a_stage_ends_by_time_and_a_pause_does_not_count(comfy, monkeypatch):

@@ -186,7 +186,7 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
     from lcm_lora.training.spec import StyleLoRA
     from lcm_lora.training.teacher import Teacher
 
-    style = StyleLoRA(str(assemble.STYLE_LORA), 0.8)
+    style = StyleLoRA(str(assemble.lora(assemble.STICKER_LORA)), 0.8)
     teacher = Teacher.load(toy_checkpoint, "fp32", (style,))
     parameters = dict(teacher.network.named_parameters())
     model = comfy.sd.load_checkpoint_guess_config(

@@ -108,9 +108,9 @@ def test_a_baked_in_style_is_in_the_file(job):
     from lcm_lora.dev.toy import assemble
     from safetensors.torch import load_file
 
-    style = {"path": str(assemble.STYLE_LORA), "strength": 0.8}
+    style = {"path": str(assemble.lora(assemble.STICKER_LORA)), "strength": 0.8}
     spec = job("styled", loras=[style], steps=3)
-    made, baked = files.read(done(spec)), files.read(assemble.STYLE_LORA)
+    made, baked = files.read(done(spec)), files.read(assemble.lora(assemble.STICKER_LORA))
     trained = load_file(spec.parent / "checkpoints" / "step-00000003" / "adapter.safetensors")
     alone = export.vector(trained, 4.0, {}, "adapter")
     assert baked.deltas and made.modules() == baked.modules() | alone.modules()
@@ -120,7 +120,7 @@ def test_a_baked_in_style_is_in_the_file(job):
         torch.testing.assert_close(delta.matrix(), expected, rtol=5e-3, atol=1e-4)
     metadata = made.metadata
     assert metadata["lcm_lora.family"] == "lcm"
-    assert json.loads(metadata["lcm_lora.style_loras"]) == [[assemble.STYLE_LORA.name, 0.8]]
+    assert json.loads(metadata["lcm_lora.style_loras"]) == [[assemble.STICKER_LORA, 0.8]]
 
 
 def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
@@ -130,7 +130,11 @@ def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatc
     from lcm_lora.training.jobs.store import Store
 
     identifier = "0a0b0c0d-0000-4000-8000-000000000000"
-    spec = job(identifier, loras=[{"path": str(assemble.STYLE_LORA), "strength": 0.8}], steps=3)
+    spec = job(
+        identifier,
+        loras=[{"path": str(assemble.lora(assemble.STICKER_LORA)), "strength": 0.8}],
+        steps=3,
+    )
     made = files.read(done(spec))
     (spec.parent / "status.json").write_text('{"state": "running"}')
     monkeypatch.setattr(jobs.host, "store", lambda: Store(tmp_path))
@@ -367,7 +371,7 @@ def test_bad_jobs_say_what_is_wrong(job, failing, tmp_path, toy_checkpoint):
     from lcm_lora.dev.toy import assemble
 
     assert "no checkpoint" in failing(job(checkpoint=str(tmp_path / "none.safetensors")))
-    assert "not a checkpoint" in failing(job(checkpoint=str(assemble.LCM_LORA)))
+    assert "not a checkpoint" in failing(job(checkpoint=str(assemble.lora(assemble.LCM_LORA))))
     noise = tmp_path / "noise.safetensors"
     noise.write_bytes(b"\x00" * 1000)
     assert "not a checkpoint" in failing(job(checkpoint=str(noise)))

@@ -42,7 +42,7 @@ class Ground:
         self.subject, self.server = subject, self.new()
         self.base = self.server.base
         for kind in ("checkpoints", "loras"):
-            for file in (models / kind).glob("toy-*"):
+            for file in (models / kind).glob("demo-*"):
                 install(file.resolve(), self.base / "models" / kind)
         self.store = Store(self.base / "user" / "__lcm_lora" / "jobs")
         self.loras = self.base / "models" / "loras"

@@ -89,7 +89,7 @@ def test_a_bad_file_is_named_and_the_next_prompt_works(kind, says, client, subje
     from lcm_lora.dev.toy import assemble
 
     name = f"bad {kind}.safetensors"
-    content = broken(kind, assemble.STYLE_LORA)
+    content = broken(kind, assemble.lora(assemble.STICKER_LORA))
     if isinstance(content, bytes):
         (loras / name).write_bytes(content)
     else:

@@ -85,7 +85,6 @@ def from_the_archive(host: Path, _python: Path, scratch: Path) -> str:
 def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
     way, clean, python, tmp_path, client, subject
 ):
-    from lcm_lora.dev.commands import LOCAL
     from lcm_lora.dev.server import Server, install
     from lcm_lora.dev.toy import assemble
 
@@ -93,8 +92,8 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
     subprocess.run([python, "-m", "pip", "install", "-q", "-r", manager], check=True)
     before = packages(python)
     folder = way(clean, python, tmp_path)
-    install(assemble.checkpoint(LOCAL / "models"), clean / "models" / "checkpoints")
-    install(assemble.LCM_LORA, clean / "models" / "loras")
+    install(assemble.checkpoint(), clean / "models" / "checkpoints")
+    install(assemble.lora(assemble.LCM_LORA), clean / "models" / "loras")
     with Server(clean, tmp_path, installed=True, python=python) as server:
         its = server.client()
         nodes = its.get("/object_info")

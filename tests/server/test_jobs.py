@@ -289,7 +289,7 @@ def servers(host_folder, tmp_path, server):
 
     made = Server(host_folder, tmp_path), Server(host_folder, tmp_path)
     for kind in ("checkpoints", "loras"):
-        for file in (server.base / "models" / kind).glob("toy-*"):
+        for file in (server.base / "models" / kind).glob("demo-*"):
             install(file.resolve(), made[0].base / "models" / kind)
     return *made, Store(made[0].base / "user" / "__lcm_lora" / "jobs")
 

@@ -33,7 +33,7 @@ def started(host_folder, server, scratch: Path, packs: Iterable[Path]):
     for pack in packs:
         shutil.copytree(pack, made.base / "custom_nodes" / pack.name)
     for kind in ("checkpoints", "loras"):
-        for file in (server.base / "models" / kind).glob("toy-*"):
+        for file in (server.base / "models" / kind).glob("demo-*"):
             install(file.resolve(), made.base / "models" / kind)
     with made:
         yield made.client()

@@ -60,6 +60,29 @@ def test_the_same_generator_draws_the_same_scenes():
     assert not torch.equal(drawn(specs)[0], drawn(specs, seed=1)[0])
 
 
+def test_a_packed_lora_is_unpacked_as_it_was_but_for_rounding(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    state = {
+        "a.lora_up.weight": torch.randn(320, 16, 1, 1),
+        "a.lora_down.weight": torch.randn(16, 64, 3, 3),
+        "a.alpha": torch.tensor(16.0),
+        "b.lora_up.weight": torch.randn(4, 16), "b.lora_down.weight": torch.randn(16, 20),
+    }  # fmt: skip
+    save_file(state, tmp_path / "lora.safetensors", {"ss_output_name": "made"})
+    planes.pack_lora(tmp_path / "lora.safetensors", tmp_path / "packed.safetensors")
+    planes.unpack_lora(tmp_path / "packed.safetensors", tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == state.keys()
+    for name, tensor in state.items():
+        assert again[name].shape == tensor.shape
+        assert (again[name].float() - tensor).norm() <= 0.04 * tensor.norm(), name
+    with safe_open(tmp_path / "again.safetensors", framework="pt") as file:
+        assert file.metadata() == {"ss_output_name": "made"}
+
+
 @pytest.mark.parametrize(("bits", "error"), [(3, 0.25), (4, 0.13), (6, 0.04), (8, 0.01)])
 def test_unpack_gives_the_rounded_weights(bits, error):
     torch.manual_seed(0)
