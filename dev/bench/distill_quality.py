@@ -108,7 +108,7 @@ def distil(spec: dict) -> dict[str, float]:
 
 
 def write_pictures(folder: Path) -> None:
-    """The first training photos as PNG files with captions beside them."""
+    """The first training photos as PNG files with caption files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pixels, labels = data.load(data.folder(environment.cache()), "train")

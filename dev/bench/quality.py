@@ -76,7 +76,7 @@ def digest(settings: str, sources: Iterable[Path]) -> str:
 class Kept:
     """The figures of a run so far, so that hours of drawing can be interrupted and continued.
 
-    settings, sources: what the figures depend on, beside the toy's LoRAs and the samplers' source.
+    settings, sources: what the figures depend on, besides the toy's LoRAs and the samplers' source.
     When one of these changes, the run starts again.
     """
 

@@ -47,7 +47,7 @@ def unbiased(
 
 
 class Classifier(nn.Module):
-    """Tells garment, dye and backdrop on 32 x 32 pixels; its 32 features carry the distance."""
+    """Predicts garment, dye and backdrop from 32 x 32 pixels; the distance uses its 32 features."""
 
     def __init__(self) -> None:
         super().__init__()

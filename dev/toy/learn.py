@@ -142,7 +142,7 @@ def vae(painter: Painter, clock: Clock) -> nn.Module:
 
 
 class Critic(nn.Module):
-    """Tells real patches from decoded ones; what its layers see serves as a likeness too."""
+    """Distinguishes real patches from decoded ones; its layers also measure likeness."""
 
     def __init__(self):
         super().__init__()

@@ -50,7 +50,7 @@ def pack(state: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
 def unpack(
     packed: dict[str, torch.Tensor], shapes: dict[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `pack`, float16; the shapes tell 4 bits from 8."""
+    """The inverse of `pack`, float16; the shapes show whether it is 4 bits or 8."""
     state = {}
     for name, shape in shapes.items():
         tensor = packed[name]
