@@ -38,7 +38,7 @@ def end_cleanly():
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, interrupt)
 
 
@@ -68,9 +68,9 @@ def main(arguments):
     while True:
         try:
             status = child.wait()
-            return status if status >= 0 else 128 - status  # as a shell counts ends by a signal
+            return status if status >= 0 else 128 - status  # as a shell reports an end by a signal
         except KeyboardInterrupt:
-            continue  # a terminal tells the child too, and it cleans up
+            continue  # a terminal also interrupts the child, which cleans up
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def enter(host: Path, base: Path) -> None:
 
 
 def device_flags() -> list[str]:
-    """The host wants to be told when there is no GPU."""
+    """The host needs a flag when there is no GPU."""
     import torch
 
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()

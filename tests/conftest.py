@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
 
 def together(items) -> None:
     """Tests of one file run in one process, and so do all that queue jobs: a device takes one at a
-    time. Those begin, for they take longest."""
+    time. Those start first because they take longest."""
     queueing = ("server/", "host/test_jobs", "host/test_ray")
     for item in items:
         file = item.nodeid.partition("::")[0]

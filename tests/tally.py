@@ -1,4 +1,4 @@
-"""The table of faults: how often each was tried, and what it cost."""
+"""The table of faults: how often each was tried, and what was lost."""
 
 import os
 import time
@@ -17,13 +17,13 @@ MEASURES = ("jobs lost", "orphans", "half files")
 
 @dataclass
 class Tally:
-    """times: how often a test that can try a fault at random moments is to do so."""
+    """times: how often a test should try a fault that can happen at random moments."""
 
     times: int
     rows: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
 
     def add(self, fault: str, lost: int, orphans: int, half: int) -> None:
-        """Notes one try; fails where it cost anything."""
+        """Records one try; fails if anything was lost."""
         self.rows.setdefault(fault, []).append((lost, orphans, half))
         assert not lost + orphans + half, f"{fault}: {lost=}, {orphans=}, {half=}"
 
@@ -31,7 +31,7 @@ class Tally:
         return len(self.rows.get(fault, []))
 
     def write(self, path: Path) -> str:
-        """In the benchmarks' format; -> the table."""
+        """Writes the table in the benchmarks' format; -> the table as text."""
         from lcm_lora.dev.bench.report import Report
 
         report = Report("faults")
@@ -47,7 +47,7 @@ class Tally:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two LoRA files hold the same numbers; their metadata tell other names."""
+    """Whether two LoRA files hold the same numbers; the names in their metadata differ."""
     a, b = load_file(one), load_file(other)
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
@@ -60,7 +60,7 @@ def half_files(*folders: Path, working: bool = False) -> int:
 
 def _half_files(folders: Sequence[Path], working: bool) -> int:
     count = 0
-    # Not rglob, which gives up where a folder that it looks into is removed meanwhile.
+    # Not rglob, which stops when a folder is removed while it looks into it.
     walked = (entry for folder in folders for entry in os.walk(folder))
     for file in (Path(at, name) for at, inside, names in walked for name in (*inside, *names)):
         if any(part.startswith(TEMPORARY) for part in file.parts):
@@ -81,7 +81,7 @@ def _reads(file: Path) -> bool:
 
 
 def settled(count: Callable[[], int], seconds: float = 20) -> int:
-    """What is left when whoever just ended has ended, and the supervisor has looked at it."""
+    """The count after the processes have ended and the supervisor has noticed it."""
     until = time.monotonic() + seconds
     while (left := count()) and time.monotonic() < until:
         time.sleep(0.2)
@@ -89,7 +89,7 @@ def settled(count: Callable[[], int], seconds: float = 20) -> int:
 
 
 def orphans(store: Store, job: str) -> int:
-    """Processes that a job leaves behind which has ended, and supervisors beyond one."""
+    """Processes of an ended job that still run, and supervisors beyond the first."""
     return settled(lambda: _orphans(store, job))
 
 

@@ -15,11 +15,11 @@ COMFY_CLI = "comfy-cli==1.23.0"
 
 
 def run(package: str, *command, cwd: Path) -> subprocess.CompletedProcess:
-    """What a program of a package prints, and how it ends. Its home is beside cwd."""
+    """Runs a program of a package; -> its output and status. Its home is next to cwd."""
     programs = tool(package)
     home = cwd.parent / "home"
     home.mkdir(exist_ok=True)
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # for the programs that it starts itself
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # also for the programs that it starts
     return subprocess.run(
         [programs / command[0], *command[1:]], cwd=cwd, capture_output=True, text=True,
         env=os.environ | {"HOME": str(home), "USERPROFILE": str(home), "PATH": path},
@@ -27,7 +27,7 @@ def run(package: str, *command, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def comfy(*words: str, cwd: Path) -> str:
-    """What the registry's own tool prints."""
+    """Runs the registry's own tool; -> what it prints."""
     off = run(COMFY_CLI, "comfy", "--skip-prompt", "tracking", "disable", cwd=cwd)
     result = (
         run(COMFY_CLI, "comfy", "--skip-prompt", *words, cwd=cwd) if not off.returncode else off
@@ -45,7 +45,7 @@ def clone(folder: Path) -> Path:
 
 
 def archive(scratch: Path) -> zipfile.ZipFile:
-    """What the registry would give to users, of the last commit."""
+    """The archive that the registry would make from the last commit."""
     copy = clone(scratch / "for the registry")
     comfy("node", "pack", cwd=copy)
     return zipfile.ZipFile(copy / "node.zip")

@@ -58,7 +58,7 @@ def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
 
 
 def weights_and_lora(case: Case) -> int:
-    """Bytes that a job holds beside the activations."""
+    """Bytes that a job needs in addition to the activations."""
     from ...training.adapter import Adapter
 
     network = networks.host_unet(case.config, "meta")

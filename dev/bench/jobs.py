@@ -1,4 +1,4 @@
-"""What background jobs cost the graph: the routes, the node that orders a job, prompts beside one.
+"""What background jobs cost the graph: the routes, the node that orders a job, prompts during one.
 
 All through a real server with a thousand jobs, which are paused copies of one. The server and the
 trainer have one thread each, so that on two cores neither waits for the other.

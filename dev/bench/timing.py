@@ -99,7 +99,7 @@ answer()
 def answer() -> None:
     """The child's side of a Process."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not be read as an answer
+    os.dup2(2, 1)  # what a library prints must not be read as an answer
 
     def restored(values: dict[str, Any]) -> Any:
         return Path(values["path"]) if values.keys() == {"path"} else values

@@ -251,7 +251,7 @@ def jittered(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class Critic(nn.Module):
-    """Tells real patches from decoded ones; what its layers see serves as a likeness too."""
+    """Distinguishes real patches from decoded ones; its layers also measure likeness."""
 
     def __init__(self):
         super().__init__()

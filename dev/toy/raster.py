@@ -1,4 +1,4 @@
-"""Draws every .svg of a folder as a .png beside it. Runs where resvg-py is installed."""
+"""Draws every .svg of a folder as a .png next to it. Runs where resvg-py is installed."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,7 @@ import json
 import torch
 from torch import Tensor
 
-# Not attn2, of which the host reads the family, by the shape of the packed bytes.
+# Not attn2: the host would read the family from the shape of its packed bytes.
 ENDS = ("attn1.to_q.weight", "ff.net.2.weight")
 BLOCK = 32
 

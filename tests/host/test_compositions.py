@@ -18,11 +18,11 @@ from lcm_lora.tests.host.random_unet import (
 from lcm_lora.tests.host.reference import SCALE, assert_same, reference
 
 pytestmark = pytest.mark.usefixtures("comfy")
-LEFT = torch.cat([torch.ones(1, 64, 64), torch.zeros(1, 64, 64)], -1)  # of a picture 128 wide
+LEFT = torch.cat([torch.ones(1, 64, 64), torch.zeros(1, 64, 64)], -1)  # 128 pixels wide
 
 
 class GivenNoise:
-    """A NOISE of fixed numbers, for pieces of a picture."""
+    """A NOISE that returns given numbers, so that a piece of a picture can be drawn alone."""
 
     seed = 11
 
@@ -57,7 +57,7 @@ def test_the_advanced_sampler_equals_the_one_node(cfg, denoise):
 
 
 def test_an_inpaint_model_equals_diffusers():
-    """9 channels: its network is given the mask and the picture without what the mask covers."""
+    """Its network has 9 channels: it also gets the mask and the picture without the hole."""
     import node_helpers
 
     model = build("v", in_channels=9)
@@ -145,7 +145,7 @@ def controlled(control, strength: float, start: float = 0.0, end: float = 1.0):
 
 
 def test_a_control_net_equals_diffusers():
-    """Loop of LCMScheduler with the ControlNet's answers added by hand, at the same timesteps."""
+    """LCMScheduler's loop, with the ControlNet's outputs added by hand at the same timesteps."""
     model = build("v")
     control, seen = control_net()
     positive, hint = controlled(control, 0.5)
@@ -366,7 +366,7 @@ def test_each_picture_of_a_batch_has_its_own_mask():
 
 
 def test_every_step_shows_a_preview(monkeypatch):
-    """Of x0, not of the noisy latent; shown from SamplerCustomAdvanced as from our own node."""
+    """The previews show x0, not the noisy latent, in SamplerCustomAdvanced as in our node."""
     import comfy.utils
     from comfy.cli_args import LatentPreviewMethod, args
 

@@ -1,4 +1,4 @@
-"""Failures tell the truth: of a file what the host says of it, of the machine what it says."""
+"""Failures are reported truthfully: what the host says about a file, what the machine reports."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def test_tensors_of_something_else_are_no_checkpoint(comfy, tmp_path, suffix):
 
 
 class SafetensorError(Exception):
-    """As the library's, which has no constructor of its own."""
+    """Like the library's error, which has no constructor of its own."""
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_disk_that_fails_is_reported_without_a_path(routes, error, status, wor
 
 @pytest.fixture
 def server(comfy, monkeypatch, tmp_path):
-    """server(count, visible, *flags): a machine whose PyTorch sees so many devices."""
+    """server(count, visible, *flags) sets up a machine whose PyTorch sees `count` devices."""
     from lcm_lora.training.jobs import host
 
     def machine(count, visible=None, *flags):
@@ -183,7 +183,7 @@ def server(comfy, monkeypatch, tmp_path):
         (1, "3", "", ("", 1, "3"), ()), (1, "3", "0", ("0", 1, "3"), ()),
         (1, "3", "00", ("0", 1, "3"), ()), (2, "5,2", "1", ("1", 1, "2"), ()),
         (1, "GPU-8f2a", "0", ("0", 1, "GPU-8f2a"), ()),
-        (2, "1,0,9", "1", ("1", 1, "0"), ()),  # the driver stops at one that is not there
+        (2, "1,0,9", "1", ("1", 1, "0"), ()),  # the driver stops at an unknown device
         (2, None, "0", ("0", 1, ""), ("--cpu",)), (0, None, "0", ("0", 1, ""), ("--directml", "0")),
         (2, None, "1", ("1", 1, "1"), ("--cpu-vae",)), (0, None, "", ("", 1, ""), ()),
     ],

@@ -193,11 +193,11 @@ def test_a_job_gets_the_flags_that_decide_how_a_model_is_computed(
 
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     assert host._flags() == tuple(flags)
-    parser.parse_args(flags)  # which ends the process where it does not know them
+    parser.parse_args(flags)  # ends the process if it does not know a flag
 
 
 def test_a_job_looks_for_embeddings_where_the_host_does(comfy, tmp_path, monkeypatch):
-    """With a second folder, as extra_model_paths.yaml names it."""
+    """There is a second folder, as extra_model_paths.yaml would add it."""
     import folder_paths
     from comfy.sd1_clip import load_embed
     from lcm_lora.training.jobs.host import _spec
@@ -256,7 +256,7 @@ def test_a_folder_of_pictures_may_be_a_link_in_the_input_folder(comfy, tmp_path,
 
 
 def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_path):
-    """A host whose loader kills the process, as a driver may."""
+    """The host's loader kills the process, as a driver may do."""
     host = tmp_path / "host"
     (host / "comfy").mkdir(parents=True)
     (host / "comfy" / "__init__.py").touch()
@@ -279,7 +279,7 @@ def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_p
     ["spec.json", "control.json", "supervisor.json", "status.json", "metrics.jsonl", "checkpoints"],
 )
 def test_a_file_of_a_job_that_is_torn_or_gone(store, job, tally, tmp_path, name, how):
-    """Found so after a crash; of the newest checkpoint it is the adapter."""
+    """A crash may leave such a file; in the newest checkpoint it is the adapter."""
     hurt, _ = store.create(job("hurt"), "hurt")
     other, _ = store.create(job("other", steps=2), "other")
     supervisor.ensure(store.folder)
@@ -301,6 +301,6 @@ def test_a_file_of_a_job_that_is_torn_or_gone(store, job, tally, tmp_path, name,
         ended(store, hurt, "done")
     gone(store)
     lost = spec_is_hurt == (tmp_path / "hurt" / "lcm.safetensors").exists()
-    # The torn description itself stays as it is, for a person to look at.
+    # The torn description stays as it is, so that a person can look at it.
     left = half_files(store.path(hurt)) - (spec_is_hurt and how == "cut")
     tally.add(f"{name} {how}", int(lost), orphans(store, hurt), left)

@@ -39,7 +39,7 @@ def apply(model, tensors, strength=1.0):
 
 
 def assert_near(actual, expected, before) -> None:
-    """Within a thousandth of the change."""
+    """Equal up to a thousandth of the change."""
     assert (actual - expected).norm() < 1e-3 * (expected - before).norm()
     assert (expected - before).norm() > 0.01 * before.norm()
 
@@ -58,7 +58,7 @@ def test_a_strength_is_so_much_of_the_owners_change(model, kind):
 
 @pytest.mark.parametrize("kind", ["DoRA", "BOFT, bound and rescaled", "GLoRA"])
 def test_the_host_patches_its_model_and_takes_the_patches_back(model, kind):
-    """As it does to sample or to save, for a clone too."""
+    """The host does this to sample and to save, also with a clone."""
     tensors, expected = made(model, kind)
     before = {key: model.model.state_dict()[key].clone() for key in expected}
     patched = apply(model, tensors).clone()
@@ -93,7 +93,7 @@ def test_the_host_patches_weights_on_their_way_to_the_device(model, kind):
 
 @pytest.mark.parametrize("kind", ["DoRA", "OFT, bound and rescaled", "GLoRA"])
 def test_a_weight_on_a_device_without_float64(model, kind):
-    """Even where the file is of float64."""
+    """This holds even if the file is in float64."""
     import comfy.lora
 
     tensors, expected = made(model, kind)

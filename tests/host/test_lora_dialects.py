@@ -12,7 +12,7 @@ COUNTS = {"SD1.5": 278, "SSD-1B": 423, "SDXL": 788}
 
 
 def patcher(config: dict, device: str):
-    """A MODEL of the host around a network of this shape."""
+    """A MODEL of the host with a network of this shape."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
@@ -20,7 +20,7 @@ def patcher(config: dict, device: str):
     kind = comfy.supported_models.SDXL if "num_classes" in config else comfy.supported_models.SD15
     about = kind(config | {"dtype": torch.float32})
     about.manual_cast_dtype = None
-    # Of SDXL's own class only the conditioning differs, which wants buffers on a real device.
+    # SDXL's own class differs only in the conditioning, which needs buffers on a real device.
     model = comfy.model_base.BaseModel(about, device=torch.device(device))
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -71,7 +71,7 @@ def test_a_file_of_peft_and_diffusers_does_what_their_merge_does(model, unet, di
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from safetensors.torch import save_file
 
-    # Files of the other dialects hold no alpha, or take it for the rank.
+    # Files of the other dialects have no alpha, or use it as the rank.
     alpha = 6 if dialect == "diffusers with alpha" else 4
     unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, **RECIPE))
     for name, parameter in unet.named_parameters():

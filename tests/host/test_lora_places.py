@@ -83,7 +83,7 @@ def spellings(encoder: str, path: str, family: str) -> list[str]:
     names = [f"lora_{prefix}{own.replace('.', '_')}" for prefix in kohya]
     names += [f"text_encoders.{encoder}.transformer.{path}", f"{omi}.{path}", f"{diffusers}.{path}"]
     names += [f"{diffusers}.{wrapper}{path}" for wrapper in WRAPPERS]
-    if path.startswith("text_model."):  # which transformers 5 dropped
+    if path.startswith("text_model."):  # a prefix that transformers 5 dropped
         names.append(f"{diffusers}.{path.removeprefix('text_model.')}")
     return names
 
@@ -121,7 +121,7 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
 
 @pytest.mark.parametrize("family", UNETS)
 def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
-    """Each in a file of its own, so that nothing but the model tells how its blocks are counted."""
+    """Each name is in its own file, so that only the model shows how its blocks are counted."""
     import comfy.lora
     from lcm_lora.lora.formats.keys import split_key
     from lcm_lora.lora.formats.names import canonical_names
@@ -206,7 +206,7 @@ SMALL = {
 
 
 def test_norms_embeddings_and_projections_change_as_the_host_changes_them(comfy, tmp_path):
-    """A file as ComfyUI's own Extract and Save Lora writes it of a CLIP of SDXL."""
+    """A file as ComfyUI's own Extract and Save Lora writes it from SDXL's CLIP."""
     import comfy.sd
     from lcm_lora.lora.formats.files import read, write
     from lcm_lora.lora.formats.parse import parse
@@ -244,7 +244,7 @@ def patched_weights_of(clip):
 
 
 def test_two_spellings_of_one_layer_in_a_vector_are_added(comfy):
-    """As a sum may hold them, for only the model tells how its blocks are counted."""
+    """A sum may contain both, because only the model shows how its blocks are counted."""
     from lcm_lora.lora.delta import Delta, Vector
     from lcm_lora.lora.host import apply
 

@@ -32,7 +32,7 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The address of its dashboard."""
+    """The address of the cluster's dashboard."""
     # A short path: Ray makes sockets below it, whose names have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         here = {
@@ -40,7 +40,7 @@ def cluster():
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": folder,
-            # It lets nobody in who does not bring the token.
+            # It admits only clients that send the token.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
         }
@@ -75,9 +75,9 @@ def settings(store, comfy, tmp_path):
 def test_two_workers_on_a_cluster_make_the_bytes_of_two_processes_here(
     store, job, cluster, settings, monkeypatch
 ):
-    """The local one loses a worker on the way, the other one its follower."""
+    """The local job loses a worker on the way, and the other one loses its follower."""
     storage = settings(cluster)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray gives a worker of one processor
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Ray sets this for a worker with one processor
     local, _ = store.create(job("local"), "local", processes=2)
     supervisor.ensure(store.folder)
     until(lambda: store.job(local).step >= 4, "it trains here")
@@ -149,7 +149,7 @@ def test_a_cluster_that_is_not_there_is_reported_and_asked_again(store, job, set
     settings("http://127.0.0.1:9")
     waiting, _ = store.create(job("a"), "a", "ray")
     supervisor.ensure(store.folder)
-    until(lambda: "does not answer" in store.job(waiting).message, "it is told")
+    until(lambda: "does not answer" in store.job(waiting).message, "it is reported")
     assert store.job(waiting).state == "preparing"
     store.ask(waiting, "stop")
     ended(store, waiting, "paused")

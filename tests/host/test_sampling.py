@@ -35,7 +35,7 @@ def test_the_nodes_follow_the_family(family, steps):
     # Without it eta is the number of the widget, as in workflows older than families.
     eta = FAMILIES[family].eta
     assert torch.equal(one_by_one(model, empty(), steps, eta=eta), expected)
-    # A MODEL of no family is an LCM's.
+    # A MODEL without a family is treated as an LCM's.
     plain = build("v")
     assert torch.equal(one_by_one(plain, empty(), family_eta=True), one_by_one(plain, empty()))
 
@@ -105,7 +105,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(family):
 
 
 def test_an_empty_picture_is_the_same_beside_one_that_is_not():
-    """DMD2's single step makes a picture of noise alone, or of what is there."""
+    """DMD2's single step makes a picture from noise alone, or from an existing picture."""
     model = picture_by_picture(patched(build("v"), "dmd2"))
     mixed = {"samples": torch.cat([empty()["samples"], picture()["samples"]])}
     batch = ours(model, 1, latent=mixed)["samples"]
@@ -123,7 +123,7 @@ def test_a_picture_is_the_same_after_another_prompt():
 
 
 def test_a_picture_of_odd_size_has_its_own_first_noise():
-    """Drawn in one piece, normal numbers would depend on the batch when not 16 at a time."""
+    """Normal numbers drawn in one call would depend on the batch, unless in groups of 16."""
     model = build("v")
     batch = ours(model, latent={"samples": torch.zeros(3, 4, 7, 9)})["samples"]
     alone = ours(model, latent={"samples": torch.zeros(1, 4, 7, 9), "batch_index": [1]})
@@ -168,7 +168,7 @@ def test_the_hosts_own_lcm_patch_is_replaced_by_the_models_schedule():
     host_ksampler(core_patch(model, "lcm"), "simple")  # a clone's patch is on the model now
     assert torch.equal(ours(core_patch(model, "lcm"))["samples"], expected)
     assert torch.equal(ours(patched(patched(model)))["samples"], expected)
-    # One that only says what the model predicts is followed.
+    # A patch that only says what the model predicts is followed.
     assert torch.equal(ours(core_patch(build("eps"), "v_prediction", True))["samples"], expected)
 
 

@@ -34,7 +34,7 @@ def test_the_hosts_ksampler_with_simple_has_the_reference_timesteps(steps):
 
 @pytest.mark.parametrize("zsnr", [False, True])
 def test_timestep_and_sigma_belong_together_with_every_scheduler(zsnr):
-    """At every call the network is told the timestep whose noise it is really given."""
+    """At every call the network gets the timestep that matches the noise in its input."""
     from comfy.samplers import SCHEDULER_NAMES
 
     model = build("v", zsnr)
@@ -67,7 +67,7 @@ def test_every_timestep_of_the_table_is_exact():
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_the_boundary_condition_holds(prediction):
-    """At t = 0 the consistency function is the latent itself, whatever the network says."""
+    """At t = 0 the consistency function is the latent itself, for any output of the network."""
     sampling = patched(build(prediction)).get_model_object("model_sampling")
     output, x = torch.randn(2, 2, 4, 8, 8)
     sigma = sampling.sigma(torch.tensor([0, 999]))
@@ -117,7 +117,7 @@ def test_the_schedule_of_a_family():
 
     assert node(4, 1.0, 50) == [*table[[999, 749, 499, 249]].tolist(), 0.0]
     assert node(4, 0.6, 50) == [*table[[599, 449, 299, 149]].tolist(), 0.0]
-    # What the user sets goes before the family.
+    # The user's setting has priority over the family's.
     assert node(2, 1.0, 10) == [*table[[999, 499]].tolist(), 0.0]
     assert node(4, 1.0, 25) == [*table[[999, 759, 519, 279]].tolist(), 0.0]
     assert node(4, 1.0, 50, "999, 500") == [*table[[999, 500]].tolist(), 0.0]
@@ -125,8 +125,8 @@ def test_the_schedule_of_a_family():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_simple_takes_of_each_family(family):
-    """As the pages tell: where all timesteps are the grid, perhaps the one beside at some steps."""
-    on_grid = FAMILIES[family].origin_steps is None
+    """As the help pages say: where every timestep is allowed, some may be off by one."""
+    any_timestep = FAMILIES[family].origin_steps is None
     for steps in range(1, 9):
         calls = Calls(patched(build("v"), family))
         host_ksampler(calls.model, "simple", steps, "euler")
@@ -135,4 +135,4 @@ def test_what_simple_takes_of_each_family(family):
         if FAMILIES[family].single and steps == 1:
             assert (calls.timesteps, expected) == ([999], [399])
         else:
-            assert max(off) == int(on_grid and steps in (3, 6, 7)), steps
+            assert max(off) == int(any_timestep and steps in (3, 6, 7)), steps

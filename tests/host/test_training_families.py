@@ -132,7 +132,7 @@ def test_a_step_on_a_teacher_of_each_family(comfy, toy_checkpoint, tmp_path, cas
         tensors |= {mark: torch.zeros(1) for mark in marks}
     else:
         tensors |= open_clip("cond_stage_model.model.", 1024, 24)
-        # How the host tells the two kinds of SD2 apart: by the spread of this bias.
+        # The host distinguishes the two kinds of SD2 by the spread of this bias.
         bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
         tensors[bias] = tensors[bias] * (4 if marks else 0.1)
     path = tmp_path / "teacher.safetensors"

@@ -1,4 +1,4 @@
-"""The loop on the toy in this process: what memory, precision and patience change, and what not."""
+"""The loop on the toy in this process: what memory, precision and patience change."""
 
 from functools import partial
 from pathlib import Path
@@ -206,7 +206,7 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     from lcm_lora.training import memory
     from lcm_lora.training.state import loop
 
-    # As the trainer's own process has it; the other, for the processor, asks the system for memory.
+    # The trainer's process uses this one; the one for CPUs asks the system for free memory.
     for name in ("optimized_attention", "optimized_attention_masked"):
         monkeypatch.setattr(attention, name, attention.attention_pytorch)
     _, plain = trained(steps=1)
@@ -222,7 +222,7 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
         _, compiled = trained(steps=1, compile=True)
         count = len(graphs)
         assert count >= 3 * len(blocks)
-        _, again = trained(steps=1)  # the blocks are compiled still
+        _, again = trained(steps=1)  # the blocks are still compiled
         assert len(graphs) == count
     finally:
         restore(forwards)

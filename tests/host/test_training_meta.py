@@ -18,7 +18,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def trainer_s_attention(comfy, monkeypatch):
-    """The one that a job's process asks for by flag; the others ask the device for free memory."""
+    """The attention that a job's process selects by a flag; the others ask for free memory."""
     from comfy.ldm.modules import attention
 
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)

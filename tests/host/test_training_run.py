@@ -156,7 +156,7 @@ def test_a_job_whose_last_word_was_lost_is_done_all_the_same(job):
 
 
 def resumed(job, unbroken: bytes, kills: int, seed: int) -> None:
-    """A job killed at random points, each time started again, against one that ran through."""
+    """A job is killed at random points and restarted; it must equal one that ran through."""
     spec = job("killed")
     chance = random.Random(seed)
     for step in sorted(chance.randrange(1, 12) for _ in range(kills)):
@@ -226,7 +226,7 @@ DISK_FULL, SMALL, ENOUGH = 75, 64 * 1024, 256 * 1024 * 1024
     ["job", *(pytest.param(name, marks=pytest.mark.faults) for name in ("banks", "output"))],
 )
 def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, unbroken, small_disk, what):
-    """Full from the start for the bank and the result, after the first checkpoint for the job."""
+    """For bank and result the disk is full from the start, for the job after a checkpoint."""
     disk = small_disk(SMALL if what != "job" else ENOUGH)
     spec = job("full")
     settings = json.loads(spec.read_text())
@@ -240,7 +240,7 @@ def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, unbroken
     if what == "job":
         reached(spec, 3, process)
         while True:
-            with suppress(OSError):  # the job has written more meanwhile
+            with suppress(OSError):  # the job may have written more in the meantime
                 small_disk(shutil.disk_usage(disk).used + SMALL)
                 break
     assert process.wait(timeout=120) == DISK_FULL
@@ -254,7 +254,7 @@ def test_a_full_disk_pauses_and_the_job_goes_on_when_there_is_room(job, unbroken
 
 
 def test_pictures_with_captions_become_a_lora(job, tmp_path):
-    """Folder and tar, one of them unreadable within the limit."""
+    """One picture of the folder is unreadable, which is within the limit."""
     from PIL import Image
 
     pictures = tmp_path / "pictures"
@@ -277,7 +277,7 @@ def test_pictures_with_captions_become_a_lora(job, tmp_path):
 
 
 def test_no_better_for_long_enough_ends_with_the_best(job):
-    """A learning rate that makes it worse with every step."""
+    """The learning rate makes the LoRA worse with every step."""
     spec = job("patience", lr=0.05, steps=60, sample_every=2, patience=2, checkpoint_every=2)
     done(spec)
     measured = [line for line in metrics(spec) if "endpoint_error" in line]
@@ -301,7 +301,7 @@ def test_no_better_for_long_enough_ends_with_the_best(job):
 
 @pytest.mark.faults
 def test_compiled_blocks_learn_what_plain_ones_learn(job):
-    """With torch's own compiler, which needs one for C++ where there is no GPU."""
+    """Uses torch's own compiler, which needs a C++ compiler where there is no GPU."""
     plain = files.read(done(job("plain", steps=2)))
     compiled = files.read(done(job("compiled", steps=2, compile=True)))
     for name, delta in plain.deltas.items():
@@ -325,7 +325,7 @@ def test_finish_writes_what_there_is(job):
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])
 def test_two_nodes_are_one_process_with_twice_the_batch(job, steps):
-    """Launched as Slurm and SkyPilot launch them, but on one machine."""
+    """The processes are launched as by Slurm and SkyPilot, but on one machine."""
     one = job("one", steps=steps, batch=2, checkpoint_every=50)
     two = job("two", steps=steps, batch=1, checkpoint_every=50)
     done(one, OMP_NUM_THREADS="2")
@@ -459,9 +459,9 @@ def test_a_pause_before_the_training_ends_every_process(job, tmp_path):
 
 
 def test_a_pause_while_the_bank_is_drawn_is_followed_at_once_by_every_process(job, tmp_path):
-    """The one that draws is in the middle of a file, the other draws too and then waits for it."""
+    """One process is in the middle of a file; the other draws too and then waits for it."""
     banks = tmp_path / "own-banks"
-    data = {"prompts": PROMPTS, "count": ROWS + 1, "draw_steps": 1000}  # a file of many minutes
+    data = {"prompts": PROMPTS, "count": ROWS + 1, "draw_steps": 1000}  # minutes for a file
     spec = job("early", banks=str(banks), data=data)
     control = spec.parent / "control.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -75,7 +75,7 @@ def test_native_names_are_the_hosts_for_every_module(comfy, per_level, depth, de
     expected = {
         f"diffusion_model.{native.removesuffix('.weight')}": path
         for path, native in comfy.utils.unet_to_diffusers(config).items()
-        # Another name of add_embedding.
+        # Another name for add_embedding.
         if native.endswith(".weight") and not path.startswith("class_embedding")
     }
     paths = {path.removesuffix(".weight") for path in expected.values()}
@@ -129,7 +129,7 @@ def test_a_sum_with_factors_and_a_full_difference_of_one_module_adds_both(model)
     patched, _, _ = apply(model, tensors)
     expected = model.model.state_dict()[f"{key}.weight"] + 2
     torch.testing.assert_close(patched_weights(patched)[f"{key}.weight"], expected)
-    # The host's own loader keeps one change a weight.
+    # The host's own loader keeps one change per weight.
     from comfy.sd import load_lora_for_models
     from lcm_lora.lora.formats.wire import to_wire
 
@@ -306,7 +306,7 @@ def test_a_count_shows_its_vectors_and_weights(comfy):
 
 
 def test_what_was_applied_in_the_graph_is_extracted_again(model):
-    """A LoRA, a bias and a norm on a model: the difference to the model is what was applied."""
+    """A LoRA, a bias and a norm are applied; the difference to the model is what was applied."""
     from lcm_lora.lora.extract import extract
     from lcm_lora.lora.formats.wire import from_wire
     from lcm_lora.lora.weights.host import differences

@@ -49,7 +49,7 @@ def ground(host_folder, tmp_path, server, subject):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, for the tests of one file: while it is there, no other event loop can run."""
+    """Chromium for the tests of one file. While it runs, no other event loop can run."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     from lcm_lora.tests.server.browser import chromium
 

@@ -11,7 +11,7 @@ ENDED = ("done", "failed", "paused")
 
 
 def order(client, name: str, **changes) -> str:
-    """-> the id of a small job, which is queued; `checkpoint` has to be among the changes."""
+    """Queues a small job; -> its id. The changes must include `checkpoint`."""
     settings = {
         "name": name, "steps": STEPS, "batch": 2,
         "rank": 4, "guidance": 2.5, "lr": 1e-3, "seed": 3, "checkpoint_every": 3,
@@ -22,7 +22,7 @@ def order(client, name: str, **changes) -> str:
 
 
 def done(store, job: str, seconds: float) -> bool:
-    """Waits for a job's end; -> whether it came in time and was a good one."""
+    """Waits for a job's end; -> whether it ended in time and is done."""
     until = time.monotonic() + seconds
     while (state := store.job(job).state) not in ENDED:
         if time.monotonic() > until:
@@ -32,7 +32,7 @@ def done(store, job: str, seconds: float) -> bool:
 
 
 class Ground:
-    """A user folder with the toy in it, a server, and what is killed there."""
+    """A user folder with the toy, a server, and functions that kill what runs there."""
 
     def __init__(self, host_folder, folder, subject, models):
         from lcm_lora.dev.server import Server, install
@@ -48,12 +48,12 @@ class Ground:
         self.loras = self.base / "models" / "loras"
 
     def up(self, port: int = 0) -> None:
-        """Starts a server, at a free port where none is named."""
+        """Starts a server, on a free port if none is given."""
         self.server = self.new(port)
         self.server.__enter__()
 
     def order(self, name: str, **changes) -> str:
-        """-> the id of a queued job."""
+        """Queues a job; -> its id."""
         settings = {"checkpoint": self.subject.checkpoint} | changes
         return order(self.server.client(), name, **settings)
 
@@ -61,7 +61,7 @@ class Ground:
         return done(self.store, job, seconds)
 
     def spared(self, job: str) -> None:
-        """Lets a job come on that fails, by its rules, at the next crash without a new step."""
+        """Waits for a new step if one more crash would make the job fail by its rules."""
         attempt = Attempt.read(self.store.path(job)) or Attempt()
         if attempt.crashes >= CRASHES:
             while (now := self.store.job(job)).step <= attempt.step and now.state not in ENDED:

@@ -34,7 +34,7 @@ def pack(tmp_path_factory) -> Path:
 def history(tmp_path_factory) -> Path:
     """A folder with a repository in which each ComfyUI that we support is a tag."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("COMFYUI_PATH", raising=False)  # which would take the place of them all
+        patch.delenv("COMFYUI_PATH", raising=False)  # it would replace all of them
         oldest_first = reversed(environment.HOSTS)
         hosts = [(version, environment.prepare(version)[1]) for version in oldest_first]
     made = tmp_path_factory.mktemp("history") / "ComfyUI"
@@ -84,12 +84,12 @@ def test_comfy_cli_takes_the_workflow(path, client, subject, tmp_path):
     verdict = json.loads(output.splitlines()[-1])["data"]
     assert verdict["valid"] and not verdict["warning_count"], verdict
 
-    # It reads the workflow as we do, too.
+    # It also reads the workflow as we do.
     read = tools.run(tools.COMFY_CLI, "python", "-c", CONVERT, path, files[1], cwd=tmp_path)
     assert read.returncode == 0, read.stderr
     theirs, ours = json.loads(read.stdout), to_api(json.loads(path.read_text(encoding="utf-8")))
     assert theirs.keys() == ours.keys()
     for key, node in ours.items():
         assert theirs[key]["class_type"] == node["class_type"]
-        # As the front end does, it adds what a workflow is too old to hold.
+        # Like the front end, it adds inputs that are newer than the workflow.
         assert theirs[key]["inputs"] == theirs[key]["inputs"] | node["inputs"]

@@ -17,7 +17,7 @@ VICTIMS = [
 
 @pytest.mark.faults
 def test_kills_at_random_moments_cost_nothing(ground, tally):
-    """Every job is killed at, again and again, until each kill has been tried often enough."""
+    """Jobs are killed again and again, until each kind of kill was tried often enough."""
     chance, undisturbed = random.Random(1), ground.order("whole")
     assert ground.done(undisturbed)
     expected = ground.loras / "whole.safetensors"

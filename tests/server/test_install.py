@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("network")
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "nodes.json").read_text(encoding="utf-8"))
-# What is in a ComfyUI's folder, but none of ComfyUI's.
+# Files in a ComfyUI's folder that are not part of ComfyUI.
 OWN = {"custom_nodes", "models", "input", "output", "user", "temp", ".git"}
 
 
 @pytest.fixture
 def clean(host_folder, tmp_path) -> Path:
-    """A ComfyUI as nobody has used it yet."""
+    """A ComfyUI that nobody has used yet."""
 
     def own(folder: str, names: list[str]) -> set[str]:
         return OWN & set(names) if Path(folder) == host_folder else set()
@@ -41,9 +41,9 @@ def clean(host_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def python() -> Iterator[Path]:
-    """Of an environment like this one that may be spoilt: its files are hard links to ours, which
-    an installer replaces and never writes into. Nothing less will do, for the Manager's uv looks
-    into the environment's own folder only.
+    """The Python of a copy of this environment that may be changed: its files are hard links to
+    ours, which an installer replaces and never writes into. It has to be a full copy, because the
+    Manager's uv looks only into the environment's own folder.
     """
     with tempfile.TemporaryDirectory(dir=Path(sys.prefix).parent) as folder:
         venv.create(folder)
@@ -88,7 +88,7 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
     from lcm_lora.dev.server import Server, install
     from lcm_lora.dev.toy import assemble
 
-    manager = clean / "manager_requirements.txt"  # of the version that belongs to this ComfyUI
+    manager = clean / "manager_requirements.txt"  # the version that belongs to this ComfyUI
     subprocess.run([python, "-m", "pip", "install", "-q", "-r", manager], check=True)
     before = packages(python)
     folder = way(clean, python, tmp_path)
@@ -114,7 +114,7 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
 
 
 def served(client, address: str, folder: Path) -> None:
-    """Each file of a folder is to be had as it is."""
+    """The server returns each file of the folder unchanged."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         part = urllib.request.quote(path.relative_to(folder).as_posix())
         with urllib.request.urlopen(f"{client.url}{address}/{part}", timeout=30) as answer:

@@ -1,4 +1,4 @@
-"""Distillation jobs in the real server: by nodes, over HTTP, beside prompts; what is refused."""
+"""Distillation jobs in the real server, by nodes, over HTTP and next to prompts; refusals."""
 
 import http.client
 import json
@@ -20,7 +20,7 @@ PROMPTS = "a photo of a bag\na photo of a dress"
 
 
 def graph(subject, name, wait=True, **changes) -> dict:
-    """Distil, look, and draw with what came of it."""
+    """Distils, shows the status, and draws with the new LoRA."""
     source = {"source": "prompts", "source.prompts": PROMPTS, "source.count": 8}
     source |= {"source.draw_steps": 4, "resolution": 64}
     order = {"checkpoint": subject.checkpoint, "data": ["1", 0], "name": name} | SMALL | changes
@@ -75,7 +75,7 @@ def named(store, name):
 
 
 def send(client, path, body="{}", method="POST", **headers):
-    """-> (status, parsed answer) of a request as it is given, headers and all."""
+    """Sends a request with exactly these headers; -> (status, parsed answer)."""
     connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=60)
     all_headers = {"Content-Type": "application/json"} | {
         key.replace("_", "-"): value for key, value in headers.items()
@@ -94,7 +94,7 @@ def test_distil_then_use_it_in_one_graph(client, subject, store, server):
     assert client.pictures(shown)["11"][0].is_file()
     record = named(store, "made/first")
     assert (record.state, record.step, record.lora_name) == ("done", 4, "made/first.safetensors")
-    # Queued once more it is the same job, done already.
+    # Queued again it is the same job, which is already done.
     shown = client.run(graph(subject, "made/first"))
     assert shown["4"]["text"][0].startswith("done, step 4 of 4")
     assert len([job for job in store.jobs() if job.name == "made/first"]) == 1
@@ -125,7 +125,7 @@ def test_the_node_returns_at_once_and_twice_is_one_job(client, subject, store):
     assert len([job for job in store.jobs() if job.name == "slow"]) == 1
     job = named(store, "slow")
     until(lambda: store.job(job.id).step >= 2, "it trains")
-    # The newest checkpoint's LoRA while it goes on, and a picture beside it.
+    # Meanwhile the newest checkpoint's LoRA draws a picture.
     shown = client.run(graph(subject, "slow", wait=False, steps=5000))
     assert client.pictures(shown)["11"][0].is_file()
     assert store.job(job.id).state == "running"
@@ -209,7 +209,7 @@ def test_orders_that_are_refused(change, says, client, subject, store):
 def test_requests_that_are_refused(client):
     some = uuid.uuid4()
     assert send(client, "jobs", "{}", Origin="http://evil.example")[0] == 403
-    # ComfyUI's own check of the origin comes first, and fails on what is no address.
+    # ComfyUI's own check of the origin comes first, and fails if it is not an address.
     assert send(client, "jobs", "{}", Origin="http://[")[0] in (403, 500)
     assert send(client, "jobs", "{}", Sec_Fetch_Site="cross-site")[0] == 403
     assert send(client, "jobs", "{}", Sec_Fetch_Site="same-site")[0] == 403
@@ -245,7 +245,7 @@ def test_requests_that_are_refused(client):
 def test_behind_a_proxy_the_own_page_may_change_a_job(client, host, origin, site, status):
     headers = {"Host": host, "Origin": origin, "Sec_Fetch_Site": site}
     present = {key: value for key, value in headers.items() if value is not None}
-    # It is let through where it is told that there is no such job.
+    # 404 means that the request was let through: there is no such job.
     assert send(client, f"jobs/{uuid.uuid4()}/stop", **present)[0] == status
 
 
@@ -276,14 +276,14 @@ def test_nothing_that_fits_the_document_or_breaks_it_makes_the_server_fail(clien
         "--url", client.url, "--checks", "not_a_server_error", "--max-examples", "15",
         "--seed", "1", "--generation-database", "none",
     ]  # fmt: skip
-    # It leaves a cache where it runs.
+    # It leaves a cache in its working directory.
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 @pytest.fixture
 def servers(host_folder, tmp_path, server):
-    """Two servers of one user folder, not started, with the toy's files; and its jobs."""
+    """Two servers, not started, of one user folder with the toy's files, and its jobs."""
     from lcm_lora.dev.server import Server, install
     from lcm_lora.training.jobs.store import Store
 

@@ -1,4 +1,4 @@
-"""Beside other packs each does what it does alone."""
+"""With other packs installed, each pack does what it does alone."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lcm_lora.tests.server.test_workflows import FOLDER, fitted, inputs_of, pict
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE.parent / "golden" / "nodes.json").read_text(encoding="utf-8"))
-# Of comfyui-tooling-nodes and ComfyUI_Ib_CustomNodes, which PyPI has whole.
+# From comfyui-tooling-nodes and ComfyUI_Ib_CustomNodes, which are complete on PyPI.
 KNOWN = """
 comfyui-tooling-nodes==0.1.0 \
     --hash=sha256:a67723c739a75f167c1c6ec02e6179f70a023afab4ec96b1165018bc011a4e7a
@@ -79,7 +79,7 @@ def test_its_patch_takes_part_on_either_side_of_ours(beside, prompt):
 
 
 def test_its_sampler_takes_our_model(beside, prompt):
-    """As ComfyUI's own Euler does, for that is what it is."""
+    """It equals ComfyUI's own Euler, because it calls it."""
     (key,) = (key for key, node in prompt.items() if node["class_type"] == "LCMKSampler")
     ours = prompt[key]["inputs"]
     shared = ("model", "seed", "steps", "cfg", "positive", "negative", "denoise")
@@ -111,7 +111,7 @@ def test_the_picture_is_the_same_beside_packs_of_others(
         assert "error" not in its.get("/etn/model_info")
 
 
-# The last one: while there is a browser, nothing else can be run.
+# This comes last, because nothing else can run while there is a browser.
 def test_both_pages_are_there(browser, beside):
     page = new_page(browser, beside)
     assert page.evaluate("document.body.dataset.neighbour") == "here"

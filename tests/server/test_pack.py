@@ -129,7 +129,7 @@ def test_importing_it_connects_writes_changes_and_brings_in_nothing(tmp_path):
     assert effects == {"nodes": len(GOLDEN), "new": [], "touched": [], "changed": []}
 
 
-@pytest.mark.faults  # it reads a clock, which the tests must do without
+@pytest.mark.faults  # it reads a clock, which the tests must not use
 def test_importing_it_takes_a_tenth_of_a_second(tmp_path):
-    # The first one of all compiles the files too.
+    # The very first import also compiles the files.
     assert min(imported(tmp_path)["seconds"] for _ in range(3)) < 0.1

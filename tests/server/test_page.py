@@ -88,7 +88,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
     page.wait_for_function(
         "app.graph.nodes.filter((node) => node.type === 'LCMLoRALoader').length === 2"
     )
-    # As a person would: the new node takes the old one's place.
+    # As a user would do it: the new node replaces the old one.
     drawn = page.evaluate(
         """async (checkpoint) => {
             const [old, made] = app.graph.nodes.filter((node) => node.type === 'LCMLoRALoader')
@@ -133,7 +133,7 @@ def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
     press("stop")
     reaches(page, "page keys", "paused")
     press("delete")
-    # Who only hears the page is asked too.
+    # The button's name asks too, so that screen readers read the question.
     job(page, "page keys").get_by_role("button", name="really delete?: page keys").wait_for()
     press("delete")
     page.wait_for_function(
@@ -174,7 +174,7 @@ def test_it_fits_in_both_themes_and_on_a_phone(page):
             }""")
             assert wide <= 0, f"{theme}, {width}: the page is too wide for its tab"
             words, ground = page.evaluate(LIGHTNESS)
-            assert abs(words - ground) > 300, f"{theme}: words can hardly be told from the ground"
+            assert abs(words - ground) > 300, f"{theme}: words are hardly visible on the ground"
 
 
 def test_a_nodes_help_is_one_click_away(page):

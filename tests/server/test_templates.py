@@ -18,7 +18,7 @@ OPENED = """async ([workflow, name, vue]) => {
 
 @pytest.fixture(scope="module")
 def page(browser, client):
-    """One for all, for opening it takes longer than what is tried there."""
+    """One page for all tests, because opening it takes longer than the tests."""
     made = new_page(browser, client)
     yield made
     made.context.close()
@@ -43,7 +43,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, here,
         text = text.replace(official, own)
     workflow = json.loads(text)
     prompt, page_nodes = page.evaluate(OPENED, [workflow, path.stem, vue])
-    page.wait_for_timeout(500)  # what is missing is told a moment later
+    page.wait_for_timeout(500)  # missing files are reported a moment later
     pictured(page, f"{path.stem}-{'vue' if vue else 'canvas'}")
     for warning in ("text=/errors? found|missing/i", ".p-toast-message", "[role=dialog]"):
         shown = page.locator(warning)
@@ -51,7 +51,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, here,
     expected = to_api(workflow)
     for key, node in expected.items():
         assert prompt[key]["class_type"] == node["class_type"]
-        # It adds what a workflow is too old to hold.
+        # It adds inputs that are newer than the workflow.
         assert {name: prompt[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
     if vue:
         assert page.locator("[data-node-id]").count() >= len(expected)
@@ -66,7 +66,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, here,
 
 
 def test_files_that_are_missing_are_offered(page):
-    """What a person sees who has neither the checkpoint nor an LCM-LoRA."""
+    """The user has neither the checkpoint nor an LCM-LoRA."""
     path = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
     page.evaluate(OPENED, [json.loads(path.read_text(encoding="utf-8")), path.stem, False])
     page.get_by_text("View details").click()

@@ -27,13 +27,13 @@ def fitted(path, subject):
 
 
 def inputs_of(prompt: dict, kind: str) -> dict:
-    """Of the one node of a class."""
+    """The inputs of the only node of a class."""
     (inputs,) = (node["inputs"] for node in prompt.values() if node["class_type"] == kind)
     return inputs
 
 
 def pictures(client, prompt: dict) -> torch.Tensor:
-    """What the one SaveImage of a prompt saves."""
+    """The pictures that the prompt's only SaveImage saves."""
     (paths,) = client.pictures(client.run(prompt)).values()
     return images(paths)
 
@@ -105,7 +105,7 @@ def test_the_control_net_has_a_say(client, subject):
     inputs_of(prompt, "ControlNetApplyAdvanced")["strength"] = 0.0
     plain = pictures(client, prompt)
     assert (drawn - plain).abs().mean() > 0.01
-    # With none it is text to image.
+    # Without a picture it is text to image.
     prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
     assert (pictures(client, prompt) - plain).abs().max() <= 1 / 255
 
@@ -178,7 +178,7 @@ def test_an_interruption_leaves_the_server_ready(client, subject):
     shares = []
 
     def interrupt(done: float, total: int) -> None:
-        shares.append(done % 1)  # of the node that runs, and only the sampler tells
+        shares.append(done % 1)  # of the node that runs, and only the sampler reports
         if shares[-1]:
             client.post("/interrupt", {})
 
@@ -203,7 +203,7 @@ def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_it_says_where_its_files_come_from(path):
-    """All but the styles, which are anybody's own."""
+    """Except for the styles, which users choose themselves."""
     for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
         values = [value for value in node.get("widgets_values") or [] if isinstance(value, str)]
         named = {value for value in values if value.endswith(".safetensors")}

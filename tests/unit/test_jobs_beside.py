@@ -15,7 +15,7 @@ from lcm_lora.training.spec import Spec
 
 
 class Server:
-    """What Beside asks, and what it was asked."""
+    """A server as Beside sees it; it records what Beside calls."""
 
     def __init__(self, folder):
         self.store = Store(folder / "jobs")
@@ -57,7 +57,7 @@ class Server:
         self.beside.look(self.now)
 
     def meanwhile(self, act):
-        """The next look has read the jobs when this happens."""
+        """Calls `act` during the next look, after that has read the jobs."""
         read = self.store.jobs
 
         def jobs():
@@ -154,7 +154,7 @@ def test_one_that_is_paused_for_good_as_it_comes_back_stays_paused(server):
 @pytest.mark.parametrize("busy", [True, False])
 def test_one_that_is_deleted_in_the_same_moment_disturbs_nobody(server, busy):
     jobs = [server.job("yield", name) for name in "ab"]
-    if not busy:  # they come back
+    if not busy:  # the paused jobs resume
         server.prompts = 1
         server.look()
     server.prompts = int(busy)
@@ -234,7 +234,7 @@ def test_pages_are_notified_only_when_a_job_changes(server):
 
 
 def calls_of(server, looks):
-    """How many calls of the file system so many looks make, half a second apart."""
+    """Counts the file system calls of this many looks, half a second apart."""
     asked = []
 
     def counted(call):

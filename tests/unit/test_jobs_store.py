@@ -1,4 +1,4 @@
-"""The store of jobs: states out of files, whatever is torn, missing or stale."""
+"""The store of jobs: states from files, even if some are torn, missing or stale."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def test_a_process_that_ended_is_noticed_though_no_file_changed(store, tmp_path)
     tell(store, job, "status", state="running")
     assert [record.state for record in store.jobs()] == ["running"]
     child.kill()
-    while processes.identity(child.pid) is not None:  # until it is at least a zombie
+    while processes.identity(child.pid) is not None:  # until it is a zombie, at least
         pass
     assert [record.state for record in store.jobs()] == ["lost"]
     child.wait()
@@ -206,7 +206,7 @@ def test_a_job_that_is_deleted_while_it_is_read_is_no_job(store, tmp_path, monke
         return read(path)
 
     monkeypatch.setattr(disk, "read_json", read_as_it_goes)
-    fresh = Store(store.folder)  # which has read none of them yet
+    fresh = Store(store.folder)  # it has not read any of them yet
     with pytest.raises(KeyError, match=jobs[0]):
         fresh.job(jobs[0])
     assert [record.id for record in fresh.jobs()] == [other]
@@ -385,7 +385,7 @@ def test_a_supervisor_that_may_not_change_the_jobs_yet_tries_again(store, tmp_pa
 
 
 def test_what_cannot_be_read_is_not_written_anew(store, tmp_path, monkeypatch):
-    """A job's name and place would be lost with it."""
+    """The job's name and place in the queue would be lost with the file."""
     job, _ = store.create(spec(tmp_path), "a")
     file = store.path(job) / "control.json"
     before, read_text = file.read_bytes(), Path.read_text

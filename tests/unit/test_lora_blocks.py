@@ -1,4 +1,4 @@
-"""Weights by the place and the kind of a module."""
+"""Weights that depend on the place and the kind of a module."""
 
 import json
 
@@ -31,7 +31,7 @@ TEXT = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
         ("lora_transformer_single_blocks_0", "other other"),
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text other"),
         ("text_encoders.qwen25_7b.transformer.model.norm", "text other"),
-        # Numbers that only the model places in a level.
+        # Block numbers whose level depends on the model.
         ("lora_unet_input_blocks_5_1_proj_in", "input attention"),
         ("lora_unet_output_blocks_2_1_transformer_blocks_0_ff_net_2", "output feed_forward"),
         ("lora_unet_input_blocks_5_0_in_layers_2", "input resnet"),
@@ -47,7 +47,7 @@ def test_a_module_is_placed_by_its_name(module, group):
         ("", (1, 1, 1, 1, 1)),
         ("input=0.5, feed_forward = 2", (0.5, 2, 1, 1, 2)),
         ("output=2; attention=-.5\nrest=0", (-0.5, 0, -1, 2, 0)),
-        # Blocks by whole names: block 1 is not block 10.
+        # Names of blocks match completely: block 1 is not block 10.
         ("up_blocks_1=0", (1, 1, 1, 1, 1)),
         ("up_blocks_0_attentions_1=3, down_blocks_1=2, rest=0", (2, 0, 3, 0, 0)),
         ("text=0.25", (1, 1, 1, 1, 0.25)),

@@ -1,4 +1,4 @@
-"""The weighted sum of LoRAs: exact as a matrix, whatever the ranks and kinds of layers."""
+"""The weighted sum of LoRAs is exact as a matrix, for all ranks and kinds of layers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_factors_kept_as_matrices_join_with_those_kept_as_kernels():
 
 
 def test_adding_factors_would_be_wrong():
-    """What some tools do; the test's tolerance can tell it from the true sum."""
+    """Some tools do this; the test's tolerance distinguishes it from the true sum."""
     one, two = linear(4, seed=1), linear(4, seed=2)
     wrong = Delta(one.up + two.up, one.down + two.down).matrix()
     combined, _ = exact([Vector({LINEAR: one}), Vector({LINEAR: two})], [1.0, 1.0])
@@ -192,7 +192,7 @@ def test_weights_that_give_no_sum_are_refused(weights, words):
 
 
 def test_a_full_difference_and_factors_of_other_shapes_are_refused():
-    """As conv_in of a model and of its inpainting relative."""
+    """For example conv_in of a model and of its inpainting version."""
     full = Vector({}, {f"{CONV}.diff": rand(20, 4, 3, 3)}, source="A")
     with pytest.raises(ValueError, match=r"\[20, 12, 3, 3\] in B, \[20, 4, 3, 3\] in A"):
         exact([full, Vector({CONV: conv(2)}, source="B")], [1.0, 1.0])

@@ -23,7 +23,7 @@ def generator(seed=0):
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize(("name", "theirs"), [("ties", "ties"), ("magnitude", "magnitude_prune")])
 def test_rules_that_draw_nothing_equal_pefts(name, theirs, density):
-    # Of TIES peft weighs after the vote, which is the same where all weights are.
+    # For TIES, peft weighs after the vote, which is the same if all weights are equal.
     weights = torch.full((3,), 0.7) if name == "ties" else torch.tensor([1.0, -0.8, 0.5])
     stacked = changes()
     weighted = stacked * weights.view(-1, 1, 1)
@@ -91,7 +91,7 @@ def test_a_merge_has_the_rank_asked_and_reports_its_error(name):
     lost = total = 0.0
     for module, module_delta in merged.deltas.items():
         assert module_delta.matrix().equal(again.deltas[module].matrix())
-        dense = full_rank.deltas[module].matrix()  # of full rank, so the merge itself
+        dense = full_rank.deltas[module].matrix()  # has full rank, so it is the merge itself
         lost += float((module_delta.matrix() - dense).square().sum())
         total += float(dense.square().sum())
     assert f"relative error {(lost / total) ** 0.5:.2e}" in report

@@ -1,4 +1,4 @@
-"""Vectors whose tensors lie on a device, as those of the host's trainer do, beside others."""
+"""Vectors with tensors on a device, as from the host's trainer, mixed with others."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from lcm_lora.lora.nearest import nearest
 
 
 def weight(*shape, seed=0, decay=0.9):
-    """Random, with a spectrum that falls off."""
+    """Random weights, with a spectrum that falls off."""
     generator = torch.Generator().manual_seed(seed)
     out, columns = shape[0], torch.Size(shape[1:]).numel()
     left, _, right = torch.linalg.svd(

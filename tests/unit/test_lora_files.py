@@ -1,4 +1,4 @@
-"""LoRA files on disk: bad ones are explained, good ones are written whole or not at all."""
+"""LoRA files on disk: bad ones are explained, good ones are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_values_too_small_for_fp16_are_reported(tmp_path, caplog):
 
 def test_values_too_large_for_fp16_are_refused(tmp_path):
     up = torch.full((20, 4), 1e12)
-    up[0] = torch.inf  # which hides nothing
+    up[0] = torch.inf  # this must not hide the finite ones
     big = Vector({NAME: Delta(up, torch.ones(4, 768))})
     with pytest.raises(ValueError, match="too large for fp16; save as bf16 or fp32"):
         write(tmp_path / "a.safetensors", big, "fp16", overwrite=False)
@@ -96,14 +96,14 @@ def test_values_too_large_for_fp16_are_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
 def test_a_small_factor_keeps_its_precision_in_fp16(tmp_path, size):
-    """Alpha and weight go into the up factor of a sum, other ones for each of its terms."""
+    """In a sum, each term's alpha and weight are multiplied into its up factor."""
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(*s, generator=generator) for s in ((20, 4), (4, 768)))
     original = Delta(up * size * torch.tensor([1, 1e-3, 1, 1e3]), down)
     assert torch.equal(balanced(original).matrix(), original.matrix())
     write(tmp_path / "a.safetensors", Vector({NAME: original}), "fp16", False)
     read_back = read(tmp_path / "a.safetensors").deltas[NAME]
-    for rank in range(4):  # each by itself, for the largest would hide the others
+    for rank in range(4):  # one at a time, because the largest would hide the others
         made = read_back.up[:, rank, None].float() @ read_back.down[None, rank].float()
         expected = original.up[:, rank, None] @ original.down[None, rank]
         assert (made - expected).norm() <= 5e-4 * expected.norm()
@@ -126,7 +126,7 @@ def test_factors_of_8_bits_are_written_and_weighted(tmp_path, kind):
 
 
 def test_products_and_cores_are_written_as_two_factors(tmp_path):
-    """Other programs read no LoHa, LoKr or Tucker core in a file of kohya's kind."""
+    """Other programs cannot read LoHa, LoKr or Tucker cores in a file of kohya's kind."""
     conv = NAME.replace("attentions_0_transformer_blocks_0_attn2_to_k", "resnets_0_conv1")
     proj = "lora_unet_down_blocks_0_attentions_0_proj_in"  # a convolution in SD1
     generator = torch.Generator().manual_seed(0)

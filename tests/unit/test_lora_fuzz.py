@@ -38,7 +38,7 @@ PARTS = (
     ".a2.weight", ".b1.weight", ".b2.weight", ".bm.weight", "",
 )  # fmt: skip
 LORA = {".lora_up.weight": [6, 2], ".lora_down.weight": [2, 5], ".alpha": []}
-# Modules that are whole, of a layer [6, 5].
+# Complete modules for a layer [6, 5].
 WHOLE = (
     LORA, LORA, LORA,
     LORA | {".dora_scale": [6, 1]}, LORA | {".dora_scale": [1, 5]}, LORA | {".magnitude": [6]},
@@ -52,7 +52,7 @@ NUMBERS = (0, 1, -1, 2**31, 2**63 - 1, 2**64, -(2**63), 1.5, None, "1", [], True
 
 
 def layout(chance: random.Random) -> tuple[dict, bytes]:
-    """Header and tensors of a file that may well be a LoRA."""
+    """Header and tensors of a file that could be a LoRA."""
     header, data = {}, b""
     for module in chance.sample(MODULES, chance.randint(1, 3)):
         shapes = dict(chance.choice(WHOLE))
@@ -92,7 +92,7 @@ def metadata(chance: random.Random):
 
 
 def hurt(header: dict, chance: random.Random) -> None:
-    """Changes something of the header."""
+    """Changes something in the header."""
     name = chance.choice(list(header))
     entry = header[name]
     if not isinstance(entry, dict) or not {"shape", "data_offsets"} <= entry.keys():
@@ -121,7 +121,7 @@ def made(chance: random.Random) -> bytes:
         hurt(header, chance)
     text = json.dumps(header).encode()
     way = chance.randrange(12)
-    if way == 0:  # keys that come twice
+    if way == 0:  # duplicate keys
         text = text[:-1] + b"," + text[1:]
     elif way == 1:
         text = text.replace(b"{", b'{"x":' + b"[" * 10_000, 1)
@@ -158,7 +158,7 @@ def work(vector) -> None:
 
 
 def fuzz(count: int, folder) -> dict[str, int]:
-    """Reads so many files and works with what they give; -> how many were read and refused."""
+    """Reads this many files and uses the vectors; -> how many were read and refused."""
     path, counts = folder / "a.safetensors", {"read": 0, "refused": 0}
 
     @settings(
@@ -182,7 +182,7 @@ def fuzz(count: int, folder) -> dict[str, int]:
 
 
 def test_broken_files_are_read_rightly_or_refused_with_a_sentence(tmp_path):
-    fuzz(20, tmp_path)  # whatever is loaded at first use is loaded
+    fuzz(20, tmp_path)  # so that everything that is loaded at first use is loaded
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts = fuzz(1000, tmp_path)
     megabyte = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes

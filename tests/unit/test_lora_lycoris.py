@@ -65,7 +65,7 @@ def test_a_file_of_lycoris_is_read_exactly(kind, shape, options):
 
 
 def test_a_product_is_kept_as_its_factors_and_scaled_with_them():
-    """LoKr is not formed before it is added up: whole it is a thousand times as large."""
+    """LoKr is not expanded before the sum: expanded it is a thousand times as large."""
     tensors = {f"{NAME}.lokr_w1": torch.randn(64, 64), f"{NAME}.lokr_w2": torch.randn(128, 128)}
     vector = parse(tensors, {}, "a")
     delta = vector.deltas[NAME]
@@ -84,7 +84,7 @@ def test_a_product_is_kept_as_its_factors_and_scaled_with_them():
     [("loha", {"use_tucker": True}), ("lokr", {"use_tucker": True, "factor": 4}), ("lokr", {})],
 )
 def test_a_kernel_is_kept_where_parts_or_name_show_it(kind, options):
-    """Other programs want a convolution's factors with their kernel."""
+    """Other programs expect a convolution's factors with their kernel."""
     tensors, delta = made(kind, CONV, lora_dim=2, **options)
     name = NAME.replace("attentions_0_proj_in", "resnets_0_conv1")
     tensors = {key.replace(NAME, name): tensor for key, tensor in tensors.items()}

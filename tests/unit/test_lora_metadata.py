@@ -1,4 +1,4 @@
-"""What a vector says of how it was made, and of what it is, down to the file."""
+"""What a vector, and its file, says about how it was made and what it is."""
 
 from __future__ import annotations
 

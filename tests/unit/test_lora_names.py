@@ -63,7 +63,7 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
             "diff",
         ),
         ("diffusion_model.out.0.bias.diff", "lora_unet_conv_norm_out", "diff_b"),
-        # What compilers and data parallelism leave in a path, wherever it stands.
+        # Parts that compilers and data parallelism add to a path, at any place.
         (f"unet._orig_mod.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
         (f"_orig_mod.module.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
         (f"unet.module._orig_mod.{BLOCK}.attn1.to_q.lora_A.weight", Q, "down"),
@@ -93,14 +93,14 @@ TEXT = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
          "lora_te_text_model_embeddings_token_embedding", "embedding_A"),
         ("lora_te2_text_model_encoder_layers_9_layer_norm1.w_norm",
          "lora_te2_text_model_encoder_layers_9_layer_norm1", "diff"),
-        # T5 is the second encoder of Flux and the third of SD3, and no CLIP.
+        # T5 is the second encoder of Flux and the third of SD3; it is not a CLIP.
         ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
          "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "down"),
         ("t5.encoder.block.0.layer.0.SelfAttention.q.alpha",
          "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "alpha"),
         ("lora_te2_encoder_block_0_layer_0_SelfAttention_q.alpha",
          "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "alpha"),
-        # Names of other models are the host's to know.
+        # Only the host knows the names of other models.
         ("text_encoders.qwen25_7b.transformer.model.layers.0.mlp.up_proj.diff",
          "text_encoders.qwen25_7b.transformer.model.layers.0.mlp.up_proj", "diff"),
         ("lycoris_transformer_blocks_0_attn_to_out.alpha",
@@ -136,7 +136,7 @@ SD15_NATIVE = {
     "output_blocks_5_2_conv": "up_blocks_1_upsamplers_0_conv",
     "output_blocks_11_1_norm": "up_blocks_3_attentions_2_norm",
 }
-# One residual block a level, as in KOALA: conv_in, R, Down, R, Down, R.
+# One residual block per level, as in KOALA: conv_in, R, Down, R, Down, R.
 KOALA_NATIVE = {
     "input_blocks_1_0_in_layers_2": "down_blocks_0_resnets_0_conv1",
     "input_blocks_2_0_op": "down_blocks_0_downsamplers_0_conv",
@@ -341,7 +341,7 @@ def test_no_spelling_hides_that_a_module_is_there_twice(one, other):
 
 
 def test_two_tensors_of_one_part_are_refused():
-    """Of two adapters in one file, for example."""
+    """This happens with two adapters in one file, for example."""
     tensors = factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.one.weight", ".lora_A.one.weight")
     tensors |= factors(f"unet.{BLOCK}.attn1.to_q", ".lora_B.two.weight", ".lora_A.two.weight")
     with pytest.raises(ValueError, match="attn1.to_q.lora_B.two.weight: .* two tensors for up"):
@@ -361,7 +361,7 @@ def test_keys_that_are_no_lora_are_remembered():
 
 
 def test_the_only_clip_of_a_model_takes_what_a_file_says_of_another():
-    """A file tells which CLIP it is for by the width of its layers, which models may vary."""
+    """The width of its layers shows which CLIP a file is for; models may vary it."""
     path = "transformer.text_model.final_layer_norm"
     alone = places({f"text_encoders.clip_h.{path}": "weight"})
     assert [alone[f"text_encoders.clip_{clip}.{path}"] for clip in "lgh"] == ["weight"] * 3

@@ -24,7 +24,7 @@ def merged_with(vector, weight, name=NAME) -> torch.Tensor:
 
 
 def assert_merges(tensors, expected, weight) -> None:
-    """As it is read, after it was on a wire, and after it was in a file."""
+    """The vector as it is read, after a wire, and after a file."""
     vector = parse(tensors, {}, "a")
     assert not vector.ignored and vector.modules() == {NAME}
     before = weight.clone()
@@ -67,7 +67,7 @@ def test_every_form_of_a_magnitude_of_the_outputs(shape, form):
     }[form]  # fmt: skip
     tensors[key] = magnitude
     if form == "[1, out]" and shape[0] == shape[1]:
-        # A square layer alone does not tell it; another layer of the file does.
+        # A square layer alone does not show it, but another layer of the file does.
         other, _ = of_peft("lora_unet_conv_in", weight_of((32, 8, 1, 1)), 2)
         other["lora_unet_conv_in.dora_scale"] = other.pop("lora_unet_conv_in.lora_magnitude_vector")
         vector = parse(tensors | other, {}, "a")
@@ -133,7 +133,7 @@ def test_the_prefix_of_sd_scripts_oft():
 
 
 def test_nothing_stays_nothing():
-    """A row of zeros has no direction to give a magnitude to."""
+    """A row of zeros has no direction that could get a magnitude."""
     weight = weight_of(SHAPES["linear"])
     weight[3] = 0
     tensors, _ = of_lycoris("DoRA", NAME, weight, 1)
@@ -165,7 +165,7 @@ def test_parts_that_make_no_module_are_refused(pieces, says):
 
 
 def test_an_alpha_that_is_no_number_is_refused_at_reading():
-    """And not first when a weight is patched, where nobody sees it."""
+    """It must not fail later when a weight is patched, where nobody sees the error."""
     for kind in ("DoRA", "DoRA of a LoHa", "GLoRA"):
         tensors, _ = of_lycoris(kind, NAME, weight_of(SHAPES["linear"]), 1)
         with pytest.raises(ValueError, match="alpha is"):

@@ -54,7 +54,7 @@ def test_trailing_equals_diffusers_at_every_count(kind):
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_whole_run_equals_the_authors(family, steps):
     scheduler, options = scheduler_of(family, steps)
-    # TCD's scheduler goes to the timestep 0, not to the clean picture: let there be no noise.
+    # TCD's scheduler goes to the timestep 0, not to the clean picture: so 0 gets no noise.
     scheduler.alphas_cumprod[0] = 1.0
     chosen = FAMILIES[family]
     latents = run(denoiser("eps", chosen.boundary), chosen.timesteps(steps), chosen.eta)
@@ -93,13 +93,13 @@ def test_image_to_image_keeps_all_steps_and_starts_below_its_strength(family, st
         single = steps == 1 and FAMILIES[family].single
         highest = min(10 * percent, single + 1 if single else 1000)
         assert highest - 21 <= timesteps[0] < highest and timesteps[-1] >= 0
-        assert timesteps[0] >= before  # more strength is never less noise
+        assert timesteps[0] >= before  # more strength never means less noise
         before = timesteps[0]
 
 
 def test_image_to_image_of_the_trailing_families():
     assert FAMILIES["lightning"].timesteps(4, 0.6) == [599, 449, 299, 149]
-    assert FAMILIES["pcm"].timesteps(2, 0.5) == [499, 249]  # as a slice of 4 whole steps
+    assert FAMILIES["pcm"].timesteps(2, 0.5) == [499, 249]  # like a slice of 4 complete steps
     assert FAMILIES["dmd2"].timesteps(1, 0.9) == [399]
     assert FAMILIES["dmd2"].timesteps(1, 0.3) == [299]
     with pytest.raises(ValueError, match="8 steps do not fit.* at least 0.008"):

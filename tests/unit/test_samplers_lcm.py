@@ -33,7 +33,7 @@ def test_a_whole_run_equals_diffusers(prediction, steps):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.75])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_eta_equals_the_gamma_of_tcd(prediction, eta):
-    """Up to the last step, where TCD keeps the noise of t = 0 and we, like LCM, keep none."""
+    """Except for the last step: TCD keeps the noise of t = 0; we, like LCM, keep none."""
     expected = reference(TCDScheduler(prediction_type=PREDICTIONS[prediction], **SD), 4, eta=eta)
     latents = run(denoiser(prediction, boundary=False), timesteps(4), eta)
     for ours, theirs in zip(latents[:-1], expected[:-1], strict=True):

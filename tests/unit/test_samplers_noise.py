@@ -1,4 +1,4 @@
-"""Noise of a picture depends on its seed, batch index and step alone."""
+"""The noise of a picture depends only on seed, batch index and step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from lcm_lora.samplers.noise import picture_noise, picture_numbers, picture_seed
 
 
-@pytest.mark.parametrize("size", [(4, 8, 8), (4, 7, 9)])  # 252 values: no multiple of 16
+@pytest.mark.parametrize("size", [(4, 8, 8), (4, 7, 9)])  # 252 values: not a multiple of 16
 def test_a_picture_is_the_same_alone_and_in_a_batch(size):
     batch = picture_noise(torch.empty(7, *size), seed=5)
     for index in (0, 3, 6):
         alone = picture_noise(torch.empty(1, *size), seed=5, batch_index=[index])
-        for step in (2, 0, 1):  # in whatever order
+        for step in (2, 0, 1):  # in any order
             assert torch.equal(batch(step)[index], alone(step)[0])
 
 

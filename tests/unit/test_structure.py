@@ -1,4 +1,4 @@
-"""Imports go one way, and nothing of the pack does what a pack must not."""
+"""Imports go one way, and the pack does nothing that a pack must not do."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACK = ("nodes", "lora", "samplers", "training")
 FILES = [ROOT / "__init__.py", *(p for part in PACK for p in sorted((ROOT / part).rglob("*.py")))]
 
-# What a part of the pack may import of the others.
+# What each part of the pack may import from the others.
 MAY = {
     "nodes": {"nodes", "lora", "samplers", "training"},
     "training": {"training", "lora", "samplers"},

@@ -122,7 +122,7 @@ def test_what_is_raised_between_two_calls_ends_the_build_and_tears_nothing(tmp_p
 
 
 def test_the_half_file_of_a_job_that_builds_the_same_bank_stays(tmp_path):
-    pid = os.getppid()  # of a process that lives and is not this one
+    pid = os.getppid()  # another process, which is alive
     theirs, dead = tmp_path / f".tmp-{pid}-a", tmp_path / ".tmp-999999999-b"
     for file in (theirs, dead):
         file.write_bytes(b"half")
@@ -188,7 +188,7 @@ def test_what_half_precision_does_not_hold_is_an_error(tmp_path, value, words):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process lists its maps so")
 def test_a_large_bank_keeps_few_files_open(tmp_path, monkeypatch):
-    """20 files of rows and 5 of texts, of which 4 each may be open."""
+    """There are 20 files of rows and 5 of texts; 4 of each may be open."""
     monkeypatch.setattr(bank, "OPEN", 4)
     captions = [chr(33 + i % 90) + str(i) for i in range(320)]
     built = build(tmp_path, Numbers(320, captions=captions))

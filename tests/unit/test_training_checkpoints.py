@@ -1,4 +1,4 @@
-"""Checkpoints are whole or passed over."""
+"""Checkpoints are complete or ignored."""
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ def test_folders_and_files_that_go_are_waited_for_too(tmp_path, monkeypatch, nam
 
 
 def test_what_cannot_be_read_is_not_taken_for_torn(tmp_path, monkeypatch):
-    """The newest checkpoint would be passed over, and a whole bank called incomplete."""
+    """The newest checkpoint would be ignored, and a complete bank called incomplete."""
     from lcm_lora.training.data import bank
     from lcm_lora.training.state import checkpoints
 

@@ -1,4 +1,4 @@
-"""What is drawn depends on (seed, step, place) alone, and every row has its turn."""
+"""Random draws depend only on (seed, step, place), and every row has its turn."""
 
 from collections import Counter
 
@@ -65,7 +65,7 @@ def test_two_processes_share_the_batch_of_one():
 
 
 def test_a_batch_is_used_in_so_many_passes_and_no_more():
-    order = Shuffle([SHAPE] * 24, batch=4, seed=1)  # 6 steps a pass
+    order = Shuffle([SHAPE] * 24, batch=4, seed=1)  # 6 steps per pass
     assert [order.original(step, 1) for step in range(20)] == list(range(20))
     assert [order.original(step, 3) for step in (0, 5, 6, 11, 17, 18, 23, 24)] == [
         0, 5, 0, 5, 5, 18, 23, 18,

@@ -1,4 +1,4 @@
-"""What a job tells of itself, and keeps of what it has asked, over a restart."""
+"""What a job reports, and which of the teacher's answers it keeps, over a restart."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is done when memory runs out, and how a full disk is told."""
+"""What happens when memory runs out, and how a full disk is reported."""
 
 import errno
 
@@ -40,7 +40,7 @@ def test_running_out_of_memory_is_known_by_its_words(error, so):
 @pytest.mark.parametrize("change", [recompute_blocks, compile_blocks])
 def test_a_network_without_known_blocks_is_an_error_and_no_silence(change):
     class ResidualBlock(torch.nn.Module):
-        """As a later ComfyUI might call it."""
+        """A later ComfyUI might call it like this."""
 
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), ResidualBlock())
     with pytest.raises(ValueError, match="Sequential has no block .* expected ComfyUI's ResBlock"):

@@ -1,4 +1,4 @@
-"""Pictures with captions become examples, the same ones whenever they are asked for."""
+"""Pictures with captions become examples, the same ones every time."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def encoded(image, kind="PNG", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures of different shapes, captions beside them, one in a subfolder."""
+    """Three pictures of different shapes with caption files, one in a subfolder."""
     root = tmp_path / "pictures"
     (root / "more").mkdir(parents=True)
     for name, size in (("a", (200, 100)), ("b", (100, 100)), ("more/c", (90, 160))):
@@ -471,8 +471,8 @@ def png(rows, width, bits, colour, clear=None):
 @pytest.mark.parametrize(
     ("colour", "pixel", "clear"),
     [
-        (0, [1000], [1000]),  # grey, one of which is transparent
-        (2, [1000, 2000, 60000], [1000, 2000, 60000]),  # RGB, likewise
+        (0, [1000], [1000]),  # grey, where one grey is transparent
+        (2, [1000, 2000, 60000], [1000, 2000, 60000]),  # RGB, where one colour is transparent
         (4, [1000, 0], None),  # grey and alpha
         (6, [1000, 2000, 60000, 0], None),
     ],
@@ -490,7 +490,7 @@ def test_what_is_transparent_in_16_bits_becomes_white_too(folder, colour, pixel,
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_what_is_transparent_in_few_bits_becomes_white_too(folder, bits):
-    """Greys of 0 and of the most; 0 is transparent. Pillow scales them to 8 bits."""
+    """Greys 0 and maximum; 0 is transparent. Pillow scales them to 8 bits."""
     most = 2**bits - 1
     greys = np.full((64, 64, 1), most, np.uint8)
     greys[:, :32] = 0

@@ -1,4 +1,4 @@
-"""Which backend several processes of a job talk through."""
+"""Which backend the processes of a job use to communicate."""
 
 import json
 

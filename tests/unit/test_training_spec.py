@@ -1,4 +1,4 @@
-"""A job's description: what is wrong in it is said before anything is loaded."""
+"""A job's description: its errors are reported before anything is loaded."""
 
 import hashlib
 import json
@@ -128,7 +128,7 @@ def test_the_schema_of_an_order_has_the_limits_of_its_settings():
         ({"guidance": 0.5}, "guidance must be one number from 1 to 30"),
         ({"data": {"kind": "video"}}, "data.kind must be one of prompts, prompt file, pictures"),
         ({"data": {"count": 0}}, "data.count must be at least 1"),
-        ({"style_lora": "\ud800"}, None),  # the name of a file may be so
+        ({"style_lora": "\ud800"}, None),  # the name of a file may look like this
         ({"name": "\ud800"}, "name contains half of a character"),
     ],
 )
