@@ -29,6 +29,7 @@ from .report import Report
 
 log = logging.getLogger("lcm_lora")
 STEPS = (1, 2, 4, 8)
+GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 LEAST = 100  # the judge has 64 features
 BATCH = 25  # pictures at once; on 2 cores, 8 to 50 at once cost a fifth less each than 200
 TEACHER = f"{subjects.TEACHER_STEPS} steps", "base, DDIM (teacher)"
@@ -43,6 +44,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, help="pictures per seed")
     parser.add_argument("--seeds", type=int)
     parser.add_argument(
+        "--guidance",
+        action="store_true",
+        help="only the teacher, over its guidance: a lower one alone changes the distance",
+    )
+    parser.add_argument(
         "--bf16", action="store_true",
         help="the network in bfloat16: half the time where the processor has it",
     )  # fmt: skip
@@ -55,9 +61,15 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     seeds = chosen.seeds or (3 if chosen.full else 2)
     toy = subjects.Toy.load(checkpoint, torch.bfloat16 if chosen.bf16 else torch.float32)
     kept = Kept(commands.LOCAL / "quality", f"{toy.name} {pictures}")
+    report = Report("quality")
+    if chosen.guidance:
+        columns = {
+            f"teacher, guidance {value:g}": subjects.teacher(toy, value) for value in GUIDANCES
+        }
+        rows(report, measure(toy, columns, (subjects.TEACHER_STEPS,), pictures, seeds, kept))
+        return report
     figures = measure(toy, subjects.columns(toy), STEPS, pictures, seeds, kept)
     kept.forget()
-    report = Report("quality")
     rows(report, figures)
     lcm_bars(report, figures, {4: 1.2, 2: 1.5, 1: 2.0})
     for name, least in (("base, DDIM", 2.0), ("base, DPM++ 2M", 1.5)):

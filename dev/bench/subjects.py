@@ -12,7 +12,6 @@ from comfy.model_patcher import ModelPatcher
 
 import nodes
 
-from ...lora import combine
 from ...lora.delta import Vector
 from ...lora.formats import files
 from ...lora.host import apply
@@ -58,25 +57,21 @@ class Toy:
 
 
 def columns(toy: Toy) -> dict[str, Sample]:
-    """The columns of the contact sheet, left to right. Those without the LoRA use guidance."""
-    lcm, style = (
-        files.read(assemble.lora(name)) for name in (assemble.LCM_LORA, assemble.STICKER_LORA)
-    )
+    """Columns of the contact sheet, left to right. Those without the LoRA use guidance."""
     return {
         "base, DDIM": of_host(toy, "ddim"),
         "base, DPM++ 2M": of_host(toy, "dpmpp_2m"),
         "base, LCM sampler": with_lcm(patch_sampling(toy.base), GUIDANCE),
-        "LCM-LoRA": accelerated(toy, lcm),
-        "LCM-LoRA + style": accelerated(toy, combine.exact([lcm, style], [1.0, 0.8])[0]),
+        "LCM-LoRA": accelerated(toy, files.read(assemble.lora(assemble.LCM_LORA))),
     }
 
 
-def of_host(toy: Toy, sampler: str) -> Sample:
+def of_host(toy: Toy, sampler: str, guidance: float = GUIDANCE) -> Sample:
     """ComfyUI's own KSampler."""
 
     def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
         return nodes.common_ksampler(
-            toy.base, seed, steps, GUIDANCE, sampler, "sgm_uniform", positive, negative,
+            toy.base, seed, steps, guidance, sampler, "sgm_uniform", positive, negative,
             {"samples": torch.zeros(count, *LATENT)},
         )[0]["samples"]  # fmt: skip
 
@@ -99,9 +94,9 @@ def accelerated(toy: Toy, vector: Vector) -> Sample:
     return with_lcm(patch_sampling(apply(toy.base, None, vector, 1.0, 0.0)[0]), 1.0)
 
 
-def teacher(toy: Toy) -> Sample:
+def teacher(toy: Toy, guidance: float = GUIDANCE) -> Sample:
     """The base in 50 DDIM steps, for any number of steps that is asked for."""
-    ddim = of_host(toy, "ddim")
+    ddim = of_host(toy, "ddim", guidance)
     return lambda steps, *rest: ddim(TEACHER_STEPS, *rest)
 
 
