@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from .delta import Vector
 from .family import FAMILY
 from .formats.metadata import recipe
-from .formats.names import UNET, in_doubt, is_text
+from .formats.module_names import UNET, in_doubt, is_text
 
 # By how a canonical name begins, or what it contains. The first that fits counts.
 _PLACES = (

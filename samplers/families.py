@@ -36,11 +36,7 @@ class Family:
         Raises:
             ValueError: so many steps do not fit.
         """
-        if steps == 1 and self.single is not None:
-            return [min(self.single, ts.trailing(1, strength, T)[0])]
-        if self.origin_steps is not None:
-            return ts.timesteps(steps, strength, self.origin_steps, T)
-        return ts.trailing(steps, strength, T)
+        return ts.of_family(steps, strength, self.origin_steps, self.single, T)
 
     def grid(self, T: int = 1000) -> list[int]:  # noqa: N803
         """All timesteps that a run can take, ascending."""

@@ -6,7 +6,8 @@ import pytest
 from lcm_lora.training import disk
 from lcm_lora.training.jobs.processes import Process
 from lcm_lora.training.jobs.records import Attempt, Control, Handover, Result, Status
-from lcm_lora.training.jobs.states import CRASHES, PAUSES, restart_or_end, state_of
+from lcm_lora.training.jobs.restart import CRASHES, PAUSES, restart_or_end
+from lcm_lora.training.jobs.states import state_of
 
 ME = Process.this()
 

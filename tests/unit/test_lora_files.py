@@ -12,7 +12,7 @@ from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.formats.filenames import inside, offered
 from lcm_lora.lora.formats.files import DTYPES, balanced, fingerprint, read, write
-from lcm_lora.lora.formats.names import native_to_diffusers
+from lcm_lora.lora.formats.module_names import native_to_diffusers
 from safetensors.torch import load_file, save_file
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -20,10 +20,11 @@ from filelock import FileLock, Timeout
 
 from .. import disk
 from ..cluster.settings import Cluster
-from . import processes, states
+from . import processes
 from .job import Job
 from .processes import Process
 from .records import Attempt, Control, Outline, Status
+from .restart import PAUSES, restart_or_end
 from .states import ACTIVE
 from .store import Store
 
@@ -140,7 +141,7 @@ class Supervisor:
         """Whether the pause after a crash is over. If more than the longest pause is left, the
         clock was set back, and the job may start."""
         left = (self._attempt(job).not_before or 0.0) - time.time()
-        return not 0 < left <= max(states.PAUSES)
+        return not 0 < left <= max(PAUSES)
 
     def _launch(self, job: Job) -> None:
         path = self.store.path(job.id)
@@ -183,7 +184,7 @@ class Supervisor:
         self.asked_since.pop(job.id, None)
         path = self.store.path(job.id)
         status = Status.read(path) or Status()
-        outcome = states.restart_or_end(self._control(job), attempt, status, code)
+        outcome = restart_or_end(self._control(job), attempt, status, code)
         log.info("%s ended with exit status %s: %s", job.name, code, outcome)
         outcome.write(path)
 
