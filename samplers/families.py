@@ -34,7 +34,7 @@ class Family:
         others divide the range below it in the same way as at strength 1.
 
         Raises:
-            ValueError: so many steps do not fit.
+            ValueError: there are fewer timesteps than `steps`.
         """
         return ts.of_family(steps, strength, self.origin_steps, self.single, T)
 

@@ -13,7 +13,7 @@ def of_family(
     single: int | None,
     T: int = 1000,  # noqa: N803
 ) -> list[int]:
-    """The rule for every family, whose settings are in families.py: descending timesteps.
+    """The timesteps of a family, descending. families.py has the settings of each.
 
     Args:
         origin_steps: the points of the grid that the family was distilled on; None spreads the
@@ -21,7 +21,7 @@ def of_family(
         single: where a run of one step starts, for a family with a timestep of its own.
 
     Raises:
-        ValueError: so many steps do not fit.
+        ValueError: there are fewer timesteps than `steps`.
     """
     if steps == 1 and single is not None:
         return [min(single, trailing(1, strength, T)[0])]
@@ -82,7 +82,7 @@ def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # 
     at 599.
 
     Raises:
-        ValueError: these are fewer than `steps`.
+        ValueError: fewer than `steps` timesteps are left.
     """
     _check_steps(steps)
     _check_strength(strength)

@@ -63,6 +63,8 @@ GONE = Attempt(pid=ME.pid, identity="of another process")
         (Control(), RUNS, Status(started=6.0, state="running"), "running"),
         (Control(), RUNS, Status(started=6.0, state="failed"), "stopping"),
         (Control("stop"), GONE, Status(state="done"), "done"),
+        (Control("finish"), GONE, Status(state="done"), "done"),
+        (Control("pause"), Attempt(), Status(), "paused"),
         (Control("stop"), Attempt(1, ended="failed"), Status(), "failed"),
         (Control("stop"), GONE, Status(state="running"), "paused"),
         (Control(), Attempt(1, ended="paused"), Status(), "paused"),

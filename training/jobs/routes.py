@@ -116,7 +116,7 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body or b"{}")
     except RecursionError:
-        raise ValueError("The body is nested too deep.") from None
+        raise ValueError("The body is nested too deeply.") from None
     except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"The body is not JSON: {error}.") from None
     if not isinstance(content, dict):
