@@ -31,7 +31,7 @@ def as_package():
 
 
 def end_cleanly():
-    """Makes an end from outside what Ctrl-C is, so that no pip and no server is left running."""
+    """Treats SIGTERM and SIGHUP like Ctrl-C, so that no pip and no server is left running."""
 
     def interrupt(number, _frame):
         signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up

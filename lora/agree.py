@@ -40,7 +40,7 @@ def require_finite(name: str, vectors: Sequence[Vector]) -> None:
     """Raises ValueError if a vector's delta of the module contains NaN or infinity."""
     for vector in vectors:
         delta = vector.deltas[name]
-        # The inner product is cheap, but large numbers can make it infinite without being so.
+        # The inner product is cheap, but it can overflow although every value is finite.
         if not math.isfinite(delta.inner(delta)) and not delta.matrix().isfinite().all():
             raise ValueError(
                 f"{vector.source} contains NaN or infinity in {name}: the file is damaged, or its "

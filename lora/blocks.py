@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from .delta import Vector
 from .family import FAMILY
 from .formats.metadata import recipe
-from .formats.names import UNET, in_doubt, is_text
+from .formats.module_names import UNET, in_doubt, is_text
 
 # By how a canonical name begins, or what it contains. The first that fits counts.
 _PLACES = (
@@ -156,7 +156,7 @@ def weighted(vector: Vector, weight: Callable[[str], float], description: str) -
         raise ValueError(f"No module of {vector.source} has a weight other than 0.")
     metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {description}")}
     # An acceleration works in the UNet. Without positive weights there, the vector is not one.
-    if not any(value > 0 for name, value in weights.items() if place_of(name) != "text"):
+    if not any(value > 0 for name, value in weights.items() if place_of(name) != TEXT):
         metadata.pop(FAMILY, None)
     diffs = {key: (diff, weights[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(

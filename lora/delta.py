@@ -134,7 +134,7 @@ class Vector:
     """A LoRA as a vector in weight space: `theta' = theta + vector` (2311.05556, equation 3).
 
     Attributes:
-        deltas: the delta of each module, by its canonical name (see formats/names.py).
+        deltas: the delta of each module, by its canonical name (see formats/module_names.py).
         diffs: full differences, as ComfyUI's own trainer writes them for norms and biases:
             `<module>.diff` for the weight, `<module>.diff_b` for the bias.
         metadata: the strings of the file's header.

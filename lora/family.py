@@ -69,7 +69,7 @@ def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, str]:
 
 
 def sampling_hint(metadata: Mapping[str, str]) -> str:
-    """Which sampling an applied vector needs, as a sentence. Empty if its metadata do not say."""
+    """Which sampling an applied vector needs, as a sentence. Empty if its metadata does not say."""
     family = metadata.get(FAMILY)
     return f"Its family is {family}: choose it in LCM Model Sampling." if family else ""
 

@@ -16,7 +16,7 @@ from .architecture import SDXL_TYPE, Architecture, Shapes, architecture_of
 from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .formats.kinds import left_out_because
-from .formats.names import is_text
+from .formats.module_names import is_text
 from .formats.places import places
 from .formats.spelling import for_host
 from .formats.wire import to_wire

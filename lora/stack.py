@@ -13,7 +13,7 @@ from .blocks import weighted
 from .combine import exact
 from .delta import Vector
 from .formats.files import read_named
-from .formats.names import is_text
+from .formats.module_names import is_text
 
 
 def of_stack(stack: Sequence[Any] | None, path_of: Callable[[str], Path]) -> tuple[Vector, str]:

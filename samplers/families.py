@@ -34,13 +34,9 @@ class Family:
         others divide the range below it in the same way as at strength 1.
 
         Raises:
-            ValueError: so many steps do not fit.
+            ValueError: there are fewer timesteps than `steps`.
         """
-        if steps == 1 and self.single is not None:
-            return [min(self.single, ts.trailing(1, strength, T)[0])]
-        if self.origin_steps is not None:
-            return ts.timesteps(steps, strength, self.origin_steps, T)
-        return ts.trailing(steps, strength, T)
+        return ts.of_family(steps, strength, self.origin_steps, self.single, T)
 
     def grid(self, T: int = 1000) -> list[int]:  # noqa: N803
         """All timesteps that a run can take, ascending."""

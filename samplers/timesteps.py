@@ -1,12 +1,33 @@
-"""Ways to spread the timesteps of a few-step run (LCM, arXiv 2310.04378, algorithm 3, section 4.3).
-
-families.py says which family uses which. host.py passes on a list that the user gives.
-"""
+"""The timesteps of a few-step run (LCM, arXiv 2310.04378, algorithm 3, section 4.3)."""
 
 from __future__ import annotations
 
 import math
 import re
+
+
+def of_family(
+    steps: int,
+    strength: float,
+    origin_steps: int | None,
+    single: int | None,
+    T: int = 1000,  # noqa: N803
+) -> list[int]:
+    """The timesteps of a family, descending. families.py has the settings of each.
+
+    Args:
+        origin_steps: the points of the grid that the family was distilled on; None spreads the
+            steps over all T timesteps.
+        single: where a run of one step starts, for a family with a timestep of its own.
+
+    Raises:
+        ValueError: there are fewer timesteps than `steps`.
+    """
+    if steps == 1 and single is not None:
+        return [min(single, trailing(1, strength, T)[0])]
+    if origin_steps is not None:
+        return timesteps(steps, strength, origin_steps, T)
+    return trailing(steps, strength, T)
 
 
 def grid(origin_steps: int = 50, strength: float = 1.0, T: int = 1000) -> list[int]:  # noqa: N803
@@ -61,7 +82,7 @@ def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # 
     at 599.
 
     Raises:
-        ValueError: these are fewer than `steps`.
+        ValueError: fewer than `steps` timesteps are left.
     """
     _check_steps(steps)
     _check_strength(strength)

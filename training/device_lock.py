@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from .state.journal import Journal
 from .waiting import Action, Paused
 
-_held: list[FileLock] = []  # they end with the process
+_held: list[FileLock] = []  # released when the process ends
 
 
 def wait_for_device(journal: Journal, request: Callable[[], Action]) -> None:

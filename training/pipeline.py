@@ -36,7 +36,7 @@ BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and AdamW's two moments in
 
 @dataclass
 class Pipeline:
-    """One process's part of a job. journal: the first process's, None in the others."""
+    """One process's part of a job. journal: set in the first process, None in the others."""
 
     spec: Spec
     job: Path
@@ -129,12 +129,12 @@ class Pipeline:
     ) -> None:
         spec = self.spec
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
-        # Beside the last `keep` there are the best one and the one being written.
+        # Besides the last `keep` there are the best one and the one being written.
         needed = BYTES_A_PARAMETER * parameters * (spec.keep + 2)
         if spec.passes > 1:  # the teacher's steps are kept, in float32
             needed += 4 * len(source) * teacher.latent_shape(spec.resolution).numel()
         written = _bytes_in(self.job / "checkpoints", self.job / answers.FOLDER)
-        waiting.require_room(self.job, needed - written, "checkpoints")
+        waiting.require_room(self.job, needed - written, "the checkpoints")
 
     def choose_samples(self, teacher: Teacher, source: sources.Source) -> Samples | None:
         """The sample pictures of the run: of the job's own prompts, or of its first captions."""

@@ -51,7 +51,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
         f"bank: {examples} latents from {spec.data.kind}",
         f"steps: {spec.steps} of {spec.batch} pictures at {spec.resolution} pixels, objective "
         f"{spec.objective}, guidance {' to '.join(f'{w:g}' for w in spec.guidance)}; {calls}",
-        f"time: {seconds:.2f} s a step as measured here{measured}, "
+        f"time: {seconds:.2f} s per step as measured here{measured}, "
         f"{seconds * spec.steps / 60:.0f} minutes in all, without the bank and the samples",
     ]
     return "\n".join(lines)

@@ -13,12 +13,12 @@ from ..lora.delta import Vector
 from ..lora.family import FAMILY
 from ..lora.formats import files
 from . import disk
+from .jobs.records import Result
 from .spec import Spec
 from .teacher import Teacher
 
 VERSION = "1"
 MADE = "result.safetensors"  # in the job's folder, until it has been moved into place
-RECORD = "result.json"
 
 
 def metadata(
@@ -66,18 +66,14 @@ def write(
     output.parent.mkdir(parents=True, exist_ok=True)
     with disk.whole_file(output) as new:
         shutil.copyfile(made, new)
-    record = {
-        "file": str(output), "sha256": disk.sha256(output), "made": time.time(),
-        "metadata": dict(written.metadata),
-    }  # fmt: skip
-    disk.replace(job / RECORD, json.dumps(record, indent=1))
+    Result(str(output), disk.sha256(output), time.time(), dict(written.metadata)).write(job)
     patiently(made.unlink)
 
 
 def finished(job: Path, output: Path) -> bool:
     """Whether this job has written its result and the file is still the same."""
-    record = disk.read_surely(job / RECORD)
-    return record is not None and output.is_file() and disk.sha256(output) == record["sha256"]
+    result = Result.read_surely(job)
+    return result is not None and output.is_file() and disk.sha256(output) == result.sha256
 
 
 def interrupted(job: Path, output: Path) -> bool:

@@ -48,7 +48,6 @@ def train(description: Path, dry_run: bool) -> int:
     """
     from lcm_lora.training import disk, spec
     from lcm_lora.training.memory import TooLittleMemory
-    from lcm_lora.training.pipeline import Pipeline
     from lcm_lora.training.ranks import Ranks
     from lcm_lora.training.state.journal import Journal
     from lcm_lora.training.waiting import Paused, Request
@@ -62,6 +61,9 @@ def train(description: Path, dry_run: bool) -> int:
     ranks = Ranks.join(isinstance(flags, list) and "--cpu" in flags)
     journal = Journal(job) if ranks.first and not dry_run else None
     try:
+        # Here, because a package that this machine lacks is an error that the job has to report.
+        from lcm_lora.training.pipeline import Pipeline
+
         request = Request(job / "control.json")
         Pipeline(spec.read(description), job, ranks, journal, request).run(dry_run)
         return 0

@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known about a setting beside its name, type and default.
+    """What is known about a setting besides its name, type and default.
 
     Attributes:
         help: its meaning, for users: the node's tooltip and the description over HTTP.
-        least, most: bounds that are allowed themselves; above: one that is not. Of a list, they
-            hold for each item.
-        multiple: a number of which the value must be a multiple.
+        least, most: inclusive bounds; above: an exclusive lower bound. In a list they hold for
+            each item.
+        multiple: the value must be a multiple of this.
         choices: the texts that are allowed. pattern: a regular expression that a text must match.
         expected: how an error describes allowed values, if the above do not say it.
         is_path: whether it names a file, whose name may contain bytes that are not UTF-8.

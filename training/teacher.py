@@ -34,7 +34,7 @@ _ATTENTION = {
     "--use-split-cross-attention", "--use-quad-cross-attention", "--use-pytorch-cross-attention",
 }  # fmt: skip
 LONGEST = 225  # tokens of a prompt: three of CLIP's windows of 75
-SHRINK = 8  # pixels a side that become one latent
+SHRINK = 8  # pixels per latent cell, along each side
 Tensors = dict[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,5 +19,5 @@ def save(
     with disk.whole_file(path) as new:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata)
-        except SafetensorError as error:  # the library's word for an error of the disk
+        except SafetensorError as error:  # the library wraps errors of the disk in this type
             raise OSError(f"{path.name} could not be written: {error}") from error

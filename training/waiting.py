@@ -79,5 +79,5 @@ def require_room(folder: Path, needed: float, purpose: str) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{purpose} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free",
+            f"{needed / 1e9:.1f} GB are needed for {purpose}, {free / 1e9:.1f} are free",
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .rule import Rule, consensus, drawn
 
-SPREAD = 0.3  # the paper's epsilon: from the drop rate of a row's largest value to its smallest
+SPREAD = 0.3  # the paper's epsilon: between the drop rates of a row's largest and smallest value
 
 
 def della(changes: Tensor, density: float, generator: torch.Generator) -> Tensor:

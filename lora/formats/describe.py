@@ -10,7 +10,7 @@ from ..architecture import architecture_of
 from ..delta import Vector
 from .kinds import left_out_because
 from .metadata import METHOD, RECIPE
-from .names import is_text
+from .module_names import is_text
 
 SHOWN, RECIPE_SHOWN = 120, 2000  # characters of a value, and of the recipe
 _RECIPE_READ = 100_000  # this pack does not write a longer recipe

@@ -29,26 +29,32 @@ from .wire import one_change
 logger = logging.getLogger("lcm_lora")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 LOST = 0.02  # share of a tensor's norm; a warning if rounding loses more. bf16 loses 0.002
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # in a file's header
 
 _DOWNLOAD = "The download went wrong: download the file again."
+_BYTE_ORDER_MARK = rb"(?:\xef\xbb\xbf)?"
 # What files of other formats begin with. The first match counts.
 _OTHER_FORMATS = tuple(
-    (re.compile(beginning, re.DOTALL), kind)
+    (re.compile(beginning), kind)
     for beginning, kind in (
         (
             rb"PK|\x80",
-            "a pickle (a .pt or .ckpt file), whatever its name; expected safetensors. Pickles can "
-            "run code, so these nodes do not open them.",
+            "a pickle (a .pt or .ckpt file) or a zip archive, whatever its name; expected "
+            "safetensors. Pickles can run code, so these nodes do not open them.",
         ),
         (
             rb"version https://git-lfs",
             "a Git LFS pointer, which names a file that was not downloaded; expected safetensors. "
             "Run `git lfs pull`, or download the file itself.",
         ),
-        (rb"\s*<", f"a web page; expected safetensors. {_DOWNLOAD}"),
-        (rb"\s*[{\[]", f"JSON text, such as a website's error; expected safetensors. {_DOWNLOAD}"),
+        (_BYTE_ORDER_MARK + rb"\s*<", f"a web page; expected safetensors. {_DOWNLOAD}"),
+        (
+            _BYTE_ORDER_MARK + rb"\s*[{\[]",
+            f"JSON text, such as a website's error; expected safetensors. {_DOWNLOAD}",
+        ),
+        (rb"\x1f\x8b", "a gzip archive; expected safetensors. Unpack it first."),
         (rb"GGUF", "a GGUF file; expected safetensors. Load it with a loader for GGUF."),
     )
 )
@@ -67,8 +73,10 @@ def read(path: Path) -> Vector:
         start = file.read(64)
     if not start:
         raise ValueError(f"{path.name} is empty (0 bytes); expected a safetensors LoRA.")
-    # The length of a header may begin with the same bytes, but the header's brace follows it.
-    if start[8:9] != b"{":
+    # A safetensors file begins with the length of its header and then a brace. Text and most
+    # signatures of other formats, read as a length, are far above the limit.
+    length = int.from_bytes(start[:8], "little")
+    if length > LONGEST_HEADER or start[8:9] not in (b"{", b""):
         for beginning, kind in _OTHER_FORMATS:
             if beginning.match(start):
                 raise ValueError(f"{path.name} is {kind}")

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..architecture import has_two_text_encoders
 from ..delta import NOT_LINEAR, Delta, Opaque, Vector, as_matrix
 from ..opaque import adapters_of, opaque, with_settled_magnitudes
-from .keys import split_key, unknown_adapter
+from .key_endings import split_key, unknown_adapter
 from .kinds import not_a_plain_lora, what_it_looks_like
 from .lycoris import product
-from .names import canonical_names, text_encoder_prefix
+from .module_names import canonical_names, text_encoder_prefix
 from .peft_config import PEFT_METADATA, PeftConfig, rank_in
 from .spelling import respelled
 

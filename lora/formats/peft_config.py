@@ -11,6 +11,7 @@ import regex
 from torch import Tensor
 
 from .lycoris import rank_of
+from .module_names import PEFT_MODEL
 
 # diffusers keeps the adapter's configuration under this key of the file's header.
 PEFT_METADATA = "lora_adapter_metadata"
@@ -51,7 +52,7 @@ class PeftConfig:
             prefix = ""
         # LoRA calls it lora_alpha, LoHa and LoKr call it alpha.
         alpha = self._values.get(f"{prefix}lora_alpha", self._values.get(f"{prefix}alpha"))
-        path = module.removeprefix(prefix).replace("base_model.model.", "")
+        path = module.removeprefix(prefix).replace(PEFT_MODEL, "")
         alpha = self._by_pattern(f"{prefix}alpha_pattern", path, alpha)
         rank = rank_in(parts)
         if rank is None and any(part.startswith("lokr_") for part in parts):

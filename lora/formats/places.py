@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from typing import TypeVar
 
-from .names import PEFT_MODEL, canonical
+from .module_names import PEFT_MODEL, canonical
 
 _CLIP_WITHOUT_KOHYA = re.compile(
     r"lora_te(?P<number>[12]?)_(?P<path>text_model_(?:encoder_layers_\d+_layer_norm[12]"

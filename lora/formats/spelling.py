@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ..architecture import has_two_text_encoders
 from ..delta import Vector
-from .names import in_doubt, numbered, res_blocks, text_encoder_prefix
+from .module_names import in_doubt, numbered, res_blocks, text_encoder_prefix
 from .places import host_name
 
 Value = TypeVar("Value")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..architecture import Architecture, architecture
 from ..delta import Opaque
 from ..extract import Layer
-from ..formats.names import canonical_names
+from ..formats.module_names import canonical_names
 from ..opaque import merged
 
 

@@ -18,6 +18,7 @@ def test_the_engine_and_the_rebuilt_recipe_take_the_same_steps(comfy, tmp_path):
         # After the first step, both optimisers have changed their LoRA.
         assert ours.result.loss == pytest.approx(theirs.result.loss, rel=1e-3)
         assert (ours.result.calls, theirs.result.calls) == (3, 4)
+    assert [len(runs) for runs in turns.runs.values()] == [3, 3]
     for name, runs in turns.runs.items():
         assert len({run.result.loss for run in runs}) == 3
         for run in runs:

@@ -19,7 +19,7 @@ from lcm_lora.tests.host.queued import (
     until,
 )
 from lcm_lora.tests.tally import half_files, orphans
-from lcm_lora.training.jobs import processes, states, supervisor
+from lcm_lora.training.jobs import processes, restart, supervisor
 from lcm_lora.training.jobs.store import Store
 from lcm_lora.training.spec import Data
 from safetensors.torch import save_file
@@ -262,7 +262,7 @@ def test_a_job_that_crashes_again_and_again_fails(store, job, monkeypatch, tmp_p
     (host / "comfy" / "__init__.py").touch()
     (host / "comfy" / "sd.py").touch()
     (host / "comfy" / "options.py").write_text("import os, signal; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(states, "PAUSES", (0.1, 0.1, 0.1))
+    monkeypatch.setattr(restart, "PAUSES", (0.1, 0.1, 0.1))
     bad, _ = store.create(job("bad", host=str(host)), "bad")
     assert supervisor.main(store.folder) == 0
     record = store.job(bad)

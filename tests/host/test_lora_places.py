@@ -90,7 +90,7 @@ def spellings(encoder: str, path: str, family: str) -> list[str]:
 
 def assert_none_is_lost(listed: dict, table: dict) -> None:
     """What the host lists under a name is found under the name that a vector gives to it."""
-    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.module_names import canonical_names
 
     for name, target in listed.items():
         if not name.endswith(".bias"):  # `X.bias.diff` is the diff_b of X
@@ -101,8 +101,8 @@ def assert_none_is_lost(listed: dict, table: dict) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
     import comfy.lora
-    from lcm_lora.lora.formats.keys import split_key
-    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.key_endings import split_key
+    from lcm_lora.lora.formats.module_names import canonical_names
     from lcm_lora.lora.formats.places import places
 
     model = text_model(family)
@@ -123,8 +123,8 @@ def test_every_weight_of_a_text_encoder_has_all_its_names(comfy, family):
 def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
     """Each name is in its own file, so that only the model shows how its blocks are counted."""
     import comfy.lora
-    from lcm_lora.lora.formats.keys import split_key
-    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.key_endings import split_key
+    from lcm_lora.lora.formats.module_names import canonical_names
     from lcm_lora.lora.formats.places import places
 
     model = patcher(UNETS[family], "meta").model
@@ -149,7 +149,7 @@ def test_every_weight_of_a_unet_has_all_its_names(comfy, family):
 def test_a_part_of_a_native_file_never_names_another_layer(comfy, family):
     """Blocks get diffusers' numbers, or keep their own if these can mean two blocks."""
     import comfy.utils
-    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.module_names import canonical_names
 
     paths = {
         f"diffusion_model.{native.removesuffix('.weight')}": path.removesuffix(".weight")

@@ -77,6 +77,19 @@ def reached(spec: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def test_a_missing_package_is_reported_as_a_crash(job):
+    spec = job()
+    code = (
+        "import runpy, sys; sys.modules['PIL'] = None; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(RUN), str(spec)], capture_output=True)
+    assert run.returncode == 1
+    report = status(spec)
+    assert (report["state"], report["crash"]) == ("failed", True)
+    assert "PIL" in report["message"]
+
+
 def test_a_job_leaves_a_lora_that_the_host_takes_completely(job, comfy, toy_checkpoint):
     import comfy.sd
     from lcm_lora.lora.host import apply

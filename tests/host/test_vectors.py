@@ -63,7 +63,7 @@ def test_every_dialect_patches_every_module_alike(model, dialect):
 )
 def test_native_names_are_the_hosts_for_every_module(comfy, per_level, depth, depth_out, middle):
     import comfy.utils
-    from lcm_lora.lora.formats.names import canonical_names
+    from lcm_lora.lora.formats.module_names import canonical_names
 
     config = {
         "num_res_blocks": per_level,

@@ -4,7 +4,7 @@ import time
 
 from lcm_lora.training.jobs import processes
 from lcm_lora.training.jobs.records import Attempt
-from lcm_lora.training.jobs.states import CRASHES
+from lcm_lora.training.jobs.restart import CRASHES
 
 STEPS = 30
 ENDED = ("done", "failed", "paused")

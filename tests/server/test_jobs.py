@@ -75,7 +75,10 @@ def named(store, name):
 
 
 def send(client, path, body="{}", method="POST", **headers):
-    """Sends a request with exactly these headers; -> (status, parsed answer)."""
+    """Sends a request with these headers, as JSON unless they say otherwise.
+
+    -> (status, parsed answer)
+    """
     connection = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=60)
     all_headers = {"Content-Type": "application/json"} | {
         key.replace("_", "-"): value for key, value in headers.items()

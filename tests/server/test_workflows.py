@@ -105,7 +105,7 @@ def test_the_control_net_has_a_say(client, subject):
     inputs_of(prompt, "ControlNetApplyAdvanced")["strength"] = 0.0
     plain = pictures(client, prompt)
     assert (drawn - plain).abs().mean() > 0.01
-    # Without a picture it is text to image.
+    # At strength 0 the result is that of text to image.
     prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
     assert (pictures(client, prompt) - plain).abs().max() <= 1 / 255
 

@@ -6,7 +6,8 @@ import pytest
 from lcm_lora.training import disk
 from lcm_lora.training.jobs.processes import Process
 from lcm_lora.training.jobs.records import Attempt, Control, Handover, Result, Status
-from lcm_lora.training.jobs.states import CRASHES, PAUSES, restart_or_end, state_of
+from lcm_lora.training.jobs.restart import CRASHES, PAUSES, restart_or_end
+from lcm_lora.training.jobs.states import state_of
 
 ME = Process.this()
 
@@ -62,6 +63,8 @@ GONE = Attempt(pid=ME.pid, identity="of another process")
         (Control(), RUNS, Status(started=6.0, state="running"), "running"),
         (Control(), RUNS, Status(started=6.0, state="failed"), "stopping"),
         (Control("stop"), GONE, Status(state="done"), "done"),
+        (Control("finish"), GONE, Status(state="done"), "done"),
+        (Control("pause"), Attempt(), Status(), "paused"),
         (Control("stop"), Attempt(1, ended="failed"), Status(), "failed"),
         (Control("stop"), GONE, Status(state="running"), "paused"),
         (Control(), Attempt(1, ended="paused"), Status(), "paused"),

@@ -126,7 +126,7 @@ def test_one_that_fails_after_it_was_asked_to_end_has_failed(store, tmp_path, as
     assert state(store, job) == "paused"
 
 
-def test_only_a_job_that_has_stepped_aside_is_shown_so(store, tmp_path):
+def test_only_a_job_that_has_stepped_aside_is_shown_as_aside(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     me = processes.Process.this()
     state_and_aside = lambda: (store.job(job).state, store.job(job).public()["aside"])  # noqa: E731

@@ -12,7 +12,7 @@ from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
 from lcm_lora.lora.formats.filenames import inside, offered
 from lcm_lora.lora.formats.files import DTYPES, balanced, fingerprint, read, write
-from lcm_lora.lora.formats.names import native_to_diffusers
+from lcm_lora.lora.formats.module_names import native_to_diffusers
 from safetensors.torch import load_file, save_file
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -171,6 +171,11 @@ def whole_file() -> bytes:
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13\n",
             "is a Git LFS pointer",
         ),
+        (b'{"data":{"message": "Not found"}}', "is JSON text"),  # with a brace at byte 8
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "is a web page"),
+        (b"GGUF\x03\x00\x00\x00" + bytes([123]) + bytes(15), "is a GGUF file"),
+        (b"\x1f\x8b\x08\x00" + bytes(12), "is a gzip archive"),
+        (b"\x3c" + bytes(7), "is not a complete safetensors file"),  # a length that looks like <
         (b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
         (pickle.dumps({"a": 1}), "is a pickle"),
         (b"PK\x03\x04 a torch zip", "is a pickle"),

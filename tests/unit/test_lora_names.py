@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lcm_lora.lora.formats.keys import split_key
-from lcm_lora.lora.formats.names import canonical_names
+from lcm_lora.lora.formats.key_endings import split_key
+from lcm_lora.lora.formats.module_names import canonical_names
 from lcm_lora.lora.formats.parse import parse
 from lcm_lora.lora.formats.places import host_name, places
 from lcm_lora.lora.formats.wire import from_wire, to_wire

@@ -34,13 +34,19 @@ ELSEWHERE = {"training/run.py": {"lcm_lora"}, "training/cluster/entry.py": {"ray
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """(dotted name, level) of every import in a file, inside functions too."""
+    """(dotted name, level) of every import in a file, inside functions too.
+
+    `from .a import b` counts as .a and as .a.b, because b may be a module.
+    """
     imported = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported += [(alias.name, 0) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            imported.append((node.module or "", node.level))
+            module = node.module or ""
+            imported.append((module, node.level))
+            inner = (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
+            imported += [(name, node.level) for name in inner]
     return imported
 
 
@@ -78,15 +84,13 @@ def module(path: Path) -> tuple[str, ...]:
 def imported_modules(path: Path, modules: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """The pack's modules that a file imports, inside functions too."""
     folder, targets = path.relative_to(ROOT).parts[:-1], set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        base = tuple((node.module or "").split(".")) if node.module else ()
-        if node.level:
-            base = folder[: len(folder) - node.level + 1] + base
+    for name, level in imports(path):
+        base = tuple(name.split(".")) if name else ()
+        if level:
+            base = folder[: len(folder) - level + 1] + base
         elif base[0] == "lcm_lora":
             base = base[1:]
-        targets |= {base, *((*base, alias.name) for alias in node.names)}
+        targets |= {base[:length] for length in range(1, len(base) + 1)}
     return targets & modules
 
 

@@ -18,8 +18,8 @@ def test_a_process_that_goes_on_reports_how_far_the_one_before_came(tmp_path):
     assert status["message"] == ""
 
 
-def test_a_repeated_report_without_figures_keeps_the_own_ones(tmp_path):
-    """A job that is asked to pause before its submission to a cluster has reported anything."""
+def test_a_repeated_report_without_figures_keeps_its_own_figures(tmp_path):
+    """A job may be asked to pause before its submission to a cluster has reported anything."""
     journal = Journal(tmp_path)
     journal.state("running", step=400, steps=1000, loss=0.2)
     journal.repeat(Status(state="paused", message="ended on the cluster"))

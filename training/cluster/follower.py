@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from .. import disk
-from ..jobs.records import Control, Handover, Outline, Result, Status
+from ..jobs.records import Control, Handover, Outline, Result, Status, newer
 from ..spec import Spec, read
 from ..state.journal import Journal
 from .api import ENDED, Api, NoAnswer
@@ -35,7 +35,7 @@ log = logging.getLogger("lcm_lora")
 ROOT = Path(__file__).resolve().parents[2]
 SENT = ("training", "lora", "samplers")
 ENTRY = "lcm_lora/training/cluster/entry.py"
-TICK, LONGEST = 1.0, 60.0  # seconds between looks, and at most between calls without an answer
+TICK, LONGEST = 1.0, 60.0  # seconds between polls; the longest wait between retries
 LAST = 4000  # characters of Ray's log that are repeated after a crash
 T = TypeVar("T")
 
@@ -266,8 +266,7 @@ class Follower:
 
     def _status(self) -> Status:
         """The report of this submission's trainer; an empty one before its first."""
-        status = Status.read(self.remote) or Status()
-        return Status() if status.started == self.handover.earlier else status
+        return newer(Status.read(self.remote) or Status(), self.handover.earlier)
 
     def _action(self) -> str:
         return (Control.read(self.job) or Control()).action

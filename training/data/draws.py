@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ...samplers.families import ORIGIN_STEPS
 from ...samplers.noise import picture_seed
-from ..objectives.batch import ORIGIN_STEPS
 
 
 class Shuffle:
-    """Which rows of the bank form which batch: every row once an epoch, in a new order each time.
+    """Which rows of the bank form which batch: every row once per epoch, in a new order each time.
 
     shapes: of the rows' latents; a batch has one shape. batch: pictures a step, of all processes
     together. If a shape's rows do not fill their last batch, the first of them come twice in that

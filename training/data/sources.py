@@ -132,7 +132,7 @@ def source(spec: Spec, teacher: Teacher) -> Source:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts in a UTF-8 file, one a line, without empty lines and those that start with #."""
+    """The prompts in a UTF-8 file, one per line; skips empty lines and lines that start with #."""
     file = Path(path) if path else PROMPTS
     try:
         data = file.read_bytes()
@@ -142,5 +142,5 @@ def read_prompts(path: str) -> list[str]:
     lines = re.split("\r\n?|\n", decoded(data, shown(file.name)))
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
-        raise ValueError(f"{shown(file.name)} contains no prompt: expected one a line.")
+        raise ValueError(f"{shown(file.name)} contains no prompt: expected one per line.")
     return prompts

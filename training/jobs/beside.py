@@ -51,7 +51,7 @@ class Beside:
             try:
                 self.look(time.monotonic())
             except Exception:  # a full disk or a held lock; the next round may succeed
-                log.exception("The jobs could not be looked at.")
+                log.exception("Could not check the jobs.")
             time.sleep(TICK)
 
     def look(self, now: float) -> None:

@@ -166,7 +166,7 @@ def _done(job: Job, show: Callable[[str], None]) -> Job:
 
 
 def _style(lora: StyleLoRA) -> tuple[Vector, float]:
-    """The part of a style that the teacher took over, the one for the model, and its strength."""
+    """The part of a style LoRA that the teacher took over (the model's), and its strength."""
     style = read(Path(lora.path))
     return style.only({m for m in style.modules() if place_of(m) != "text"}), lora.strength
 

@@ -101,10 +101,12 @@ def read(path: Path) -> Job:
     """
     outline = Outline.read(path)
     control = Control.read(path) or Control()
+    # Read before the status: first a trainer reports that it is done, then its supervisor its end.
+    attempt = Attempt.read(path) or Attempt()
     status = Status.read(path) or Status()
     state, message = "failed", "The job's description spec.json is damaged or gone."
     if outline is not None:
-        state, message = state_of(control, Attempt.read(path) or Attempt(), status)
+        state, message = state_of(control, attempt, status)
     outline = outline or Outline()
     # If control.json is torn, the name of the LoRA file is the best that is left.
     name = control.name or Path(outline.output or path.name).stem

@@ -1,15 +1,18 @@
-"""The files of a job's folder as typed records. Each file has one writer:
+"""The files of a job's folder as typed records, and who writes them:
 
     spec.json        Spec in training/spec.py; Outline is the part that the queue reads   server
-    control.json     Control: what is asked of the job, and its place in the queue        server
+    control.json     Control: what is asked of the job, and its place in the queue        see below
     supervisor.json  Attempt: the newest process, and how it ended                        supervisor
     status.json      Status: what that process reports                                    trainer
     result.json      Result: the finished LoRA                                            trainer
     ray.json         Handover: the submission to a cluster                                follower
 
+The server and the supervisor change control.json under the store's lock. What an older version of
+this pack rewrites loses the fields that it does not know.
+
 The trainer also writes metrics.jsonl, log.txt, samples/ and checkpoints/; see training/state/.
 
-A record is written as a whole, so no lock is needed to read it. A file that is missing, torn or not
+A record is replaced at once, so no lock is needed to read it. A file that is missing, torn or not
 a JSON object reads as None. A field that is missing or of another type reads as its default, as it
 does in files of older versions.
 """
@@ -81,9 +84,9 @@ class Control(Record):
         action: "pause" (save and end), "stop" (the same, enforced after a while), "finish" (write
             the LoRA as it is and end), or "" to go on.
         aside: the server for which the job pauses while prompts run; None if a user paused it.
-        turn: counts how often the job was told to go on. An attempt belongs to one turn.
-        order: the place in the queue, ascending.
-        name: of the LoRA, without its suffix. key: hash of the settings.
+        turn: how many times the job was resumed. An attempt belongs to one turn.
+        order: the place in the queue; the lowest runs first.
+        name: the file name of the LoRA, without its suffix. key: the hash of the settings.
         device: as the user named it: "" for the first, "0,1", or "ray:4" for a cluster.
         visible: the devices in the driver's names; None in files of older versions.
         processes: how many train the job together.
@@ -116,7 +119,8 @@ class Attempt(Record):
             newest process's.
         ended: "done", "failed", "paused" or "crashed"; None while the supervisor has not seen it
             end. message: why it failed or paused.
-        crashes: processes in a row that crashed without a new step. step: where the last crashed.
+        crashes: processes in a row that crashed without a new step.
+        step: the step at which the last of them crashed.
         not_before: when it may be started again, in seconds since 1970.
     """
 
@@ -137,8 +141,7 @@ class Attempt(Record):
 
     def own(self, status: Status) -> Status:
         """The status, or an empty one if the process before this one wrote it."""
-        is_older = status.started is not None and status.started == self.earlier
-        return Status() if is_older else status
+        return newer(status, self.earlier)
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,9 @@ class Status(Record):
             1970).
         state: "preparing", "running", "paused", "done" or "failed"; "" before the first report.
         message: a sentence for the user.
-        step, steps: done, and in all. loss: mean since the last report. seconds_left: estimate.
-        crash: "failed" for a reason that another attempt may not meet, such as a lost device.
+        step, steps: the steps done, and their total. loss: the mean since the last report.
+        seconds_left: an estimate.
+        crash: "failed", but another attempt may succeed, as after a lost device.
         disk_full: "paused" because the disk is full.
         The rest is the newest line of metrics.jsonl.
     """
@@ -172,6 +176,11 @@ class Status(Record):
     lr: float | None = None
     samples_per_second: float | None = None
     memory: float | None = None
+
+
+def newer(status: Status, earlier: float | None) -> Status:
+    """The status, or an empty one if the process that started at `earlier` wrote it."""
+    return Status() if earlier is not None and status.started == earlier else status
 
 
 @dataclass(frozen=True)

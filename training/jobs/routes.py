@@ -74,6 +74,7 @@ async def _answer(handler: Handler, request: web.Request) -> web.Response:
 
 
 async def _change(handler: ChangeHandler, request: web.Request) -> web.Response:
+    """Checks and reads a request that changes something, then answers it."""
     if reason := _foreign(request):
         return _error(403, reason)
     if request.content_type != "application/json":
@@ -88,7 +89,8 @@ async def _change(handler: ChangeHandler, request: web.Request) -> web.Response:
 
 
 def _response(request: web.Request, handler: Callable[[], Any]) -> web.Response:
-    """The handler's answer. Every error of a route becomes its status and sentence here."""
+    """The handler's answer. An error that it raises becomes a status and a sentence here; what is
+    wrong with the request itself is answered in `_change`."""
     try:
         with host.store().existing(request.match_info.get("id", "")):
             content = handler()
@@ -114,7 +116,7 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body or b"{}")
     except RecursionError:
-        raise ValueError("The body is nested too deep.") from None
+        raise ValueError("The body is nested too deeply.") from None
     except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"The body is not JSON: {error}.") from None
     if not isinstance(content, dict):

@@ -78,7 +78,7 @@ class Store:
         LoRA exists, or another job will make it, and the spec does not allow overwriting.
 
         Args:
-            name: of the LoRA, as loaders show it without its suffix. The rest: see Control.
+            name: the LoRA's name, as loaders show it without its suffix. The rest: see Control.
         """
         text = spec.to_json()
         key = hashlib.sha256(f"{device}\n{processes}\n{text}".encode()).hexdigest()

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from .. import disk
 from ..cluster.settings import Cluster
-from . import processes, states
+from . import processes, restart
 from .job import Job
 from .processes import Process
 from .records import Attempt, Control, Outline, Status
@@ -65,7 +65,7 @@ def main(folder: Path) -> int:
         try:
             with FileLock(folder / LOCK).acquire(timeout=1):
                 _name(folder, me)
-                log.info("supervisor %d takes up the queue", me.pid)
+                log.info("supervisor %d starts working on the queue", me.pid)
                 Supervisor(store).run()
                 # The number stays: it shows that this supervisor is past its start.
                 _name(folder, Process(me.pid))
@@ -109,7 +109,7 @@ class Supervisor:
                     return
                 time.sleep(TICK)
             except OSError:  # a full disk, or a held lock: the next round does the rest
-                log.exception("The queue could not be worked on.")
+                log.exception("Could not process the queue.")
                 time.sleep(FULL)
 
     def _round(self) -> bool:
@@ -140,7 +140,7 @@ class Supervisor:
         """Whether the pause after a crash is over. If more than the longest pause is left, the
         clock was set back, and the job may start."""
         left = (self._attempt(job).not_before or 0.0) - time.time()
-        return not 0 < left <= max(states.PAUSES)
+        return not 0 < left <= max(restart.PAUSES)
 
     def _launch(self, job: Job) -> None:
         path = self.store.path(job.id)
@@ -183,7 +183,7 @@ class Supervisor:
         self.asked_since.pop(job.id, None)
         path = self.store.path(job.id)
         status = Status.read(path) or Status()
-        outcome = states.restart_or_end(self._control(job), attempt, status, code)
+        outcome = restart.restart_or_end(self._control(job), attempt, status, code)
         log.info("%s ended with exit status %s: %s", job.name, code, outcome)
         outcome.write(path)
 

@@ -1,4 +1,4 @@
-"""What one training step works on, and where it lies on the solver's grid."""
+"""The inputs of one training step, and its timesteps on the solver's grid."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from .solver import Network, Schedule
 
 
 def loss(network: Network, schedule: Schedule, batch: Batch, z_s: torch.Tensor) -> torch.Tensor:
-    """The consistency loss (equation 9), a scalar: f(z_t, t) shall equal f(z_s, s).
+    """The consistency loss (equation 9), a scalar: f(z_t, t) should equal f(z_s, s).
 
     f leaps from any timestep to the clean latent. z_s: where the teacher's solver step leads from
     z_t, see solver.teacher_step. The target comes from the student itself: a LoRA needs no moving

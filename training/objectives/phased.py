@@ -19,7 +19,7 @@ from .solver import Network, Schedule
 def loss(
     network: Network, schedule: Schedule, batch: Batch, z_s: torch.Tensor, phases: int = 4
 ) -> torch.Tensor:
-    """The phased consistency loss, a scalar: f(z_t, t) shall equal f(z_s, s).
+    """The phased consistency loss, a scalar: f(z_t, t) should equal f(z_s, s).
 
     f is one DDIM step to the edge below t. At the edge itself, where s may lie, it is the identity.
     z_s and the adapter: as in lcm.loss.

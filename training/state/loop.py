@@ -41,8 +41,8 @@ class Diverged(ValueError):
 class Run:
     """One process's part of a training.
 
-    journal, samples: the first process's, None in the others. request() gives what the job is asked
-    to do. step: how many steps are done.
+    journal, samples: set in the first process, None in the others. request() returns the requested
+    action. step: how many steps are done.
     """
 
     spec: Spec

@@ -17,7 +17,7 @@ FIRST_SCALE, GROWTH = 2.0**16, 1000
 
 @dataclass
 class Progress:
-    """The state of a run that its checkpoints keep in state.json, beside the step.
+    """The state of a run that its checkpoints keep in state.json, besides the step.
 
     micro_batch: pictures at a time, as many as memory allows.
     recompute: whether blocks are computed again in backward.

@@ -71,7 +71,7 @@ class Samples:
         return errors
 
     def _in_parts(self, make: Callable[[Sequence[int]], list[T]]) -> list[T]:
-        """make(numbers of the prompts), of as many at a time as memory has room for."""
+        """make(numbers of the prompts), as many at a time as memory allows, and joined."""
         return in_parts(range(len(self.texts)), len(self.texts), make)
 
     def _inputs(self, numbers: Sequence[int]) -> tuple[Noise, Tensors, Tensors]:
