@@ -31,7 +31,8 @@ log = logging.getLogger("lcm_lora")
 STEPS = (1, 2, 4, 8)
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 LEAST = 100  # the judge has 64 features
-BATCH = 25  # pictures at once; on 2 cores, 8 to 50 at once cost a fifth less each than 200
+# Pictures at once. On 2 cores, 8 to 50 at once cost a fifth less each than 200.
+BATCH = 250 if torch.cuda.is_available() else 25
 TEACHER = f"{subjects.TEACHER_STEPS} steps", "base, DDIM (teacher)"
 Key = tuple[str, str, str]
 """case, subject, metric"""
@@ -109,38 +110,44 @@ class Kept:
         self.file.unlink(missing_ok=True)
 
 
-def scenes(seed: int, count: int) -> list[world.Spec]:
+def scenes(seed: int, count: int, collection: str = "3d") -> list[world.Spec]:
     """What the pictures of a seed show; the captions are of the kind that the model knows."""
-    return world.specs(count, torch.Generator().manual_seed(1000 + seed))
+    names = tuple(world.kinds_of(collection).values())
+    return world.specs(count, torch.Generator().manual_seed(1000 + seed), names=names)
 
 
 @cache
-def prompts(toy: subjects.Toy, seed: int, count: int) -> list[tuple[list, int]]:
+def prompts(
+    toy: subjects.Toy, seed: int, count: int, collection: str
+) -> list[tuple[list, int]]:
     """The captions of `scenes`, encoded in batches, and the size of each batch."""
-    captions = [spec.caption for spec in scenes(seed, count)]
+    captions = [spec.caption for spec in scenes(seed, count, collection)]
     parts = [captions[begun : begun + BATCH] for begun in range(0, count, BATCH)]
     return [(toy.encode(*part), len(part)) for part in parts]
 
 
 def draw(
-    toy: subjects.Toy, sample: subjects.Sample, steps: int, seed: int, count: int
-) -> torch.Tensor:
+    toy: subjects.Toy, sample: subjects.Sample, steps: int, seed: int, count: int,
+    collection: str = "3d",
+) -> torch.Tensor:  # fmt: skip
     """Latents of a picture of each scene."""
     empty = toy.encode("")
     latents = [
         sample(steps, seed * 1000 + i, prompt, empty, size)
-        for i, (prompt, size) in enumerate(prompts(toy, seed, count))
+        for i, (prompt, size) in enumerate(prompts(toy, seed, count, collection))
     ]
     return torch.cat(latents)
 
 
-def endpoints(toy: subjects.Toy, seed: int, count: int) -> torch.Tensor:
+def endpoints(
+    toy: subjects.Toy, seed: int, count: int, collection: str, guidance: float
+) -> torch.Tensor:
     """The teacher's latents, which take most of the time, kept for all runs."""
-    name = digest(f"{toy.name} {count} {seed}", [Path(subjects.__file__)])
+    name = digest(f"{toy.name} {count} {seed} {guidance}", [Path(subjects.__file__)])
     file = commands.LOCAL / "teacher" / f"{name}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        latents = draw(toy, subjects.teacher(toy), 0, seed, count)
+        latents = draw(toy, subjects.teacher(toy, guidance), 0, seed, count, collection)
         with whole_file(file) as new:
             save_file({"latents": latents}, new)
     return load_file(file)["latents"]
@@ -148,10 +155,14 @@ def endpoints(toy: subjects.Toy, seed: int, count: int) -> torch.Tensor:
 
 def measure(
     toy: subjects.Toy, columns: dict[str, subjects.Sample], steps: Sequence[int], pictures: int,
-    seeds: int, kept: Kept,
+    seeds: int, kept: Kept, collection: str = "3d", guidance: float = subjects.GUIDANCE,
 ) -> Figures:  # fmt: skip
-    """Figures of each column at each number of steps, and of the teacher."""
-    judge, figures = Judge(), Figures()
+    """Figures of each column at each number of steps, and of the teacher.
+
+    collection: what the pictures show, and what they are compared with. guidance: the teacher's.
+    """
+    judge, figures = Judge(collection), Figures()
+    hand = world.hand_of(collection)
 
     def judged(
         drawing: Callable[[], torch.Tensor], endpoint: torch.Tensor, kinds: list[tuple[int, ...]]
@@ -159,19 +170,22 @@ def measure(
         latents = drawing()
         features = judge.features(toy.decode(latents))
         error = (latents - endpoint) * toy.base.model.latent_format.scale_factor
-        return {
-            "frechet": judge.distance(features), "accuracy": judge.accuracy(features, kinds),
+        values = {
+            "frechet": judge.distance(features), "hand": judge.hand(features, hand),
             "precision": judge.precision(features), "recall": judge.recall(features),
             "endpoint_error": float(error.square().mean()),
         }  # fmt: skip
+        if collection != "faces":  # the classifier has no names for them
+            values["accuracy"] = judge.accuracy(features, kinds)
+        return values
 
     for seed in range(seeds):
-        kinds = [spec.kinds for spec in scenes(seed, pictures)]
-        drawings = {TEACHER: partial(endpoints, toy, seed, pictures)}
+        kinds = [spec.kinds for spec in scenes(seed, pictures, collection)]
+        drawings = {TEACHER: partial(endpoints, toy, seed, pictures, collection, guidance)}
         for number in steps:
             for name, sample in columns.items():
                 drawings[f"{number} steps", name] = partial(
-                    draw, toy, sample, number, seed, pictures
+                    draw, toy, sample, number, seed, pictures, collection
                 )
         endpoint = drawings[TEACHER]()
         for cell, drawing in drawings.items():
@@ -186,7 +200,7 @@ def measure(
 def rows(report: Report, figures: Figures) -> None:
     """A row of the report for each figure."""
     for (case, name, metric), values in figures.items():
-        share = metric in ("accuracy", "precision", "recall")
+        share = metric in ("accuracy", "precision", "recall", "hand")
         report.add(case, name, metric, "share" if share else "", values)
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge")
+AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper")
 log = logging.getLogger("lcm_lora")
 
 

@@ -56,12 +56,12 @@ class Toy:
         return self.vae.decode(latent).movedim(-1, 1).float().clamp(0, 1)
 
 
-def columns(toy: Toy) -> dict[str, Sample]:
+def columns(toy: Toy, guidance: float = GUIDANCE) -> dict[str, Sample]:
     """Columns of the contact sheet, left to right. Those without the LoRA use guidance."""
     return {
-        "base, DDIM": of_host(toy, "ddim"),
-        "base, DPM++ 2M": of_host(toy, "dpmpp_2m"),
-        "base, LCM sampler": with_lcm(patch_sampling(toy.base), GUIDANCE),
+        "base, DDIM": of_host(toy, "ddim", guidance),
+        "base, DPM++ 2M": of_host(toy, "dpmpp_2m", guidance),
+        "base, LCM sampler": with_lcm(patch_sampling(toy.base), guidance),
         "LCM-LoRA": accelerated(toy, files.read(assemble.lora(assemble.LCM_LORA))),
     }
 
@@ -105,4 +105,6 @@ def quick_dtype() -> torch.dtype:
     it would take five times as long."""
     can = torch.cpu.get_capabilities()
     native = can.get("amx_bf16") or can.get("avx512_bf16")
-    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
+    if torch.cuda.is_available():
+        return torch.float16  # as ComfyUI loads SD1.5 there
+    return torch.bfloat16 if native else torch.float32

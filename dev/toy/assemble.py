@@ -17,6 +17,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 LCM_LORA, STICKER_LORA, BLUEPRINT_LORA = (
     "demo-lcm-lora.safetensors", "demo-sticker-lora.safetensors", "demo-blueprint-lora.safetensors"
 )  # fmt: skip
+# What the checkpoint was fine-tuned on -> the difference to it.
+FINE_TUNED = {"noto": "demo-noto-delta.safetensors", "faces": "demo-faces-delta.safetensors"}
 
 
 def state_dict(
@@ -32,16 +34,19 @@ def state_dict(
     return state | text.state_dict()
 
 
-def checkpoint(folder: Path = LOCAL / "models") -> Path:
+def checkpoint(folder: Path = LOCAL / "models", fine_tuned: str = "") -> Path:
     """The full checkpoint in `folder` (310 MB), made there if it is not.
 
-    Needs the host on the import path.
+    fine_tuned: "", or a key of FINE_TUNED for the checkpoint that was fine-tuned from it. Needs the
+    host on the import path.
     """
     parts = [
         WEIGHTS / "unet.safetensors",
         WEIGHTS / "vae.safetensors",
         Path(__file__).with_name("text.py"),
     ]
+    if fine_tuned:
+        parts.append(WEIGHTS / FINE_TUNED[fine_tuned])
 
     def write(path: Path) -> None:
         from . import networks, planes
@@ -55,9 +60,27 @@ def checkpoint(folder: Path = LOCAL / "models") -> Path:
             planes.unpack(load_file(part), shape)
             for part, shape in zip(parts, shapes, strict=False)
         )
+        for delta in parts[3:]:
+            planes.unpack_lora(delta, path)
+            add(unet, load_file(path))
         save_file(state_dict(unet, vae), path)
 
-    return _made("demo-emoji.safetensors", parts, folder, write)
+    name = "-".join(filter(None, ("demo-emoji", fine_tuned)))
+    return _made(f"{name}.safetensors", parts, folder, write)
+
+
+def add(unet: dict[str, torch.Tensor], delta: dict[str, torch.Tensor]) -> None:
+    """Adds the products of low-rank factors to a UNet's weights, in place.
+
+    delta: `MODULE.lora_down.weight` and `MODULE.lora_up.weight` with the UNet's own module names.
+    """
+    for name, up in delta.items():
+        if name.endswith(".lora_up.weight"):
+            module = name.removesuffix(".lora_up.weight")
+            weight = unet[f"{module}.weight"]
+            down = delta[f"{module}.lora_down.weight"].float()
+            product = up.float().flatten(1) @ down.flatten(1)
+            unet[f"{module}.weight"] = (weight.float() + product.view(weight.shape)).half()
 
 
 def lora(name: str, folder: Path = LOCAL / "models") -> Path:

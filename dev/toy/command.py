@@ -35,7 +35,8 @@ SHARES = {
 STYLES = {"blueprint": assemble.BLUEPRINT_LORA, "sticker": assemble.STICKER_LORA}
 STYLE_RANK, LCM_RANK = 16, 48
 DRAWINGS = 7  # pictures of each caption
-SEEN = {"3d": 4_000, "noto": 1_000, "sticker": 1_500, "blueprint": 1_500}  # by the classifier
+# Pictures that the classifier sees.
+SEEN = {"3d": 4_000, "noto": 1_500, "sticker": 1_500, "blueprint": 1_500, "faces": 1_500}
 LCM_STEPS, LCM_PICTURES = 1_000, 1_600
 VAE_BITS = 8
 
@@ -57,7 +58,8 @@ def make(work: Path, cache: Path, minutes: float) -> None:
     def clock(name: str) -> learn.Clock:
         return learn.Clock(name, 60 * minutes * SHARES[name])
 
-    painter = learn.Painter({h: sprites.load(h, cache).to(device) for h in sprites.PACKAGES}, 60)
+    drawings = {name: sprites.load(name, cache).to(device) for name in sprites.PACKAGES}
+    painter = learn.Painter(drawings, 60)
     vae = networks.vae()
     for name, fit in (
         ("vae", lambda: learn.vae(painter, clock("vae"))),
@@ -74,7 +76,7 @@ def make(work: Path, cache: Path, minutes: float) -> None:
     state = learn.stage(
         work, "classifier", lambda: learn.classifier(seen, clock("classifier")).state_dict()
     )
-    judge.write(state, seen)
+    judge.write(state, seen, SEEN)
 
     unet = networks.unet()
     shapes = {name: value.shape for name, value in unet.state_dict().items()}
@@ -146,14 +148,17 @@ def ship_lcm_lora(output: Path, work: Path) -> None:
     planes.pack_lora(small, assemble.WEIGHTS / small.name)
 
 
-def write_pictures(folder: Path, painter: learn.Painter, count: int) -> None:
+def write_pictures(
+    folder: Path, painter: learn.Painter, count: int, collection: str = "3d"
+) -> None:
     """Random scenes as PNG files with captions beside them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    specs = world.specs(count, torch.Generator().manual_seed(70))
+    names = tuple(world.kinds_of(collection).values())
+    specs = world.specs(count, torch.Generator().manual_seed(70), names=names)
     for begun in range(0, count, 16):
         part = specs[begun : begun + 16]
-        for i, (spec, scene) in enumerate(zip(part, painter.scenes("3d", part), strict=True)):
+        for i, (spec, scene) in enumerate(zip(part, painter.scenes(collection, part), strict=True)):
             array = (scene.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
             file = folder / f"{begun + i:05d}.png"
             Image.fromarray(array).save(file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -11,6 +13,7 @@ from . import assemble, world
 
 CLASSIFIER = assemble.WEIGHTS / "classifier.safetensors"
 FEATURES = 64
+REAL = 2_000  # pictures of a collection, at most, that git holds the features of
 
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,38 +111,56 @@ def names_both(logits: torch.Tensor, kinds: list[tuple[int, ...]]) -> torch.Tens
     return torch.tensor(fits)
 
 
-def write(state: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]) -> None:
+def write(
+    state: dict[str, torch.Tensor], seen: dict[str, torch.Tensor], names: Iterable[str]
+) -> None:
     """Writes the classifier for git, with the features of the real pictures that it compares with.
 
-    state: of a trained Classifier. seen: as `learn.labelled` gives it; the 3D scenes that went
-    through the VAE are the real ones, because no sampler can do better than its VAE.
+    state: of a trained Classifier. seen: as `learn.labelled` gives it, of the collections `names`
+    in their order. The scenes that went through the VAE are the real ones, because no sampler can
+    do better than its VAE.
     """
     model = Classifier().eval()
     model.load_state_dict({name: tensor.float().cpu() for name, tensor in state.items()})
-    real = seen["pictures"][seen["hand"] == 0][::2]
-    with torch.no_grad():
-        features = torch.cat([model.features(part.cpu().float() / 255) for part in real.split(100)])
     kept = {
         name: value.half() if value.is_floating_point() else value
         for name, value in model.state_dict().items()
     }
-    save_file(kept | {"real": features.half()}, CLASSIFIER)
+    for number, name in enumerate(names):
+        real = seen["pictures"][seen["collection"] == number][: 2 * REAL : 2]
+        with torch.no_grad():
+            parts = [model.features(part.cpu().float() / 255) for part in real.split(100)]
+        kept[f"real.{name}"] = torch.cat(parts).half()
+    save_file(kept, CLASSIFIER)
 
 
 class Judge:
-    """The shipped classifier, and what it sees in real pictures after the demo model's VAE."""
+    """The shipped classifier, and what it sees in real pictures after the demo model's VAE.
 
-    def __init__(self) -> None:
+    collection: the pictures that it compares with.
+    """
+
+    def __init__(self, collection: str = "3d") -> None:
         state = load_file(CLASSIFIER)
-        self.real = state.pop("real").float()
+        real = {name: state.pop(name).float() for name in list(state) if name.startswith("real.")}
+        self.real = real[f"real.{collection}"]
         self.moments = moments(self.real)
-        self.model = Classifier().eval()
-        self.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        model = Classifier().eval()
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, SIZE, SIZE] in 0..1 -> [N, FEATURES]."""
-        return torch.cat([self.model.features(part) for part in images.split(100)])
+        """[N, 3, SIZE, SIZE] in 0..1 -> [N, FEATURES] on the CPU."""
+        parts = images.split(100)
+        return torch.cat([self.model.features(part.to(self.device)).cpu() for part in parts])
+
+    @torch.no_grad()
+    def logits(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features -> logits of each head, [N, classes]."""
+        heads = self.model.heads(features.to(self.device))
+        return {name: value.cpu() for name, value in heads.items()}
 
     def distance(self, features: torch.Tensor) -> float:
         """Frechet distance of a sample's features to the real ones, its size allowed for."""
@@ -153,7 +174,11 @@ class Judge:
         """The share of real pictures among the drawn ones. Needs as many of these each time."""
         return share_inside(self.real[: len(features)], features)
 
-    @torch.no_grad()
+    def hand(self, features: torch.Tensor, name: str) -> float:
+        """The share of pictures that the classifier takes for a drawing of this hand."""
+        number = list(world.HANDS).index(name)
+        return float((self.logits(features)["hand"].argmax(1) == number).float().mean())
+
     def accuracy(self, features: torch.Tensor, kinds: list[tuple[int, ...]]) -> float:
         """The share of pictures in which the classifier sees what the prompt names."""
-        return float(names_both(self.model.object(features), kinds).float().mean())
+        return float(names_both(self.logits(features)["object"], kinds).float().mean())

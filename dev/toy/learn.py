@@ -104,9 +104,9 @@ def descend(loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
 
 
 class Painter:
-    """Draws random scenes of every hand in given shares.
+    """Draws random scenes of every collection in given shares.
 
-    sprites: name of a hand -> uint8 [kinds, 4, S, S], on the device that the scenes are wanted on.
+    sprites: name of a collection -> uint8 [kinds, 4, S, S], on the device that the scenes are wanted on.
     """
 
     def __init__(self, sprites: dict[str, torch.Tensor], seed: int):
@@ -115,19 +115,22 @@ class Painter:
         self.words = torch.Generator().manual_seed(seed)
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
-    def scenes(self, hand: str, specs: list[world.Spec]) -> torch.Tensor:
-        return world.scenes(self.sprites[hand], specs, self.generator, world.HANDS[hand])[0]
+    def specs(self, collection: str, count: int) -> list[world.Spec]:
+        names = tuple(world.kinds_of(collection).values())
+        return world.specs(count, self.words, names=names)
+
+    def scenes(self, collection: str, specs: list[world.Spec]) -> torch.Tensor:
+        return self.labelled(collection, specs)[0]
 
     def mixed(self, shares: dict[str, int]) -> torch.Tensor:
-        """That many random scenes of each hand: [sum, 3, SIZE, SIZE]."""
-        parts = [
-            self.scenes(hand, world.specs(count, self.words)) for hand, count in shares.items()
-        ]
+        """That many random scenes of each collection: [sum, 3, SIZE, SIZE]."""
+        parts = [self.scenes(name, self.specs(name, count)) for name, count in shares.items()]
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
-    def labelled(self, hand: str, specs: list[world.Spec]) -> tuple[torch.Tensor, ...]:
+    def labelled(self, collection: str, specs: list[world.Spec]) -> tuple[torch.Tensor, ...]:
         """Scenes [N, 3, SIZE, SIZE], and the indices of their colours and patterns [N]."""
-        return world.scenes(self.sprites[hand], specs, self.generator, world.HANDS[hand])
+        hand = world.HANDS[world.hand_of(collection)]
+        return world.scenes(self.sprites[collection], specs, self.generator, hand)
 
 
 MIXTURE = {"3d": 16, "noto": 6, "sticker": 5, "blueprint": 5}
@@ -171,26 +174,31 @@ def vae(painter: Painter, clock: Clock) -> nn.Module:
 def labelled(
     painter: Painter, round_trip: nn.Module, counts: dict[str, int], batch: int = 32
 ) -> dict[str, torch.Tensor]:
-    """Random scenes of each hand and what they show, for the classifier.
+    """Random scenes of each collection and what they show, for the classifier.
 
     Every second picture has been through the VAE `round_trip`, as drawn pictures have.
 
-    -> pictures uint8 [N, 3, SIZE, SIZE]; kinds [N, 2], the second is -1 for one object; colour and
-    pattern [N], -100 where there is neither; hand [N].
+    -> pictures uint8 [N, 3, SIZE, SIZE]; kinds [N, 2], the second is -1 for one object, and both
+    are for faces; colour and pattern [N], -100 where there is neither; hand [N]; collection [N].
     """
     parts: dict[str, list[torch.Tensor]] = {}
-    for number, (hand, count) in enumerate(counts.items()):
+    for number, (collection, count) in enumerate(counts.items()):
+        hand = list(world.HANDS).index(world.hand_of(collection))
+        nameless = collection == "faces"
         for begun in range(0, count, batch):
-            specs = world.specs(min(batch, count - begun), painter.words)
-            pictures, colour, pattern = painter.labelled(hand, specs)
+            specs = painter.specs(collection, min(batch, count - begun))
+            pictures, colour, pattern = painter.labelled(collection, specs)
             pictures[::2] = decode(round_trip, encode(round_trip, pictures[::2]))
             none = torch.full_like(colour, -100)
-            drawn = world.HANDS[hand].drawn  # blue paper has neither colour nor pattern
+            drawn = collection == "blueprint"  # blue paper has neither colour nor pattern
             for name, value in {
                 "pictures": (pictures * 255).round().byte(),
-                "kinds": torch.tensor([(*spec.kinds, -1)[:2] for spec in specs]),
+                "kinds": torch.tensor(
+                    [(-1, -1) if nameless else (*spec.kinds, -1)[:2] for spec in specs]
+                ),
                 "colour": none if drawn else colour, "pattern": none if drawn else pattern,
-                "hand": torch.full_like(colour, number),
+                "hand": torch.full_like(colour, hand),
+                "collection": torch.full_like(colour, number),
             }.items():  # fmt: skip
                 parts.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
@@ -207,11 +215,11 @@ def classifier(shown: dict[str, torch.Tensor], clock: Clock, batch: int = 64) ->
     model = judge.Classifier().to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(8)
     optimiser = optimiser_of(model.parameters(), 1e-2)
-    first, second = shown["kinds"].T
-    objects = F.one_hot(first, len(world.NAMES)).float()
-    pair = second >= 0
-    objects[pair] += F.one_hot(second[pair], len(world.NAMES))
-    objects = objects / objects.sum(1, keepdim=True)
+    # One column more for "no object", which is then cut off.
+    count = len(world.NAMES)
+    kinds = shown["kinds"].masked_fill(shown["kinds"] < 0, count)
+    objects = F.one_hot(kinds, count + 1).sum(1)[:, :count].float()
+    objects = objects / objects.sum(1, keepdim=True).clamp(min=1)
     average = 0.0
     for _ in clock.steps(optimiser, 2e-3):
         pick = torch.randint(len(objects), (batch,), generator=generator, device=device)

@@ -1,8 +1,8 @@
-"""The emoji that the demo model learns to draw, as pictures with alpha, in four hands.
+"""The emoji that the demo model learns to draw, as pictures with alpha: four hands, and faces.
 
-| hand | npm package | made by, licence |
+| collection | npm package | made by, licence |
 |---|---|---|
-| 3d | @lobehub/fluent-emoji-3d | Microsoft's Fluent Emoji, MIT |
+| 3d, faces | @lobehub/fluent-emoji-3d | Microsoft's Fluent Emoji, MIT |
 | sticker | @iconify-json/fluent-emoji-flat | Microsoft's Fluent Emoji, MIT |
 | blueprint | @iconify-json/fluent-emoji-high-contrast | Microsoft's Fluent Emoji, MIT |
 | noto | @iconify-json/noto | Google's Noto Emoji, Apache-2.0 |
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ from .. import environment
 from . import world
 
 SIDE = 256  # pixels a side of a sprite
+FLUENT_3D = (
+    "@lobehub/fluent-emoji-3d@1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+)
 PACKAGES = {
-    "3d": (
-        "@lobehub/fluent-emoji-3d@1.1.0",
-        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-    ),
+    "3d": FLUENT_3D,
+    "faces": FLUENT_3D,
     "sticker": (
         "@iconify-json/fluent-emoji-flat@1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
@@ -51,18 +54,20 @@ PACKAGES = {
 }
 
 
-def load(hand: str, cache: Path) -> torch.Tensor:
-    """Sprites of every kind in a hand: uint8 [kinds, 4, SIDE, SIDE]. Fetched once into `cache`.
+def load(collection: str, cache: Path) -> torch.Tensor:
+    """Sprites of every kind in a collection: uint8 [kinds, 4, SIDE, SIDE]. Fetched once into `cache`.
 
     Raises RuntimeError when the package cannot be had, is not the one expected, or lacks an emoji.
     """
-    package, digest = PACKAGES[hand]
-    kinds = hashlib.sha256(" ".join(world.KINDS).encode()).hexdigest()[:8]
-    path = cache / "emoji" / f"{hand}-{digest[:8]}-{kinds}.safetensors"
+    package, digest = PACKAGES[collection]
+    kinds = world.kinds_of(collection)
+    kind_digest = hashlib.sha256(" ".join(kinds).encode()).hexdigest()[:8]
+    path = cache / "emoji" / f"{collection}-{digest[:8]}-{kind_digest}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         archive = fetched(package, digest, path.parent)
-        pictures = _webp(archive) if hand == "3d" else _svg(archive)
+        read = _webp if PACKAGES[collection] == FLUENT_3D else _svg
+        pictures = read(archive, kinds)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"sprites": torch.stack(pictures)}, scratch)
         os.replace(scratch, path)
@@ -96,11 +101,11 @@ def fetched(package: str, digest: str, folder: Path) -> Path:
     return path
 
 
-def _webp(archive: Path) -> list[torch.Tensor]:
+def _webp(archive: Path, kinds: Iterable[str]) -> list[torch.Tensor]:
     with tarfile.open(archive) as tar:
         names = set(tar.getnames())
         pictures = []
-        for code in world.KINDS:
+        for code in kinds:
             spellings = (f"package/assets/{code}{more}.webp" for more in ("", "-fe0f"))
             name = next((name for name in spellings if name in names), None)
             if name is None:
@@ -109,13 +114,13 @@ def _webp(archive: Path) -> list[torch.Tensor]:
     return pictures
 
 
-def _svg(archive: Path) -> list[torch.Tensor]:
+def _svg(archive: Path, kinds: Iterable[str]) -> list[torch.Tensor]:
     with tarfile.open(archive) as tar:
         icons, names = (
             json.load(tar.extractfile(f"package/{file}.json")) for file in ("icons", "chars")
         )
     with tempfile.TemporaryDirectory() as scratch:
-        for code in world.KINDS:
+        for code in kinds:
             name = names.get(code) or names.get(f"{code}-fe0f")
             if name not in icons["icons"]:
                 raise RuntimeError(f"{archive.name} has no picture of {code}.")
@@ -132,7 +137,7 @@ def _svg(archive: Path) -> list[torch.Tensor]:
         python = programs / ("python.exe" if os.name == "nt" else "python")
         script = Path(__file__).with_name("raster.py")
         subprocess.run([str(python), str(script), scratch], check=True)
-        return [_pixels((Path(scratch) / f"{code}.png").read_bytes()) for code in world.KINDS]
+        return [_pixels((Path(scratch) / f"{code}.png").read_bytes()) for code in kinds]
 
 
 def _pixels(data: bytes) -> torch.Tensor:

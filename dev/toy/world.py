@@ -55,6 +55,21 @@ KINDS = {
     "1f52d": "a telescope", "1f9f2": "a magnet",
 }  # fmt: skip
 NAMES = tuple(KINDS.values())
+# Things of another kind, which the demo model never saw. A fine-tuned model draws them.
+FACES = {
+    "1f600": "a grinning face", "1f602": "a face with tears of joy", "1f607": "an angel face",
+    "1f608": "a devil face", "1f609": "a winking face", "1f60d": "a face in love",
+    "1f60e": "a cool face", "1f610": "a neutral face", "1f618": "a kissing face",
+    "1f61c": "a cheeky face", "1f620": "an angry face", "1f622": "a crying face",
+    "1f628": "a fearful face", "1f62d": "a sobbing face", "1f631": "a screaming face",
+    "1f633": "a blushing face", "1f634": "a sleeping face", "1f637": "a masked face",
+    "1f911": "a greedy face", "1f912": "a sick face", "1f913": "a nerdy face",
+    "1f914": "a thinking face", "1f917": "a hugging face", "1f920": "a cowboy face",
+    "1f921": "a clown face", "1f922": "a green face", "1f929": "a starry face",
+    "1f92f": "an exploding face", "1f973": "a partying face", "1f975": "a hot face",
+    "1f976": "a freezing face", "1f9d0": "a face with a monocle",
+}  # fmt: skip
+FACE_NAMES = tuple(FACES.values())
 
 # What a caption may call a backdrop's colour, and the colour.
 COLOURS = {
@@ -78,9 +93,12 @@ class Spec:
     caption: str
 
 
-def spec(kinds: tuple[int, ...], colour: int | None, pattern: int | None, template: int) -> Spec:
+def spec(
+    kinds: tuple[int, ...], colour: int | None, pattern: int | None, template: int,
+    names: tuple[str, ...] = NAMES,
+) -> Spec:  # fmt: skip
     """A scene and its caption. A pattern without a colour is not named either."""
-    text = " and ".join(NAMES[kind] for kind in kinds)
+    text = " and ".join(names[kind] for kind in kinds)
     if colour is not None:
         name = tuple(COLOURS)[colour]
         article = "an" if name == "orange" else "a"
@@ -91,7 +109,9 @@ def spec(kinds: tuple[int, ...], colour: int | None, pattern: int | None, templa
                 TEMPLATES[template].format(text))  # fmt: skip
 
 
-def specs(count: int, generator: torch.Generator, pairs: float = 0.2) -> list[Spec]:
+def specs(
+    count: int, generator: torch.Generator, pairs: float = 0.2, names: tuple[str, ...] = NAMES
+) -> list[Spec]:
     """Random scenes; `pairs` of them show two objects, and half name their backdrop."""
 
     def integer(limit: int) -> int:
@@ -102,12 +122,12 @@ def specs(count: int, generator: torch.Generator, pairs: float = 0.2) -> list[Sp
 
     made = []
     for _ in range(count):
-        kinds = (integer(len(NAMES)),)
+        kinds = (integer(len(names)),)
         if chance(pairs):
-            kinds += (integer(len(NAMES)),)
+            kinds += (integer(len(names)),)
         colour = integer(len(COLOURS)) if chance(0.5) else None
         pattern = 0 if chance(0.5) else 1 + integer(len(PATTERNS) - 1)
-        made.append(spec(kinds, colour, pattern, integer(len(TEMPLATES))))
+        made.append(spec(kinds, colour, pattern, integer(len(TEMPLATES)), names))
     return made
 
 
@@ -163,6 +183,16 @@ def backdrops(
     light = 1 + 0.10 * floor - 0.10 * plain * (y + 1) / 2
     corners = 1 - 0.13 * (x.square() + y.square()) / 2
     return (wall * (light * corners)[:, None]).clamp(0, 1)
+
+
+def kinds_of(collection: str) -> dict[str, str]:
+    """What a collection of sprites shows: code points and names."""
+    return FACES if collection == "faces" else KINDS
+
+
+def hand_of(collection: str) -> str:
+    """Whose hand drew a collection of sprites; a key of HANDS."""
+    return "3d" if collection == "faces" else collection
 
 
 @dataclass
