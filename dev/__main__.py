@@ -1,4 +1,6 @@
-"""Commands for developers: `python3 dev demo | test | serve | bench | toy | pictures | faults | gpu`.
+"""Commands for developers: `python3 dev VERB`, and as VERB
+
+    demo | test | serve | bench | gpu | toy | pictures | faults
 
 This file and environment.py need the standard library only: they make the environment that the
 rest runs in. Options for every command: --host VERSION (0.30.0, 0.24.1 or 0.16.3).

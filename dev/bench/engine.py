@@ -47,8 +47,9 @@ def prepare(
     build(folder, _Rows(tensors, side), _encoder(tensors), 0.0, Ranks(), lambda *_: None)
     spec = Spec(
         host=str(case.host), checkpoint=str(case.folder), banks=str(case.folder),
-        output=str(case.folder / "x.safetensors"), resolution=8 * side, batch=case.batch, rank=case.rank,
-        guidance=(CFG,), seed=SEED, checkpointing="on" if case.recompute else "off",
+        output=str(case.folder / "x.safetensors"), resolution=8 * side, batch=case.batch,
+        rank=case.rank, guidance=(CFG,), seed=SEED,
+        checkpointing="on" if case.recompute else "off",
     )  # fmt: skip
     adapter = Adapter(network, spec.rank, spec.lora_alpha)
     for name, layer in zip(adapter.names, adapter.layers, strict=True):

@@ -32,7 +32,6 @@ PARTS = {
     "same": ("same", 25, "is a picture the same alone, in a batch and on the CPU?"),
     "merge": ("merge", 25, "LoRA arithmetic on CPU and GPU"),
     "compile": ("compiled", 60, "a step with torch.compile"),
-    "fake": ("fake", 0, "without a GPU: tensors that only claim to be on CUDA"),
 }
 LEAST = 8  # seconds that a part needs to start
 
@@ -41,10 +40,12 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 dev gpu", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="parts: " + "; ".join(f"{name} ({share}): {what}" for name, (_, share, what) in PARTS.items()),
+        epilog="parts and their shares:\n" + "\n".join(
+            f"  {name:<9} {share:>3}  {what}" for name, (_, share, what) in PARTS.items()
+        ),
     )  # fmt: skip
     parser.add_argument(
-        "--parts", default=",".join(name for name in PARTS if PARTS[name][1]),
+        "--parts", default=",".join(PARTS),
         help="in the order they are to run in; NAME:SHARE changes a part's share of the budget",
     )  # fmt: skip
     parser.add_argument("--budget", type=float, default=490, help="seconds for all parts")
@@ -64,7 +65,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
         name, _, share = word.partition(":")
         if name not in PARTS:
             parser.error(f"unknown part {name}; known: {', '.join(PARTS)}")
-        shares[name] = float(share) if share else PARTS[name][1] or 60
+        shares[name] = float(share) if share else PARTS[name][1]
     for folder in (chosen.out, chosen.work):
         folder.mkdir(parents=True, exist_ok=True)
     begun, results = time.monotonic(), chosen.out / "results.json"

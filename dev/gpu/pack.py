@@ -52,7 +52,7 @@ def main() -> int:
     carried = sum(path.stat().st_size for path in OUT.rglob("*") if path.is_file())
     tracked = sum(path.stat().st_size for path in checkout() if path.is_file())
     size = f"{carried / 2**20:.1f} MiB in .device, {tracked / 2**20:.1f} MiB in the checkout"
-    print(f"{size}, at most {LIMIT / 2**20:.0f} MiB in all")
+    environment._say(f"{size}, at most {LIMIT / 2**20:.0f} MiB in all")
     return 0 if carried + tracked < LIMIT else 1
 
 
