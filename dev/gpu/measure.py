@@ -162,5 +162,8 @@ def one(chosen: argparse.Namespace, host: Path) -> int:
     name = chosen.part
     kit = Kit(name, host, chosen.tiny, chosen.budget, chosen.work, chosen.out)
     kit.write()
-    importlib.import_module(f".{PARTS[name][0]}", __package__).run(kit)
-    return 0
+    status = 1
+    with kit.case(f"part {name}"):
+        importlib.import_module(f".{PARTS[name][0]}", __package__).run(kit)
+        status = 0
+    return status
