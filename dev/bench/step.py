@@ -67,39 +67,43 @@ class Clock:
         self, parameters: Iterable[nn.Parameter], *networks: nn.Module, device: str = "cpu"
     ) -> None:
         self._calls, self._cuda = 0, device == "cuda"
-        self._marks: list[Any] = []
+        self._begun: Any = None
+        self._pairs: list[tuple[Any, Any]] = []
         for network in networks:
-            network.register_forward_pre_hook(self._mark)
+            network.register_forward_pre_hook(self._enter)
             network.register_forward_hook(self._leave_forward)
-        torch.autograd.graph.register_multi_grad_hook(list(parameters), self._mark)
+        torch.autograd.graph.register_multi_grad_hook(list(parameters), self._leave)
 
-    def _mark(self, *_: Any) -> None:
-        """Keeps the time of an entry, and then that of the exit."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _enter(self, *_: Any) -> None:
+        self._begun = self._now()
+
+    def _leave(self, *_: Any) -> None:
+        self._pairs.append((self._begun, self._now()))
 
     def _leave_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._mark()
+        self._leave()
         self._calls += 1
         output = getattr(output, "sample", output)
         if output.requires_grad:
-            output.register_hook(self._mark)
+            output.register_hook(self._enter)
 
     def step(self, loss: float) -> Step:
         """What was counted since the last step."""
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self._cuda:
             torch.cuda.synchronize()
-            seconds = sum(begun.elapsed_time(ended) / 1000 for begun, ended in pairs)
+            seconds = sum(begun.elapsed_time(ended) for begun, ended in self._pairs) / 1000
         else:
-            seconds = sum(ended - begun for begun, ended in pairs)
+            seconds = sum(ended - begun for begun, ended in self._pairs)
         step = Step(loss, self._calls, seconds)
         self._calls = 0
-        self._marks.clear()
+        self._pairs.clear()
         return step
 
 

@@ -36,10 +36,10 @@ def run(kit: Kit) -> None:
     with kit.case("killed and resumed", 20) as go:
         if go:
             killed(kit, short)
-    with kit.case("losses as the CPU's", 20) as go:
+    with kit.case("losses as the CPU's", 25) as go:
         if go and kit.cuda:
             losses(kit, short)
-    with kit.case("distilled", 30) as go:
+    with kit.case("distilled", 60) as go:
         if go:
             distilled(kit, settings)
 
@@ -154,7 +154,6 @@ def distilled(kit: Kit, settings: dict) -> None:
             kit.add(case, "engine", f"endpoint error at {count} steps", "", error)
     if sheets := sorted((job.folder / "samples").glob("*.png")):
         shutil.copy(sheets[-1], kit.out / "toy-samples.png")
-    shutil.copy(job.output, kit.out / "toy-lcm.safetensors")
     if not judge.CLASSIFIER.exists():
         kit.note(
             "not judged: dev/toy/weights has no classifier; `python3 dev toy --train` makes it"

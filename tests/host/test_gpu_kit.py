@@ -1,6 +1,6 @@
-"""`python3 dev gpu` runs on a CPU too, with small networks: some of its parts, so that all that they
-call of the project and of ComfyUI is there."""
+"""`python3 dev gpu` on a CPU, with small networks: all that these parts call is there."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +11,13 @@ from lcm_lora.dev.environment import ROOT
 
 pytest.importorskip("diffusers", reason="diffusers is a developer's package")
 pytest.importorskip("peft", reason="peft is a developer's package")
+
+
+def test_what_all_parts_import_is_there(comfy):
+    from lcm_lora.dev.gpu import measure
+
+    for module, *_ in measure.PARTS.values():
+        importlib.import_module(f"lcm_lora.dev.gpu.{module}")
 
 
 def test_parts_run_in_the_order_they_are_given(host_folder, tmp_path):
