@@ -266,7 +266,7 @@ def decoding(kit: Kit, case: Case, name: str) -> None:
         with kit.case(kind):
             state = {key: value.cpu() for key, value in network.state_dict().items()}
             vaes[kind] = comfy.sd.VAE(sd=state)
-    for batch in (1, 4):
+    for batch in (1,) if kit.tiny else (1, 4):
         latent = torch.randn(batch, 4, case.side, case.side)
         sampling = kit.seconds(lambda b=batch: case.sampled(4, case.latent(b)), 3)
         for kind, vae in vaes.items():
