@@ -36,7 +36,7 @@ STYLES = {"blueprint": assemble.BLUEPRINT_LORA, "sticker": assemble.STICKER_LORA
 STYLE_RANK, LCM_RANK = 16, 48
 DRAWINGS = 7  # pictures of each caption
 # Pictures that the classifier sees.
-SEEN = {"3d": 4_000, "noto": 1_500, "sticker": 1_500, "blueprint": 1_500, "faces": 1_500}
+SEEN = {"3d": 3_000, "noto": 800, "sticker": 1_000, "blueprint": 800, "faces": 800}
 LCM_STEPS, LCM_PICTURES = 1_000, 1_600
 VAE_BITS = 8
 
