@@ -1,4 +1,6 @@
-"""Commands for developers: `python3 dev demo | test | serve | bench | toy | pictures | faults`.
+"""Commands for developers: `python3 dev VERB`, and as VERB
+
+    demo | test | serve | bench | gpu | toy | pictures | faults
 
 This file and environment.py need the standard library only: they make the environment that the
 rest runs in. Options for every command: --host VERSION (0.30.0, 0.24.1 or 0.16.3).
@@ -15,7 +17,7 @@ if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ".")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-VERBS = ("demo", "test", "serve", "bench", "toy", "pictures", "faults")
+VERBS = ("demo", "test", "serve", "bench", "toy", "pictures", "faults", "gpu")
 INSIDE = "LCM_LORA_DEV_HOST"  # set when this runs inside the environment: the host's folder
 
 

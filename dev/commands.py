@@ -14,7 +14,7 @@ FAULTS = ["-m", "faults", "--times", "20"]
 # because importing some takes seconds.
 MODULES = {
     "demo": "demo", "serve": "serve", "pictures": "pictures", "bench": "bench.run",
-    "toy": "toy.command",
+    "toy": "toy.command", "gpu": "gpu.measure",
 }  # fmt: skip
 
 

@@ -21,30 +21,35 @@ from . import networks
 from .step import CFG, PICTURES, SEED, Case, Clock, Step, alphas_cumprod, start_factor
 
 
-def prepare(case: Case) -> Callable[[], Step]:
+def prepare(
+    case: Case, change: Callable[[nn.Module], None] = lambda network: None
+) -> Callable[[], Step]:
     """The function that takes a step, in a process that keeps its memory as training/run.py does.
 
-    Weights and bank are read from the case's files if these exist, and else drawn.
+    Weights and bank are read from the case's files if these exist, and else drawn. change: what is
+    done to the network at the end.
     """
     keep_freed()
     enter(case.host)
-    dtype, side = DTYPES[case.dtype], case.side
+    dtype, side, device = DTYPES[case.dtype], case.side, torch.device(case.device)
     network = frozen(case, dtype)
     tensors = load_file(case.bank) if case.bank.exists() else random_bank(case)
     uncond = {"context": tensors["uncond"]}
     if "pooled" in tensors:
         uncond["pooled"] = torch.zeros_like(tensors["pooled"][0])
-    schedule = Schedule(alphas_cumprod(), "eps")
+    uncond = {name: tensor.to(device) for name, tensor in uncond.items()}
+    schedule = Schedule(alphas_cumprod().to(device), "eps")
     teacher = Teacher(
-        network, schedule, case.architecture, 4, torch.device("cpu"), dtype, uncond, (), _Sizes(),
+        network, schedule, case.architecture, 4, device, dtype, uncond, (), _Sizes(),
         None, None,
     )  # fmt: skip
     folder = case.folder / "bank"
     build(folder, _Rows(tensors, side), _encoder(tensors), 0.0, Ranks(), lambda *_: None)
     spec = Spec(
         host=str(case.host), checkpoint=str(case.folder), banks=str(case.folder),
-        output=str(case.folder / "x.safetensors"), resolution=8 * side, batch=1, rank=case.rank,
-        guidance=(CFG,), seed=SEED, checkpointing="on" if case.recompute else "off",
+        output=str(case.folder / "x.safetensors"), resolution=8 * side, batch=case.batch,
+        rank=case.rank, guidance=(CFG,), seed=SEED,
+        checkpointing="on" if case.recompute else "off",
     )  # fmt: skip
     adapter = Adapter(network, spec.rank, spec.lora_alpha)
     for name, layer in zip(adapter.names, adapter.layers, strict=True):
@@ -52,7 +57,8 @@ def prepare(case: Case) -> Callable[[], Step]:
     run = Run(spec, case.folder, teacher, adapter, Bank(folder), Ranks(), None, None, lambda: "")
     if case.recompute:
         recompute_blocks(network)
-    clock = Clock(adapter.parameters(), network)
+    change(network)
+    clock = Clock(adapter.parameters(), network, device=case.device)
 
     def step() -> Step:
         loss, _ = run.one_step()
@@ -64,7 +70,7 @@ def prepare(case: Case) -> Callable[[], Step]:
 
 def frozen(case: Case, dtype: torch.dtype) -> nn.Module:
     if not case.weights.exists():
-        return networks.host_unet(case.config, "cpu", dtype).requires_grad_(False).eval()
+        return networks.host_unet(case.config, case.device, dtype).requires_grad_(False).eval()
     network = networks.host_unet(case.config, "meta", dtype).to_empty(device="cpu")
     network.load_state_dict(load_file(case.weights))
     return network.requires_grad_(False).eval()

@@ -66,6 +66,15 @@ SMALL_DIFFUSERS = blocks(_CROSS, _PLAIN) | {
     "block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 32,
     "attention_head_dim": 4,
 }  # fmt: skip
+SMALL_SDXL = SDXL | {
+    "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+    "transformer_depth": [0, 1], "transformer_depth_middle": 1,
+    "transformer_depth_output": [0, 0, 1, 1], "num_head_channels": 32,
+}  # fmt: skip
+SMALL_SDXL_DIFFUSERS = _DIFFUSERS_SDXL | blocks(_PLAIN, _CROSS) | {
+    "block_out_channels": (64, 128), "layers_per_block": 1, "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": 1,
+}  # fmt: skip
 RECIPE = {
     "target_modules": [
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
@@ -76,8 +85,10 @@ RECIPE = {
 """What the released recipe passes to peft.LoraConfig."""
 
 
-def host_unet(config: dict, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The host's network, on the CPU with weights that are nowhere zero."""
+def host_unet(
+    config: dict, device: str | torch.device, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The host's network with weights that are nowhere zero."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -85,10 +96,18 @@ def host_unet(config: dict, device: str, dtype: torch.dtype = torch.float32) -> 
         unet = UNetModel(
             **config, dtype=dtype, operations=comfy.ops.disable_weight_init, device=device
         )
-    generator = torch.Generator().manual_seed(0)
-    for name, p in unet.named_parameters() if device == "cpu" else ():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
-        else:
-            nn.init.normal_(p, float(name.endswith("weight")), 0.1, generator=generator)
+    if device != "meta":
+        fill(unet)
     return unet
+
+
+@torch.no_grad()
+def fill(network: nn.Module) -> None:
+    """Random weights that are nowhere zero, drawn on the device where they are."""
+    generator = None
+    for name, p in network.named_parameters():
+        generator = generator or torch.Generator(p.device).manual_seed(0)
+        if p.dim() > 1:
+            p.normal_(std=p[0].numel() ** -0.5, generator=generator)
+        else:
+            p.normal_(float(name.endswith("weight")), 0.1, generator=generator)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -52,7 +53,10 @@ def prepare(case: Case) -> Callable[[], Step]:
         with torch.no_grad():
             z0 = torch.cat([encoders.latents(row) for row in rows])
             text = torch.cat([encoders.context(CAPTIONS[row]) for row in rows])
-        loss = loss_of(unet, teacher_unet, z0, eps, 20 * index + 19, text, empty, cfg)
+        loss = loss_of(
+            partial(output, unet), partial(output, teacher_unet), alphas_cumprod(), z0, eps,
+            20 * index + 19, text, empty.expand_as(text), cfg,
+        )  # fmt: skip
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -62,15 +66,22 @@ def prepare(case: Case) -> Callable[[], Step]:
     return step
 
 
-def loss_of(unet, teacher_unet, z0, eps, t, text, empty, cfg) -> torch.Tensor:
-    """In the script's order: the student, the teacher with and without the caption, the target."""
-    table, s = alphas_cumprod(), (t - 20).clamp(min=0)
+def output(network: torch.nn.Module, z, t, text) -> torch.Tensor:
+    return network(z, t, text).sample
+
+
+def loss_of(unet, teacher_unet, table, z0, eps, t, text, empty, cfg) -> torch.Tensor:
+    """In the script's order: the student, the teacher with and without the caption, the target.
+
+    unet, teacher_unet: functions of (z, t, text). table: alphas_cumprod.
+    """
+    s = (t - 20).clamp(min=0)
 
     def alpha_sigma(t):
         return table[t].sqrt().view(-1, 1, 1, 1), (1 - table[t]).sqrt().view(-1, 1, 1, 1)
 
     def x0_eps(network, z, t, text):
-        output, (alpha, sigma) = network(z, t, text).sample, alpha_sigma(t)
+        output, (alpha, sigma) = network(z, t, text), alpha_sigma(t)
         return (z - sigma * output) / alpha, output
 
     def f(z, t, x0):
@@ -82,7 +93,7 @@ def loss_of(unet, teacher_unet, z0, eps, t, text, empty, cfg) -> torch.Tensor:
     student = f(z_t, t, x0_eps(unet, z_t, t, text)[0])
     with torch.no_grad():
         x0_c, eps_c = x0_eps(teacher_unet, z_t, t, text)
-        x0_u, eps_u = x0_eps(teacher_unet, z_t, t, empty.expand_as(text))
+        x0_u, eps_u = x0_eps(teacher_unet, z_t, t, empty)
         w = cfg - 1
         alpha, sigma = alpha_sigma(s)
         z_s = alpha * (x0_c + w * (x0_c - x0_u)) + sigma * (eps_c + w * (eps_c - eps_u))

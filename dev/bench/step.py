@@ -18,7 +18,7 @@ PICTURES, CFG, SEED = 8, 7.5, 0
 
 @dataclass(frozen=True)
 class Case:
-    """Steps of batch 1 on a network with random weights.
+    """Steps on a network with random weights.
 
     host: the folder of ComfyUI. folder: for the subjects' files. config, diffusers: the network as
     ComfyUI and diffusers describe it. names: diffusers' names of its weights -> ComfyUI's.
@@ -35,6 +35,8 @@ class Case:
     recompute: bool = False
     diffusers: dict[str, Any] | None = None
     names: dict[str, str] | None = None
+    batch: int = 1
+    device: str = "cpu"
 
     @property
     def weights(self) -> Path:
@@ -58,20 +60,32 @@ class Clock:
     """Counts the calls of the networks and their seconds, forward and backward.
 
     Backward reaches the network at its output and ends with the last gradient of the parameters.
+    On CUDA, the seconds are those of the device.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *networks: nn.Module) -> None:
-        self._calls, self._seconds, self._begun = 0, 0.0, 0.0
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *networks: nn.Module, device: str = "cpu"
+    ) -> None:
+        self._calls, self._cuda = 0, device == "cuda"
+        self._begun: Any = None
+        self._pairs: list[tuple[Any, Any]] = []
         for network in networks:
             network.register_forward_pre_hook(self._enter)
             network.register_forward_hook(self._leave_forward)
         torch.autograd.graph.register_multi_grad_hook(list(parameters), self._leave)
 
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def _enter(self, *_: Any) -> None:
-        self._begun = time.perf_counter()
+        self._begun = self._now()
 
     def _leave(self, *_: Any) -> None:
-        self._seconds += time.perf_counter() - self._begun
+        self._pairs.append((self._begun, self._now()))
 
     def _leave_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._leave()
@@ -82,8 +96,14 @@ class Clock:
 
     def step(self, loss: float) -> Step:
         """What was counted since the last step."""
-        step = Step(loss, self._calls, self._seconds)
-        self._calls, self._seconds = 0, 0.0
+        if self._cuda:
+            torch.cuda.synchronize()
+            seconds = sum(begun.elapsed_time(ended) for begun, ended in self._pairs) / 1000
+        else:
+            seconds = sum(ended - begun for begun, ended in self._pairs)
+        step = Step(loss, self._calls, seconds)
+        self._calls = 0
+        self._pairs.clear()
         return step
 
 
@@ -95,6 +115,6 @@ def alphas_cumprod() -> torch.Tensor:
 
 def start_factor(factor: torch.Tensor, name: str) -> None:
     """Fills the first factor of a layer's LoRA; name: as ComfyUI calls the layer."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    generator = torch.Generator(factor.device).manual_seed(zlib.crc32(name.encode()))
     bound = 1 / math.sqrt(factor[0].numel())
     nn.init.uniform_(factor, -bound, bound, generator=generator)
