@@ -49,7 +49,7 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
     if str(host) not in sys.path:
         sys.path.insert(0, str(host))
-    kept = [flag for flag in flags if flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION]
+    kept = _for_training(flags)
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
     other = any(flag == "--cpu" or flag.startswith("--directml") for flag in kept)
@@ -62,7 +62,7 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
             f"There is no device {chosen}, or PyTorch does not see it. Set `device` to the "
             "number of a device that exists, 0 for the first, or leave it empty."
         )
-    cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
+    cpu = [] if has_device or other else ["--cpu"]
     before = sys.argv
     sys.argv = ["lcm-lora", "--use-pytorch-cross-attention", *cpu, *kept]
     try:
@@ -72,6 +72,18 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         import comfy.cli_args  # noqa: F401 (reads sys.argv when imported)
     finally:
         sys.argv = before
+
+
+def _for_training(flags: tuple[str, ...]) -> list[str]:
+    """ComfyUI's flags without those that training cannot use, and without `--fast` and its values,
+    which trade exactness for speed in sampling (sums in float16, multiplications in fp8)."""
+    kept: list[str] = []
+    is_fast = False
+    for flag in flags:
+        is_fast = flag == "--fast" or (is_fast and not flag.startswith("-"))
+        if not is_fast and flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION:
+            kept.append(flag)
+    return kept
 
 
 def free_memory() -> int:
