@@ -260,7 +260,8 @@ def sample_lcm_exact(
     if eta is None:
         eta = family_of(sampling).eta
     noise = picture_noise(x, extra_args.get("seed") or 0, batch_index, noise_device)
-    kept = kept_noise(sigmas, eta, sampling.timestep, sampling.sigma)
+    on_cpu = sigmas.cpu()  # the only moment that waits for the device before the loop
+    kept = kept_noise(on_cpu, eta, sampling.timestep, sampling.sigma)
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
         def tick(state: dict[str, Any]) -> None:
@@ -268,7 +269,8 @@ def sample_lcm_exact(
             if callback is not None:
                 callback(state)
 
-        return lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept)
+        levels = on_cpu.tolist()
+        return lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept, levels=levels)
 
 
 @dataclass(frozen=True)
