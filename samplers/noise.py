@@ -11,6 +11,8 @@ from typing import SupportsIndex
 
 import torch
 
+from .transfer import sent
+
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -77,10 +79,7 @@ def picture_noise(
         noise = torch.empty(like.shape, dtype=torch.float32, device=where)
         for picture, index in zip(noise, indices, strict=True):
             picture.normal_(generator=generator.manual_seed(picture_seed(seed, index, step)))
-        if where.type == "cpu" and like.device.type == "cuda":
-            # From pinned memory the copy does not wait for the network call before it. The cast
-            # comes after the copy, because a cast on the CPU would leave the pinned memory.
-            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
-        return noise.to(like.device, like.dtype)
+        # The cast comes after the copy, because a cast on the CPU would leave the pinned memory.
+        return sent(noise, like.device).to(like.dtype)
 
     return draw

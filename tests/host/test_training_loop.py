@@ -9,6 +9,7 @@ from lcm_lora.training.adapter import Adapter
 from lcm_lora.training.data import bank, sources
 from lcm_lora.training.ranks import Ranks
 from lcm_lora.training.spec import Data, Spec
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 PROMPTS = ("a photo of a bag", "a photo of a dress", "a photo of an ankle boot")
 
@@ -73,6 +74,17 @@ def test_the_same_settings_give_the_same_bits(trained):
 def test_micro_batches_add_up_to_the_batch(trained):
     (_, at_once), (_, parts) = trained(), trained(micro_batch=1)
     assert (moved(parts) - moved(at_once)).norm() < 1e-2 * moved(at_once).norm()
+
+
+def test_the_next_batch_is_read_before_a_step_is_waited_for(trained, latents, monkeypatch):
+    events, read = [], latents.batch
+    monkeypatch.setattr(latents, "batch", lambda rows: events.append(len(rows)) or read(rows))
+    seen = register_optimizer_step_pre_hook(lambda *_: events.append("step"))
+    try:
+        trained(micro_batch=3)
+    finally:
+        seen.remove()
+    assert events == [3, 1, 3, 1, "step", 3, 1, "step", "step"]
 
 
 def test_it_goes_on_with_less_when_memory_runs_out(trained, teacher, caplog):
