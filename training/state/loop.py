@@ -161,6 +161,8 @@ class Run:
         step = self.shuffle.original(self.step, spec.passes)
         answers = self.answers.read(step) if self.answers else None
         total, new_answers = torch.zeros((), device=teacher.device), []
+        # torch.compile joins the casts with other kernels, where they cost nothing.
+        dtype = torch.float32 if spec.compile else teacher.dtype
         for part in self.parts(self.step):
             batch = self.batch(part)
             if answers is None:
@@ -169,8 +171,9 @@ class Run:
             else:
                 z_s = sent(answers[part.places], teacher.device)
             share = len(part.latents) / spec.batch
-            loss = self.loss(teacher, teacher.schedule, batch, z_s) * share
-            (loss * self.progress.scale).backward()
+            with self.adapter.cast(dtype):
+                loss = self.loss(teacher, teacher.schedule, batch, z_s) * share
+                (loss * self.progress.scale).backward()
             total += loss.detach()
         if self.answers and answers is None:
             self.answers.write(step, torch.cat(new_answers))
