@@ -67,13 +67,18 @@ def picture_noise(
             like's device, and other devices give other noise.
 
     Raises:
-        ValueError: device is neither.
+        ValueError: device is neither, or "gpu" is a device that cannot draw noise.
     """
     if device not in ("cpu", "gpu"):
         raise ValueError(f"The noise device must be cpu or gpu, found {device!r}.")
     where = torch.device("cpu") if device == "cpu" else like.device
     indices = range(len(like)) if batch_index is None else batch_index
-    generator = torch.Generator(device=where)
+    try:
+        generator = torch.Generator(device=where)
+    except RuntimeError:  # of DirectML
+        raise ValueError(
+            f"PyTorch cannot draw noise on the device {where}. Set noise_device to cpu."
+        ) from None
 
     def draw(step: int) -> torch.Tensor:
         noise = torch.empty(like.shape, dtype=torch.float32, device=where)

@@ -100,6 +100,14 @@ def test_unknown_device():
         picture_noise(torch.empty(1, 4, 8, 8), 0, device="tpu")
 
 
+def test_a_device_that_cannot_draw_is_told():
+    """The meta device has no generator, as DirectML has none."""
+    like = torch.empty(1, 4, 8, 8, device="meta")
+    with pytest.raises(ValueError, match="noise on the device meta. Set noise_device to cpu"):
+        picture_noise(like, 0, device="gpu")
+    assert picture_noise(like, 0)(0).is_meta
+
+
 @pytest.mark.gpu
 def test_the_same_on_the_gpu():
     like = torch.empty(2, 4, 8, 8)
