@@ -89,7 +89,8 @@ def elementwise(
     for name in watch(list(holders)):
         parts = [(terms[i][0].deltas[name], terms[i][1]) for i in holders[name]]
         shape = max((delta.shape for delta, _ in parts), key=len)
-        changes = torch.stack([weight * d.matrix().view(shape) for d, weight in parts]).to(device)
+        # Multiplied there, because the factors are smaller than their product.
+        changes = torch.stack([weight * d.on(device).matrix().view(shape) for d, weight in parts])
         if not changes.isfinite().all():
             require_finite(name, [terms[i][0] for i in holders[name]])
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))

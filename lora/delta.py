@@ -97,6 +97,11 @@ class Delta:
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
         return Delta(self.up, down, None, self.alpha)
 
+    def on(self, device: torch.device) -> Delta:
+        """The delta with its factors on a device."""
+        mid = None if self.mid is None else self.mid.to(device)
+        return replace(self, up=self.up.to(device), down=self.down.to(device), mid=mid)
+
     def scaled(self, factor: float) -> Delta:
         """The delta times a number, which goes into alpha. The new delta shares the factors."""
         return replace(self, alpha=self.scale * factor * self.rank)

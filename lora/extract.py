@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from .delta import Delta, Vector
@@ -14,15 +15,24 @@ from .formats.metadata import recipe
 from .nearest import nearest
 from .truncation import Truncation
 
+CPU = torch.device("cpu")
 Layer = tuple[str, Tensor | None, Tensor | None]
 """(canonical name, difference of the weights, difference of the biases); None for no difference"""
 
 
-def extract(layers: Iterable[Layer], rank: int, seed: int, source: str) -> tuple[Vector, str]:
+def extract(
+    layers: Iterable[Layer],
+    rank: int,
+    seed: int,
+    source: str,
+    device: torch.device = CPU,
+) -> tuple[Vector, str]:
     """The differences of the layers as a vector, and a report of what this rank loses.
 
     Matrices and convolutions become deltas of this rank. Norms and biases, which have no rank, stay
     full differences (`.diff` and `.diff_b`). Equal layers are left out.
+
+    device: where the layers are decomposed; the deltas come back to the CPU.
 
     Raises:
         ValueError: rank is below 1, a difference is not finite, or nothing differs.
@@ -42,7 +52,7 @@ def extract(layers: Iterable[Layer], rank: int, seed: int, source: str) -> tuple
             if weight.dim() < 2:
                 diffs[f"{name}.diff"] = weight.float().cpu()
             else:
-                deltas[name], lost = nearest(weight, rank, seed)
+                deltas[name], lost = nearest(weight.to(device), rank, seed)
                 energies[name] = lost, float(weight.double().square().sum())
                 ranks[name] = min(weight.flatten(1).shape), deltas[name].rank
         if bias is not None and bias.any():

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..lora.extract import extract
 from ..lora.formats.wire import to_wire
 from ..lora.weights.host import differences
-from .host import watched
+from .host import device, watched
 
 SEED = 0
 
@@ -51,6 +51,6 @@ class LCMLoRAExtract(io.ComfyNode):
     @classmethod
     def execute(cls, distilled: ModelPatcher, base: ModelPatcher, rank: int) -> io.NodeOutput:
         vector, report = extract(
-            differences(distilled, base, watched), rank, SEED, "distilled - base"
+            differences(distilled, base, watched), rank, SEED, "distilled - base", device()
         )
         return io.NodeOutput(to_wire(vector), report)

@@ -21,7 +21,8 @@ def kept_noise(
     s = floor((1 - eta) t') with the predicted noise, and from there to t' with fresh noise, so it
     keeps sigma(s). eta 0 keeps all of it; 1 keeps none, which is LCM.
 
-    sigmas: [N + 1], descending. timestep, sigma: the model's maps between the two.
+    sigmas: [N + 1], descending; they are read, which waits for any device but the CPU. timestep,
+    sigma: the model's maps between the two.
 
     Raises:
         ValueError: eta is outside [0, 1].
@@ -50,6 +51,7 @@ def lcm(
     *,
     noise: Callable[[int], torch.Tensor],
     kept: Sequence[float] | None = None,
+    levels: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """LCM multistep sampling (arXiv 2310.04378, algorithm 3): one network call per step.
 
@@ -64,9 +66,10 @@ def lcm(
         callback: gets each step's state, in the form of k-diffusion.
         noise: the fresh noise of step i, as x.
         kept: see kept_noise; None keeps none.
+        levels: the numbers of sigmas; None reads them, which waits for the device.
     """
     extra_args = extra_args or {}
-    levels = sigmas.tolist()  # read once, because reading in the loop would wait for the device
+    levels = sigmas.tolist() if levels is None else levels  # not in the loop: reading waits
     kept = kept or [0.0] * len(levels)
     for i, (level, target) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         x0 = model(x, sigmas[i].repeat(len(x)), **extra_args)

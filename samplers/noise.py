@@ -11,6 +11,8 @@ from typing import SupportsIndex
 
 import torch
 
+from .transfer import sent
+
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -65,22 +67,24 @@ def picture_noise(
             like's device, and other devices give other noise.
 
     Raises:
-        ValueError: device is neither.
+        ValueError: device is neither, or "gpu" is a device that cannot draw noise.
     """
     if device not in ("cpu", "gpu"):
         raise ValueError(f"The noise device must be cpu or gpu, found {device!r}.")
     where = torch.device("cpu") if device == "cpu" else like.device
     indices = range(len(like)) if batch_index is None else batch_index
-    generator = torch.Generator(device=where)
+    try:
+        generator = torch.Generator(device=where)
+    except RuntimeError:  # of DirectML
+        raise ValueError(
+            f"PyTorch cannot draw noise on the device {where}. Set noise_device to cpu."
+        ) from None
 
     def draw(step: int) -> torch.Tensor:
         noise = torch.empty(like.shape, dtype=torch.float32, device=where)
         for picture, index in zip(noise, indices, strict=True):
             picture.normal_(generator=generator.manual_seed(picture_seed(seed, index, step)))
-        if where.type == "cpu" and like.device.type == "cuda":
-            # From pinned memory the copy does not wait for the network call before it. The cast
-            # comes after the copy, because a cast on the CPU would leave the pinned memory.
-            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
-        return noise.to(like.device, like.dtype)
+        # The cast comes after the copy, because a cast on the CPU would leave the pinned memory.
+        return sent(noise, like.device).to(like.dtype)
 
     return draw

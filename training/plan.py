@@ -90,8 +90,9 @@ def _measured(
     for _ in range(2):
         begun = time.monotonic()
         z_s = teacher_step(teacher, adapter, teacher.schedule, batch) if asks_teacher else eps
-        loss = loss_of(spec)(teacher, teacher.schedule, batch, z_s)
-        loss.backward()
+        with adapter.cast(teacher.dtype):
+            loss = loss_of(spec)(teacher, teacher.schedule, batch, z_s)
+            loss.backward()
         float(loss.detach())  # waits for the device
         seconds = time.monotonic() - begun
         adapter.zero_grad()

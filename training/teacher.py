@@ -21,6 +21,7 @@ from torch import nn
 from ..lora.delta import Vector
 from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
+from ..samplers.transfer import sent
 from . import disk
 from .memory import is_out_of_memory
 from .objectives.solver import Schedule
@@ -49,7 +50,7 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
     if str(host) not in sys.path:
         sys.path.insert(0, str(host))
-    kept = [flag for flag in flags if flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION]
+    kept = _for_training(flags)
     kinds = torch.cuda, torch.backends.mps, torch.xpu
     has_device = any(kind.is_available() for kind in kinds)
     other = any(flag == "--cpu" or flag.startswith("--directml") for flag in kept)
@@ -62,7 +63,7 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
             f"There is no device {chosen}, or PyTorch does not see it. Set `device` to the "
             "number of a device that exists, 0 for the first, or leave it empty."
         )
-    cpu = [] if has_device or "--cpu" in kept else ["--cpu"]
+    cpu = [] if has_device or other else ["--cpu"]
     before = sys.argv
     sys.argv = ["lcm-lora", "--use-pytorch-cross-attention", *cpu, *kept]
     try:
@@ -72,6 +73,18 @@ def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
         import comfy.cli_args  # noqa: F401 (reads sys.argv when imported)
     finally:
         sys.argv = before
+
+
+def _for_training(flags: tuple[str, ...]) -> list[str]:
+    """ComfyUI's flags without those that training cannot use, and without `--fast` and its values,
+    which trade exactness for speed in sampling (sums in float16, multiplications in fp8)."""
+    kept: list[str] = []
+    is_fast = False
+    for flag in flags:
+        is_fast = flag == "--fast" or (is_fast and not flag.startswith("-"))
+        if not is_fast and flag not in _NO_BACKWARD | _NO_DEVICE | _ATTENTION:
+            kept.append(flag)
+    return kept
 
 
 def free_memory() -> int:
@@ -197,25 +210,26 @@ class Teacher:
         texts: "context" [B, L, D] and, for SDXL and its relatives, "pooled" [B, P]; sizes: [B, 6]
         as in `sized`. Both inputs have the same sizes, as in the reference recipe.
         """
-        context = texts["context"].to(self.device)
+        context = sent(texts["context"], self.device)
         empty = self.uncond["context"]
         windows = context.shape[1] // empty.shape[0]
         cond = {"context": context}
         uncond = {"context": empty.repeat(windows, 1).expand_as(context)}
         if self.has_sizes:
-            pooled = texts["pooled"].to(self.device)
-            cond["y"] = self.sized(pooled, sizes)
-            uncond["y"] = self.sized(self.uncond["pooled"].expand_as(pooled), sizes)
+            pooled, sized = sent(texts["pooled"], self.device), self.sized(sizes)
+            cond["y"] = torch.cat([pooled.float(), sized], 1)
+            uncond["y"] = torch.cat([self.uncond["pooled"].expand_as(pooled), sized], 1)
         return cond, uncond
 
-    def sized(self, pooled: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """SDXL's vector y: pooled text [B, P] and sizes [B, 6] -> [B, P + 1536].
+    def sized(self, sizes: torch.Tensor) -> torch.Tensor:
+        """The embedding [B, 1536] of sizes [B, 6], which follows the pooled text in SDXL's vector
+        y. It is on the device, but computed on the CPU, so that it is the same everywhere.
 
         sizes: original height and width, crop top and left, target height and width (arXiv
         2307.01952, section 2.2).
         """
         flat = self._patcher.model.embedder(sizes.flatten().float().cpu())
-        return torch.cat([pooled.float(), flat.reshape(len(sizes), -1).to(pooled.device)], 1)
+        return sent(flat.reshape(len(sizes), -1), self.device)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,8 @@ def distilled(kit: Kit, settings: dict) -> None:
             "not judged: dev/toy/weights has no classifier; `python3 dev toy --train` makes it"
         )
         return
-    judged(kit, job.output)
+    if not kit.tiny:  # the teacher's 50 steps take minutes on a CPU
+        judged(kit, job.output)
 
 
 def judged(kit: Kit, lora: Path) -> None:

@@ -14,8 +14,13 @@ UNET = {
 }  # fmt: skip
 
 
-def build(prediction: str = "eps", zsnr: bool = False, seed: int = 0, **unet):
-    """A ModelPatcher around a random UNet that answers everywhere with numbers of about 1."""
+def build(
+    prediction: str = "eps", zsnr: bool = False, seed: int = 0, device: str = "cpu", **unet
+):  # fmt: skip
+    """A ModelPatcher around a random UNet that answers everywhere with numbers of about 1.
+
+    device: where the host computes with it.
+    """
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
@@ -29,7 +34,8 @@ def build(prediction: str = "eps", zsnr: bool = False, seed: int = 0, **unet):
         model.set_inpaint()
     randomise(model.diffusion_model, seed)
     cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    there = torch.device(device)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=there, offload_device=cpu)
     if prediction == "x0":
         patcher = core_patch(patcher, "x0")
     return patcher

@@ -1,12 +1,15 @@
 """Failures are reported truthfully: what the host says about a file, what the machine reports."""
 
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
+from lcm_lora.tests.conftest import ROOT
 from safetensors.torch import save_file
 
 
@@ -82,6 +85,35 @@ def test_a_host_whose_loader_has_changed_is_not_the_files_fault(comfy, toy_check
     monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", renamed)
     with pytest.raises(TypeError, match="disable_dynamic"):
         Teacher.load(toy_checkpoint)
+
+
+ENTERED = """
+import json, sys, types
+from pathlib import Path
+package = sys.modules["lcm_lora"] = types.ModuleType("lcm_lora")
+package.__path__ = [sys.argv[1]]
+from lcm_lora.training.teacher import enter
+enter(Path(sys.argv[2]), tuple(sys.argv[3:]))
+from comfy.cli_args import args
+print(json.dumps([args.cpu, args.directml, sorted(map(str, args.fast)), args.force_fp32]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--directml", "0", "--lowvram"], [False, 0, [], False]),
+        (["--fast", "fp16_accumulation", "cublas_ops", "--force-fp32"], [True, None, [], True]),
+    ],
+)
+def test_a_teacher_is_loaded_without_what_only_sampling_can_use(host_folder, flags, expected):
+    """No device is visible here, so the CPU is chosen, unless DirectML is asked for."""
+    entered = subprocess.run(
+        [sys.executable, "-c", ENTERED, str(ROOT), str(host_folder), *flags], text=True,
+        capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert entered.returncode == 0, entered.stderr
+    assert json.loads(entered.stdout.splitlines()[-1]) == expected
 
 
 @pytest.fixture

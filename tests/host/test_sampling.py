@@ -40,6 +40,25 @@ def test_the_nodes_follow_the_family(family, steps):
     assert torch.equal(one_by_one(plain, empty(), family_eta=True), one_by_one(plain, empty()))
 
 
+def test_the_one_node_says_what_it_did():
+    from lcm_lora.nodes.sampling import LCMKSampler
+
+    def told(cfg):
+        output = LCMKSampler.execute(
+            patched(build("v")), 11, 2, cfg, conditioning(1), conditioning(2), empty(), 1.0
+        )
+        lines = output.ui["lcm_lora_text"]
+        return [(text.format(**values), warning) for text, values, warning in lines]
+
+    lora, run = told(1.0)
+    assert run == ("lcm, 2 steps: 999 499; cfg 1, negative prompt unused", False)
+    assert lora[0].startswith("No acceleration LoRA on the MODEL") and lora[1]
+    assert told(7.0)[1:] == [
+        ("cfg 7 burns the colours: use 1 to 2.", True),
+        ("lcm, 2 steps: 999 499; cfg 7", False),
+    ]
+
+
 def test_eta_of_the_one_node():
     model = patched(build("v"), "tcd")
     expected = ours(model)["samples"]
@@ -270,3 +289,38 @@ def test_the_schemas_load():
     assert ids[:8] == ["model", "seed", "steps", "cfg", "positive", "negative", "latent", "denoise"]
     assert ids[8:] == ["eta", "noise_device"]
     assert all(port.advanced and port.optional for port in ports[8:])
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_picture_of_the_cpu():
+    """Also where the host moves the model to the device and back between two runs. Its convolutions
+    may use TF32."""
+    import comfy.model_management as management
+
+    expected = ours(patched(build("v")), latent=empty(2))["samples"]
+    model = patched(build("v", device="cuda"))
+    for _ in range(2):
+        actual = ours(model, latent=empty(2))["samples"].cpu()
+        assert (actual - expected).norm() < 3e-2 * expected.norm()
+        assert next(model.model.parameters()).device.type == "cuda"
+        management.unload_all_models()
+        assert next(model.model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_picture_alone_and_in_a_batch_on_a_gpu_in_float16(toy_checkpoint):
+    """Kernels for another size may add up in another order, so bits may differ."""
+    import comfy.sd
+    from lcm_lora.samplers import host
+
+    model = comfy.sd.load_checkpoint_guess_config(
+        str(toy_checkpoint), model_options={"dtype": torch.float16}
+    )[0]
+    generator = torch.Generator().manual_seed(1)
+    prompt = [[torch.randn(1, 77, 768, generator=generator), {}]]
+    run = host.Run(seed=11)
+    batch = host.sample(model, run, prompt, prompt, empty(4))["samples"].cpu().float()
+    third = {**empty(1), "batch_index": [2]}
+    alone = host.sample(model, run, prompt, prompt, third)["samples"].cpu().float()
+    assert (alone[0] - batch[2]).norm() < 2e-2 * batch[2].norm()
+    assert (alone[0] - batch[1]).norm() > 0.1 * batch[2].norm()

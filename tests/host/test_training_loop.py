@@ -1,5 +1,6 @@
 """The loop on the toy in this process: what memory, precision and patience change."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lcm_lora.training.adapter import Adapter
 from lcm_lora.training.data import bank, sources
 from lcm_lora.training.ranks import Ranks
 from lcm_lora.training.spec import Data, Spec
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 PROMPTS = ("a photo of a bag", "a photo of a dress", "a photo of an ankle boot")
 
@@ -40,17 +42,17 @@ def latents(teacher, toy_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def trained(teacher, latents, toy_checkpoint, tmp_path):
-    """trained(**settings) -> (the run, its adapter's tensors) after all steps."""
+    """trained(**settings) -> (the run, its adapter's tensors) after all steps. by: the teacher."""
     from lcm_lora.training.state.loop import Run
 
     count = iter(range(100))
 
-    def run(**changes):
+    def run(by=teacher, **changes):
         job = tmp_path / str(next(count))
         spec = spec_of(job, toy_checkpoint, **changes)
-        adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+        adapter = Adapter(by.network, spec.rank, spec.lora_alpha, spec.seed)
         try:
-            made = Run(spec, job, teacher, adapter, latents, Ranks(), None, None, lambda: "")
+            made = Run(spec, job, by, adapter, latents, Ranks(), None, None, lambda: "")
             assert made.train() == "done"
         finally:
             adapter.detach()
@@ -73,6 +75,17 @@ def test_the_same_settings_give_the_same_bits(trained):
 def test_micro_batches_add_up_to_the_batch(trained):
     (_, at_once), (_, parts) = trained(), trained(micro_batch=1)
     assert (moved(parts) - moved(at_once)).norm() < 1e-2 * moved(at_once).norm()
+
+
+def test_the_next_batch_is_read_before_a_step_is_waited_for(trained, latents, monkeypatch):
+    events, read = [], latents.batch
+    monkeypatch.setattr(latents, "batch", lambda rows: events.append(len(rows)) or read(rows))
+    seen = register_optimizer_step_pre_hook(lambda *_: events.append("step"))
+    try:
+        trained(micro_batch=3)
+    finally:
+        seen.remove()
+    assert events == [3, 1, 3, 1, "step", 3, 1, "step", "step"]
 
 
 def test_it_goes_on_with_less_when_memory_runs_out(trained, teacher, caplog):
@@ -340,3 +353,104 @@ def test_sample_pictures_get_the_noise_that_the_objective_wants(
     monkeypatch.setattr(samples, "TEACHER_STEPS", 2)
     sampled(objective, objective)
     assert asked == fresh
+
+
+@pytest.fixture(params=["bf16", "fp16"])
+def half_teacher(comfy, toy_checkpoint, request):
+    from lcm_lora.training.teacher import Teacher
+
+    return Teacher.load(Path(toy_checkpoint), request.param)
+
+
+@pytest.mark.gpu
+def test_half_precision_learns_and_steps_over_what_overflows(trained, half_teacher, monkeypatch):
+    from lcm_lora.training.state import progress
+
+    monkeypatch.setattr(progress, "FIRST_SCALE", 2.0**40)  # beyond float16, so that it is halved
+    run, factors = trained(by=half_teacher, steps=40)
+    assert all(tensor.dtype == torch.float32 for tensor in factors.values())
+    assert moved(factors).isfinite().all() and moved(factors).abs().max() > 1e-4
+    assert (1 < run.progress.scale < 2.0**40) == run.half
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_device_once(trained, monkeypatch):
+    """The first step of a process prepares more, such as tables and the libraries."""
+    from lcm_lora.training.state.loop import Run
+
+    step, places = Run.one_step, []
+
+    def watched(run):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if run.step else "default")
+            try:
+                result = step(run)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [w for w in caught if "synchroniz" in str(w.message)]
+        places.append([f"{Path(w.filename).name}:{w.lineno}" for w in waits])
+        return result
+
+    monkeypatch.setattr(Run, "one_step", watched)
+    trained()
+    assert [len(step) for step in places[1:]] == [1, 1], places
+
+
+@pytest.mark.gpu
+def test_it_goes_on_with_less_when_a_cards_memory_runs_out(trained, teacher):
+    """Half of this batch fits, and all of it does not."""
+    free, total = torch.cuda.mem_get_info()
+    peaks = []
+    for size in (128, 256):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        _, expected = trained(batch=256, micro_batch=size, steps=2)
+        peaks.append(torch.cuda.max_memory_reserved())
+        if size == 128:
+            in_halves = expected
+    if max(peaks) > free / 2 or peaks[1] < 1.3 * peaks[0]:
+        pytest.skip(f"the peaks of {peaks} bytes do not suit a card with {free} free")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(sum(peaks) / 2 / total)
+    try:
+        run, factors = trained(batch=256, steps=2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.progress.micro_batch == 128 and not run.progress.recompute
+    assert (moved(factors) - moved(in_halves)).norm() < 1e-2 * moved(in_halves).norm()
+
+
+@pytest.mark.gpu
+def test_a_pause_while_the_device_computes_loses_nothing(
+    trained, teacher, latents, toy_checkpoint, tmp_path
+):
+    from lcm_lora.training.state.loop import Run
+
+    _, expected = trained()
+    spec = spec_of(tmp_path / "job", toy_checkpoint)
+    adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+    asked = []
+
+    def after_two():
+        asked.append(1)
+        if len(asked) != 3:
+            return ""
+        torch.cuda._sleep(1_000_000_000)  # cycles: about half a second
+        with torch.no_grad():  # what a step would do last
+            for factor in adapter.parameters():
+                factor.add_(1).sub_(1)
+        assert not torch.cuda.current_stream().query(), "the device is still busy"
+        return "pause"
+
+    try:
+        for outcome in ("pause", "done"):
+            run = Run(
+                spec, tmp_path / "job", teacher, adapter, latents, Ranks(), None, None, after_two
+            )
+            assert run.train() == outcome
+            assert run.step == (2 if outcome == "pause" else 3)
+        difference = moved(adapter.state_dict()) - moved(expected)
+        assert difference.norm() < 1e-2 * moved(expected).norm()
+    finally:
+        adapter.detach()

@@ -338,9 +338,10 @@ def test_finish_writes_what_there_is(job):
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])
 def test_two_nodes_are_one_process_with_twice_the_batch(job, steps):
-    """The processes are launched as by Slurm and SkyPilot, but on one machine."""
-    one = job("one", steps=steps, batch=2, checkpoint_every=50)
-    two = job("two", steps=steps, batch=1, checkpoint_every=50)
+    """The processes are launched as by Slurm and SkyPilot, but on one machine. They use the CPU,
+    because NCCL refuses two processes on one GPU."""
+    settings = {"steps": steps, "checkpoint_every": 50, "host_flags": ["--cpu"]}
+    one, two = job("one", batch=2, **settings), job("two", batch=1, **settings)
     done(one, OMP_NUM_THREADS="2")
     with socket.socket() as free:
         free.bind(("", 0))
@@ -462,7 +463,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(job, capsys):
 def test_a_pause_before_the_training_ends_every_process(job, tmp_path):
     # A file of the bank for each: the second process, which has the last, then waits for the first.
     data = {"prompts": PROMPTS, "count": ROWS + 1, "draw_steps": 1}
-    spec = job("early", banks=str(tmp_path / "own-banks"), data=data)
+    spec = job("early", banks=str(tmp_path / "own-banks"), data=data, host_flags=["--cpu"])
     (spec.parent / "control.json").write_text('{"action": "pause"}')
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     begun = time.monotonic()
@@ -475,7 +476,7 @@ def test_a_pause_while_the_bank_is_drawn_is_followed_at_once_by_every_process(jo
     """One process is in the middle of a file; the other draws too and then waits for it."""
     banks = tmp_path / "own-banks"
     data = {"prompts": PROMPTS, "count": ROWS + 1, "draw_steps": 1000}  # minutes for a file
-    spec = job("early", banks=str(banks), data=data)
+    spec = job("early", banks=str(banks), data=data, host_flags=["--cpu"])
     control = spec.parent / "control.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

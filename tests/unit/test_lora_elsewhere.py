@@ -4,13 +4,16 @@ import pytest
 import torch
 from lcm_lora.lora.combine import elementwise, exact
 from lcm_lora.lora.elementwise.table import RULES
+from lcm_lora.lora.extract import extract
 from lcm_lora.lora.formats.files import write
 from lcm_lora.lora.formats.wire import from_wire
 from lcm_lora.lora.protect import protected
 from lcm_lora.lora.reduce import truncated
 from lcm_lora.tests.unit.elsewhere import Elsewhere
+from torch.overrides import TorchFunctionMode
 
 Q, NORM = (f"lora_unet_down_blocks_0_attentions_0_{end}" for end in ("proj_in", "norm"))
+THERE = torch.device("cpu", 0)
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -60,8 +63,48 @@ def test_a_parameter_that_is_being_trained_is_taken_without_its_gradient():
     assert not summed.deltas[Q].up.requires_grad
 
 
+class Moves(TorchFunctionMode):
+    """Notes how many numbers each tensor has that is moved to THERE: the CPU by another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and args[1:] == (THERE,):
+            self.sizes.append(args[0].numel())
+        return function(*args, **kwargs or {})
+
+
+def test_only_factors_are_moved_to_the_device_of_a_merge():
+    vectors = [from_wire(tensors(seed)) for seed in (0, 1)]
+    with Moves() as moves:
+        elementwise(vectors, [1.0, 0.5], RULES["ties"], 0.5, 0, 3, THERE)
+    assert sorted(moves.sizes) == [24, 24, 40, 40]  # their products have 240 numbers
+
+
+def test_differences_are_decomposed_on_the_device():
+    with Moves() as moves:
+        extract([(Q, torch.randn(30, 50), torch.randn(30))], 4, 0, "x", THERE)
+    assert moves.sizes == [1500]
+
+
 @pytest.mark.gpu
 def test_vectors_on_a_gpu_combine_on_the_cpu():
     wires = {key: t.cuda() for key, t in tensors(0).items()}, tensors(1)
     summed, _ = exact([from_wire(wire) for wire in wires], [1.0, 0.5])
     assert summed.deltas[Q].up.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_gpu_merges_and_extracts_what_the_cpu_does():
+    vectors, change = [from_wire(tensors(seed)) for seed in (0, 1)], torch.randn(300, 40)
+    results = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        merged = elementwise(vectors, [1.0, 0.5], RULES["ties"], 0.5, 0, 3, device)[0]
+        results.append((merged, extract([(Q, change, None)], 4, 0, "x", device)[0]))
+    for here, there in zip(*results, strict=True):
+        assert there.deltas[Q].up.device.type == "cpu"
+        torch.testing.assert_close(
+            there.deltas[Q].matrix(), here.deltas[Q].matrix(), rtol=1e-3, atol=1e-3
+        )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lcm_lora.samplers.noise import picture_noise, picture_numbers, picture_seed
+from lcm_lora.samplers.transfer import sent
 
 
 @pytest.mark.parametrize("size", [(4, 8, 8), (4, 7, 9)])  # 252 values: not a multiple of 16
@@ -100,10 +101,32 @@ def test_unknown_device():
         picture_noise(torch.empty(1, 4, 8, 8), 0, device="tpu")
 
 
+def test_a_device_that_cannot_draw_is_told():
+    """The meta device has no generator, as DirectML has none."""
+    like = torch.empty(1, 4, 8, 8, device="meta")
+    with pytest.raises(ValueError, match="noise on the device meta. Set noise_device to cpu"):
+        picture_noise(like, 0, device="gpu")
+    assert picture_noise(like, 0)(0).is_meta
+
+
 @pytest.mark.gpu
-def test_the_same_on_the_gpu():
-    like = torch.empty(2, 4, 8, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_same_on_the_gpu(dtype):
+    like = torch.empty(2, 4, 8, 8, dtype=dtype)
     assert torch.equal(picture_noise(like.cuda(), 5)(1).cpu(), picture_noise(like, 5)(1))
     assert not torch.equal(
         picture_noise(like.cuda(), 5, device="gpu")(1).cpu(), picture_noise(like, 5)(1)
     )
+
+
+@pytest.mark.gpu
+def test_what_is_sent_to_a_gpu_waits_for_nothing():
+    here, there = torch.randn(1000), torch.device("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copy = sent(here, there)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            here.to(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(copy.cpu(), here) and sent(copy, there) is copy

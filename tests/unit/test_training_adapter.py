@@ -1,9 +1,12 @@
 """The switchable adapter: nothing changes while it is off, the LoRA's delta is added while on."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lcm_lora.training.adapter import Adapter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Block(nn.Module):
@@ -53,6 +56,44 @@ def test_off_is_the_plain_network_and_on_is_not(block):
     with adapter.off():
         assert torch.allclose(block(X), before, atol=1e-6)
     assert adapter.on
+
+
+class Casts(TorchDispatchMode):
+    """Counts the tensors that are cast one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_that_are_cast_once_learn_the_same_bits(block, dtype):
+    """Two parts of a batch; the first call of each needs no gradient, like the target's."""
+    adapter, counts, learned = moved(Adapter(block.to(dtype), rank=3)), [], []
+    parts = X.to(dtype).split(1)
+    for inside in (nullcontext, lambda: adapter.cast(dtype)):
+        adapter.zero_grad()
+        with Casts() as casts:
+            for part in parts:
+                with inside():
+                    with torch.no_grad():
+                        target = 0.5 * block(part)
+                    (block(part) - target).square().mean().backward()
+        counts.append(casts.count)
+        learned.append([p.grad for p in adapter.parameters()])
+    assert all(torch.equal(*both) for both in zip(*learned, strict=True))
+    assert all(p.grad.dtype == torch.float32 for p in adapter.parameters())
+    one_by_one = 0 if dtype == torch.float32 else 6 * 2 * 3  # factors, parts, 2 calls and backward
+    assert counts == [one_by_one, 0]
+
+
+def test_a_cast_ends_when_the_body_raises(block):
+    adapter = Adapter(block, rank=3)
+    with pytest.raises(KeyError), adapter.cast(torch.bfloat16):
+        raise KeyError
+    assert all(layer.cast is None for layer in adapter.layers)
 
 
 def test_off_ends_when_the_body_raises(block):

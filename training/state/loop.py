@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...samplers.transfer import sent
 from .. import disk
 from ..adapter import Adapter
 from ..data import draws
 from ..data.answers import Answers, folder
-from ..data.bank import Bank
+from ..data.bank import Bank, Tensors
 from ..memory import compile_blocks, give_back, is_out_of_memory, memory, recompute_blocks
 from ..objectives.batch import Batch
 from ..objectives.solver import teacher_step
@@ -35,6 +36,22 @@ log = logging.getLogger("lcm_lora")
 
 class Diverged(ValueError):
     """The loss or the gradient is not a finite number."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some pictures of a step's batch on the CPU, as the bank and data/draws.py give them.
+
+    places: which of this process's part of the batch they are.
+    """
+
+    places: slice
+    latents: torch.Tensor
+    eps: torch.Tensor
+    index: torch.Tensor
+    cfg: torch.Tensor
+    texts: Tensors
+    sizes: torch.Tensor
 
 
 @dataclass
@@ -69,6 +86,7 @@ class Run:
         self.shuffle = draws.Shuffle(self.bank.shapes, spec.batch * self.ranks.world, spec.seed)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress.first(spec, self.half)
+        self._read: tuple[tuple[int, int], list[_Part]] | None = None
         self.answers = None
         if spec.passes > 1:
             kept = folder(self.job, spec, self.bank.folder.name, self.ranks.world)
@@ -115,6 +133,8 @@ class Run:
                 total = self.add_gradients()
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 self.ranks.mean_([total, *gradients])
+                if self.step + 1 < self.spec.steps:
+                    self.parts(self.step + 1)  # while the device computes this step
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -137,21 +157,23 @@ class Run:
     def add_gradients(self) -> torch.Tensor:
         """Adds up the gradients of this process's part of the batch; -> its mean loss, float32."""
         self.optimiser.zero_grad()
-        spec, teacher, first = self.spec, self.teacher, self.ranks.rank * self.spec.batch
+        spec, teacher = self.spec, self.teacher
         step = self.shuffle.original(self.step, spec.passes)
-        rows = self.shuffle.rows(step)[first : first + spec.batch]
         answers = self.answers.read(step) if self.answers else None
         total, new_answers = torch.zeros((), device=teacher.device), []
-        for start in range(0, spec.batch, self.progress.micro_batch):
-            part = range(start, min(spec.batch, start + self.progress.micro_batch))
-            batch = self.batch(step, [rows[i] for i in part], [first + i for i in part])
+        # torch.compile joins the casts with other kernels, where they cost nothing.
+        dtype = torch.float32 if spec.compile else teacher.dtype
+        for part in self.parts(self.step):
+            batch = self.batch(part)
             if answers is None:
                 z_s = teacher_step(teacher, self.adapter, teacher.schedule, batch)
                 new_answers.append(z_s)
             else:
-                z_s = answers[part.start : part.stop].to(teacher.device)
-            loss = self.loss(teacher, teacher.schedule, batch, z_s) * (len(part) / spec.batch)
-            (loss * self.progress.scale).backward()
+                z_s = sent(answers[part.places], teacher.device)
+            share = len(part.latents) / spec.batch
+            with self.adapter.cast(dtype):
+                loss = self.loss(teacher, teacher.schedule, batch, z_s) * share
+                (loss * self.progress.scale).backward()
             total += loss.detach()
         if self.answers and answers is None:
             self.answers.write(step, torch.cat(new_answers))
@@ -159,13 +181,34 @@ class Run:
                 self.answers.forget_before(step)
         return total
 
-    def batch(self, step: int, rows: list[int], places: list[int]) -> Batch:
-        """These rows of the bank, with the noise, timesteps and guidance of their places in the
-        step's batch."""
-        z0, texts, sizes = self.bank.batch(rows)
-        eps, index, cfg = draws.draw(self.spec.seed, step, places, z0.shape[1:], self.spec.guidance)
-        cond, uncond = self.teacher.conditions(texts, sizes)
-        z0, eps, index, cfg = (x.to(self.teacher.device) for x in (z0, eps, index, cfg))
+    def parts(self, step: int) -> list[_Part]:
+        """This process's pictures of step `step` (0, 1, ...), as many at a time as memory allows.
+        The last ones are kept, so that they can be read before their step begins."""
+        size = self.progress.micro_batch
+        if self._read is None or self._read[0] != (step, size):
+            starts = range(0, self.spec.batch, size)
+            places = [slice(start, min(start + size, self.spec.batch)) for start in starts]
+            original = self.shuffle.original(step, self.spec.passes)
+            self._read = (step, size), [self._part(original, place) for place in places]
+        return self._read[1]
+
+    def _part(self, step: int, places: slice) -> _Part:
+        """The pictures at these places of this process's part of the batch, with the noise,
+        timesteps and guidance of their places in the whole batch."""
+        spec, first = self.spec, self.ranks.rank * self.spec.batch
+        numbers = range(first + places.start, first + places.stop)
+        rows = self.shuffle.rows(step)
+        latents, texts, sizes = self.bank.batch([rows[number] for number in numbers])
+        drawn = draws.draw(spec.seed, step, numbers, latents.shape[1:], spec.guidance)
+        return _Part(places, latents, *drawn, texts, sizes)
+
+    def batch(self, part: _Part) -> Batch:
+        """A part as the objectives take it, on the device."""
+        device = self.teacher.device
+        cond, uncond = self.teacher.conditions(part.texts, part.sizes)
+        z0, eps, index, cfg = (
+            sent(x, device) for x in (part.latents, part.eps, part.index, part.cfg)
+        )
         return Batch(z0, eps, index, cond, uncond, cfg)
 
     def _is_finite(self, loss: float, norm: float) -> bool:
