@@ -119,7 +119,9 @@ class Bench:
         prompts = {"prompts": captions, "count": PROMPTS}
         self.loras("data", {
             "from prompts": self.distilled("prompts", self.checkpoint, prompts),
-            "from pictures": self.distilled("rank-64", self.checkpoint, self.pictures("3d"), rank=64),
+            "from pictures": self.distilled(
+                "rank-64", self.checkpoint, self.pictures("3d"), rank=64
+            ),
         })  # fmt: skip
 
     def loras(self, part: str, loras: dict[str, Path]) -> None:

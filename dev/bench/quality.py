@@ -117,9 +117,7 @@ def scenes(seed: int, count: int, collection: str = "3d") -> list[world.Spec]:
 
 
 @cache
-def prompts(
-    toy: subjects.Toy, seed: int, count: int, collection: str
-) -> list[tuple[list, int]]:
+def prompts(toy: subjects.Toy, seed: int, count: int, collection: str) -> list[tuple[list, int]]:
     """The captions of `scenes`, encoded in batches, and the size of each batch."""
     captions = [spec.caption for spec in scenes(seed, count, collection)]
     parts = [captions[begun : begun + BATCH] for begun in range(0, count, BATCH)]

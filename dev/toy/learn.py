@@ -106,7 +106,7 @@ def descend(loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
 class Painter:
     """Draws random scenes of every collection in given shares.
 
-    sprites: name of a collection -> uint8 [kinds, 4, S, S], on the device that the scenes are wanted on.
+    sprites: name of a collection -> uint8 [kinds, 4, S, S]; the scenes are drawn on their device.
     """
 
     def __init__(self, sprites: dict[str, torch.Tensor], seed: int):

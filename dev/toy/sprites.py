@@ -55,7 +55,7 @@ PACKAGES = {
 
 
 def load(collection: str, cache: Path) -> torch.Tensor:
-    """Sprites of every kind in a collection: uint8 [kinds, 4, SIDE, SIDE]. Fetched once into `cache`.
+    """Sprites of every kind in a collection: uint8 [kinds, 4, SIDE, SIDE], fetched once to `cache`.
 
     Raises RuntimeError when the package cannot be had, is not the one expected, or lacks an emoji.
     """
