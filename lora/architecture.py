@@ -11,6 +11,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 # By the width of the text features, which is the number of inputs of every attn2.to_k.
 _BY_WIDTH = {768: "SD1.5", 1024: "SD2", 1280: "SDXL refiner"}
+DOUBT = "It seems made for {made}; on {actual} its effect may be weaker."
 SDXL_TYPE = "SDXL type"
 _BLOCKS = ("down_blocks_1", "down_blocks_2", "mid_block", "up_blocks_0", "up_blocks_1")
 # The SDXL type differs in how many transformer blocks each attention of its blocks holds.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from .delta import Vector
-from .family import FAMILY
+from .family import forgotten
 from .formats.metadata import recipe
 from .formats.module_names import UNET, in_doubt, is_text
 
@@ -157,7 +157,7 @@ def weighted(vector: Vector, weight: Callable[[str], float], description: str) -
     metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {description}")}
     # An acceleration works in the UNet. Without positive weights there, the vector is not one.
     if not any(value > 0 for name, value in weights.items() if place_of(name) != TEXT):
-        metadata.pop(FAMILY, None)
+        metadata = forgotten(metadata)
     diffs = {key: (diff, weights[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(
         vector,

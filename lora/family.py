@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 # This pack's key in a file's header: the name of a family, or several if they are added up.
 FAMILY = "lcm_lora.family"
 SEVERAL = " + "
+STEPS = "lcm_lora.made_for_steps"  # the sampling steps that it was made for: "4" or "2, 4"
+CFG = "lcm_lora.made_for_cfg"  # "1" if it was made for guidance in sampling
 
 _TITLES = ("modelspec.title", "ss_output_name")  # where other trainers keep a file's first name
 _ONE_STEP = r".*(?<!\d)1[-_ ]?step"
@@ -26,11 +29,41 @@ _SIGNS = {
 }
 _LCM = re.compile(r"(?<![a-z0-9])lcm(?:[-_ ]?like)?(?![a-z])", re.IGNORECASE)
 
+_STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+_CFG = re.compile(r"(?<![a-z])(?:normal)?cfg(?![a-z])", re.IGNORECASE)  # but not PCM's smallcfg
+# Why a family is chosen, as the node shows it.
+CHOSEN = "chosen on this node"
+UNNAMED = "the default: neither the file's metadata nor its name says otherwise"
+IN_METADATA = "from the file's metadata, {what}"
+IN_NAME = "from the name {what}"
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What an acceleration was made for.
+
+    Attributes:
+        families: their names; several for a sum of several accelerations.
+        steps: the numbers of sampling steps; empty if nothing names them.
+        cfg: whether it was made for guidance in sampling.
+    """
+
+    families: tuple[str, ...]
+    steps: tuple[int, ...]
+    cfg: bool
+
+    def metadata(self) -> dict[str, str]:
+        """The keys that record it in a file."""
+        keys = {FAMILY: SEVERAL.join(self.families)}
+        if self.steps:
+            keys[STEPS] = ", ".join(map(str, self.steps))
+        return keys | ({CFG: "1"} if self.cfg else {})
+
 
 def choose(
     wanted: str, metadata: Mapping[str, str], name: str, families: Collection[str], default: str
-) -> tuple[str, str]:
-    """(the family to sample as, why).
+) -> tuple[str, tuple[str, str]]:
+    """(the family to sample as, (why, what {what} stands for in it)).
 
     wanted: what the user chose; "auto" reads the file. name: the file's name, with its folders.
     families: those that can be sampled. default: the family of a file that names none.
@@ -39,47 +72,80 @@ def choose(
         ValueError: the file names several families, or one that cannot be sampled.
     """
     if wanted != "auto":
-        return wanted, "chosen on this node"
-    family, where = family_named(metadata, name)
+        return wanted, (CHOSEN, "")
+    family, (where, what) = family_named(metadata, name)
     if not family:
-        return default, "the default: neither the file's metadata nor its name says otherwise"
+        return default, (UNNAMED, "")
     if family not in families:
         raise ValueError(
-            f"{name} cannot be sampled as {family!r}, which comes from {where}. Expected one "
-            f"of {', '.join(families)}. Choose the family on the node."
+            f"{name} cannot be sampled as {family!r}, which comes {where.format(what=what)}. "
+            f"Expected one of {', '.join(families)}. Choose the family on the node."
         )
-    return family, f"from {where}"
+    return family, (where, what)
 
 
-def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, str]:
-    """(family, where it is named) of a LoRA, or two empty strings if nothing names one.
+def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, tuple[str, str]]:
+    """(family, (where it is named, what {what} stands for in it)) of a LoRA. All are empty if
+    nothing names one.
 
     name: the file's name, with its folders as the user sees them. SEVERAL joins several families.
     """
     if metadata.get(FAMILY):
-        return metadata[FAMILY], f"the file's metadata, {FAMILY}"
-    places = [(metadata.get(key, ""), f"the file's metadata, {key}") for key in _TITLES]
-    places += [(part, f"the name {part}") for part in reversed(re.split(r"[/\\]", name))]
-    for text, where in places:
+        return metadata[FAMILY], (IN_METADATA, FAMILY)
+    for text, where in _places(metadata, name):
         families = [family for family, sign in _SIGNS.items() if sign.search(text)]
         # "lcm" counts only without another sign: the sampler and this pack have it in their names.
         if families or _LCM.search(text):
             return SEVERAL.join(families) or "lcm", where
-    return "", ""
+    return "", ("", "")
 
 
-def sampling_hint(metadata: Mapping[str, str]) -> str:
-    """Which sampling an applied vector needs, as a sentence. Empty if its metadata does not say."""
-    family = metadata.get(FAMILY)
-    return f"Its family is {family}: choose it in LCM Model Sampling." if family else ""
+def _places(metadata: Mapping[str, str], name: str) -> list[tuple[str, tuple[str, str]]]:
+    """Where a family may be named: (the text, where it is)."""
+    places = [(metadata.get(key, ""), (IN_METADATA, key)) for key in _TITLES]
+    return places + [(part, (IN_NAME, part)) for part in reversed(re.split(r"[/\\]", name))]
+
+
+def made_for(metadata: Mapping[str, str], name: str, family: str = "") -> MadeFor | None:
+    """What an acceleration was made for, by its metadata or its name. None for any other LoRA.
+
+    name: as in `family_named`. family: replaces what they say of the family, if it is not empty.
+    """
+    family = family or family_named(metadata, name)[0]
+    if not family:
+        return None
+    texts = [text for text, _ in _places(metadata, name)]
+    steps = _numbers(metadata.get(STEPS, ""))
+    if STEPS not in metadata and family != "hyper-sd-1step":  # which is for 1 to 8 steps
+        steps = next((tuple(map(int, n)) for text in texts if (n := _STEPS.findall(text))), ())
+    cfg = CFG in metadata or any(map(_CFG.search, texts))
+    return MadeFor(tuple(family.split(SEVERAL)), steps, cfg)
+
+
+def recorded(metadata: Mapping[str, str]) -> MadeFor | None:
+    """What an acceleration was made for, by this pack's keys alone. None for any other vector: one
+    whose UNet was left out is none, whatever its title says."""
+    if not metadata.get(FAMILY):
+        return None
+    families = tuple(metadata[FAMILY].split(SEVERAL))
+    return MadeFor(families, _numbers(metadata.get(STEPS, "")), CFG in metadata)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def forgotten(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what says that a LoRA is an acceleration."""
+    return {key: value for key, value in metadata.items() if key not in (FAMILY, STEPS, CFG)}
 
 
 def joined(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata key for the family of a sum: absent, one family, or several."""
-    families = {
-        family
-        for metadata in all_metadata
-        for family in metadata.get(FAMILY, "").split(SEVERAL)
-        if family
-    }
-    return {FAMILY: SEVERAL.join(sorted(families))} if families else {}
+    """The metadata of a sum that says what it was made for; empty if no part is an acceleration."""
+    parts = [made for metadata in all_metadata if (made := recorded(metadata))]
+    families = {family for made in parts for family in made.families}
+    steps = {number for made in parts for number in made.steps}
+    if not families:
+        return {}
+    cfg = any(made.cfg for made in parts)
+    return MadeFor(tuple(sorted(families)), tuple(sorted(steps)), cfg).metadata()

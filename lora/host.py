@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
-from .architecture import SDXL_TYPE, Architecture, Shapes, architecture_of
+from .architecture import DOUBT, SDXL_TYPE, Architecture, Shapes, architecture_of
 from .combine import one_for_each
 from .delta import Vector, as_matrix
 from .formats.kinds import left_out_because
@@ -41,7 +41,7 @@ class Coverage:
         skipped: the number of modules left out on purpose: those of text encoders if no CLIP is
             connected, and those of a part whose strength is 0.
         left_over: the modules that do not fit the model, each with the reason.
-        doubt: a sentence if the architectures differ in depth only, otherwise empty.
+        doubt: (what it was made for, what the model is) if the architectures differ in depth only.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Coverage:
     total: int
     skipped: int
     left_over: tuple[str, ...]
-    doubt: str = ""
+    doubt: tuple[str, str] | None = None
 
     @property
     def taken(self) -> int:
@@ -62,7 +62,8 @@ class Coverage:
             text += f", {self.skipped} not used here (no CLIP connected, or strength 0)"
         if self.left_over:
             text += f"; {len(self.left_over)} left over: {_some(self.left_over)}"
-        return f"{text}. {self.doubt}".rstrip()
+        doubt = f" {DOUBT.format(made=self.doubt[0], actual=self.doubt[1])}" if self.doubt else ""
+        return f"{text}.{doubt}"
 
 
 def apply(
@@ -109,7 +110,7 @@ def apply(
     left_over = tuple(f"{name} ({reason})" for name, reason in sorted(reasons.items()))
     if not applied and (wanted or (strength_model != 0 and clip is None)):
         raise ValueError(_nothing_taken(vector, made_for, actual, left_over))
-    doubt = _doubt(made_for, actual) if strength_model != 0 else ""
+    doubt = _doubt(made_for, actual) if strength_model != 0 else None
     coverage = Coverage(
         vector.source, frozenset(applied), len(modules), len(modules - wanted), left_over, doubt
     )
@@ -261,10 +262,12 @@ def _require_architecture(
         )
 
 
-def _doubt(made_for: Architecture | None, actual: Architecture | None) -> str:
+def _doubt(
+    made_for: Architecture | None, actual: Architecture | None
+) -> tuple[str, str] | None:  # fmt: skip
     if made_for and actual and made_for.name not in (actual.name, SDXL_TYPE):
-        return f"It seems made for {made_for.name}; on {actual.name} its effect may be weaker."
-    return ""
+        return made_for.name, actual.name
+    return None
 
 
 def _nothing_taken(

@@ -10,10 +10,12 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
+from ..samplers.report import Line
 from ..training.jobs import host
 from ..training.jobs.order import SOURCES, DataOrder, Order
 from ..training.schema import build, declared
-from .host import checkpoint_names, lora_names, show
+from .host import checkpoint_names, lora_names
+from .texts import said
 
 CATEGORY = "LCM-LoRA/distil"
 LCMData = io.Custom("LCM_DATA")
@@ -110,8 +112,8 @@ class LCMDistill(io.ComfyNode):
         style = "" if style_lora == NONE else style_lora
         order = {"data": data, "style_lora": style, **settings}
         job, new = host.start(build(Order, order, "the order"))
-        show("Queued" if new else "This job already exists")
-        return io.NodeOutput(job)
+        line = Line("Queued") if new else Line("This job already exists")
+        return io.NodeOutput(job, ui=said(line))
 
 
 def _order_input(name: str) -> io.Input:

@@ -10,10 +10,12 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
 from ..lora.formats.wire import to_wire
+from ..samplers.report import Line
 from ..training.jobs import host, metrics
 from .chart import chart
 from .distill import CATEGORY, LCMJob
 from .host import show
+from .texts import said
 
 
 def _job_input() -> io.Input:
@@ -55,7 +57,10 @@ class LCMJobStatus(io.ComfyNode):
         pictures = sorted((path / "samples").glob("step-*.png"))
         sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
         text = described.progress()
-        return io.NodeOutput(text, _image(plot), _image(sheet), ui=ui.PreviewText(text))
+        lines = said(Line("{text}", {"text": text}))
+        return io.NodeOutput(
+            text, _image(plot), _image(sheet), ui=ui.PreviewText(text).as_dict() | lines
+        )
 
 
 class LCMJobResult(io.ComfyNode):

@@ -7,12 +7,13 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..lora.family import choose
+from ..lora.family import choose, made_for
 from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
 from ..samplers.families import DEFAULT, FAMILIES
-from ..samplers.host import patch_sampling
-from .host import lora_names, lora_path, show, weight_input
+from ..samplers.host import patch_sampling, record
+from .host import lora_names, lora_path, weight_input
+from .texts import acceleration, of_load, said
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -85,6 +86,9 @@ class LCMLoRALoader(io.ComfyNode):
     ) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
         family, why = choose(family, vector.metadata, lora_name, FAMILIES, DEFAULT)
-        model, _, coverage = apply(model, None, vector, strength, 0.0)
-        show(f"{coverage} Sampling as {family} ({why}).")
-        return io.NodeOutput(patch_sampling(model, family))
+        made = made_for(vector.metadata, lora_name, family)
+        loaded, _, coverage = apply(model, None, vector, strength, 0.0)
+        record(model, loaded, acceleration(vector.source, made, strength))
+        return io.NodeOutput(
+            patch_sampling(loaded, family), ui=said(*of_load(coverage, family, why))
+        )

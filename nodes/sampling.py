@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..samplers import host
 from ..samplers.families import DEFAULT, FAMILIES
+from .texts import of_family, of_run, said
 
 CATEGORY = "LCM-LoRA"
 
@@ -28,7 +29,7 @@ class LCMModelSampling(io.ComfyNode):
                 "prediction type (eps, v or x0) and noise levels. Load LCM-LoRA does this "
                 "already; use this node after other LoRA loaders. In ComfyUI's KSampler, choose "
                 "sampler lcm and scheduler simple. For TCD, DMD2, Hyper-SD, PCM and Lightning "
-                "models, choose their family."
+                "models, choose auto or their family."
             ),
             search_aliases=[
                 "lcm", "ModelSamplingDiscrete", "consistency", "model sampling", "tcd", "dmd2",
@@ -39,9 +40,10 @@ class LCMModelSampling(io.ComfyNode):
                     "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA applied."
                 ),
                 io.Combo.Input(
-                    "family", options=list(FAMILIES), default=DEFAULT, optional=True,
+                    "family", options=[*FAMILIES, "auto"], default=DEFAULT, optional=True,
                     tooltip="How the LoRA or the full model was distilled. LCM Schedule, LCM "
-                    "Sampler and LCM KSampler follow it.",
+                    "Sampler and LCM KSampler follow it. auto takes the family of the LoRA from "
+                    "Apply LoRA Vector.",
                 ),
             ],
             outputs=[
@@ -53,7 +55,9 @@ class LCMModelSampling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, family: str = DEFAULT) -> io.NodeOutput:
-        return io.NodeOutput(host.patch_sampling(model, family))
+        chosen = host.auto_family(model) if family == "auto" else family
+        lines = of_family(model, family, chosen)
+        return io.NodeOutput(host.patch_sampling(model, chosen), ui=said(*lines))
 
 
 class LCMSchedule(io.ComfyNode):
@@ -237,4 +241,5 @@ class LCMKSampler(io.ComfyNode):
         noise_device: str = "cpu",
     ) -> io.NodeOutput:
         run = host.Run(seed, steps, cfg, denoise, None if eta < 0 else eta, noise_device)
-        return io.NodeOutput(host.sample(model, run, positive, negative, latent))
+        made = host.sample(model, run, positive, negative, latent)
+        return io.NodeOutput(made, ui=said(*of_run(model, run)))

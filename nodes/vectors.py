@@ -7,12 +7,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.v0_0_2 import io
 
-from ..lora.family import sampling_hint
+from ..lora.family import FAMILY, recorded
 from ..lora.formats.describe import describe
 from ..lora.formats.files import DTYPES, fingerprint, read_named, write
 from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.host import apply
-from .host import lora_names, lora_path, new_lora_path, show, weight_input
+from ..samplers.host import record
+from ..samplers.report import Line
+from .host import lora_names, lora_path, new_lora_path, weight_input
+from .texts import acceleration, of_coverage, said
 
 CATEGORY = "LCM-LoRA"
 
@@ -65,7 +68,8 @@ class LCMLoRAApply(io.ComfyNode):
             description=(
                 "Adds a LoRA vector to a model and, if a CLIP is connected, to its text encoder. "
                 "It refuses a LoRA for another architecture and names the modules that do not fit. "
-                "It does not change the sampling: add LCM Model Sampling or use LCM KSampler."
+                "It does not change the sampling, but LCM KSampler and LCM Model Sampling (auto) "
+                "know the LoRA's family from it."
             ),
             search_aliases=["apply lora", "load lora model", "lora vector"],
             inputs=[
@@ -96,9 +100,11 @@ class LCMLoRAApply(io.ComfyNode):
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
         lora = from_wire(vector)
-        model, clip, coverage = apply(model, clip, lora, strength_model, strength_clip)
-        show(f"{coverage} {sampling_hint(lora.metadata)}".rstrip())
-        return io.NodeOutput(model, clip)
+        applied, clip, coverage = apply(model, clip, lora, strength_model, strength_clip)
+        fast = acceleration(lora.source, recorded(lora.metadata), strength_model)
+        record(model, applied, fast)
+        families = lora.metadata.get(FAMILY, "") if fast else ""
+        return io.NodeOutput(applied, clip, ui=said(*of_coverage(coverage, families)))
 
 
 class LCMLoRASave(io.ComfyNode):
@@ -147,5 +153,4 @@ class LCMLoRASave(io.ComfyNode):
         path = new_lora_path(filename)
         write(path, from_wire(vector), dtype, overwrite)
         name = str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))
-        show(f"Saved {name}")
-        return io.NodeOutput(name)
+        return io.NodeOutput(name, ui=said(Line("Saved {name}", {"name": name})))

@@ -9,7 +9,9 @@ from comfy_api.v0_0_2 import io
 from ..lora.blocks import NAMES, PRESETS, parse_weights, weighted
 from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.protect import protected
-from .host import show, weight_input
+from ..samplers.report import Line
+from .host import weight_input
+from .texts import said
 
 
 class LCMLoRABlocks(io.ComfyNode):
@@ -69,9 +71,10 @@ class LCMLoRABlocks(io.ComfyNode):
 
         result = weighted(lora, weight, "; ".join(texts) or "all")
         # Names in presets and "text" may fit nothing, so they are only shown.
-        if idle := [name for factor in factors for name in factor.idle(lora.modules())]:
-            show(f"{lora.source} has no modules for {', '.join(idle)}.")
-        return io.NodeOutput(to_wire(result))
+        idle = [name for factor in factors for name in factor.idle(lora.modules())]
+        values = {"source": lora.source, "names": ", ".join(idle)}
+        lines = [Line("{source} has no modules for {names}.", values)] if idle else []
+        return io.NodeOutput(to_wire(result), ui=said(*lines))
 
 
 class LCMLoRAProtect(io.ComfyNode):

@@ -22,7 +22,10 @@ from .families import DEFAULT, FAMILIES, ORIGIN_STEPS, Family
 from .guidance_embedding import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
 from .noise import picture_noise, picture_numbers
+from .report import Acceleration, Applied, Line, ran, warnings
 from .timesteps import parse, timesteps
+
+APPLIED = "lcm_lora"  # where a MODEL carries an Applied, which its clones keep
 
 
 class LCMSampling(ms.ModelSamplingDiscrete):
@@ -121,17 +124,22 @@ def full_table(sampling: ms.ModelSamplingDiscrete) -> torch.Tensor:
     return sampling.table if isinstance(sampling, LCMSampling) else sampling.sigmas
 
 
+def file_of(model: ModelPatcher) -> Path | None:
+    """The file that a MODEL was loaded from, if the MODEL knows it."""
+    # A MODEL knows how to load itself again, with a loader and its arguments. The first argument of
+    # ComfyUI's loaders is the file.
+    _, arguments, *_ = model.cached_patcher_init or (None, ())
+    return Path(arguments[0]) if arguments and isinstance(arguments[0], str) else None
+
+
 def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
     """The sampling object of a MODEL, with all its timesteps.
 
     Raises:
         ValueError: the model has no discrete schedule, or ComfyUI dropped its guidance embedding.
     """
-    # ComfyUI drops that weight silently. But a MODEL knows how to load itself again, with a loader
-    # and its arguments. The first argument of ComfyUI's loaders is the file.
-    _, arguments, *_ = model.cached_patcher_init or (None, ())
-    if arguments and isinstance(arguments[0], str):
-        refuse_guidance_embedding(Path(arguments[0]))
+    if (file := file_of(model)) is not None:
+        refuse_guidance_embedding(file)  # ComfyUI drops that weight silently
     own = model.get_model_object("model_sampling")
     sampling_class(own, type(model.model).__name__)
     if len(full_table(own)) != own.num_timesteps:
@@ -169,6 +177,61 @@ def family_of(sampling: ms.ModelSamplingDiscrete) -> Family:
     return sampling.family if isinstance(sampling, LCMSampling) else FAMILIES[DEFAULT]
 
 
+def applied_to(model: ModelPatcher) -> Applied:
+    """What this pack's nodes added to a MODEL."""
+    return model.get_attachment(APPLIED) or Applied()
+
+
+def record(before: ModelPatcher, after: ModelPatcher, acceleration: Acceleration | None) -> None:
+    """Notes on `after`, a new clone of `before`, that a LoRA was added to it.
+
+    acceleration: what the LoRA is, or None for a style.
+    """
+    known = applied_to(before)
+    more = () if acceleration is None else (acceleration,)
+    patches = known.patches + _patches(after) - _patches(before)
+    after.set_attachments(APPLIED, Applied((*known.accelerations, *more), patches))
+
+
+def _patches(model: ModelPatcher) -> int:
+    return sum(map(len, model.patches.values()))
+
+
+def family_for(model: ModelPatcher) -> Family:
+    """The family that a MODEL's sampling is set for; if it is not set, that of its accelerations.
+
+    Raises:
+        ValueError: the sampling is not set and the accelerations have no single family.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, LCMSampling):
+        return sampling.family
+    return FAMILIES[applied_to(model).family()]
+
+
+def auto_family(model: ModelPatcher) -> str:
+    """The family of a MODEL's accelerations; without any, the one that is set, or DEFAULT.
+
+    Raises:
+        ValueError: the accelerations have no single family.
+    """
+    applied = applied_to(model)
+    return applied.family() if applied.accelerations else family_for(model).name
+
+
+def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
+    """What is wrong with a run that `sample` did, and then what it did.
+
+    fast: whether the checkpoint itself is known to be a few-step model.
+    """
+    applied, family = applied_to(model), family_for(model)
+    others = fast or _patches(model) > applied.patches or bool(model.injections)
+    table = full_table(own_sampling(model))
+    timesteps = family.timesteps(run.steps, run.denoise, len(table))
+    found = warnings(applied, others, run.steps, run.cfg)
+    return [*found, ran(family.name, timesteps, run.cfg)]
+
+
 def schedule(
     model: ModelPatcher,
     steps: int = 4,
@@ -190,8 +253,7 @@ def schedule(
     elif origin_steps != ORIGIN_STEPS:
         t = timesteps(steps, strength, origin_steps, len(table))
     else:
-        family = family_of(model.get_model_object("model_sampling"))
-        t = family.timesteps(steps, strength, len(table))
+        t = family_for(model).timesteps(steps, strength, len(table))
     return torch.cat([table[t], torch.zeros(1)])
 
 
@@ -299,13 +361,13 @@ def sample(
 ) -> dict[str, Any]:
     """Samples a LATENT with the schedule, noise and sampler of the MODEL's family.
 
-    A MODEL whose sampling is not set is sampled as the default family.
+    A MODEL whose sampling is not set is sampled as `family_for` says.
 
     Raises:
         ValueError: steps and denoise do not fit together, or the model cannot be sampled like this.
     """
     if not isinstance(model.get_model_object("model_sampling"), LCMSampling):
-        model = patch_sampling(model)
+        model = patch_sampling(model, family_for(model).name)
     sigmas = schedule(model, run.steps, run.denoise)
     image = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial")

@@ -1,7 +1,9 @@
 // The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
+// Also lets the nodes show what they say (texts.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Panel } from "./panel.mjs";
+import { giveText, listenToNodes } from "./texts.mjs";
 import { say, speak } from "./words.mjs";
 
 const EVENT = "lcm_lora.jobs";
@@ -90,8 +92,10 @@ app.registerExtension({
     id: "lcm_lora.jobs", label: "Show the LCM-LoRA jobs", icon: "pi pi-bolt",
     function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
   }],
+  beforeRegisterNodeDef: giveText,
   setup() {
     listen();
+    listenToNodes();
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-bolt",

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..architecture import cross_attention_width
 from ..atomic import sha256, whole_file
 from ..delta import Delta, Vector
-from ..family import FAMILY, family_named
+from ..family import made_for
 from .metadata import standard
 from .parse import parse
 from .peft_config import PEFT_METADATA
@@ -104,12 +104,12 @@ def _beside(path: Path) -> dict[str, str]:
 def read_named(path: Path, name: str) -> Vector:
     """Reads a file that will be combined with others. Raises as `read`.
 
-    Adds its hash, and the family that its metadata or `name`, the user's name of the file, gives:
-    the result has another name.
+    Adds its hash, and what it was made for according to its metadata or to `name`, the user's name
+    of the file: the result has another name.
     """
     vector = replace(read(path), sha256=sha256(path))
-    family, _ = family_named(vector.metadata, name)
-    return replace(vector, metadata={**vector.metadata, FAMILY: family}) if family else vector
+    made = made_for(vector.metadata, name)
+    return replace(vector, metadata={**vector.metadata, **made.metadata()}) if made else vector
 
 
 def write(path: Path, vector: Vector, dtype: str, overwrite: bool) -> None:

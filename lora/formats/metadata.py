@@ -13,7 +13,7 @@ from typing import Any
 
 from ..architecture import SDXL_TYPE, architecture_of
 from ..delta import Vector
-from ..family import FAMILY
+from ..family import forgotten
 
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
 
@@ -59,8 +59,7 @@ def agreed(vectors: Sequence[Vector]) -> dict[str, str]:
     the family of a sum depends on the weights."""
     first, *others = (vector.metadata for vector in vectors)
     alike = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
-    alike.pop(FAMILY, None)
-    return alike
+    return forgotten(alike)
 
 
 def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:

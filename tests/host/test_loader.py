@@ -26,15 +26,9 @@ def path(comfy) -> Path:
     return folder / NAME
 
 
-@pytest.fixture
-def shown(comfy, monkeypatch) -> list[str]:
-    """What the nodes write on themselves."""
-    from lcm_lora.nodes import loader, vectors
-
-    texts = []
-    for module in (loader, vectors):
-        monkeypatch.setattr(module, "show", texts.append)
-    return texts
+def said(output) -> list[str]:
+    """The lines that a node's output has for the page."""
+    return [text.format(**values) for text, values, _ in output.ui["lcm_lora_text"]]
 
 
 def family_of(model) -> str:
@@ -64,18 +58,19 @@ def test_it_applies_the_whole_file_and_sets_the_sampling(model, path, family):
         ("some.safetensors", {}, "auto", "lcm", "neither the file's metadata nor"),
     ],
 )
-def test_it_finds_the_family_and_says_why(
-    model, path, shown, name, metadata, chosen, family, why
-):  # fmt: skip
+def test_it_finds_the_family_and_says_why(model, path, name, metadata, chosen, family, why):
     from lcm_lora.nodes.loader import LCMLoRALoader
 
     save_file(dialects(model)["kohya"], path.with_name(name), metadata or None)
-    (loaded,) = LCMLoRALoader.execute(model, name, 1.0, chosen).result
+    output = LCMLoRALoader.execute(model, name, 1.0, chosen)
+    (loaded,) = output.result
     assert family_of(loaded) == family
-    assert f"Sampling as {family}" in shown[-1] and why in shown[-1]
+    verdict, reason = said(output)
+    count = len(modules(model))
+    assert verdict == f"{family}: {count} of {count} modules applied" and why in reason
 
 
-def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, shown):
+def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path):
     from lcm_lora.nodes.combine import LCMLoRACombine
     from lcm_lora.nodes.loader import LCMLoRALoader
     from lcm_lora.nodes.vectors import (
@@ -89,10 +84,9 @@ def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, sho
     for seed, name in enumerate(names):
         save_file(dialects(model, seed=seed)["kohya"], path.with_name(name))
         vectors.append(LCMLoRAVectorLoader.execute(name).result[0])
-    LCMLoRAApply.execute(model, vectors[1], 1.0, 1.0)
-    assert "family" not in shown[-1]
-    LCMLoRAApply.execute(model, vectors[0], 1.0, 1.0)
-    assert shown[-1].endswith("Its family is tcd: choose it in LCM Model Sampling.")
+    (style,) = said(LCMLoRAApply.execute(model, vectors[1], 1.0, 1.0))
+    (fast,) = said(LCMLoRAApply.execute(model, vectors[0], 1.0, 1.0))
+    assert fast == f"tcd: {style}"
 
     def saved(style_or_other) -> str:
         rows = {"count": "2", "vector_1": vectors[0], "vector_2": style_or_other}
@@ -107,6 +101,66 @@ def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path, sho
         LCMLoRALoader.execute(model, saved(vectors[2]), 1.0, "auto")
     (loaded,) = LCMLoRALoader.execute(model, "combined.safetensors", 1.0, "pcm").result
     assert family_of(loaded) == "pcm"
+
+
+def applied(model, path, name, strength=1.0, metadata=None, seed=0):
+    """The MODEL from Apply LoRA Vector with the file of this name."""
+    from lcm_lora.nodes.vectors import LCMLoRAApply, LCMLoRAVectorLoader
+
+    save_file(dialects(model, seed=seed)["kohya"], path.with_name(name), metadata)
+    (vector, _) = LCMLoRAVectorLoader.execute(name).result
+    return LCMLoRAApply.execute(model, vector, strength, 1.0).result[0]
+
+
+def test_apply_hands_the_family_to_auto_and_to_the_samplers(model, path):
+    from lcm_lora.nodes.sampling import LCMModelSampling
+    from lcm_lora.samplers.host import auto_family, family_for
+
+    hyper = applied(model, path, "Hyper-SD15-8steps-CFG-lora.safetensors")
+    assert family_for(hyper).name == "hyper-sd" and family_for(model).name == "lcm"
+    output = LCMModelSampling.execute(hyper, "auto")
+    assert family_of(output.result[0]) == "hyper-sd"
+    assert said(output) == ["hyper-sd, from Hyper-SD15-8steps-CFG-lora"]
+    # A style after it, and a clone by any other node, leave it as it is.
+    styled = applied(hyper, path, "style.safetensors", seed=1).clone()
+    assert auto_family(styled) == "hyper-sd"
+    # What the user chose stays, with a word about it.
+    output = LCMModelSampling.execute(hyper, "lcm")
+    assert family_of(output.result[0]) == "lcm"
+    (doubt,) = said(output)
+    assert doubt == "Hyper-SD15-8steps-CFG-lora is hyper-sd, not lcm: choose auto."
+    output = LCMModelSampling.execute(model, "auto")
+    assert family_of(output.result[0]) == "lcm"
+    assert said(output) == ["lcm: no LoRA on the MODEL says otherwise"]
+    chosen = LCMModelSampling.execute(model, "tcd").result[0]  # a full model
+    assert auto_family(chosen) == "tcd"
+    assert auto_family(applied(model, path, "tcd.safetensors", strength=0.0)) == "lcm"
+    both = applied(hyper, path, "tcd.safetensors", seed=1)
+    with pytest.raises(ValueError, match=r"'hyper-sd \+ tcd'.*Choose the family in LCM Model"):
+        LCMModelSampling.execute(both, "auto")
+
+
+def test_the_sampler_knows_what_is_on_its_model(model, path):
+    from lcm_lora.nodes.loader import LCMLoRALoader
+    from lcm_lora.samplers.host import Run, report
+
+    def told(model, steps=4, cfg=1.0, **known):
+        *found, _ = report(model, Run(0, steps, cfg), **known)
+        return [str(line).split(":")[0] for line in found]
+
+    missing = ["No acceleration LoRA on the MODEL"]
+    assert told(model) == missing
+    assert told(model, fast=True) == []
+    assert told(applied(model, path, "style.safetensors")) == missing
+    save_file(dialects(model)["kohya"], path.with_name("Hyper-SD15-8steps-CFG-lora.safetensors"))
+    loaded = LCMLoRALoader.execute(model, "Hyper-SD15-8steps-CFG-lora.safetensors", 1.0, "auto")
+    assert told(loaded.result[0], 8, 7.0) == []
+    assert told(loaded.result[0], 4) == ["Hyper-SD15-8steps-CFG-lora is made for steps 8"]
+    foreign = model.clone()  # another pack's loader, whose LoRA may be an LCM-LoRA
+    key = next(iter(loaded.result[0].patches))
+    foreign.add_patches({key: ("diff", (torch.zeros(1),))})
+    assert told(foreign) == []
+    assert told(foreign, cfg=7.0) == ["cfg 7 burns the colours"]
 
 
 def test_a_full_lcm_with_a_guidance_embedding_is_refused(comfy, path):

@@ -40,6 +40,25 @@ def test_the_nodes_follow_the_family(family, steps):
     assert torch.equal(one_by_one(plain, empty(), family_eta=True), one_by_one(plain, empty()))
 
 
+def test_the_one_node_says_what_it_did():
+    from lcm_lora.nodes.sampling import LCMKSampler
+
+    def told(cfg):
+        output = LCMKSampler.execute(
+            patched(build("v")), 11, 2, cfg, conditioning(1), conditioning(2), empty(), 1.0
+        )
+        lines = output.ui["lcm_lora_text"]
+        return [(text.format(**values), warning) for text, values, warning in lines]
+
+    lora, run = told(1.0)
+    assert run == ("lcm, 2 steps: 999 499; cfg 1, negative prompt unused", False)
+    assert lora[0].startswith("No acceleration LoRA on the MODEL") and lora[1]
+    assert told(7.0)[1:] == [
+        ("cfg 7 burns the colours: use 1 to 2.", True),
+        ("lcm, 2 steps: 999 499; cfg 7", False),
+    ]
+
+
 def test_eta_of_the_one_node():
     model = patched(build("v"), "tcd")
     expected = ours(model)["samples"]

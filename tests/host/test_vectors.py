@@ -435,14 +435,13 @@ def test_names_without_modules_are_reported_and_misspelt_blocks_are_refused(mode
     from lcm_lora.lora.formats.wire import to_wire
     from lcm_lora.nodes.weigh import LCMLoRABlocks
 
-    shown = []
-    monkeypatch.setattr("lcm_lora.nodes.weigh.show", shown.append)
     wire = to_wire(vector(dialects(model)["kohya"], "style"))
-    LCMLoRABlocks.execute(wire, "all", "input=0.5, down_blocks_0=2", 1.0)
-    assert not shown
+    output = LCMLoRABlocks.execute(wire, "all", "input=0.5, down_blocks_0=2", 1.0)
+    assert output.ui == {"lcm_lora_text": []}
     monkeypatch.setitem(PRESETS, "of another family", "up_blocks_9=0")
-    LCMLoRABlocks.execute(wire, "of another family", "", 0.5)
-    assert shown == ["style has no modules for up_blocks_9, text."]
+    output = LCMLoRABlocks.execute(wire, "of another family", "", 0.5)
+    ((text, values, _),) = output.ui["lcm_lora_text"]
+    assert text.format(**values) == "style has no modules for up_blocks_9, text."
     with pytest.raises(ValueError, match="down_blocks_9 fits no module of style"):
         LCMLoRABlocks.execute(wire, "all", "down_blocks_9=0", 1.0)
 

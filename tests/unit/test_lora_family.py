@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from lcm_lora.lora.family import FAMILY, family_named, joined
+from lcm_lora.lora.family import (
+    CFG,
+    FAMILY,
+    IN_METADATA,
+    IN_NAME,
+    STEPS,
+    family_named,
+    joined,
+    made_for,
+    recorded,
+)
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.training.schema import declared
 from lcm_lora.training.spec import Spec
@@ -38,21 +48,54 @@ def test_names(name):
     family, why = family_named({}, name)
     assert family == NAMES[name]
     assert not family or family in FAMILIES
-    assert bool(why) == bool(family)
+    assert bool(why[0]) == bool(family)
 
 
 def test_metadata_goes_before_the_name_and_our_own_before_others():
     name = "sdxl_lightning_4step_lora.safetensors"
     title = {"modelspec.title": "TCD-SDXL-LoRA", "ss_output_name": "my pcm"}
-    assert family_named(title, name) == ("tcd", "the file's metadata, modelspec.title")
+    assert family_named(title, name) == ("tcd", (IN_METADATA, "modelspec.title"))
     ours = title | {FAMILY: "phased"}
-    assert family_named(ours, name) == ("phased", f"the file's metadata, {FAMILY}")
+    assert family_named(ours, name) == ("phased", (IN_METADATA, FAMILY))
     assert family_named({"ss_output_name": "style"}, name)[0] == "lightning"
-    assert family_named({}, f"lcm/{name}") == ("lightning", f"the name {name}")
+    assert family_named({}, f"lcm/{name}") == ("lightning", (IN_NAME, name))
 
 
 def test_a_name_of_two_is_neither():
     assert family_named({}, "tcd-and-pcm.safetensors")[0] == "tcd + pcm"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "cfg"),
+    [
+        ("lcm-lora-sdv1-5.safetensors", (), False),
+        ("dmd2_sdxl_4step_lora_fp16.safetensors", (4,), False),
+        ("Hyper-SD15-12steps-CFG-lora.safetensors", (12,), True),
+        ("Hyper-SDXL-1step-lora.safetensors", (), False),  # it is for 1 to 8
+        ("pcm_sdxl_normalcfg_8step_converted.safetensors", (8,), True),
+        ("pcm_sd15_smallcfg_2step_converted.safetensors", (2,), False),
+        ("lcm/my_lcm-000500-steps.safetensors", (), False),  # of training
+        ("sdxl_lightning_4step/lora.safetensors", (4,), False),
+    ],
+)
+def test_what_a_name_says_of_steps_and_cfg(name, steps, cfg):
+    made = made_for({}, name)
+    assert (made.steps, made.cfg) == (steps, cfg)
+    assert recorded(made.metadata()) == made
+    assert made_for(made.metadata(), "another.safetensors") == made
+
+
+def test_metadata_names_the_steps_before_the_name():
+    assert made_for({FAMILY: "phased", STEPS: "2, 4"}, "lcm_8step.safetensors").steps == (2, 4)
+    assert made_for({}, "style_4step.safetensors") is None
+    assert made_for({}, "style_4step.safetensors", "dmd2").steps == (4,)
+    assert recorded({"modelspec.title": "TCD"}) is None
+
+
+def test_a_sum_says_what_its_accelerations_were_made_for():
+    hyper = {FAMILY: "hyper-sd", STEPS: "8", CFG: "1"}
+    assert joined([hyper, {"ss_tag": "x"}]) == hyper
+    assert joined([hyper, hyper | {STEPS: "4"}])[STEPS] == "4, 8"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Every word of the page in every language of locales/."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
+from lcm_lora.lora.architecture import DOUBT
+from lcm_lora.lora.family import CHOSEN, IN_METADATA, IN_NAME, UNNAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
@@ -19,11 +22,30 @@ WORDS = json.loads(TABLE[1])
 PLACES = re.compile(r"\{\w+\}")
 
 
+def of_nodes() -> set[str]:
+    """What nodes say: the first argument of a Line, or a variable `text` that becomes one. A line
+    of values alone has no words of ours."""
+    files = [*(ROOT / "nodes").glob("*.py"), ROOT / "samplers" / "report.py"]
+    said = {DOUBT, CHOSEN, UNNAMED, IN_METADATA, IN_NAME}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Line":
+                value = node.args[0]
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "text":
+                value = node.value
+            else:
+                continue
+            if isinstance(value, ast.Constant):
+                said.add(value.value)
+    return {text for text in said if PLACES.sub("", text).strip()}
+
+
 def english() -> set[str]:
-    """What the page says: as it stands there, the names of buttons, and the states of jobs."""
+    """What the page says: as it stands there, the names of buttons, the states of jobs, and what
+    nodes say."""
     openapi = json.loads((ROOT / "training/jobs/openapi.json").read_text(encoding="utf-8"))
     states = openapi["components"]["schemas"]["Job"]["properties"]["state"]["enum"]
-    return {*re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE), *states}
+    return {*re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE), *states, *of_nodes()}
 
 
 def test_the_languages_of_page_and_nodes_are_the_same():

@@ -1,0 +1,78 @@
+"""What the nodes say about what they did, the verdict first. The page translates it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+
+from ..lora.architecture import DOUBT
+from ..lora.family import MadeFor, family_named
+from ..lora.host import Coverage
+from ..samplers import host
+from ..samplers.report import Acceleration, Line
+
+TEXT = "lcm_lora_text"  # in the output of a node; web/texts.mjs reads it
+
+
+def said(*lines: Line) -> dict[str, Any]:
+    """The lines for the page, as the `ui` of a node's output. Without lines, the node's old text
+    goes."""
+    return {TEXT: [list(line) for line in lines]}
+
+
+def of_coverage(coverage: Coverage, families: str = "") -> list[Line]:
+    """How much of a LoRA a model took. families: of the LoRA, if it is an acceleration."""
+    counts = {"taken": coverage.taken, "total": coverage.total, "family": families}
+    if families:
+        lines = [Line("{family}: {taken} of {total} modules applied", counts)]
+    else:
+        lines = [Line("{taken} of {total} modules applied", counts)]
+    if coverage.left_over:
+        text = "{count} modules do not fit the model. The log names them."
+        lines.append(Line(text, {"count": len(coverage.left_over)}, warning=True))
+    if coverage.doubt:
+        made, actual = coverage.doubt
+        lines.append(Line(DOUBT, {"made": made, "actual": actual}, warning=True))
+    if coverage.skipped:
+        text = "{count} modules are not used: no CLIP is connected, or a strength is 0."
+        lines.append(Line(text, {"count": coverage.skipped}))
+    return lines
+
+
+def of_load(coverage: Coverage, family: str, why: tuple[str, str]) -> list[Line]:
+    """How much of an acceleration a model took, and why it is sampled as this family."""
+    text, what = why
+    return [*of_coverage(coverage, family), Line(text, {"what": what})]
+
+
+def of_family(model: ModelPatcher, wanted: str, family: str) -> list[Line]:
+    """Why LCM Model Sampling chose `family`, and whether the LoRAs on the MODEL are of another.
+
+    wanted: what the user chose.
+    """
+    known = host.applied_to(model)
+    values = {"family": family, "source": " + ".join(each.source for each in known.accelerations)}
+    if wanted == "auto":
+        if known.accelerations:
+            return [Line("{family}, from {source}", values)]
+        return [Line("{family}: no LoRA on the MODEL says otherwise", values)]
+    if known.accelerations and family not in known.families():
+        values |= {"other": " + ".join(known.families())}
+        text = "{source} is {other}, not {family}: choose auto."
+        return [Line(text, values, warning=True)]
+    return []
+
+
+def of_run(model: ModelPatcher, run: host.Run) -> list[Line]:
+    """What is wrong with a run of LCM KSampler, and what it did."""
+    file = host.file_of(model)
+    return host.report(model, run, fast=file is not None and bool(family_named({}, file.name)[0]))
+
+
+def acceleration(source: str, made: MadeFor | None, strength: float) -> Acceleration | None:
+    """An applied LoRA as a MODEL carries it; None if it does not accelerate the MODEL."""
+    if made is None or strength <= 0:
+        return None
+    name = source.removesuffix(".safetensors")
+    return Acceleration(name, made.families, made.steps, made.cfg)

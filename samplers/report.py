@@ -1,0 +1,126 @@
+"""What a few-step run did, and what is wrong with its settings, in lines for the node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isclose
+from typing import Any, NamedTuple
+
+from .families import DEFAULT, FAMILIES
+
+MOST_CFG = 2.0  # above it, guidance on top of the distilled guidance burns the colours
+MOST_STEPS = 8  # above it, more steps of a LoRA that names no number of its own hardly help
+TIMESTEPS_SHOWN = 8
+
+
+class Line(NamedTuple):
+    """A line on a node. The page translates its text, so the values come separately.
+
+    Attributes:
+        text: English, with the names of values in braces.
+        values: what stands for each name: text, a number or another Line.
+        warning: whether it tells the user to change something.
+    """
+
+    text: str
+    values: Mapping[str, Any] = {}
+    warning: bool = False
+
+    def __str__(self) -> str:
+        return self.text.format(**self.values)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """An acceleration LoRA on a MODEL.
+
+    Attributes:
+        source: what the LoRA is called.
+        families: how it was distilled; several names for a sum of several accelerations.
+        steps: the numbers of steps that it was made for; empty if nothing says so.
+        cfg: whether it was made for guidance, so that a high cfg is right.
+    """
+
+    source: str
+    families: tuple[str, ...]
+    steps: tuple[int, ...] = ()
+    cfg: bool = False
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What this pack's nodes added to a MODEL, which carries it along.
+
+    Attributes:
+        accelerations: the acceleration LoRAs among it.
+        patches: the number of patches of all LoRAs, so that those of other packs can be told apart.
+    """
+
+    accelerations: tuple[Acceleration, ...] = field(default=())
+    patches: int = 0
+
+    def families(self) -> list[str]:
+        """The families of all accelerations, sorted."""
+        return sorted({name for each in self.accelerations for name in each.families})
+
+    def family(self) -> str:
+        """The family to sample as; DEFAULT if there is no acceleration.
+
+        Raises:
+            ValueError: there are several families, or one that cannot be sampled.
+        """
+        names = self.families() or [DEFAULT]
+        if len(names) > 1 or names[0] not in FAMILIES:
+            sources = "; ".join(each.source for each in self.accelerations)
+            raise ValueError(
+                f"The MODEL cannot be sampled as {' + '.join(names)!r}, the family of its LoRAs "
+                f"({sources}). Expected one of {', '.join(FAMILIES)}. Choose the family in LCM "
+                "Model Sampling."
+            )
+        return names[0]
+
+
+def ran(family: str, timesteps: Sequence[int], cfg: float) -> Line:
+    """What a run did: its family, timesteps and guidance."""
+    shown = list(map(str, timesteps))
+    if len(shown) > TIMESTEPS_SHOWN:
+        half = TIMESTEPS_SHOWN // 2
+        shown = [*shown[:half], "…", *shown[-half:]]
+    values = {
+        "family": family, "steps": len(timesteps), "timesteps": " ".join(shown), "cfg": f"{cfg:g}",
+    }  # fmt: skip
+    unguided = isclose(cfg, 1.0)
+    if len(timesteps) == 1:
+        if unguided:
+            return Line("{family}, 1 step: {timesteps}; cfg {cfg}, negative prompt unused", values)
+        return Line("{family}, 1 step: {timesteps}; cfg {cfg}", values)
+    if unguided:
+        text = "{family}, {steps} steps: {timesteps}; cfg {cfg}, negative prompt unused"
+        return Line(text, values)
+    return Line("{family}, {steps} steps: {timesteps}; cfg {cfg}", values)
+
+
+def warnings(applied: Applied, others: bool, steps: int, cfg: float) -> list[Line]:
+    """What is wrong with a run, each with the remedy.
+
+    others: whether the MODEL may be accelerated by what this pack does not know: the LoRA of
+    another loader, or the checkpoint itself.
+    """
+    found = []
+    if not applied.accelerations and not others:
+        text = "No acceleration LoRA on the MODEL: add Load LCM-LoRA after the checkpoint."
+        found.append(Line(text, warning=True))
+    if cfg > MOST_CFG and not any(each.cfg for each in applied.accelerations):
+        values = {"cfg": f"{cfg:g}"}
+        found.append(Line("cfg {cfg} burns the colours: use 1 to 2.", values, warning=True))
+    made = [each for each in applied.accelerations if each.steps]
+    if made and not any(steps in each.steps for each in made):
+        source, known = made[0].source, ", ".join(map(str, made[0].steps))
+        values = {"source": source, "known": known}
+        text = "{source} is made for steps {known}: set steps to that."
+        found.append(Line(text, values, warning=True))
+    elif not made and steps > MOST_STEPS and (applied.accelerations or others):
+        text = "More than 8 steps hardly help a few-step LoRA: use 1 to 8."
+        found.append(Line(text, warning=True))
+    return found

@@ -1,0 +1,118 @@
+"""The texts on nodes in the real front end: they stay after a run, fit, and go before an error."""
+
+import json
+
+import pytest
+from lcm_lora.tests.server.pages import new_page, pictured
+from lcm_lora.tests.server.test_templates import WORKFLOWS
+
+WORKFLOW = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
+OPEN = """async ([workflow, vue]) => {
+    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
+    await app.loadGraphData(workflow, true, true, 'texts');
+}"""
+RUN = """async (settings) => {
+    const sampler = app.graph.nodes.find((node) => node.type === 'LCMKSampler');
+    for (const [name, value] of Object.entries(settings)) {
+        sampler.widgets.find((widget) => widget.name === name).value = value;
+    }
+    const ended = new Promise((resolve) => {
+        app.api.addEventListener('execution_success', () => resolve('drawn'), { once: true });
+        app.api.addEventListener('execution_error', () => resolve('failed'), { once: true });
+    });
+    if (!await app.queuePrompt(0, 1)) return 'refused';
+    return await ended;
+}"""
+TEXTS = """() => Object.fromEntries(app.graph.nodes.map((node) => {
+    const widget = node.widgets?.find((widget) => widget.name === 'lcm_lora_text');
+    return [node.type, widget ? widget.element.innerText : null];
+}).filter(([, text]) => text !== null))"""
+# Of each text: whether the page shows it whole.
+CUT = """() => [...document.querySelectorAll('.lcm-said')].filter((element) => element.innerText)
+    .map((element) => [element.isConnected && element.offsetHeight > 0,
+        element.scrollHeight - element.clientHeight, element.scrollWidth - element.clientWidth])"""
+OVERLAPS = """() => {
+    const boxes = app.graph.nodes.map((node) => [node.type, ...node.getBounding()]);
+    return boxes.flatMap(([a, x, y, w, h], i) => boxes.slice(i + 1)
+        .filter(([, u, v, p, q]) => x < u + p && u < x + w && y < v + q && v < y + h)
+        .map(([b]) => `${a} on ${b}`));
+}"""
+VERDICT = "lcm, 4 steps: 999 759 499 259; cfg 1, negative prompt unused"
+
+
+@pytest.fixture(scope="module")
+def page(browser, client):
+    made = new_page(browser, client)
+    yield made
+    made.context.close()
+
+
+@pytest.fixture(scope="module")
+def workflow(subject):
+    text = WORKFLOW.read_text(encoding="utf-8")
+    text = text.replace("v1-5-pruned-emaonly-fp16.safetensors", subject.checkpoint)
+    made = json.loads(text.replace("lcm-lora-sdv1-5.safetensors", subject.lcm_lora))
+    for node in made["nodes"]:
+        if node["type"] == "EmptyLatentImage":
+            node["widgets_values"][:2] = [64, 64]
+    return made
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
+def test_they_stay_fit_and_are_saved(page, workflow, vue):
+    page.evaluate(OPEN, [workflow, vue])
+    assert page.evaluate(TEXTS) == {}
+    before = page.evaluate("app.graph.serialize().nodes.map((node) => node.widgets_values)")
+    assert page.evaluate(RUN, {"seed": 2 + vue}) == "drawn"
+    page.wait_for_timeout(1500)  # newer front ends remove progress texts now
+    texts = page.evaluate(TEXTS)
+    pictured(page, f"texts-{vue}")
+    assert texts["LCMKSampler"] == VERDICT
+    assert texts["LCMLoRALoader"].startswith("lcm: ")
+    shown = page.evaluate(CUT)
+    assert len(shown) == 2
+    for visible, low, wide in shown:
+        assert visible and low <= 0 and wide <= 0
+    assert page.evaluate(OVERLAPS) == []
+
+    saved = page.evaluate("app.graph.serialize()")
+    after = [node.get("widgets_values") for node in saved["nodes"]]
+    seeds = [[*(v or [])][1:] for v in after], [[*(v or [])][1:] for v in before]
+    assert seeds[0] == seeds[1]
+    page.evaluate(OPEN, [saved, vue])
+    page.wait_for_timeout(500)
+    assert page.evaluate(TEXTS) == texts
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert not any("lcm_lora_text" in node["inputs"] for node in prompt.values())
+
+    assert page.evaluate(RUN, {"cfg": 7, "seed": 5 + vue}) == "drawn"
+    page.wait_for_timeout(500)
+    pictured(page, f"texts-warning-{vue}")
+    lines = page.evaluate(TEXTS)["LCMKSampler"].splitlines()
+    assert lines[0] == "⚠ cfg 7 burns the colours: use 1 to 2."
+    assert lines[-1] == "lcm, 4 steps: 999 759 499 259; cfg 7"
+    # An error while it runs, and a value that the server refuses.
+    assert page.evaluate(RUN, {"cfg": 1, "steps": 40, "denoise": 0.5}) == "failed"
+    page.wait_for_timeout(500)
+    assert page.evaluate(TEXTS)["LCMKSampler"] == ""
+    assert page.evaluate(RUN, {"steps": 4, "denoise": 1}) == "drawn"
+    page.wait_for_timeout(500)
+    assert page.evaluate(TEXTS)["LCMKSampler"] == VERDICT
+    page.evaluate(RUN, {"noise_device": "none such"})
+    page.wait_for_timeout(1000)
+    assert page.evaluate(TEXTS)["LCMKSampler"] == ""
+    assert not page.wrong
+
+
+def test_they_are_in_the_language_of_the_page(page, client, workflow):
+    from lcm_lora.tests.server.pages import opened
+
+    client.post("/settings", {"Comfy.Locale": "ko"})
+    try:
+        opened(page, client)
+        page.evaluate(OPEN, [workflow, False])
+        assert page.evaluate(RUN, {"seed": 9}) == "drawn"
+        page.wait_for_timeout(500)
+        assert page.evaluate(TEXTS)["LCMKSampler"].startswith("lcm, 4스텝: 999 759 499 259; cfg 1")
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})

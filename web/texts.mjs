@@ -1,0 +1,113 @@
+// The texts on nodes: what a node did in its last run, below its widgets. The front end removes
+// progress texts when a run ends. These stay, and are saved with the workflow: as a property of the
+// node, because the values of widgets go by their position.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { say } from "./words.mjs";
+
+const KEY = "lcm_lora_text"; // in a node's output, as nodes/texts.py writes it, and in its properties
+const MARGIN = 6; // around the text, in pixels of the graph
+// On the element itself, for a style sheet in the page's head would be there for all packs.
+const LOOK = "box-sizing: border-box; padding: 4px 8px; border-radius: 4px; overflow: hidden; "
+  + "background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); "
+  + "font: 12px/16px system-ui, sans-serif; overflow-wrap: anywhere; user-select: text; cursor: text;";
+const WATCH = 250; // milliseconds between looks for an error of a node that was queued
+const LOOKS = 20;
+
+let ruler = null;
+
+/** A line with its values, some of which may be lines themselves. */
+function spoken([text, values]) {
+  const inner = Object.entries(values ?? {})
+    .map(([name, value]) => [name, Array.isArray(value) ? spoken(value) : value]);
+  return say(text, Object.fromEntries(inner));
+}
+
+function box(style = "") {
+  const element = document.createElement("div");
+  element.style.cssText = LOOK + style;
+  return element;
+}
+
+/** The height that the element's text takes in a node of this width. */
+function heightIn(element, width) {
+  ruler ??= document.body.appendChild(box("position: absolute; visibility: hidden; left: -9999px;"));
+  ruler.style.width = `${width - 2 * MARGIN}px`;
+  ruler.replaceChildren(...[...element.childNodes].map((child) => child.cloneNode(true)));
+  return element.childNodes.length ? ruler.offsetHeight + 2 * MARGIN : 0;
+}
+
+function widgetOf(node, make) {
+  const there = node.widgets?.find((widget) => widget.name === KEY);
+  if (there || !make) return there;
+  const element = box();
+  element.className = "lcm-said";
+  element.setAttribute("role", "status");
+  const widget = node.addDOMWidget(KEY, KEY, element, {
+    serialize: false, margin: MARGIN, getMinHeight: () => heightIn(element, node.size[0]),
+  });
+  widget.serialize = false; // widgets_values stay as they are without it
+  widget.beforeQueued = () => watch(node);
+  return widget;
+}
+
+/** Puts the lines, [text, values, warning] each, in the place of the node's old text. */
+function tell(node, lines) {
+  const widget = widgetOf(node, lines.length > 0);
+  if (lines.length) node.properties[KEY] = lines;
+  else delete node.properties[KEY];
+  if (!widget) return;
+  widget.element.replaceChildren(...lines.map((line) => {
+    const row = document.createElement("div");
+    row.textContent = line[2] ? `⚠ ${spoken(line)}` : spoken(line);
+    if (line[2]) row.style.fontWeight = "600";
+    return row;
+  }));
+  widget.element.style.visibility = lines.length ? "" : "hidden";
+  const height = node.computeSize()[1];
+  if (node.size[1] < height) node.setSize([node.size[0], height]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+/** The node with an id of the server's: "3", or "7:3" for node 3 inside the subgraph of node 7. */
+function nodeAt(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** Takes the old text away if the server refuses the node's inputs. No event tells that. */
+function watch(node, looks = LOOKS) {
+  if (node.has_errors) tell(node, []);
+  else if (looks) setTimeout(() => watch(node, looks - 1), WATCH);
+}
+
+/** Before a node runs, its old text goes: it does not stay under an error. */
+function clear({ detail }) {
+  const id = detail?.node ?? detail;
+  const node = id === null || id === undefined ? null : nodeAt(id);
+  if (node?.properties?.[KEY]) tell(node, []);
+}
+
+/** Lets the nodes of this pack show what they say. */
+export function listenToNodes() {
+  api.addEventListener("executing", clear);
+}
+
+/** Gives a kind of node its text, from a run and from a saved workflow. */
+export function giveText(nodeType, definition) {
+  if (!definition.category?.startsWith("LCM-LoRA")) return;
+  const { onExecuted, onConfigure } = nodeType.prototype;
+  nodeType.prototype.onExecuted = function (output, ...rest) {
+    onExecuted?.call(this, output, ...rest);
+    if (output?.[KEY]) tell(this, output[KEY]);
+  };
+  nodeType.prototype.onConfigure = function (...all) {
+    onConfigure?.apply(this, all);
+    if (this.properties?.[KEY]) tell(this, this.properties[KEY]);
+  };
+}
