@@ -1,6 +1,7 @@
 """The texts on nodes in the real front end: they stay after a run, fit, and go before an error."""
 
 import json
+from copy import deepcopy
 
 import pytest
 from lcm_lora.tests.server.pages import new_page, pictured
@@ -60,6 +61,10 @@ def workflow(subject):
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 def test_they_stay_fit_and_are_saved(page, workflow, vue):
+    workflow = deepcopy(workflow)
+    for node in workflow["nodes"]:
+        if node["type"] == "LCMLoRALoader":  # or the server has its result from another test
+            node["widgets_values"][1] = 0.97 - vue * 0.01
     page.evaluate(OPEN, [workflow, vue])
     assert page.evaluate(TEXTS) == {}
     before = page.evaluate("app.graph.serialize().nodes.map((node) => node.widgets_values)")
@@ -73,7 +78,7 @@ def test_they_stay_fit_and_are_saved(page, workflow, vue):
     assert len(shown) == 2
     for visible, low, wide in shown:
         assert visible and low <= 0 and wide <= 0
-    assert page.evaluate(OVERLAPS) == []
+    assert page.evaluate(OVERLAPS) == []  # the template leaves room
 
     saved = page.evaluate("app.graph.serialize()")
     after = [node.get("widgets_values") for node in saved["nodes"]]
