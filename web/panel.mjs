@@ -19,6 +19,18 @@ function h(tag, properties = {}, ...children) {
   return element;
 }
 
+/** What a job is doing, in more words than its state where they are known. */
+function doing(job) {
+  const { activity, activity_done: done, activity_total: total } = job;
+  if (!activity) return say(job.state);
+  if (activity === "waiting for memory" && total) {
+    return say("waiting for memory: {free} of {needed} GB are free", { free: gigabytes(done), needed: gigabytes(total) });
+  }
+  return total ? say("{activity} {done} of {total}", { activity: say(activity), done, total }) : say(activity);
+}
+
+const gigabytes = (megabytes) => number(megabytes / 1000, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+
 function time(seconds) {
   if (seconds == null) return "";
   const minutes = Math.floor(seconds / 60);
@@ -99,14 +111,14 @@ class Row {
     this.element.dataset.job = job.id;
     this.name.textContent = job.name;
     this.head.title = date(job.created);
-    this.state.textContent = say(job.state);
+    this.state.textContent = doing(job);
     this.bar.max = Math.max(1, job.steps);
     this.bar.value = job.state === "done" ? this.bar.max : job.step;
     const words = [say("step {step} of {steps}", job)];
     this.bar.setAttribute("aria-label", `${job.name}: ${words[0]}`);
     if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
     if (job.seconds_left != null) words.push(time(job.seconds_left));
-    if (job.message && job.state !== "running") words.push(job.message);
+    if (job.message && !job.activity) words.push(job.message);
     this.line.textContent = words.join(" · ");
     this.offer(job, waiting);
     this.show(isOpen);

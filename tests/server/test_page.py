@@ -53,7 +53,7 @@ def job(page, name):
 def reaches(page, name, state, seconds=300) -> None:
     row = job(page, name)
     deadline = time.monotonic() + seconds
-    while row.count() == 0 or row.locator(".lcm-state").inner_text() != state:
+    while row.count() == 0 or row.get_attribute("data-state") != state:
         assert time.monotonic() < deadline, f"{name} did not become {state}"
         page.wait_for_timeout(200)
 
