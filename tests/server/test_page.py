@@ -141,6 +141,55 @@ def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
     )
 
 
+FOCUS = """() => {
+    const { activeElement: focused } = document;
+    const row = focused.closest('.lcm-jobs > li');
+    const name = row?.querySelector('.lcm-name').textContent;
+    return [name, focused.dataset.action ?? focused.className];
+}"""
+
+
+def test_the_focus_stays_and_rows_stay_under_the_mouse(browser, ground):
+    ground.order("focus/runs", steps=5000)
+    ids = [ground.order(f"focus/{name}", steps=5000) for name in "bcd"]
+    on_page = new_page(browser, ground.server.client())
+    try:
+        show_tab(on_page)
+        reaches(on_page, "focus/d", "queued")
+
+        def press(action, name, times=1):
+            job(on_page, name).locator(f'[data-action="{action}"]').focus()
+            for _ in range(times):
+                on_page.keyboard.press("Enter")
+                on_page.wait_for_timeout(1000)
+
+        def names():
+            return on_page.locator(".lcm-jobs .lcm-name").all_inner_texts()
+
+        press("up", "focus/d")
+        assert names() == ["focus/runs", "focus/b", "focus/d", "focus/c"]
+        assert on_page.evaluate(FOCUS) == ["focus/d", "up"]
+        press("delete", "focus/b", times=2)
+        assert names() == ["focus/runs", "focus/d", "focus/c"]
+        assert on_page.evaluate(FOCUS) == ["focus/d", "lcm-head"]
+
+        job(on_page, "focus/d").locator(".lcm-name").hover()
+        ground.store.move(ids[1], ids[2])
+        on_page.wait_for_timeout(2000)
+        assert names() == ["focus/runs", "focus/d", "focus/c"]
+        on_page.mouse.move(1500, 800)
+        on_page.wait_for_timeout(1000)
+        assert names() == ["focus/runs", "focus/c", "focus/d"]
+        row = job(on_page, "focus/runs")
+        row.locator(".lcm-head").click()
+        row.locator(".lcm-facts", has_text="gradient norm").wait_for(timeout=120_000)
+        assert row.locator(".lcm-state").inner_text() in ("training", "saving")
+        pictured(on_page, "facts")
+        assert not on_page.wrong
+    finally:
+        on_page.context.close()
+
+
 @pytest.mark.faults
 def test_the_page_goes_on_after_a_restart_of_the_server(browser, ground):
     page = new_page(browser, ground.server.client())
