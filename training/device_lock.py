@@ -33,7 +33,9 @@ def wait_for_device(journal: Journal, request: Callable[[], Action]) -> None:
                 break
             except Timeout:
                 journal.state(
-                    "preparing", message="waiting for another ComfyUI's job on this device"
+                    "preparing",
+                    "waiting for the device",
+                    message="waiting for another ComfyUI's job on this device",
                 )
             if request():
                 raise Paused("paused before the training began")

@@ -109,6 +109,7 @@ class Pipeline:
         enter(Path(spec.host), spec.host_flags)
         checkpoint = Path(spec.checkpoint)
         waiting.for_memory(checkpoint, free_memory, self.journal, self.request)
+        self.report("preparing", "", "loading the checkpoint")
         teacher = Teacher.load(checkpoint, spec.precision, spec.loras, spec.embeddings)
         if from_queue and teacher.device.type == "cpu" and hasattr(os, "nice"):
             os.nice(NICE)
@@ -211,6 +212,7 @@ class Pipeline:
         if self.ranks.first:
             spec, teacher, adapter = self.spec, run.teacher, run.adapter
             output = Path(spec.output)
+            self.report("running", "", "writing the LoRA", step=run.step)
             metadata = result.metadata(spec, teacher, run.step, base_hash, run.bank.folder.name)
             trained = export.vector(adapter.state(), adapter.alpha, metadata, output.stem)
             vector = export.with_styles(trained, teacher.styles)
@@ -219,9 +221,9 @@ class Pipeline:
             self.report("done", with_notes(f"{output.name} is ready", *notes), step=run.step)
         self.ranks.wait()
 
-    def report(self, state: str, message: str, **figures: int) -> None:
+    def report(self, state: str, message: str, activity: str = "", **figures: int) -> None:
         if self.journal is not None:
-            self.journal.state(state, message=message, **figures)
+            self.journal.state(state, activity, message=message, **figures)
 
 
 class _BankProgress:
@@ -239,7 +241,9 @@ class _BankProgress:
         if self.pipeline.journal is None or not (now - self.reported_at > 2 or done in (0, total)):
             return
         self.reported_at = now
-        self.pipeline.report("preparing", with_notes(count, self.unused))
+        activity = "encoding captions" if kind == "texts" else "making latents"
+        figures = {"activity_done": done, "activity_total": total}
+        self.pipeline.report("preparing", with_notes(count, self.unused), activity, **figures)
         log.info("bank, %s", count)
 
     def end_if_asked(self) -> None:

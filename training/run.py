@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 import types
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 log = logging.getLogger("lcm_lora")
@@ -65,7 +65,8 @@ def train(description: Path, dry_run: bool) -> int:
         from lcm_lora.training.pipeline import Pipeline
 
         request = Request(job / "control.json")
-        Pipeline(spec.read(description), job, ranks, journal, request).run(dry_run)
+        with journal.beating() if journal is not None else nullcontext():
+            Pipeline(spec.read(description), job, ranks, journal, request).run(dry_run)
         return 0
     except Paused as paused:
         # torchrun ends the other processes only if one fails; some would wait for this one.

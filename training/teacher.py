@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class Teacher:
         uncond: the unconditional text embeddings, in the form of `text` but on `device`: those of
             the empty prompt for SD1 and SD2, zeros for SDXL and its relatives.
         styles: the parts of the style LoRAs that are baked into the network, with their strengths.
+        before_call: is called before each call of the network, and may raise to end the work.
     """
 
     network: nn.Module
@@ -119,6 +121,7 @@ class Teacher:
     _patcher: Any
     _clip: Any
     _vae: Any
+    before_call: Callable[[], None] = lambda: None
 
     @classmethod
     def load(
@@ -174,6 +177,7 @@ class Teacher:
         self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor
     ) -> torch.Tensor:
         """The network's raw output in float32, for z [B, C, h, w] (VP scale) and t int64 [B]."""
+        self.before_call()
         cast = {name: value.to(self.dtype) for name, value in conditions.items()}
         return self.network(z.to(self.dtype), t.float(), **cast).float()
 

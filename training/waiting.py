@@ -69,7 +69,10 @@ def for_memory(
         if journal is not None:
             journal.state(
                 "preparing",
+                "waiting for memory",
                 message=f"waiting for {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free",
+                activity_done=free // 1_000_000,
+                activity_total=needed // 1_000_000,
             )
         time.sleep(1)
 

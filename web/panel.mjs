@@ -19,6 +19,18 @@ function h(tag, properties = {}, ...children) {
   return element;
 }
 
+/** What a job is doing, in more words than its state where they are known. */
+function doing(job) {
+  const { activity, activity_done: done, activity_total: total } = job;
+  if (!activity) return say(job.state);
+  if (activity === "waiting for memory" && total) {
+    return say("waiting for memory: {free} of {needed} GB are free", { free: gigabytes(done), needed: gigabytes(total) });
+  }
+  return total ? say("{activity} {done} of {total}", { activity: say(activity), done, total }) : say(activity);
+}
+
+const gigabytes = (megabytes) => number(megabytes / 1000, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+
 function time(seconds) {
   if (seconds == null) return "";
   const minutes = Math.floor(seconds / 60);
@@ -37,7 +49,14 @@ export class Panel {
     this.rows = new Map();
     this.note = h("p", { class: "lcm-note", role: "status" });
     this.list = h("ul", { class: "lcm-jobs", "aria-label": say("LCM-LoRA jobs") });
-    this.root = h("div", { class: "lcm-panel" }, h("h2", {}, say("LCM-LoRA jobs")), this.note, this.list);
+    // A row must not move away under the pointer; on a screen that is touched nothing hovers.
+    this.list.addEventListener("pointerenter", ({ pointerType }) => { this.isPointedAt = pointerType === "mouse"; });
+    this.list.addEventListener("pointerleave", () => {
+      this.isPointedAt = false;
+      if (this.state) this.update(this.state);
+    });
+    this.heading = h("h2", { tabindex: "-1" }, say("LCM-LoRA jobs"));
+    this.root = h("div", { class: "lcm-panel" }, this.heading, this.note, this.list);
     // Within the tab, for the page's head belongs to all packs.
     const style = new URL("./jobs.css", import.meta.url).href;
     element.replaceChildren(h("link", { rel: "stylesheet", href: style }), this.root);
@@ -48,7 +67,21 @@ export class Panel {
     this.rows.clear();
   }
 
-  update({ jobs, total, error }) {
+  update(state) {
+    this.state = state;
+    const focused = this.list.contains(document.activeElement) ? document.activeElement : null;
+    const row = focused?.closest("li");
+    const place = [...this.list.children].indexOf(row);
+    this.fill(state);
+    if (!focused || this.list.contains(document.activeElement)) return;
+    // A row that moved has lost the focus. Of one that is gone, the next one takes it.
+    const heir = row.isConnected ? row : this.list.children[Math.min(place, this.list.children.length - 1)];
+    const same = focused.isConnected ? focused : heir?.querySelector(`[data-action="${focused.dataset.action}"]`);
+    const target = (row.isConnected && same) || heir?.querySelector(".lcm-head") || this.heading;
+    target.focus({ preventScroll: true });
+  }
+
+  fill({ jobs, total, error }) {
     this.note.textContent = error || (jobs.length
       ? (total > jobs.length ? say("The newest {shown} of {total} are shown.", { shown: jobs.length, total }) : "")
       : say("No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”."));
@@ -63,14 +96,17 @@ export class Panel {
     jobs.forEach((job, place) => {
       let row = this.rows.get(job.id);
       if (!row) {
-        row = new Row(this.server, () => this.toggle(job.id));
+        row = new Row(this.server, () => this.toggle(job.id), () => { this.isAsked = true; });
         this.rows.set(job.id, row);
       }
       row.update(job, waiting, open === job.id);
-      if (this.list.children[place] !== row.element) {
+      const stays = this.isPointedAt && !this.isAsked;
+      if (stays && !row.element.isConnected) this.list.append(row.element);
+      else if (!stays && this.list.children[place] !== row.element) {
         this.list.insertBefore(row.element, this.list.children[place] ?? null);
       }
     });
+    this.isAsked = false;
   }
 
   toggle(id) {
@@ -80,8 +116,10 @@ export class Panel {
 }
 
 class Row {
-  constructor(server, toggle) {
+  /** toggle(): shows or hides the details. moves(): its place may change although the pointer is there. */
+  constructor(server, toggle, moves) {
     this.server = server;
+    this.moves = moves;
     this.name = h("span", { class: "lcm-name" });
     this.state = h("span", { class: "lcm-state" });
     this.head = h("button", { class: "lcm-head", type: "button", onclick: toggle, "aria-expanded": "false" }, this.name, this.state);
@@ -99,14 +137,14 @@ class Row {
     this.element.dataset.job = job.id;
     this.name.textContent = job.name;
     this.head.title = date(job.created);
-    this.state.textContent = say(job.state);
+    this.state.textContent = doing(job);
     this.bar.max = Math.max(1, job.steps);
     this.bar.value = job.state === "done" ? this.bar.max : job.step;
     const words = [say("step {step} of {steps}", job)];
     this.bar.setAttribute("aria-label", `${job.name}: ${words[0]}`);
     if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
     if (job.seconds_left != null) words.push(time(job.seconds_left));
-    if (job.message && job.state !== "running") words.push(job.message);
+    if (job.message && !job.activity) words.push(job.message);
     this.line.textContent = words.join(" · ");
     this.offer(job, waiting);
     this.show(isOpen);
@@ -157,6 +195,7 @@ class Row {
 
   async ask(action, body = {}) {
     await this.server.call(`jobs/${this.job.id}/${action}`, body);
+    if (action === "move") this.moves();
     await this.server.refresh();
   }
 
@@ -205,7 +244,8 @@ class Details {
       h("div", { class: "lcm-columns", "aria-hidden": "true" }, ...[say("teacher"), ...columns()].map((word) => h("span", {}, word))),
       this.picture, this.slider, this.caption);
     this.log = h("pre", { tabindex: "0", "aria-label": say("log") });
-    this.element = h("div", { class: "lcm-details" }, this.wrong, this.loss, this.error, this.samples,
+    this.facts = h("dl", { class: "lcm-facts" });
+    this.element = h("div", { class: "lcm-details" }, this.wrong, this.facts, this.loss, this.error, this.samples,
       h("details", {}, h("summary", {}, say("log")), this.log));
     this.files = [];
     this.update(job);
@@ -230,6 +270,7 @@ class Details {
       chart(this.loss, say("loss"), metrics.rows.map((row) => row[0]), { [say("loss")]: metrics.rows.map((row) => row[column]) });
       chart(this.error, say("distance to the teacher"), metrics.errors.map((row) => row[0]), Object.fromEntries(
         columns().map((name, i) => [name, metrics.errors.map((row) => row[i + 1])])));
+      this.tell(details, metrics);
       this.pictures(job, details.samples);
       await this.more(job);
       this.wrong.textContent = "";
@@ -239,6 +280,26 @@ class Details {
     } finally {
       this.busy = false;
     }
+  }
+
+  /** Settings, times, and the newest speed, memory and gradient norm. */
+  tell({ settings, checkpoint, created, changed }, { columns: names, rows }) {
+    const last = (name) => rows.at(-1)?.[names.indexOf(name)];
+    const short = (value) => number(value, { maximumSignificantDigits: 3 });
+    const { rank, batch, lr, guidance, resolution, objective, data } = settings;
+    const kind = data?.kind === "pictures" ? say("pictures") : say("prompts");
+    const facts = [
+      [say("checkpoint"), checkpoint],
+      [say("data"), data?.kind === "pictures" ? kind : `${kind}, ${number(data?.count ?? 0)}`],
+      [say("objective"), objective], [say("rank"), rank], [say("batch size"), batch],
+      [say("guidance"), [guidance].flat().join("–")], [say("learning rate"), lr], [say("resolution"), resolution],
+      [say("queued at"), date(created)], [say("last change"), date(changed)],
+      [say("pictures a second"), last("samples_per_second"), short],
+      [say("memory"), last("memory"), (bytes) => `${gigabytes(bytes / 1e6)} GB`],
+      [say("gradient norm"), last("gradient_norm"), short],
+    ].filter(([, value]) => value != null && value !== "");
+    this.facts.replaceChildren(...facts.map(([name, value, shown = String]) =>
+      h("div", {}, h("dt", {}, name), h("dd", {}, shown(value)))));
   }
 
   pictures(job, files) {

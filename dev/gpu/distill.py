@@ -97,7 +97,7 @@ def steps(
     before = torch.cuda.memory_allocated() if kit.cuda else 0
     step = prepare()
     walls: list[float] = []
-    found: list[Step] = []
+    measured: list[Step] = []
     for number in range(0 if kit.tiny else -1, 1 if kit.tiny else 12):
         if number >= 3 and time.monotonic() > until:
             break
@@ -105,15 +105,15 @@ def steps(
         wall, _ = kit.timed(lambda made=made: made.append(step()))
         if number >= 0:
             walls.append(wall)
-            found += made
+            measured += made
     peak, middle = kit.peak() - before, statistics.median(walls)
-    share = [one.seconds / wall for one, wall in zip(found, walls, strict=True)]
+    share = [one.seconds / wall for one, wall in zip(measured, walls, strict=True)]
     kit.add(case, name, "step", "ms", [1000 * wall for wall in walls])
     kit.add(case, name, "rate", "samples/s", [batch / wall for wall in walls])
     kit.add(case, name, "peak memory", "GB", peak / 1e9)
-    kit.add(case, name, "network calls", "a step", [one.calls for one in found])
+    kit.add(case, name, "network calls", "a step", [one.calls for one in measured])
     kit.add(case, name, "network's share", "", share)
-    losses = [one.loss for one in found]
+    losses = [one.loss for one in measured]
     kit.add(case, name, "loss", "", losses)
     kit.bar(f"{case}, {name}: losses that are not finite", sum(x != x for x in losses), 0)
     if name == OURS:
@@ -227,10 +227,10 @@ class Encoders:
         ids = self.ids[rows].to(self.device)
         if not self.sdxl:
             return {"context": self.clips[0](ids)[0]}
-        found = [clip(ids, output_hidden_states=True) for clip in self.clips]
+        outputs = [clip(ids, output_hidden_states=True) for clip in self.clips]
         size = 8 * self.side
         sizes = torch.tensor([[size, size, 0, 0, size, size]] * len(ids), device=self.device)
         return {
-            "context": torch.cat([each.hidden_states[-2] for each in found], -1),
-            "text_embeds": found[1].text_embeds, "time_ids": sizes,
+            "context": torch.cat([output.hidden_states[-2] for output in outputs], -1),
+            "text_embeds": outputs[1].text_embeds, "time_ids": sizes,
         }  # fmt: skip

@@ -69,7 +69,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     for folder in (chosen.out, chosen.work):
         folder.mkdir(parents=True, exist_ok=True)
     begun, results = time.monotonic(), chosen.out / "results.json"
-    told: dict[str, Any] = {"machine": None, "parts": {}}
+    summary: dict[str, Any] = {"machine": None, "parts": {}}
     names = list(shares)
     with open(chosen.out / "log.txt", "ab") as output:
         for at, name in enumerate(names):
@@ -77,19 +77,19 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
             # The time that the parts before have saved goes to those that come.
             seconds = left * shares[name] / sum(shares[each] for each in names[at:])
             if seconds < LEAST:
-                told["parts"][name] = {"state": f"left out, {left:.0f} s are left"}
-                save(results, told)
+                summary["parts"][name] = {"state": f"left out, {left:.0f} s are left"}
+                save(results, summary)
             else:
-                follow(chosen, name, seconds, output, told, results)
-            show(name, told["parts"][name])
+                follow(chosen, name, seconds, output, summary, results)
+            show(name, summary["parts"][name])
     log.info("\n%.0f s in all; %s", time.monotonic() - begun, results)
-    parts = told["parts"].values()
+    parts = summary["parts"].values()
     failed = any("FAILED" in note for part in parts for note in part.get("notes", []))
     return int(failed or any(part["state"] != "done" for part in parts))
 
 
 def follow(
-    chosen: argparse.Namespace, name: str, seconds: float, output: BinaryIO, told: dict,
+    chosen: argparse.Namespace, name: str, seconds: float, output: BinaryIO, summary: dict,
     results: Path,
 ) -> None:  # fmt: skip
     """Runs a part, and takes over what it has written every second."""
@@ -119,10 +119,10 @@ def follow(
         now = file.stat().st_mtime if file.exists() else 0.0
         if now != stamp or state != "running":
             stamp = now
-            found = json.loads(file.read_text()) if file.exists() else {}
-            told["parts"][name] = found | {"state": state, "seconds": time.monotonic() - begun}
-            told["machine"] = found.get("machine") or told["machine"]
-            save(results, told)
+            written = json.loads(file.read_text()) if file.exists() else {}
+            summary["parts"][name] = written | {"state": state, "seconds": time.monotonic() - begun}
+            summary["machine"] = written.get("machine") or summary["machine"]
+            save(results, summary)
     end(process)  # ends what it may have left running
 
 
@@ -139,9 +139,9 @@ def end(process: subprocess.Popen) -> None:
             continue
 
 
-def save(file: Path, told: dict) -> None:
+def save(file: Path, summary: dict) -> None:
     scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    scratch.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, file)
 
 

@@ -72,9 +72,9 @@ def run(kit: Kit) -> None:
         with kit.case("the toy on the CPU"):
             on_cpu.wait(max(1, kit.left() - 1))
             cpu = torch.load(kit.work / "same" / "float32.pt")
-            for dtype, found in kept.items():
+            for dtype, latents in kept.items():
                 kit.add("toy, 4 steps", f"CPU float32 - GPU {str(dtype)[6:]}",
-                        "largest difference", "share", apart(cpu, found))  # fmt: skip
+                        "largest difference", "share", apart(cpu, latents))  # fmt: skip
 
 
 def on_the_cpu(kit: Kit) -> subprocess.Popen:

@@ -36,7 +36,7 @@ def run(kit: Kit) -> None:
             if go:
                 drawn[way] = pictures_of(kit, way, flags)
     if len(drawn) == 2:
-        one, other = (found.astype(int) for found in drawn.values())
+        one, other = (pictures.astype(int) for pictures in drawn.values())
         name = "pictures with and without dynamic memory, largest difference of 255"
         kit.bar(name, abs(one - other).max(), 2)
 
@@ -54,8 +54,8 @@ def pictures_of(kit: Kit, way: str, flags: tuple[str, ...]) -> np.ndarray:
     finally:
         lines = server.log.read_text(errors="replace").splitlines()
         log.info("%s", "\n".join(lines[-80:]))
-        told = [line for line in lines if "DynamicVRAM" in line or "aimdo" in line]
-        kit.note(f"{way}: {told[:3] or 'the log says nothing of dynamic memory'}")
+        about_memory = [line for line in lines if "DynamicVRAM" in line or "aimdo" in line]
+        kit.note(f"{way}: {about_memory[:3] or 'the log says nothing of dynamic memory'}")
         wrong = [line for line in lines if "lcm" in line.lower() and "rror" in line]
         kit.bar(f"server, {way}: errors of the pack in the log", len(wrong), 0)
 

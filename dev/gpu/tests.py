@@ -71,10 +71,10 @@ def phase(kit: Kit, case: str, command: list[str], seconds: float) -> None:
     log.info("%s", text[-30000:])
     outcomes: dict[str, str] = {}
     for line in text.splitlines():
-        if found := PLAIN.match(line):
-            outcomes[found[1]] = found[2]
-        elif found := LINE.search(line):
-            outcomes[found[2]] = found[1]
+        if match := PLAIN.match(line):
+            outcomes[match[1]] = match[2]
+        elif match := LINE.search(line):
+            outcomes[match[2]] = match[1]
     counts = Counter(outcomes.values())
     for outcome in OUTCOMES.split("|"):
         kit.add("pytest", case, outcome.lower(), "tests", counts[outcome])

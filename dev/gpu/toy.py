@@ -126,10 +126,10 @@ def losses(kit: Kit, settings: dict) -> None:
     jobs = {"device fp32": Job(kit, "device-fp32", settings).finish(kit)}
     jobs["CPU fp32"] = Job(kit, "cpu-fp32", settings | {"host_flags": ["--cpu"]}, **cpu)
     jobs["device auto"] = Job(kit, "device-auto", settings | {"precision": "auto"})
-    found = {name: job.finish(kit).losses() for name, job in jobs.items()}
-    for name, values in found.items():
+    losses_of = {name: job.finish(kit).losses() for name, job in jobs.items()}
+    for name, values in losses_of.items():
         kit.add("toy, first losses", name, "loss", "", values)
-    pairs = zip(found["device fp32"], found["CPU fp32"], strict=True)
+    pairs = zip(losses_of["device fp32"], losses_of["CPU fp32"], strict=True)
     apart = [abs(a / b - 1) for a, b in pairs]
     kit.add("toy, first losses", "device fp32 - CPU", "relative difference", "", apart)
     kit.bar("losses, device fp32 / CPU fp32, first step", apart[0], 1e-4)

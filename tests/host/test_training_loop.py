@@ -1,5 +1,6 @@
 """The loop on the toy in this process: what memory, precision and patience change."""
 
+import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -249,21 +250,89 @@ def test_the_fused_optimiser_of_cuda_goes_on_after_its_checkpoint_too(
 ):
     from lcm_lora.training.state.loop import Run
 
-    plain, asked = torch.optim.AdamW, []
+    plain = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, **o: plain(p, **o | {"fused": True}))
     _, expected = trained(steps=2)
     spec = spec_of(tmp_path / "job", toy_checkpoint, steps=2)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
-    pause_after_one = lambda: asked.append(1) or ("pause" if len(asked) == 2 else "")  # noqa: E731
     try:
         for outcome in ("pause", "done"):
             run = Run(
                 spec, tmp_path / "job", teacher, adapter, latents, Ranks(), None, None,
-                pause_after_one,
+                lambda: "pause" if outcome == "pause" and run.step == 1 else "",  # noqa: B023
             )  # fmt: skip
             assert run.train() == outcome
         factors = adapter.state_dict()
         assert all(torch.equal(factors[name], expected[name]) for name in expected)
+    finally:
+        adapter.detach()
+
+
+class Interrupting:
+    """Asks for an action at one call, and again until it is followed."""
+
+    def __init__(self, at, action="pause"):
+        self.at, self.action, self.calls = at, action, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.action if self.calls >= self.at else ""
+
+
+def test_a_pause_is_followed_at_the_next_call_of_the_network(
+    teacher, latents, toy_checkpoint, tmp_path
+):
+    """In the middle of a step or of sample pictures, which are then begun anew: every resumed job
+    has the same bits, measurements and pictures as one that ran through."""
+    from lcm_lora.training.state import checkpoints
+    from lcm_lora.training.state.journal import Journal
+    from lcm_lora.training.state.loop import Run
+    from lcm_lora.training.state.samples import Samples
+
+    changes = {"sample_every": 1, "steps": 2, "batch": 2, "micro_batch": 1, "log_every": 5}
+
+    def run(name, request):
+        job = tmp_path / name
+        job.mkdir(exist_ok=True)
+        spec = spec_of(job, toy_checkpoint, **changes)
+        adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+        samples = Samples(job, teacher, PROMPTS[:2], 64, 5, "lcm")
+        calls = []
+        watched = teacher.network.register_forward_pre_hook(lambda *_: calls.append(1))
+        try:
+            made = Run(
+                spec, job, teacher, adapter, latents, Ranks(), Journal(job), samples, request
+            )
+            outcome = made.train()
+        finally:
+            watched.remove()
+            adapter.detach()
+        lines = (job / "metrics.jsonl").read_text().splitlines() if outcome == "done" else ()
+        sampled = [json.loads(line) for line in lines if "endpoint_error" in line]
+        measured = [(line["step"], line["endpoint_error"]) for line in sampled]
+        newest = checkpoints.newest(made.folder)
+        return outcome, len(calls), newest.adapter, measured, made.progress.best
+
+    whole = run("whole", lambda: "")
+    assert whole[0] == "done" and [step for step, _ in whole[3]] == [1, 2]
+    for at in (3, 40, 75):  # in step 1, for the teacher's pictures, after step 2
+        asked = Interrupting(at)
+        outcome, calls, *_ = run(f"paused-{at}", asked)
+        assert (outcome, asked.calls) == ("pause", at) and calls < at
+        outcome, _, again, *measured = run(f"paused-{at}", lambda: "")
+        assert outcome == "done" and whole[2].keys() == again.keys()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in whole[2].items())
+        assert whole[3:] == (*measured,), f"after a pause at call {at}"
+
+
+def test_a_finish_waits_for_the_first_step(teacher, latents, toy_checkpoint, tmp_path):
+    from lcm_lora.training.state.loop import Run
+
+    spec = spec_of(tmp_path, toy_checkpoint, batch=1)
+    adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+    try:
+        run = Run(spec, tmp_path, teacher, adapter, latents, Ranks(), None, None, lambda: "finish")
+        assert (run.train(), run.step) == ("finish", 1)
     finally:
         adapter.detach()
 
@@ -430,11 +499,10 @@ def test_a_pause_while_the_device_computes_loses_nothing(
     _, expected = trained()
     spec = spec_of(tmp_path / "job", toy_checkpoint)
     adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
-    asked = []
+    outcome = ""
 
     def after_two():
-        asked.append(1)
-        if len(asked) != 3:
+        if outcome != "pause" or run.step != 2:
             return ""
         torch.cuda._sleep(1_000_000_000)  # cycles: about half a second
         with torch.no_grad():  # what a step would do last

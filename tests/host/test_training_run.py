@@ -117,6 +117,27 @@ def test_a_job_leaves_a_lora_that_the_host_takes_completely(job, comfy, toy_chec
     assert not list(spec.parent.rglob(".tmp-*"))
 
 
+def test_its_status_tells_step_1_and_the_sample_pictures_whatever_log_every_is(job):
+    changes = {"log_every": 1000, "checkpoint_every": 1000, "steps": 12, "sample_every": 8}
+    spec = job("watched", sample_prompts=PROMPTS[:2], **changes)
+    process, seen = start(spec), []
+    while process.poll() is None:
+        time.sleep(0.02)
+        if (spec.parent / "status.json").exists():
+            seen += [report for report in [status(spec)] if report not in seen[-1:]]
+    assert process.returncode == 0, (spec.parent / "log.txt").read_text()
+    training = [report for report in seen if report.get("activity") == "training"]
+    assert [report["step"] for report in training][0] == 0
+    first = next(report for report in training if report["step"])
+    assert first["step"] < 12 and first["seconds_left"] > 0 and first["loss"] > 0
+    drawing = [report for report in seen if report.get("activity") == "drawing samples"]
+    assert {report["step"] for report in drawing} <= {8, 12} and drawing
+    assert all(report["state"] == "running" for report in training + drawing)
+    counts = [(report["activity_done"], report["activity_total"]) for report in drawing]
+    assert all(0 <= done <= total and total in (8, 6) for done, total in counts), counts
+    assert "seconds_left" not in seen[-1] and seen[-1]["activity"] == ""
+
+
 def test_a_baked_in_style_is_in_the_file(job):
     from lcm_lora.dev.toy import assemble
     from safetensors.torch import load_file
@@ -333,7 +354,8 @@ def test_finish_writes_what_there_is(job):
     vector = files.read(Path(json.loads(spec.read_text())["output"]))
     assert 3 <= int(vector.metadata["ss_max_train_steps"]) < 1000
     assert not (spec.parent / "answers").exists()
-    assert family_named(vector.metadata, "x") == ("lcm", "the file's metadata, lcm_lora.family")
+    family, (_, key) = family_named(vector.metadata, "x")
+    assert (family, key) == ("lcm", "lcm_lora.family")
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])

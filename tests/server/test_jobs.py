@@ -127,7 +127,7 @@ def test_the_node_returns_at_once_and_twice_is_one_job(client, subject, store):
         assert time.monotonic() - begun < 5
     assert len([job for job in store.jobs() if job.name == "slow"]) == 1
     job = named(store, "slow")
-    until(lambda: store.job(job.id).step >= 2, "it trains")
+    until(lambda: store.job(job.id).step >= 3, "it trains, and has saved a checkpoint")
     # Meanwhile the newest checkpoint's LoRA draws a picture.
     shown = client.run(graph(subject, "slow", wait=False, steps=5000))
     assert client.pictures(shown)["11"][0].is_file()

@@ -53,7 +53,7 @@ def job(page, name):
 def reaches(page, name, state, seconds=300) -> None:
     row = job(page, name)
     deadline = time.monotonic() + seconds
-    while row.count() == 0 or row.locator(".lcm-state").inner_text() != state:
+    while row.count() == 0 or row.get_attribute("data-state") != state:
         assert time.monotonic() < deadline, f"{name} did not become {state}"
         page.wait_for_timeout(200)
 
@@ -139,6 +139,55 @@ def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
     page.wait_for_function(
         "![...document.querySelectorAll('.lcm-name')].some((e) => e.textContent === 'page keys')"
     )
+
+
+FOCUS = """() => {
+    const { activeElement: focused } = document;
+    const row = focused.closest('.lcm-jobs > li');
+    const name = row?.querySelector('.lcm-name').textContent;
+    return [name, focused.dataset.action ?? focused.className];
+}"""
+
+
+def test_the_focus_stays_and_rows_stay_under_the_mouse(browser, ground):
+    ground.order("focus/runs", steps=5000)
+    ids = [ground.order(f"focus/{name}", steps=5000) for name in "bcd"]
+    on_page = new_page(browser, ground.server.client())
+    try:
+        show_tab(on_page)
+        reaches(on_page, "focus/d", "queued")
+
+        def press(action, name, times=1):
+            job(on_page, name).locator(f'[data-action="{action}"]').focus()
+            for _ in range(times):
+                on_page.keyboard.press("Enter")
+                on_page.wait_for_timeout(1000)
+
+        def names():
+            return on_page.locator(".lcm-jobs .lcm-name").all_inner_texts()
+
+        press("up", "focus/d")
+        assert names() == ["focus/runs", "focus/b", "focus/d", "focus/c"]
+        assert on_page.evaluate(FOCUS) == ["focus/d", "up"]
+        press("delete", "focus/b", times=2)
+        assert names() == ["focus/runs", "focus/d", "focus/c"]
+        assert on_page.evaluate(FOCUS) == ["focus/d", "lcm-head"]
+
+        job(on_page, "focus/d").locator(".lcm-name").hover()
+        ground.store.move(ids[1], ids[2])
+        on_page.wait_for_timeout(2000)
+        assert names() == ["focus/runs", "focus/d", "focus/c"]
+        on_page.mouse.move(1500, 800)
+        on_page.wait_for_timeout(1000)
+        assert names() == ["focus/runs", "focus/c", "focus/d"]
+        row = job(on_page, "focus/runs")
+        row.locator(".lcm-head").click()
+        row.locator(".lcm-facts", has_text="gradient norm").wait_for(timeout=120_000)
+        assert row.locator(".lcm-state").inner_text() in ("training", "saving")
+        pictured(on_page, "facts")
+        assert not on_page.wrong
+    finally:
+        on_page.context.close()
 
 
 @pytest.mark.faults

@@ -63,8 +63,8 @@ def workflow(subject):
 def test_they_stay_fit_and_are_saved(page, workflow, vue):
     workflow = deepcopy(workflow)
     for node in workflow["nodes"]:
-        if node["type"] == "LCMLoRALoader":  # or the server has its result from the other test
-            node["widgets_values"][1] = 1.0 - vue * 0.01
+        if node["type"] == "LCMLoRALoader":  # or the server has its result from another test
+            node["widgets_values"][1] = 0.97 - vue * 0.01
     page.evaluate(OPEN, [workflow, vue])
     assert page.evaluate(TEXTS) == {}
     before = page.evaluate("app.graph.serialize().nodes.map((node) => node.widgets_values)")

@@ -1,15 +1,23 @@
 """The records of a job, and the tables over them: its state, and what follows when it ends."""
 
 import json
+from pathlib import Path
 
 import pytest
 from lcm_lora.training import disk
 from lcm_lora.training.jobs.processes import Process
-from lcm_lora.training.jobs.records import Attempt, Control, Handover, Result, Status
+from lcm_lora.training.jobs.records import (
+    ACTIVITIES,
+    Attempt,
+    Control,
+    Handover,
+    Result,
+    Status,
+)
 from lcm_lora.training.jobs.restart import CRASHES, PAUSES, restart_or_end
-from lcm_lora.training.jobs.states import state_of
+from lcm_lora.training.jobs.states import ASKED, activity_of, state_of
 
-ME = Process.this()
+ME, ROOT = Process.this(), Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,47 @@ GONE = Attempt(pid=ME.pid, identity="of another process")
 )
 def test_the_table_of_states(control, attempt, status, state):
     assert state_of(control, attempt, status)[0] == state
+
+
+DRAWING = Status(started=6.0, state="running", activity="drawing samples", message="old")
+TRAINING = Status(started=6.0, state="running", activity="training")
+
+
+@pytest.mark.parametrize(
+    ("control", "attempt", "status", "activity"),
+    [
+        (Control(), RUNS, Status(started=5.0, state="running", activity="training"), "starting"),
+        (Control(), RUNS, DRAWING, "drawing samples"),
+        (Control("pause"), RUNS, DRAWING, "pausing"),
+        (Control("stop"), RUNS, TRAINING, "stopping"),
+        (Control("finish"), RUNS, TRAINING, "finishing"),
+        (Control("pause", processes=2), RUNS, TRAINING, "pausing after this step"),
+        (Control("finish", processes=2), RUNS, DRAWING, "finishing"),
+        (Control(), RUNS, Status(started=6.0, state="done"), "ending"),
+        (Control(), GONE, DRAWING, ""),
+        (Control(), Attempt(), Status(), ""),
+    ],
+)
+def test_the_table_of_activities(control, attempt, status, activity):
+    assert activity_of(control, attempt, status) == activity
+    if control.action and activity:  # not what the trainer said before it was asked
+        assert state_of(control, attempt, status) == ("stopping", activity)
+
+
+def test_every_activity_is_documented():
+    document = json.loads((ROOT / "training/jobs/openapi.json").read_text(encoding="utf-8"))
+    documented = document["components"]["schemas"]["Job"]["properties"]["activity"]["enum"]
+    asked = [activity for pair in ASKED.values() for activity in pair]
+    assert sorted(documented) == sorted(["", "starting", "ending", *ACTIVITIES, *asked])
+
+
+def test_crashes_below_the_furthest_step_do_not_count_as_progress():
+    attempt, seen = RUNS, []
+    for step in (9, 6, 9, 8):
+        report = Status(started=6.0, state="running", step=step)
+        attempt = restart_or_end(Control(), attempt, report, -9)
+        seen.append((attempt.ended, attempt.crashes, attempt.step))
+    assert seen == [("crashed", 1, 9), ("crashed", 2, 9), ("crashed", 3, 9), ("failed", 3, 9)]
 
 
 @pytest.mark.parametrize(

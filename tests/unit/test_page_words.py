@@ -41,11 +41,12 @@ def of_nodes() -> set[str]:
 
 
 def english() -> set[str]:
-    """What the page says: as it stands there, the names of buttons, the states of jobs, and what
-    nodes say."""
+    """What the page says: as it stands there, the names of buttons, the states and activities of
+    jobs, and what nodes say."""
     openapi = json.loads((ROOT / "training/jobs/openapi.json").read_text(encoding="utf-8"))
-    states = openapi["components"]["schemas"]["Job"]["properties"]["state"]["enum"]
-    return {*re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE), *states, *of_nodes()}
+    job = openapi["components"]["schemas"]["Job"]["properties"]
+    named = {*job["state"]["enum"], *job["activity"]["enum"]} - {""}
+    return {*re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE), *named, *of_nodes()}
 
 
 def test_the_languages_of_page_and_nodes_are_the_same():

@@ -9,7 +9,7 @@ from typing import Any
 
 from .processes import Process
 from .records import Attempt, Control, Outline, Status, on_cluster
-from .states import state_of
+from .states import activity_of, state_of
 
 WAITING = ("queued", "lost")
 WATCHED = tuple(record.FILE for record in (Outline, Control, Attempt, Status))
@@ -31,6 +31,8 @@ class Job:
         state: queued, preparing, running, stopping, paused, done, failed, or lost: its process
             died and the supervisor has not restarted it yet.
         loss: None before the first report. seconds_left: None unless it is running.
+        activity: what an active job does at the moment: see states.activity_of. activity_done,
+            activity_total: how far that is: see records.ACTIVITIES.
         created, changed: seconds since 1970.
         device, policy, aside, order, key: see records.Control.
         visible: the devices it trains on in the driver's names, "" if there is no choice.
@@ -55,6 +57,9 @@ class Job:
     key: str
     error: str | None
     visible: str
+    activity: str
+    activity_done: int
+    activity_total: int
 
     @property
     def on_cluster(self) -> bool:
@@ -78,8 +83,12 @@ class Job:
         return shown | {"aside": bool(self.aside) and self.state in ("paused", "stopping")}
 
     def progress(self) -> str:
-        """A line with state, step, loss, time left and message."""
+        """A line with state, activity, step, loss, time left and message."""
         parts = [self.state]
+        if self.activity not in ("", self.state, "training"):
+            parts.append(self.activity)
+            if self.activity_total:
+                parts[-1] += f" {self.activity_done} of {self.activity_total}"
         if self.step:
             parts.append(f"step {self.step} of {self.steps}")
         if self.loss is not None:
@@ -89,7 +98,7 @@ class Job:
             hours, minutes_of_hour = divmod(minutes, 60)
             long, short = f"{hours} h {minutes_of_hour} min left", f"{minutes} min {seconds} s left"
             parts.append(long if hours else short)
-        if self.message and self.state != "running":
+        if self.message and not self.activity:
             parts.append(self.message)
         return ", ".join(parts)
 
@@ -107,6 +116,10 @@ def read(path: Path) -> Job:
     state, message = "failed", "The job's description spec.json is damaged or gone."
     if outline is not None:
         state, message = state_of(control, attempt, status)
+    activity, is_own = "", False
+    if outline is not None:
+        activity = activity_of(control, attempt, status)
+        is_own = activity == status.activity
     outline = outline or Outline()
     # If control.json is torn, the name of the LoRA file is the best that is left.
     name = control.name or Path(outline.output or path.name).stem
@@ -133,6 +146,9 @@ def read(path: Path) -> Job:
         key=control.key,
         error=message if state == "failed" else None,
         visible=control.device if control.visible is None else control.visible,
+        activity=activity,
+        activity_done=status.activity_done if is_own else 0,
+        activity_total=status.activity_total if is_own else 0,
     )
 
 

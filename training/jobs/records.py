@@ -30,6 +30,18 @@ from .. import disk
 from .processes import Process
 
 R = TypeVar("R", bound="Record")
+ACTIVITIES = {
+    "waiting for the device": "",
+    "waiting for memory": "MB that are free, and MB that are needed",
+    "loading the checkpoint": "",
+    "encoding captions": "captions",
+    "making latents": "latents of the bank",
+    "training": "",
+    "drawing samples": "pictures; those that are drawn together advance together",
+    "saving": "",
+    "writing the LoRA": "",
+}
+"""What a trainer may be doing, and what its count means."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class Attempt(Record):
         ended: "done", "failed", "paused" or "crashed"; None while the supervisor has not seen it
             end. message: why it failed or paused.
         crashes: processes in a row that crashed without a new step.
-        step: the step at which the last of them crashed.
+        step: the furthest step at which one of them crashed.
         not_before: when it may be started again, in seconds since 1970.
     """
 
@@ -155,6 +167,8 @@ class Status(Record):
         message: a sentence for the user.
         step, steps: the steps done, and their total. loss: the mean since the last report.
         seconds_left: an estimate.
+        activity: what it does at the moment, one of ACTIVITIES; "" if nothing is known.
+        activity_done, activity_total: how far that is, as ACTIVITIES says; 0 and 0 if unknown.
         crash: "failed", but another attempt may succeed, as after a lost device.
         disk_full: "paused" because the disk is full.
         The rest is the newest line of metrics.jsonl.
@@ -176,6 +190,9 @@ class Status(Record):
     lr: float | None = None
     samples_per_second: float | None = None
     memory: float | None = None
+    activity: str = ""
+    activity_done: int = 0
+    activity_total: int = 0
 
 
 def newer(status: Status, earlier: float | None) -> Status:

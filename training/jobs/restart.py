@@ -38,5 +38,6 @@ def restart_or_end(control: Control, attempt: Attempt, status: Status, code: int
         return replace(attempt, ended="failed", message=message)
     pause = PAUSES[min(crashes, len(PAUSES)) - 1]
     return replace(
-        attempt, ended="crashed", crashes=crashes, step=report.step, not_before=time.time() + pause
-    )
+        attempt, ended="crashed", crashes=crashes, step=max(report.step, attempt.step),
+        not_before=time.time() + pause,
+    )  # fmt: skip

@@ -5,6 +5,13 @@ from __future__ import annotations
 from .records import Attempt, Control, Status
 
 ACTIVE = ("preparing", "running", "stopping")
+ASKED = {
+    "pause": ("pausing", "pausing after this step"),
+    "stop": ("stopping", "stopping after this step"),
+    "finish": ("finishing", "finishing after this step"),
+}
+"""What a job does that follows a request: at once, or as several processes in the middle of a step.
+"""
 
 
 def state_of(control: Control, attempt: Attempt, status: Status) -> tuple[str, str]:
@@ -25,7 +32,7 @@ def state_of(control: Control, attempt: Attempt, status: Status) -> tuple[str, s
     if attempt.alive:
         reported = attempt.own(status)
         if control.action:
-            return "stopping", status.message
+            return "stopping", activity_of(control, attempt, status)
         if not reported.state:
             return "preparing", ""
         is_at_work = reported.state in ("preparing", "running")
@@ -44,3 +51,16 @@ def state_of(control: Control, attempt: Attempt, status: Status) -> tuple[str, s
     if attempt.pid and attempt.ended is None:
         return "lost", "The process died unexpectedly."
     return "queued", ""
+
+
+def activity_of(control: Control, attempt: Attempt, status: Status) -> str:
+    """What the job is doing at the moment, more exactly than its state; "" if it is not active."""
+    if not attempt.alive:
+        return ""
+    reported = attempt.own(status)
+    if control.action in ASKED:
+        together = control.processes > 1 and reported.activity == "training"
+        return ASKED[control.action][together]
+    if not reported.state:
+        return "starting"
+    return reported.activity if reported.state in ("preparing", "running") else "ending"

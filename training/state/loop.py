@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,14 +29,28 @@ from ..teacher import Teacher
 from ..waiting import ACTIONS, Action
 from . import checkpoints
 from .journal import Journal
-from .progress import GROWTH, Means, Progress, learning_rate, use_less_memory
-from .samples import Samples
+from .progress import (
+    GROWTH,
+    Means,
+    Pace,
+    Progress,
+    is_due,
+    learning_rate,
+    times,
+    use_less_memory,
+)  # fmt: skip
+from .samples import CALLS, Samples
 
 log = logging.getLogger("lcm_lora")
+INTERRUPTED = -1.0  # in place of an error, which is never negative
 
 
 class Diverged(ValueError):
     """The loss or the gradient is not a finite number."""
+
+
+class Interrupted(Exception):
+    """An action was asked for between two calls of the network. What was begun is not counted."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,9 @@ class Run:
         self.shuffle = draws.Shuffle(self.bank.shapes, spec.batch * self.ranks.world, spec.seed)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress.first(spec, self.half)
+        self.means, self.pace = Means(), Pace()
+        self._interrupted: Action = ""
+        self._draws: float | None = None  # calls that are left of the sampling under way
         self._read: tuple[tuple[int, int], list[_Part]] | None = None
         self.answers = None
         if spec.passes > 1:
@@ -102,29 +120,63 @@ class Run:
             recompute_blocks(self.teacher.network)
         if self.spec.compile:
             compile_blocks(self.teacher.network)
+        if self.journal is not None:
+            figures = {"step": self.step, "steps": self.spec.steps, "seconds_left": None}
+            self.journal.state("running", "training", **figures)
+        self.teacher.before_call = self._before_call
+        try:
+            return self._train()
+        finally:
+            self.teacher.before_call = lambda: None
+
+    def _train(self) -> str:
         begun, before = time.monotonic(), self.progress.seconds
-        means = Means()
-        while self.step < self.spec.steps:
-            if action := self._agreed(self.request()):
+        while self.step < self.spec.steps or self.progress.unsampled:
+            if action := self._agreed(self._asked()):
                 self.save()
                 return action
-            started = time.monotonic()
-            loss, norm = self.one_step()
-            self.step += 1
-            means.add(loss, norm, time.monotonic() - started)
-            self.progress.seconds = before + time.monotonic() - begun
-            if self._is_due(self.spec.log_every):
-                self.report(means)
-                means = Means()
-            samples_are_due = self._is_due(self.spec.sample_every)
-            is_enough = samples_are_due and self.draw_samples()
-            # Saved after sampling too, because the best adapter so far may be needed again.
-            if samples_are_due or self._is_due(self.spec.checkpoint_every):
+            if self.progress.unsampled:
+                is_enough = self.draw_samples()
+                if self.progress.unsampled:
+                    continue  # something is asked
+                # Saved after sampling, because the best adapter so far may be needed again.
                 self.save()
-            if is_enough:
-                self.take_back_best()
-                break
+                if is_enough:
+                    self.take_back_best()
+                    break
+                continue
+            started = time.monotonic()
+            try:
+                loss, norm = self.one_step()
+            except Interrupted:
+                continue
+            self.step += 1
+            seconds = time.monotonic() - started
+            self.means.add(loss, norm, seconds)
+            self.pace.add_step(seconds)
+            self.progress.seconds = before + time.monotonic() - begun
+            self.progress.unsampled = self._is_due(self.spec.sample_every)
+            if self._is_due(self.spec.log_every):
+                self.report()
+            else:
+                self.note("training")
+            if not self.progress.unsampled and self._is_due(self.spec.checkpoint_every):
+                self.save()
         return "done"
+
+    def _asked(self) -> Action:
+        """What is asked of this process. A "finish" waits for step 1: before it, the LoRA does
+        nothing. Once something was interrupted, the answer stays the same."""
+        action = self._interrupted or self.request()
+        return "" if action == "finish" and not self.step else action
+
+    def _before_call(self) -> None:
+        """Raises Interrupted if something is asked. Several processes must all take a step, so
+        there an action waits for the step's end."""
+        if self._draws is not None or self.ranks.world == 1:
+            self._interrupted = self._asked()
+            if self._interrupted:
+                raise Interrupted
 
     def one_step(self) -> tuple[float, float]:
         """One optimiser step; -> (loss, gradient norm before clipping), over all processes."""
@@ -229,41 +281,74 @@ class Run:
             + (" or with precision bf16." if self.half else ".")
         )
 
-    def report(self, means: Means) -> None:
-        """Writes a line of metrics and the state. The loss is the mean since the last line."""
-        if self.journal is None:
-            return
-        seconds_left = means.seconds_a_step * (self.spec.steps - self.step)
+    def report(self) -> None:
+        """Writes a line of metrics and the status. The loss is the mean since the last line."""
+        if self.journal is not None:
+            figures = self._figures()
+            self.journal.metrics(**figures)
+            self.journal.state("running", "training", **figures)
+            log.info(
+                "step %d of %d: loss %.4f, %.0f s left",
+                self.step, self.spec.steps, figures["loss"], figures["seconds_left"],
+            )  # fmt: skip
+        self.means = Means()
+
+    def note(self, activity: str, done: int = 0, total: int = 0) -> None:
+        """Says what is being done, and how far it is, in the journal's next beat."""
+        if self.journal is not None:
+            self.journal.note(activity, activity_done=done, activity_total=total, **self._figures())
+
+    def _figures(self) -> dict[str, Any]:
+        """Step, time left, and the means of the steps since the last line of metrics."""
+        left = self.pace.seconds_left(
+            self.spec, self.step, len(self.samples.texts) if self.samples else 0, self._calls_left()
+        )
+        figures = {"step": self.step, "seconds_left": None if left is None else round(left, 1)}
+        if not self.means.count:
+            return figures
         pictures = self.spec.batch * self.ranks.world
-        figures = {
-            "step": self.step, "loss": means.loss, "gradient_norm": means.norm,
+        return figures | {
+            "loss": self.means.loss, "gradient_norm": self.means.norm,
             "lr": learning_rate(self.spec, self.step - 1),
-            "samples_per_second": round(pictures / means.seconds_a_step, 3),
-            "memory": memory(self.teacher.device), "seconds_left": round(seconds_left, 1),
+            "samples_per_second": round(pictures / self.means.seconds_a_step, 3),
+            "memory": memory(self.teacher.device),
         }  # fmt: skip
-        self.journal.metrics(**figures)
-        self.journal.state("running", steps=self.spec.steps, **figures)
-        log.info(
-            "step %d of %d: loss %.4f, %.0f s left",
-            self.step, self.spec.steps, means.loss, seconds_left,
-        )  # fmt: skip
+
+    def _calls_left(self) -> float:
+        """Calls for sample pictures, in the rest of the present sampling and in later ones."""
+        if self.samples is None:
+            return 0
+        later = times(self.spec.sample_every, self.step, self.spec.steps)
+        if self._draws is not None:
+            return self._draws + later * CALLS
+        return self.samples.calls(later + self.progress.unsampled)
 
     def draw_samples(self) -> bool:
-        """Draws sample pictures; -> whether their error has not improved for `patience` times."""
+        """Draws sample pictures; -> whether their error has not improved for `patience` times.
+
+        If something is asked meanwhile, progress.unsampled stays true.
+        """
         progress, first_error = self.progress, math.nan
         if self.samples is not None:
             cfg = draws.mean_guidance(self.spec.guidance)
             try:
-                errors = self.samples.draw(self.adapter, self.step, cfg)
+                errors = self.samples.draw(self.adapter, self.step, cfg, self._counter())
                 if self.journal is not None:
                     self.journal.metrics(step=self.step, endpoint_error=errors)
                 log.info("step %d: endpoint error %s", self.step, errors)
                 first_error = errors["1"]
+            except Interrupted:
+                first_error = INTERRUPTED
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 log.warning("out of memory: no sample pictures of step %d", self.step)
+            finally:
+                self._draws = None
         endpoint_error = self.ranks.from_first(first_error, self.teacher.device)
+        progress.unsampled = endpoint_error == INTERRUPTED
+        if progress.unsampled:
+            return False
         if math.isnan(endpoint_error):
             return False
         if progress.best is None or endpoint_error < progress.best:
@@ -272,8 +357,27 @@ class Run:
             progress.waited += 1
         return 0 < self.spec.patience <= progress.waited
 
+    def _counter(self) -> Callable[[float], None]:
+        """Counts the calls of the sampling that begins, and says how many pictures they are."""
+        assert self.samples is not None
+        total, pictures, begun = self.samples.calls(1), self.samples.pictures, time.monotonic()
+        self._draws = left = float(total)
+        self.note("drawing samples", 0, pictures)
+
+        def drawn(calls: float) -> None:
+            nonlocal left
+            # Not below 0, because calls are repeated when memory runs out.
+            self._draws = left = max(0.0, left - calls)
+            self.pace.a_call = (time.monotonic() - begun) / (total - left)
+            share = 1 - left / total
+            self.note("drawing samples", int(pictures * share + 1e-6), pictures)
+
+        return drawn
+
     def save(self) -> None:
         """The first process writes a checkpoint of this step and removes old ones beyond `keep`."""
+        begun = time.monotonic()
+        self.note("saving")
         if self.ranks.first:
             checkpoint = checkpoints.Checkpoint(
                 self.step, self.adapter.state(), checkpoints.flat(self.optimiser),
@@ -282,6 +386,8 @@ class Run:
             checkpoints.save(self.folder, checkpoint)
             checkpoints.prune(self.folder, self.spec.keep, self.progress.best_step)
         self.ranks.wait()
+        self.pace.a_save = time.monotonic() - begun
+        self.note("training")
 
     def resume(self) -> None:
         """Goes on from the newest complete checkpoint, or starts at step 0."""
@@ -295,7 +401,7 @@ class Run:
             self.step = checkpoint.step
             log.info("going on after step %d", self.step)
         if self.journal is not None:
-            self.journal.forget_after(self.step)
+            self.journal.forget_after(self.step, self.progress.unsampled)
 
     def take_back_best(self) -> None:
         """Returns to the adapter with the smallest error, whose step the result then names."""
@@ -305,7 +411,7 @@ class Run:
         log.info("no improvement since step %d: ending early", best.step)
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.spec.steps)
+        return is_due(every, self.step, self.spec.steps)
 
     def _agreed(self, action: Action) -> Action:
         """What any process was asked to do, because all must do the same."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import fmean
 
 from torch import nn
 
@@ -23,6 +25,7 @@ class Progress:
     recompute: whether blocks are computed again in backward.
     best, best_step: the smallest error of the 1-step samples. waited: samplings since then.
     seconds: time spent in the loop.
+    unsampled: whether the sample pictures of this step are still to be drawn.
     scale: factor of the loss in float16. It doubles after GROWTH good steps and is halved when a
         gradient overflows (arXiv 1710.03740, section 3.2). good: good steps since then.
     """
@@ -35,6 +38,7 @@ class Progress:
     seconds: float = 0.0
     scale: float = 1.0
     good: int = 0
+    unsampled: bool = False
 
     @classmethod
     def first(cls, spec: Spec, half: bool = False) -> Progress:
@@ -69,6 +73,57 @@ class Means:
     @property
     def seconds_a_step(self) -> float:
         return self.seconds / self.count
+
+
+CALLS_A_STEP = 6  # of one picture: teacher (2), target, student, and about two for backward
+
+
+@dataclass
+class Pace:
+    """What the last steps took, a call for sample pictures, and a checkpoint, in seconds."""
+
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    a_call: float | None = None
+    a_save: float = 0.0
+    _warm: bool = False
+
+    def add_step(self, seconds: float) -> None:
+        """The first step of a process prepares more, so it counts only until there is another."""
+        if len(self.steps) == 1 and not self._warm:
+            self.steps.clear()
+            self._warm = True
+        self.steps.append(seconds)
+
+    def seconds_left(
+        self, spec: Spec, step: int, prompts: int = 0, calls: float = 0
+    ) -> float | None:
+        """An estimate of what is left after `step` steps; None before the first.
+
+        prompts, calls: of the sample pictures that are left; see Samples.calls.
+        """
+        if not self.steps:
+            return None
+        a_step = fmean(self.steps)
+        # Until one was measured, from the calls of a step.
+        a_call = a_step * prompts / (spec.batch * CALLS_A_STEP)
+        a_call = a_call if self.a_call is None else self.a_call
+        both = math.lcm(spec.sample_every, spec.checkpoint_every)
+        saves = [times(every, step, spec.steps) for every in (
+            spec.sample_every, spec.checkpoint_every, both)]  # fmt: skip
+        saving = self.a_save * (saves[0] + saves[1] - saves[2])
+        return a_step * (spec.steps - step) + a_call * calls + saving
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether what happens every so many steps, and after the last one, follows this step."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def times(every: int, step: int, steps: int) -> int:
+    """How often that happens after `step`."""
+    if every <= 0 or step >= steps:
+        return 0
+    return steps // every - step // every + (steps % every > 0)
 
 
 def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:

@@ -24,9 +24,15 @@ from ..teacher import Teacher
 from ..tensors import save
 
 T = TypeVar("T")
+Drawn = Callable[[float], None]
 Noise = Callable[[int], torch.Tensor]
+TEACHER = "teacher.safetensors"
 TEACHER_STEPS = 50
 STEPS = (1, 2, 4)
+# In calls of the network:
+GUIDED = 2  # a guided step
+DECODED = 3  # about as long as decoding takes
+CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # a sampling, if there are the teacher's latents
 
 
 class Samples:
@@ -43,16 +49,39 @@ class Samples:
         self.folder, self.teacher, self.side, self.seed = job / "samples", teacher, side, seed
         self.family = FAMILIES[objective]
         self.texts = [teacher.text(prompt) for prompt in prompts]
+        self._drawn: Drawn = lambda calls: None
 
-    def draw(self, adapter: Adapter, step: int, cfg: float) -> dict[str, float]:
-        """Writes samples/step-N.png; -> mean squared error to the teacher's latents, by steps."""
+    @property
+    def pictures(self) -> int:
+        """How many pictures `draw` draws now."""
+        return len(self.texts) * (len(STEPS) + self._lacks_teacher)
+
+    def calls(self, samplings: int) -> int:
+        """How many calls of the network the next samplings take, each for all prompts."""
+        teacher = samplings and GUIDED * TEACHER_STEPS * self._lacks_teacher
+        return teacher + samplings * CALLS
+
+    @property
+    def _lacks_teacher(self) -> bool:
+        return not (self.folder / TEACHER).exists()
+
+    def draw(
+        self, adapter: Adapter, step: int, cfg: float, drawn: Drawn = lambda calls: None
+    ) -> dict[str, float]:
+        """Writes samples/step-N.png; -> mean squared error to the teacher's latents, by steps.
+
+        drawn(calls) says what was done since the last time, as `calls` counts it: 0.5 for a call
+        with half of the prompts.
+        """
         self.folder.mkdir(exist_ok=True)
+        self._drawn = drawn
         teacher = self.teacher
 
         def few_step(numbers: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
             noise, cond, _ = self._inputs(numbers)
+            network = self._counted(numbers, 1)
             columns = [
-                few_steps(teacher, teacher.schedule, noise, n, cond, self.family) for n in STEPS
+                few_steps(network, teacher.schedule, noise, n, cond, self.family) for n in STEPS
             ]
             return list(zip(*columns, strict=True))
 
@@ -62,13 +91,27 @@ class Samples:
             str(steps): float((latents - endpoint).square().mean())
             for steps, latents in zip(STEPS, columns, strict=True)
         }
-        pictures = [teacher.decode(column) for column in (endpoint, *columns)]
+        pictures = []
+        for column in (endpoint, *columns):
+            teacher.before_call()
+            pictures.append(teacher.decode(column))
+            drawn(DECODED)
         teacher.free_vae()
         sheet = torch.cat([torch.cat(list(column), 0) for column in pictures], 1)
         pixels = (sheet.nan_to_num() * 255).round().to(torch.uint8).numpy()
         with disk.whole_file(self.folder / f"step-{step:08d}.png") as new:
             Image.fromarray(np.ascontiguousarray(pixels)).save(new, "PNG")
         return errors
+
+    def _counted(self, numbers: Sequence[int], calls: int) -> Network:
+        """The network, which says after each time that it was called for these prompts."""
+
+        def network(*arguments: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+            output = self.teacher(*arguments, **conditions)
+            self._drawn(calls * len(numbers) / len(self.texts))
+            return output
+
+        return network
 
     def _in_parts(self, make: Callable[[Sequence[int]], list[T]]) -> list[T]:
         """make(numbers of the prompts), as many at a time as memory allows, and joined."""
@@ -85,13 +128,14 @@ class Samples:
 
     def _endpoint(self, adapter: Adapter, cfg: float) -> torch.Tensor:
         """The teacher's latents [B, C, h, w]. Raises ValueError if they are not finite."""
-        path, teacher = self.folder / "teacher.safetensors", self.teacher
+        path, teacher = self.folder / TEACHER, self.teacher
         if path.exists():
             return load_file(path)["latents"].to(teacher.device)
 
         def many_step(numbers: Sequence[int]) -> list[torch.Tensor]:
             noise, cond, uncond = self._inputs(numbers)
-            return list(ddim(teacher, teacher.schedule, noise(0), TEACHER_STEPS, cond, uncond, cfg))
+            network = self._counted(numbers, GUIDED)
+            return list(ddim(network, teacher.schedule, noise(0), TEACHER_STEPS, cond, uncond, cfg))
 
         with adapter.off():
             latents = torch.stack(self._in_parts(many_step))
