@@ -54,7 +54,7 @@ class Applied:
 
     Attributes:
         accelerations: the acceleration LoRAs among it.
-        patches: the number of patches of all LoRAs, so that those of other packs can be told apart.
+        patches: how many patches they are; a MODEL that has more has LoRAs of another pack.
     """
 
     accelerations: tuple[Acceleration, ...] = field(default=())
@@ -62,7 +62,7 @@ class Applied:
 
     def families(self) -> list[str]:
         """The families of all accelerations, sorted."""
-        return sorted({name for each in self.accelerations for name in each.families})
+        return sorted({name for lora in self.accelerations for name in lora.families})
 
     def family(self) -> str:
         """The family to sample as; DEFAULT if there is no acceleration.
@@ -72,7 +72,7 @@ class Applied:
         """
         names = self.families() or [DEFAULT]
         if len(names) > 1 or names[0] not in FAMILIES:
-            sources = "; ".join(each.source for each in self.accelerations)
+            sources = "; ".join(lora.source for lora in self.accelerations)
             raise ValueError(
                 f"The MODEL cannot be sampled as {' + '.join(names)!r}, the family of its LoRAs "
                 f"({sources}). Expected one of {', '.join(FAMILIES)}. Choose the family in LCM "
@@ -111,11 +111,11 @@ def warnings(applied: Applied, others: bool, steps: int, cfg: float) -> list[Lin
     if not applied.accelerations and not others:
         text = "No acceleration LoRA on the MODEL: add Load LCM-LoRA after the checkpoint."
         found.append(Line(text, warning=True))
-    if cfg > MOST_CFG and not any(each.cfg for each in applied.accelerations):
+    if cfg > MOST_CFG and not any(lora.cfg for lora in applied.accelerations):
         values = {"cfg": f"{cfg:g}"}
         found.append(Line("cfg {cfg} burns the colours: use 1 to 2.", values, warning=True))
-    made = [each for each in applied.accelerations if each.steps]
-    if made and not any(steps in each.steps for each in made):
+    made = [lora for lora in applied.accelerations if lora.steps]
+    if made and not any(steps in lora.steps for lora in made):
         source, known = made[0].source, ", ".join(map(str, made[0].steps))
         values = {"source": source, "known": known}
         text = "{source} is made for steps {known}: set steps to that."

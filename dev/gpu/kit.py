@@ -6,7 +6,6 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import statistics
 import time
 import traceback
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ...training.disk import replace
 from ..bench import networks
 from ..bench.report import Report
 from ..bench.timing import memory
@@ -66,9 +66,7 @@ class Kit:
         self.write()
 
     def write(self) -> None:
-        scratch = self.result.with_suffix(".tmp")
-        scratch.write_text(json.dumps(asdict(self.report) | {"notes": self.notes}, indent=1))
-        os.replace(scratch, self.result)
+        replace(self.result, json.dumps(asdict(self.report) | {"notes": self.notes}, indent=1))
 
     @contextlib.contextmanager
     def case(self, title: str, needs: float = 0.0) -> Iterator[bool]:

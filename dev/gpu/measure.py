@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...training.disk import replace
 from ..environment import ROOT
 
 log = logging.getLogger("lcm_lora")
@@ -140,9 +141,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def save(file: Path, summary: dict) -> None:
-    scratch = file.with_suffix(".tmp")
-    scratch.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
+    replace(file, json.dumps(summary, indent=1) + "\n")
 
 
 def show(name: str, part: dict) -> None:

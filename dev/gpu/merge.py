@@ -83,8 +83,7 @@ def vectors(shapes: merge.Shapes, ranks: tuple[int, ...]) -> list[Vector]:
 def moved(vectors: list[Vector], device: torch.device) -> list[Vector]:
     return [
         replace(vector, deltas={
-            name: replace(delta, up=delta.up.to(device), down=delta.down.to(device))
-            for name, delta in vector.deltas.items()
+            name: delta.on(device) for name, delta in vector.deltas.items()
         })
         for vector in vectors
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ..bench import subjects
 from ..environment import ROOT
@@ -47,7 +48,7 @@ def run(kit: Kit) -> None:
             toy = subjects.Toy.load(assemble.checkpoint(), dtype)
             drawn, name = drawing(toy), f"toy {str(dtype)[6:]}"
             kept[dtype] = batch = drawn(numbers)
-            torch.save(batch, kit.work / f"{str(dtype)[6:]}.pt")
+            save_file({"latents": batch.contiguous()}, kit.work / f"{str(dtype)[6:]}.safetensors")
             kit.bar(f"{name}: a batch drawn twice", apart(batch, drawn(numbers)), 0)
             for steps in (1, 4):
                 alone = torch.cat([drawn([n], steps) for n in numbers])
@@ -71,7 +72,7 @@ def run(kit: Kit) -> None:
     if on_cpu:
         with kit.case("the toy on the CPU"):
             on_cpu.wait(max(1, kit.left() - 1))
-            cpu = torch.load(kit.work / "same" / "float32.pt")
+            cpu = load_file(kit.work / "same" / "float32.safetensors")["latents"]
             for dtype, latents in kept.items():
                 kit.add("toy, 4 steps", f"CPU float32 - GPU {str(dtype)[6:]}",
                         "largest difference", "share", apart(cpu, latents))  # fmt: skip
