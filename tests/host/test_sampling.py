@@ -298,7 +298,8 @@ def test_a_gpu_draws_the_picture_of_the_cpu():
     import comfy.model_management as management
 
     expected = ours(patched(build("v")), latent=empty(2))["samples"]
-    model = patched(build("v", device="cuda"))
+    # Compared with the host's own device; "cuda" alone is not equal to "cuda:0".
+    model = patched(build("v", device=str(management.get_torch_device())))
     for _ in range(2):
         actual = ours(model, latent=empty(2))["samples"].cpu()
         assert (actual - expected).norm() < 3e-2 * expected.norm()
