@@ -24,19 +24,19 @@ from . import assemble, judge, learn, networks, planes, sprites, world
 
 log = logging.getLogger("lcm_lora")
 
-GUIDANCE = 2.5
-# The distillation's own. LCM sampling applies the guidance again after each fresh noise, so what is
-# right at one step is too much at four.
-DISTILLED = 2.0
+# Of the demo's samplings without the LCM-LoRA, and of its distillation: near ComfyUI's usual 8 and
+# the engine's default. At 2.5, four steps of DPM++ 2M need no LoRA.
+GUIDANCE = 7.0
 # How the time of a training is shared out. The distillation has a number of steps instead.
 SHARES = {
-    "vae": 0.2, "decoder": 0.1, "unet": 0.5, "blueprint": 0.09, "sticker": 0.04, "classifier": 0.07,
+    "vae": 0.2, "decoder": 0.1, "classifier": 0.09, "unet": 0.4, "noto": 0.05, "faces": 0.05,
+    "blueprint": 0.06, "sticker": 0.05,
 }  # fmt: skip
 STYLES = {"blueprint": assemble.BLUEPRINT_LORA, "sticker": assemble.STICKER_LORA}
-STYLE_RANK, LCM_RANK = 16, 48
-DRAWINGS = 7  # pictures of each caption
-# Pictures that the classifier sees.
-SEEN = {"3d": 3_000, "noto": 800, "sticker": 1_000, "blueprint": 800, "faces": 800}
+STYLE_RANK, FINE_TUNED_RANK, LCM_RANK = 16, 16, 24
+STYLE_BITS, FINE_TUNED_BITS, LCM_BITS = 5, 4, 6
+# Pictures that the classifier sees, in thousands.
+SEEN = {"3d": 16, "noto": 5, "sticker": 5, "blueprint": 5, "faces": 5}
 LCM_STEPS, LCM_PICTURES = 1_000, 1_600
 VAE_BITS = 8
 
@@ -71,47 +71,69 @@ def make(work: Path, cache: Path, minutes: float) -> None:
         planes.pack(vae.state_dict(), lambda _: VAE_BITS), assemble.WEIGHTS / "vae.safetensors"
     )
 
-    seen = learn.stage(work, "seen", lambda: learn.labelled(painter, vae, SEEN))
+    small = device.type == "cpu"
+    shown = {name: (200 if small else 1000) * thousands for name, thousands in SEEN.items()}
+    seen = learn.stage(work, "seen", lambda: learn.labelled(painter, vae, shown))
     seen = {name: value.to(device) for name, value in seen.items()}
     state = learn.stage(
         work, "classifier", lambda: learn.classifier(seen, clock("classifier")).state_dict()
     )
-    judge.write(state, seen, SEEN)
+    judge.write(state, seen, shown)
 
     unet = networks.unet()
     shapes = {name: value.shape for name, value in unet.state_dict().items()}
     shipped = assemble.WEIGHTS / "unet.safetensors"
     unet.load_state_dict(planes.unpack(load_file(shipped), shapes))
-    captions = 2_000 if device.type == "cpu" else 20_000
-    specs = world.specs(captions, torch.Generator().manual_seed(70))
     clip = comfy.sd.load_checkpoint_guess_config(str(assemble.checkpoint()), output_vae=False)[1]
-    contexts = learn.contexts(clip, [*(spec.caption for spec in specs), ""], device)
     acp = learn.alphas_cumprod().to(device)
 
-    def pictures(hand: str, drawings: int) -> learn.Pictures:
+    def pictures(collection: str, captions: int, drawings: int) -> learn.Pictures:
+        specs = painter.specs(collection, captions)
+        contexts = learn.contexts(clip, [*(spec.caption for spec in specs), ""], device)
         drawn = [spec for spec in specs for _ in range(drawings)]
         caption = torch.arange(len(specs), device=device).repeat_interleave(drawings)
-        return learn.Pictures(learn.latents(vae, painter, hand, drawn), caption, contexts)
+        return learn.Pictures(learn.latents(vae, painter, collection, drawn), caption, contexts)
 
     unet.to(device, memory_format=torch.channels_last)
 
     def trained() -> dict[str, torch.Tensor]:
-        photos = pictures("3d", DRAWINGS)
-        return learn.unet(unet, photos, acp, clock("unet"), bits=unet_bits).state_dict()
+        photos = pictures("3d", 2_000 if small else 14_000, 8)
+        batch = 16 if small else 256
+        return learn.unet(unet, photos, acp, clock("unet"), batch, bits=unet_bits).state_dict()
 
     packed = planes.pack(learn.stage(work, "unet", trained), unet_bits)
     save_file(packed, shipped)
     unet.load_state_dict(planes.unpack(packed, shapes))
-    for hand, name in STYLES.items():
+    for collection in (*STYLES, *assemble.FINE_TUNED):
+        rank = STYLE_RANK if collection in STYLES else FINE_TUNED_RANK
 
-        def fit(hand: str = hand) -> dict[str, torch.Tensor]:
-            adapter = learn.lora(unet, pictures(hand, 1), acp, clock(hand), STYLE_RANK)
+        def fit(collection: str = collection, rank: int = rank) -> dict[str, torch.Tensor]:
+            learnt = pictures(collection, 1_000 if small else 4_000, 3)
+            batch = 16 if small else 128
+            adapter = learn.lora(unet, learnt, acp, clock(collection), rank, batch)
             adapter.detach()
             return adapter.state()
 
-        write_lora(learn.stage(work, hand, fit), STYLE_RANK, work / name)
-        planes.pack_lora(work / name, assemble.WEIGHTS / name)
+        layers = learn.stage(work, collection, fit)
+        if collection in STYLES:
+            file = work / STYLES[collection]
+            write_lora(layers, rank, file)
+        else:
+            file = work / assemble.FINE_TUNED[collection]
+            write_delta(layers, file)
+        bits = STYLE_BITS if collection in STYLES else FINE_TUNED_BITS
+        planes.pack_lora(file, assemble.WEIGHTS / file.name, bits)
     distil(work, painter)
+
+
+def write_delta(layers: dict[str, torch.Tensor], path: Path) -> None:
+    """An adapter's layers under the UNet's own names, as `assemble.add` reads them. Their alpha is
+    their rank, so the products are the differences."""
+    named = {
+        f"{module}.lora_{side}.weight": factor.half()
+        for (module, side), factor in ((name.rsplit(".", 1), f) for name, f in layers.items())
+    }
+    save_file(named, path)
 
 
 def write_lora(layers: dict[str, torch.Tensor], alpha: float, path: Path) -> None:
@@ -130,7 +152,7 @@ def distil(work: Path, painter: learn.Painter) -> None:
         spec = {
             "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(assemble.checkpoint()),
             "banks": str(job / "banks"), "output": str(output), "resolution": world.SIZE,
-            "steps": LCM_STEPS, "batch": 12, "rank": 64, "guidance": DISTILLED, "passes": 4,
+            "steps": LCM_STEPS, "guidance": GUIDANCE,
             "data": {"kind": "pictures", "path": str(job / "pictures"), "flip": False},
         }  # fmt: skip
         (job / "spec.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
@@ -145,7 +167,7 @@ def ship_lcm_lora(output: Path, work: Path) -> None:
     smaller, _ = reduce.truncated(files.read(output), LCM_RANK)
     small = work / assemble.LCM_LORA
     files.write(small, smaller, "fp16", overwrite=True)
-    planes.pack_lora(small, assemble.WEIGHTS / small.name)
+    planes.pack_lora(small, assemble.WEIGHTS / small.name, LCM_BITS)
 
 
 def write_pictures(

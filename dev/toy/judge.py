@@ -13,7 +13,7 @@ from . import assemble, world
 
 CLASSIFIER = assemble.WEIGHTS / "classifier.safetensors"
 FEATURES = 64
-REAL = 2_000  # pictures of a collection, at most, that git holds the features of
+REAL = {"3d": 2_000}  # pictures, at most, that git holds the features of; 1,000 of the others
 
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,7 @@ def write(
         for name, value in model.state_dict().items()
     }
     for number, name in enumerate(names):
-        real = seen["pictures"][seen["collection"] == number][: 2 * REAL : 2]
+        real = seen["pictures"][seen["collection"] == number][: 2 * REAL.get(name, 1_000) : 2]
         with torch.no_grad():
             parts = [model.features(part.cpu().float() / 255) for part in real.split(100)]
         kept[f"real.{name}"] = torch.cat(parts).half()

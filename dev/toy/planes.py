@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 RUN = 64
-LORA_BITS = 6
 
 
 def packable(tensor: torch.Tensor) -> bool:
@@ -80,7 +79,7 @@ def unpack(
     return state
 
 
-def pack_lora(file: Path, packed: Path, bits: int = LORA_BITS) -> None:
+def pack_lora(file: Path, packed: Path, bits: int) -> None:
     """A LoRA file with kohya's names -> what git holds. Its `lora_up` factors are packed across."""
     with safe_open(file, framework="pt") as reader:
         state = {name: reader.get_tensor(name) for name in reader.keys()}

@@ -72,7 +72,7 @@ def test_a_packed_lora_is_unpacked_as_it_was_but_for_rounding(tmp_path):
         "b.lora_up.weight": torch.randn(4, 16), "b.lora_down.weight": torch.randn(16, 20),
     }  # fmt: skip
     save_file(state, tmp_path / "lora.safetensors", {"ss_output_name": "made"})
-    planes.pack_lora(tmp_path / "lora.safetensors", tmp_path / "packed.safetensors")
+    planes.pack_lora(tmp_path / "lora.safetensors", tmp_path / "packed.safetensors", 6)
     planes.unpack_lora(tmp_path / "packed.safetensors", tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
     assert again.keys() == state.keys()
