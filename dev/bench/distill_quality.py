@@ -21,7 +21,7 @@ import torch
 from ...lora.formats import files
 from .. import commands, environment
 from ..toy import learn, sprites, world
-from ..toy.command import GUIDANCE, write_pictures
+from ..toy.command import DISTILLED, write_pictures
 from . import quality, subjects
 from .report import Report
 
@@ -80,7 +80,7 @@ def settings(folder: Path, checkpoint: Path, source: dict) -> dict:
     return {
         "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(checkpoint),
         "banks": str(folder / "banks"), "output": str(folder / "lcm-lora.safetensors"),
-        "resolution": world.SIZE, "batch": 12, "rank": 64, "guidance": GUIDANCE, "lr": 4e-4,
+        "resolution": world.SIZE, "batch": 12, "rank": 64, "guidance": DISTILLED, "lr": 4e-4,
         "warmup": 50, "decay": "cosine", "checkpoint_every": 1000,
         "precision": "bf16" if subjects.quick_dtype() == torch.bfloat16 else "fp32",
         "log_every": 20, "sample_every": 0, "data": source, "steps": STEPS, "passes": PASSES,

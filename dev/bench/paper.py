@@ -26,7 +26,7 @@ from ...lora.combine import exact
 from ...lora.formats import files
 from .. import commands, environment, sheet
 from ..toy import assemble, learn, sprites, world
-from ..toy.command import GUIDANCE, write_pictures
+from ..toy.command import DISTILLED, write_pictures
 from . import quality, subjects
 from .distill_quality import distil
 from .report import Report
@@ -187,7 +187,7 @@ class Bench:
         spec = {
             "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(checkpoint),
             "banks": str(self.work / "banks"), "output": str(folder / "lcm-lora.safetensors"),
-            "resolution": world.SIZE, "guidance": GUIDANCE, "sample_every": 0, "data": data,
+            "resolution": world.SIZE, "guidance": DISTILLED, "sample_every": 0, "data": data,
             "steps": self.chosen.steps, **changes,
         }  # fmt: skip
         done = folder / "spec.json"
