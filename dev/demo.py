@@ -22,6 +22,7 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 # Without spaces, which the front end's address ?template=... does not take.
 TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
 WITH_STYLE = "LCM-LoRA_with_a_style_LoRA"
+DISTIL = "Distil_an_LCM-LoRA"
 
 
 class Bar:

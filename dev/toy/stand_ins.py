@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 
 from . import world
 
-DRAWN = Path(__file__).parents[2] / "workflows" / "LCM-LoRA_text_to_image.jpg"
+SIDE = world.SIZE
+EXAMPLE = Path(__file__).with_name("example.png")  # drawn by the demo model in four steps
 PICTURE = "example.png"
 CONTROL = "control_v11p_sd15_canny_fp16.safetensors"
-HOLE = (36, 8, 92, 60)  # left, top, right, bottom: the head
+HOLE = (14, 10, 114, 118)  # left, top, right, bottom: the animal
 
 
 def lay_out(base: Path) -> None:
@@ -30,8 +31,8 @@ def lay_out(base: Path) -> None:
 
 def picture(path: Path) -> None:
     """A drawn picture with a hole in its alpha, where the front end's mask editor leaves it."""
-    with Image.open(DRAWN) as drawn:
-        small = drawn.convert("RGBA").resize((world.SIZE, world.SIZE), Image.Resampling.LANCZOS)
+    with Image.open(EXAMPLE) as drawn:
+        small = drawn.convert("RGBA")
     alpha = Image.new("L", small.size, 255)
     ImageDraw.Draw(alpha).rectangle(HOLE, fill=0)
     small.putalpha(alpha)
