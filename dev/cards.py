@@ -99,8 +99,8 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
         ]
         return grid(results, 3, 128)
     if name == DISTIL:
-        plain = draw(f"{name} before", base(subject, GALLERY[1:3], 4))
-        drawn = draw(name, many(subject, GALLERY[1:3], 4))
+        plain = draw(f"{name} before", base(subject, GALLERY[7:9], 4))
+        drawn = draw(name, many(subject, GALLERY[7:9], 4))
         return grid([plain[0], drawn[0], plain[1], drawn[1]], 2, TILE, GAP)
     if name not in CARDS:
         (path, *_) = draw(name, fitted(workflow, subject))
@@ -161,7 +161,7 @@ def base(subject: Subject, captions: tuple[str, ...], steps: int) -> Prompt:
     for number, text in enumerate(texts):
         graph.picture(
             vae, "KSampler", model=model, seed=subject.seed + number, steps=steps,
-            cfg=subject.guidance, sampler_name="ddim", scheduler="sgm_uniform", positive=text,
+            cfg=subject.guidance, sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=text,
             negative=empty, latent_image=latent,
         )  # fmt: skip
     return graph.nodes
@@ -196,8 +196,10 @@ def banner(subject: Subject, draw: Draw) -> Image.Image:
         if steps:
             pictures = grid(draw(f"banner {steps}", many(subject, GALLERY[:4], steps)), 2, tile)
         else:
-            channels = [Image.effect_noise((2 * tile, 2 * tile), 100) for _ in range(3)]
-            pictures = Image.merge("RGB", channels)
+            channels = [Image.effect_noise((2 * tile // 9,) * 2, 100) for _ in range(3)]
+            pictures = Image.merge("RGB", channels).resize(
+                (2 * tile,) * 2, Image.Resampling.NEAREST
+            )
         image.paste(pictures, (left, top))
         title = f"{steps} step" + "s" * (steps > 1) if steps else "noise"
         middle = left + tile, top + 2 * tile + 30

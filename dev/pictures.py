@@ -45,7 +45,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
                 files = sheet.gathered(cells, draw(client, name, prompt)[0])
                 sheet.compose(files, tile=144).save(PAGES / f"{name}.jpg", quality=88)
             elif name in DRAWN:
-                DRAWN[name](subject, saved).save(DOCS / f"{name}.jpg", quality=92)
+                DRAWN[name](subject, saved).save(DOCS / f"{name}.jpg", quality=85)
             else:
                 path = WORKFLOWS / f"{name}.json"
                 workflow = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper")
+AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live")
 log = logging.getLogger("lcm_lora")
 
 

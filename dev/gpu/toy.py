@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ...lora.formats import files
 from ..bench import distill_quality, quality, subjects
-from ..toy import assemble, judge, world
+from ..toy import assemble, world
 from .kit import Kit
 
 RUN = distill_quality.RUN
@@ -154,11 +154,6 @@ def distilled(kit: Kit, settings: dict) -> None:
             kit.add(case, "engine", f"endpoint error at {count} steps", "", error)
     if sheets := sorted((job.folder / "samples").glob("*.png")):
         shutil.copy(sheets[-1], kit.out / "toy-samples.png")
-    if not judge.CLASSIFIER.exists():
-        kit.note(
-            "not judged: dev/toy/weights has no classifier; `python3 dev toy --train` makes it"
-        )
-        return
     if not kit.tiny:  # the teacher's 50 steps take minutes on a CPU
         judged(kit, job.output)
 

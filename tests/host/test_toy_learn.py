@@ -70,11 +70,11 @@ def test_the_classifier_trains_and_the_judge_reads_its_file(small, monkeypatch, 
     vae = networks.vae().eval()
     networks.initialise(vae, 2)
     seen = learn.labelled(small, vae, {"3d": 6, "blueprint": 2}, batch=4)
-    assert seen["pictures"].shape == (8, 3, 32, 32) and seen["hand"].tolist() == [0] * 6 + [1] * 2
+    assert seen["pictures"].shape == (8, 3, 32, 32) and seen["hand"].tolist() == [0] * 6 + [3] * 2
     assert (seen["colour"][:6] >= 0).all() and (seen["colour"][6:] == -100).all()
     model = learn.classifier(seen, clock(), batch=4)
     monkeypatch.setattr(judge, "CLASSIFIER", tmp_path / "classifier.safetensors")
-    judge.write(model.state_dict(), seen)
+    judge.write(model.state_dict(), seen, ("3d", "blueprint"))
     kept = judge.Judge()
     assert kept.real.shape == (3, judge.FEATURES)
     named = model.object(model.features(torch.rand(2, 3, 32, 32)))
