@@ -48,8 +48,9 @@ RUN = """async () => {
         app.api.addEventListener('execution_success', () => resolve('done'), { once: true });
         app.api.addEventListener('execution_error', () => resolve('failed'), { once: true });
     });
-    if (!await app.queuePrompt(0, 1)) return 'refused';
-    return await ended;
+    const late = new Promise((resolve) => setTimeout(() => resolve('not run'), 60000));
+    await app.queuePrompt(0, 1); // older front ends say false although it is queued
+    return await Promise.race([ended, late]);
 }"""
 SAID = f"() => {STACK}.widgets.find((w) => w.name === 'lcm_lora_text')?.element.innerText ?? ''"
 CORNER = f"""() => {{
