@@ -147,7 +147,7 @@ class LCMLoRAStack(io.ComfyNode):
         fast = read(path)
         family, why = choose(family, fast.metadata, lora_name, FAMILIES, DEFAULT)
         made = made_for(fast.metadata, lora_name, family)
-        known = fast.metadata | (made.metadata() if made else {})
+        known = {**fast.metadata, **(made.metadata() if made else {})}
         fast = replace(fast, metadata=known, sha256=sha256(path))
         rows = [Row(lora_name, strength, strength), *_rows(count)]
         vectors = [fast, *(read_named(lora_path(row.name), row.name) for row in rows[1:])]

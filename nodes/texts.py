@@ -56,8 +56,9 @@ def of_rows(
     """
     lines = [Line("{family}; LoRAs applied: {count}", {"family": family, "count": len(rows)})]
     for coverage, weights in rows:
-        values = {"weights": weights, "source": coverage.source.removesuffix(".safetensors")}
-        values |= {"taken": coverage.taken, "total": coverage.total}
+        name = coverage.source.removesuffix(".safetensors")
+        counts = {"taken": coverage.taken, "total": coverage.total}
+        values = {"weights": weights, "source": name, **counts}
         lines.append(Line("{weights} x {source}: {taken} of {total} modules", values))
         lines += of_coverage(coverage)[1:]
     text, what = why

@@ -209,6 +209,46 @@ def test_rows_are_added_moved_removed_run_saved_and_told_about(page, subject, vu
     assert not page.wrong and not page.foreign
 
 
+def test_links_move_with_their_rows_and_combine_keeps_its_weights(page, subject):
+    page.evaluate(NEW, [False, [subject.lcm_lora, TELLING]])
+    page.evaluate(
+        f"""() => {{
+            const stack = {STACK}, number = window.LiteGraph.createNode('PrimitiveFloat');
+            number.pos = [60, 400];
+            app.graph.add(number);
+            const count = stack.widgets.find((widget) => widget.name === 'count');
+            count.value = '2';
+            count.callback('2');
+            const slot = stack.inputs.findIndex(({{ name }}) => name === 'count.weight_1');
+            number.connect(0, stack, slot);
+        }}"""
+    )
+    linked = f"{STACK}.inputs.filter((i) => i.link != null).map((i) => i.name).sort().join(' ')"
+    assert page.evaluate(linked) == "clip count.weight_1 model"
+    choose(page, False, "LoRA rows", "Move row 1 down")
+    assert page.evaluate(linked) == "clip count.weight_2 model"
+    sent = page.evaluate(PROMPT)
+    assert isinstance(sent["count.weight_2"], list) and sent["count.weight_1"] == 0.8
+    choose(page, False, "LoRA rows", "Remove row 1")
+    assert page.evaluate(linked) == "clip count.weight_1 model"
+    assert page.evaluate(PROMPT)["count.lora_1"] == TELLING
+    weights = page.evaluate(
+        """() => {
+            const node = window.LiteGraph.createNode('LCMLoRACombine');
+            app.graph.add(node);
+            const of = (name) => node.widgets.find((widget) => widget.name === name);
+            of('count.weight_2').value = 0.3;
+            for (const count of ['5', '3']) {
+                of('count').value = count;
+                of('count').callback(count);
+            }
+            return [1, 2, 3].map((row) => of(`count.weight_${row}`).value);
+        }"""
+    )
+    assert weights == [1, 0.3, 0.8]
+    assert not page.wrong
+
+
 def test_what_a_file_says_over_http(client, subject, loras):
     status, told = send(client, f"lora?name={quote(TELLING)}", None, "GET")
     assert status == 200 and told["name"] == TELLING
