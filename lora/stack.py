@@ -29,9 +29,14 @@ def of_stack(stack: Sequence[Any] | None, path_of: Callable[[str], Path]) -> tup
     entries = [(name, model, clip) for name, model, clip in entries if name != "None"]
     if not any(model or clip for _, model, clip in entries):
         raise ValueError("The LoRA stack is empty, or all its strengths are 0; add a LoRA to it.")
+    return added([(read_named(path_of(name), name), model, clip) for name, model, clip in entries])
+
+
+def added(loras: Sequence[tuple[Vector, float, float]]) -> tuple[Vector, str]:
+    """The sum of vectors, each with its strengths on the model and on the text encoders, and a
+    report for users. Raises ValueError if they cannot be added, or if all strengths are 0."""
     vectors = []
-    for name, model, clip in entries:
-        vector = read_named(path_of(name), name)
+    for vector, model, clip in loras:
         strengths = {name: clip if is_text(name) else model for name in vector.modules()}
         if any(strengths[module] for module in vector.opaque):
             require_sum(vector)

@@ -11,6 +11,7 @@ from .distill import LCMDistill, LCMDistillData
 from .extract import LCMLoRAExtract
 from .jobs import LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
+from .rows import LCMLoRAStack
 from .sampling import LCMKSampler, LCMModelSampling, LCMSampler, LCMSchedule
 from .stack import LCMLoRAFromStack, LCMLoRAToStack
 from .vectors import LCMLoRAApply, LCMLoRASave, LCMLoRAVectorLoader
@@ -35,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
     LCMLoRAProtect,
     LCMLoRAFromStack,
     LCMLoRAToStack,
+    LCMLoRAStack,
 ]
 
 

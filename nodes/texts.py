@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -44,6 +45,24 @@ def of_load(coverage: Coverage, family: str, why: tuple[str, str]) -> list[Line]
     """How much of an acceleration a model took, and why it is sampled as this family."""
     text, what = why
     return [*of_coverage(coverage, family), Line(text, {"what": what})]
+
+
+def of_rows(
+    rows: Sequence[tuple[Coverage, str]], family: str, why: tuple[str, str]
+) -> list[Line]:  # fmt: skip
+    """How much of each LoRA of a stack a model took, and why it is sampled as this family.
+
+    rows: each with its weights as text; the acceleration first.
+    """
+    lines = [Line("{family}; LoRAs applied: {count}", {"family": family, "count": len(rows)})]
+    for coverage, weights in rows:
+        name = coverage.source.removesuffix(".safetensors")
+        counts = {"taken": coverage.taken, "total": coverage.total}
+        values = {"weights": weights, "source": name, **counts}
+        lines.append(Line("{weights} x {source}: {taken} of {total} modules", values))
+        lines += of_coverage(coverage)[1:]
+    text, what = why
+    return [*lines, Line(text, {"what": what})]
 
 
 def of_family(model: ModelPatcher, wanted: str, family: str) -> list[Line]:

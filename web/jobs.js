@@ -1,8 +1,11 @@
 // The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
-// Also lets the nodes show what they say (texts.mjs).
+// Also lets the nodes show what they say (texts.mjs), keeps and moves the rows of nodes that have
+// some (rows.mjs), and shows what LoRA files say about themselves (info.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { infoItems } from "./info.mjs";
 import { Panel } from "./panel.mjs";
+import { keepRows, rowItems } from "./rows.mjs";
 import { giveText, listenToNodes } from "./texts.mjs";
 import { say, speak } from "./words.mjs";
 
@@ -93,6 +96,11 @@ app.registerExtension({
     function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
   }],
   beforeRegisterNodeDef: giveText,
+  nodeCreated: keepRows,
+  getNodeMenuItems(node) {
+    listen();
+    return [...rowItems(node), ...infoItems(node, call)];
+  },
   setup() {
     listen();
     listenToNodes();

@@ -8,11 +8,13 @@ from typing import Any
 
 from ..architecture import architecture_of
 from ..delta import Vector
+from . import facts
 from .kinds import left_out_because
 from .metadata import METHOD, RECIPE
 from .module_names import is_text
 
 SHOWN, RECIPE_SHOWN = 120, 2000  # characters of a value, and of the recipe
+_MOST_KEYS = 200
 _RECIPE_READ = 100_000  # this pack does not write a longer recipe
 
 
@@ -31,7 +33,9 @@ def describe(vector: Vector) -> str:
     if vector.opaque:
         kinds = vector.opaque_kinds
         lines.append(f"{len(vector.opaque)} modules are {kinds}: it can be applied, not combined")
-    return "\n".join(lines + described(vector.metadata))
+    return "\n".join(
+        lines + facts.lines(facts.of_metadata(vector.metadata)) + described(vector.metadata)
+    )
 
 
 def left_out(vector: Vector) -> str:
@@ -53,6 +57,22 @@ def described(metadata: Mapping[str, str]) -> list[str]:
             text = recipe
         lines.append(text if len(text) <= RECIPE_SHOWN else f"{text[:RECIPE_SHOWN]} ...")
     return lines + [f"{key}: {value[:SHOWN]}" for key, value in values.items()]
+
+
+def public(vector: Vector, name: str) -> dict[str, Any]:
+    """What a file holds, for the page: facts, how it was made, and its other metadata.
+
+    name: the file's name, with its folders as the user sees them.
+    """
+    recipe = {key: vector.metadata[key] for key in (RECIPE, METHOD) if key in vector.metadata}
+    made_of = described(recipe)[0].splitlines() if RECIPE in recipe else []
+    others = sorted(vector.metadata.keys() - recipe.keys())[:_MOST_KEYS]
+    return {
+        "name": name,
+        "facts": facts.facts(vector, name),
+        "made_of": [facts.plain(line) for line in made_of],
+        "metadata": {facts.plain(key, 80): facts.plain(vector.metadata[key]) for key in others},
+    }
 
 
 def _made_of(recipe: Any, method: Any) -> list[str]:

@@ -4,10 +4,11 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "nodes.json"
-OF_FILES = ("lora_name", "checkpoint", "style_lora")
+OF_FILES = re.compile(r"lora_name|checkpoint|style_lora|lora_\d+")
 
 
 def described(item) -> dict:
@@ -15,7 +16,7 @@ def described(item) -> dict:
     for name in ("default", "options", "min", "max"):
         value = getattr(item, name, None)
         # Combos of files change with the files.
-        if value is not None and not (name == "options" and item.id in OF_FILES):
+        if value is not None and not (name == "options" and OF_FILES.fullmatch(item.id)):
             about[name] = value
     if item.get_io_type() == "COMFY_DYNAMICCOMBO_V3":
         about["options"] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from lcm_lora.lora.architecture import DOUBT
 from lcm_lora.lora.family import CHOSEN, IN_METADATA, IN_NAME, UNNAMED
+from lcm_lora.lora.formats.facts import LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
@@ -42,11 +43,12 @@ def of_nodes() -> set[str]:
 
 def english() -> set[str]:
     """What the page says: as it stands there, the names of buttons, the states and activities of
-    jobs, and what nodes say."""
+    jobs, what nodes say, and the names of facts about a LoRA."""
     openapi = json.loads((ROOT / "training/jobs/openapi.json").read_text(encoding="utf-8"))
     job = openapi["components"]["schemas"]["Job"]["properties"]
     named = {*job["state"]["enum"], *job["activity"]["enum"]} - {""}
-    return {*re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE), *named, *of_nodes()}
+    said = re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE)
+    return {*said, *named, *of_nodes(), *LABELS}
 
 
 def test_the_languages_of_page_and_nodes_are_the_same():

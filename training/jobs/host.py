@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -19,7 +20,9 @@ from comfy.utils import ProgressBar
 from ...lora.blocks import place_of
 from ...lora.delta import Vector
 from ...lora.family import FAMILY
-from ...lora.formats.filenames import inside
+from ...lora.formats.describe import public
+from ...lora.formats.facts import plain
+from ...lora.formats.filenames import inside, offered
 from ...lora.formats.files import read
 from ..cluster.settings import Cluster
 from ..export import vector, with_styles
@@ -201,6 +204,17 @@ def _data(order: DataOrder) -> Data:
             f"{MOST_PROMPTS} of {LONGEST_PROMPT} are allowed here. Use a prompt file."
         )
     return Data(kind=kind, prompts=prompts, **shared(order, Data))
+
+
+def lora(name: str) -> dict[str, Any]:
+    """What a LoRA file holds, for the page. Raises ValueError if ComfyUI does not list it, or if it
+    is none."""
+    if name not in offered(folder_paths.get_filename_list("loras")):
+        raise ValueError(
+            f"ComfyUI lists no LoRA {plain(name, 200)!r}. Expected a .safetensors file by the name "
+            "that LoRA loaders show."
+        )
+    return public(read(Path(_listed("loras", name))), name)
 
 
 def _input(name: str) -> str:

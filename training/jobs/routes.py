@@ -263,6 +263,11 @@ def move(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
     return {"id": request.match_info["id"]}
 
 
+def lora(request: web.Request) -> dict[str, Any]:
+    """What a LoRA file says about itself."""
+    return host.lora(request.query.get("name", ""))
+
+
 def openapi(request: web.Request) -> Any:
     """openapi.json, completed with the schemas of Order and DataOrder."""
     document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
@@ -277,6 +282,7 @@ READS: dict[str, Handler] = {
     "jobs/{id}/log": job_log,
     "jobs/{id}/metrics": metrics,
     "jobs/{id}/samples/{name}": samples,
+    "lora": lora,
     "openapi.json": openapi,
 }
 CHANGES: dict[str, ChangeHandler] = {
