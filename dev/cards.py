@@ -7,13 +7,13 @@ right its result.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .demo import DISTIL, TEXT_TO_IMAGE, WITH_STYLE, fitted, reseed
+from .demo import DISTIL, LIVE, TEXT_TO_IMAGE, WITH_STYLE, fitted, reseed
 from .sheet import Graph, Subject
 from .toy import stand_ins
 
@@ -98,6 +98,8 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
             for i, caption in enumerate(GALLERY[:9])
         ]
         return grid(results, 3, 128)
+    if name == LIVE:
+        return strokes(workflow, subject, draw, (4, len(stand_ins.STROKES)))[-1]
     if name == DISTIL:
         plain = draw(f"{name} before", base(subject, GALLERY[7:9], 4))
         drawn = draw(name, many(subject, GALLERY[7:9], 4))
@@ -150,6 +152,29 @@ def many(subject: Subject, captions: tuple[str, ...], steps: int) -> Prompt:
             positive=text, negative=empty, latent=latent,
         )  # fmt: skip
     return graph.nodes
+
+
+def strokes(
+    workflow: dict, subject: Subject, draw: Draw, counts: Iterable[int]
+) -> list[Image.Image]:
+    """Paintings with so many strokes, and to the right of each what is drawn over it."""
+    prompt, frames = fitted(workflow, replace(subject, captions=GALLERY[:1])), []
+    for node in prompt.values():
+        if node["class_type"] == "PreviewImage":
+            node["class_type"] = "SaveImage"
+            node["inputs"]["filename_prefix"] = "lcm_lora_painted"
+    for count in counts:
+        for node in prompt.values():
+            if node["class_type"] == "Painter":
+                node["inputs"]["mask"] = stand_ins.painted(count)
+        (*_, drawn) = draw(f"{LIVE}, {count} strokes", prompt)
+        left, right = stand_ins.painting(count), Image.open(drawn).convert("RGB")
+        frame = Image.new("RGB", (2 * TILE + GAP, TILE), "white")
+        for number, picture in enumerate((left, right)):
+            large = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+            frame.paste(large, (number * (TILE + GAP), 0))
+        frames.append(frame)
+    return frames
 
 
 def base(subject: Subject, captions: tuple[str, ...], steps: int) -> Prompt:

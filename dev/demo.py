@@ -23,6 +23,7 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
 WITH_STYLE = "LCM-LoRA_with_a_style_LoRA"
 DISTIL = "Distil_an_LCM-LoRA"
+LIVE = "Live_painting"
 
 
 class Bar:

@@ -12,18 +12,20 @@ import json
 from pathlib import Path
 
 from . import cards, sheet, strips
-from .demo import WORKFLOWS, draw, toy_subject
+from .demo import LIVE, WORKFLOWS, draw, toy_subject
 from .environment import ROOT
 from .server import Server
 from .toy import assemble, stand_ins
+from .toy.stand_ins import STROKES
 
 PAGES, DOCS = ROOT / "web" / "docs", ROOT / "docs"
 DRAWN = {"gallery": cards.gallery, "banner": cards.banner}
+LIVE_FRAMES = "live-painting"
 
 
 def main(arguments: list[str], host: Path, local: Path) -> int:
     available = [path.stem for path in WORKFLOWS.glob("*.json")]
-    available = sorted([*available, *strips.STRIPS, *DRAWN])
+    available = sorted([*available, *strips.STRIPS, *DRAWN, LIVE_FRAMES])
     parser = argparse.ArgumentParser(prog="python3 dev pictures", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(available)}; default: all")
     names = parser.parse_args(arguments).names or available
@@ -44,12 +46,20 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
                 prompt, cells = strips.prompt(name, subject)
                 files = sheet.gathered(cells, draw(client, name, prompt)[0])
                 sheet.compose(files, tile=144).save(PAGES / f"{name}.jpg", quality=88)
+            elif name == LIVE_FRAMES:
+                frames = cards.strokes(read(LIVE), subject, saved, range(len(STROKES) + 1))
+                frames[0].save(
+                    DOCS / f"{name}.webp", save_all=True, append_images=frames[1:],
+                    duration=[700] * (len(frames) - 1) + [2500], loop=0, quality=85,
+                )  # fmt: skip
             elif name in DRAWN:
                 DRAWN[name](subject, saved).save(DOCS / f"{name}.jpg", quality=85)
             else:
-                path = WORKFLOWS / f"{name}.json"
-                workflow = json.loads(path.read_text(encoding="utf-8"))
-                cards.card(name, workflow, subject, saved).save(
-                    path.with_suffix(".jpg"), quality=92
-                )
+                card = cards.card(name, read(name), subject, saved)
+                card.save(WORKFLOWS / f"{name}.jpg", quality=92)
     return 0
+
+
+def read(name: str) -> dict:
+    """A shipped workflow."""
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import pytest
 from lcm_lora.dev import environment
 from lcm_lora.dev.workflow import to_api
 from lcm_lora.tests import tools
-from lcm_lora.tests.server.test_workflows import ALL, fitted
+from lcm_lora.tests.server.test_workflows import ALL, fitted, needs_painter
 
 CONVERT = """
 import json, sys
@@ -70,6 +70,7 @@ def test_comfy_import_guard_finds_all_that_we_use(version, pack, history):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_comfy_cli_takes_the_workflow(path, client, subject, tmp_path):
+    needs_painter(path, client)
     prompt = fitted(path, subject)
     for node in prompt.values():
         if "checkpoint" in node["inputs"]:
