@@ -97,7 +97,10 @@ const WORDS = {
     "{source} has no modules for {names}.": "{source}에는 {names}의 모듈이 없습니다.",
     "Saved {name}": "{name} 저장됨",
     "Queued": "큐에 넣음",
-    "This job already exists": "이미 있는 작업입니다"
+    "This job already exists": "이미 있는 작업입니다",
+    "Finished: {name}": "완성: {name}",
+    "The LoRA after step {step}": "{step}스텝 후의 LoRA",
+    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}"
   },
   "ja": {
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
@@ -195,7 +198,10 @@ const WORDS = {
     "{source} has no modules for {names}.": "{source}には{names}のモジュールがありません。",
     "Saved {name}": "{name}を保存しました",
     "Queued": "キューに入れました",
-    "This job already exists": "このジョブはすでにあります"
+    "This job already exists": "このジョブはすでにあります",
+    "Finished: {name}": "完成：{name}",
+    "The LoRA after step {step}": "ステップ{step}後のLoRA",
+    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}"
   },
   "zh": {
     "LCM-LoRA jobs": "LCM-LoRA 任务",
@@ -293,7 +299,10 @@ const WORDS = {
     "{source} has no modules for {names}.": "{source} 没有 {names} 的模块。",
     "Saved {name}": "已保存 {name}",
     "Queued": "已加入队列",
-    "This job already exists": "该任务已存在"
+    "This job already exists": "该任务已存在",
+    "Finished: {name}": "已完成：{name}",
+    "The LoRA after step {step}": "第 {step} 步之后的 LoRA",
+    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}"
   }
 };
 

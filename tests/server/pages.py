@@ -4,6 +4,9 @@ import os
 
 from lcm_lora.tests.server.browser import READY
 
+# In an async function of a page: queues its graph; whether the server took it. Some front ends
+# answer false for that too.
+QUEUED = "(await app.queuePrompt(0, 1), !Object.keys(app.lastNodeErrors ?? {}).length)"
 TEMPLATES = "/api/workflow_templates/lcm-lora"
 
 

@@ -1,11 +1,12 @@
 """The texts on nodes in the real front end: they stay after a run, fit, and go before an error."""
 
 import json
+import re
 from copy import deepcopy
 
 import pytest
-from lcm_lora.tests.server.pages import new_page, pictured
-from lcm_lora.tests.server.test_templates import WORKFLOWS
+from lcm_lora.tests.server.pages import QUEUED, new_page, opened, pictured
+from lcm_lora.tests.server.test_templates import WORKFLOWS, files_here
 
 WORKFLOW = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
 OPEN = """async ([workflow, vue]) => {
@@ -21,9 +22,9 @@ RUN = """async (settings) => {
         app.api.addEventListener('execution_success', () => resolve('drawn'), { once: true });
         app.api.addEventListener('execution_error', () => resolve('failed'), { once: true });
     });
-    if (!await app.queuePrompt(0, 1)) return 'refused';
+    if (!QUEUED) return 'refused';
     return await ended;
-}"""
+}""".replace("QUEUED", QUEUED)
 TEXTS = """() => Object.fromEntries(app.graph.nodes.map((node) => {
     const widget = node.widgets?.find((widget) => widget.name === 'lcm_lora_text');
     return [node.type, widget ? widget.element.innerText : null];
@@ -109,9 +110,104 @@ def test_they_stay_fit_and_are_saved(page, workflow, vue):
     assert not page.wrong
 
 
-def test_they_are_in_the_language_of_the_page(page, client, workflow):
-    from lcm_lora.tests.server.pages import opened
+# Nodes that speak and are in neither template, each joined to what gives it its input.
+MERGE = """() => {
+    const loader = app.graph.nodes.find((node) => node.type === 'LCMLoRAVectorLoader');
+    const blocks = put('LCMLoRABlocks', { text_encoder: 0.5 }, [1700, 700]);
+    loader.connect(0, blocks, 0);
+    const save = put('LCMLoRASave', { filename: 'texts/blocks', overwrite: true }, [2100, 700]);
+    blocks.connect(0, save, 0);
+    set(app.graph.nodes.find((node) => node.type === 'LCMLoRASave'), { overwrite: true });
+}"""
+DISTIL = """(checkpoint) => {
+    const named = (type) => app.graph.nodes.find((node) => node.type === type);
+    set(named('LCMDistillData'), { 'source.prompts': 'a photo of a bag', 'source.count': 4,
+        'source.draw_steps': 2, resolution: 64 });
+    set(named('LCMDistill'), { checkpoint, name: 'texts/job', steps: 12, batch: 2, rank: 4,
+        guidance: 2.5, sample_every: 12, checkpoint_every: 12, policy: 'share' });
+    const result = put('LCMJobResult', {}, [1500, 900]);
+    named('LCMDistill').connect(0, result, 0);
+    result.connect(1, put('PreviewAny', {}, [2000, 900]), 0);
+    window.live = '';
+    app.api.addEventListener('lcm_lora.text', () => {
+        live += result.widgets.find(({ name }) => name === 'lcm_lora_text').element.innerText;
+    });
+}"""
+HELPERS = """() => {
+    window.set = (node, values) => {
+        for (const [name, value] of Object.entries(values)) {
+            node.widgets.find((widget) => widget.name === name).value = value;
+        }
+    };
+    window.put = (type, values, pos) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = pos;
+        app.graph.add(node);
+        set(node, values);
+        return node;
+    };
+}"""
 
+
+def whole(page, count) -> None:
+    """So many texts are there, each whole, in both renderings."""
+    for vue in (False, True):
+        page.evaluate("(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", vue)
+        page.wait_for_timeout(1000)
+        pictured(page, f"texts-of-{count}-{'vue' if vue else 'canvas'}")
+        shown = page.evaluate(CUT)
+        assert len(shown) == count
+        for visible, low, wide in shown:
+            assert visible and low <= 0 and wide <= 0, "vue" if vue else "canvas"
+
+
+def test_every_node_that_speaks_keeps_its_text(page, client, subject):
+    told = {}
+    for stem, prepare, count in (
+        ("Combine_three_vectors_and_save", MERGE, 7), ("Distil_an_LCM-LoRA", DISTIL, 3),
+    ):  # fmt: skip
+        text = next(path for path in WORKFLOWS if path.stem == stem).read_text(encoding="utf-8")
+        for official, own in files_here(subject).items():
+            text = text.replace(official, own)
+        page.evaluate(OPEN, [json.loads(text), False])
+        page.evaluate(HELPERS)
+        page.evaluate(prepare, subject.checkpoint)
+        # Twice, so that the status of the job is that of its end.
+        for _ in range(2):
+            assert page.evaluate(RUN, {}) == "drawn"
+        page.wait_for_timeout(1500)  # newer front ends remove progress texts now
+        texts = page.evaluate(TEXTS)
+        whole(page, count)
+        if prepare is DISTIL:
+            assert re.search(r"step \d+ of 12", page.evaluate("live"))
+        saved = page.evaluate("app.graph.serialize()")
+        client.post("/settings", {"Comfy.Locale": "ko"})
+        try:
+            opened(page, client)
+            page.evaluate(OPEN, [saved, False])
+            page.wait_for_timeout(500)
+            korean = page.evaluate(TEXTS)
+            whole(page, count)
+        finally:
+            client.post("/settings", {"Comfy.Locale": "en"})
+            opened(page, client)
+        assert korean.keys() == texts.keys()
+        for kind, line in korean.items():
+            assert re.search("[가-힣]", line), f"{kind}: {line}"
+        told |= texts
+    assert told["LCMLoRACombine"].startswith("exact: ")
+    assert re.match(r"lcm: \d+ of \d+ modules applied", told["LCMLoRAApply"])
+    assert "has no modules for text" in told["LCMLoRABlocks"]
+    assert told["LCMLoRASave"].startswith("Saved ")
+    assert told["LCMModelSampling"].startswith("lcm, from ")
+    assert told["LCMKSampler"].startswith("lcm, 4 steps")
+    assert told["LCMDistill"] == "This job already exists"
+    assert re.match(r"done\nstep 12 of 12 · loss \d", told["LCMJobStatus"])
+    assert told["LCMJobResult"] == "Finished: texts/job.safetensors"
+    assert not page.wrong
+
+
+def test_they_are_in_the_language_of_the_page(page, client, workflow):
     client.post("/settings", {"Comfy.Locale": "ko"})
     try:
         opened(page, client)
