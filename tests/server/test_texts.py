@@ -113,11 +113,13 @@ def test_they_stay_fit_and_are_saved(page, workflow, vue):
 # Nodes that speak and are in neither template, each joined to what gives it its input.
 MERGE = """() => {
     const loader = app.graph.nodes.find((node) => node.type === 'LCMLoRAVectorLoader');
-    const blocks = put('LCMLoRABlocks', { text_encoder: 0.5 }, [1700, 700]);
+    const blocks = put('LCMLoRABlocks', { text_encoder: 0.5 }, [1450, 700]);
     loader.connect(0, blocks, 0);
-    const save = put('LCMLoRASave', { filename: 'texts/blocks', overwrite: true }, [2100, 700]);
+    const save = put('LCMLoRASave', { filename: 'texts/blocks', overwrite: true }, [1850, 700]);
     blocks.connect(0, save, 0);
     set(app.graph.nodes.find((node) => node.type === 'LCMLoRASave'), { overwrite: true });
+    const size = app.graph.nodes.find((node) => node.type === 'EmptyLatentImage');
+    set(size, { width: 64, height: 64 });
 }"""
 DISTIL = """(checkpoint) => {
     const named = (type) => app.graph.nodes.find((node) => node.type === type);
@@ -125,9 +127,9 @@ DISTIL = """(checkpoint) => {
         'source.draw_steps': 2, resolution: 64 });
     set(named('LCMDistill'), { checkpoint, name: 'texts/job', steps: 12, batch: 2, rank: 4,
         guidance: 2.5, sample_every: 12, checkpoint_every: 12, policy: 'share' });
-    const result = put('LCMJobResult', {}, [1500, 900]);
+    const result = put('LCMJobResult', {}, [600, 950]);
     named('LCMDistill').connect(0, result, 0);
-    result.connect(1, put('PreviewAny', {}, [2000, 900]), 0);
+    result.connect(1, put('PreviewAny', {}, [1000, 950]), 0);
     window.live = '';
     app.api.addEventListener('lcm_lora.text', () => {
         live += result.widgets.find(({ name }) => name === 'lcm_lora_text').element.innerText;
@@ -148,11 +150,23 @@ HELPERS = """() => {
     };
 }"""
 
+# Texts that are outside of the view, or drawn small, are not on the page.
+UNSCALED = """() => {
+    const { ds } = app.canvas;
+    const corner = (at) => Math.min(...app.graph.nodes.map((node) => node.pos[at]));
+    ds.scale = 1;
+    ds.offset[0] = 100 - corner(0);
+    ds.offset[1] = 120 - corner(1);
+    app.canvas.setDirty(true, true);
+}"""
+
 
 def whole(page, count) -> None:
     """So many texts are there, each whole, in both renderings."""
+    page.set_viewport_size({"width": 2400, "height": 1350})
     for vue in (False, True):
         page.evaluate("(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", vue)
+        page.evaluate(UNSCALED)
         page.wait_for_timeout(1000)
         pictured(page, f"texts-of-{count}-{'vue' if vue else 'canvas'}")
         shown = page.evaluate(CUT)
