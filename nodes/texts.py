@@ -81,7 +81,8 @@ def of_job(job: Job) -> list[Line]:
         parts.append(Line("loss {loss}", {"loss": f"{job.loss:.4f}"}))
     if job.seconds_left is not None:
         parts.append(_time_left(int(job.seconds_left)))
-    if job.message and not job.activity:
+    # Messages are in English, and that of a finished job says nothing new.
+    if job.message and not job.activity and job.state != "done":
         parts.append(Line("{message}", {"message": job.message}))
     numbered = {f"part{number}": part for number, part in enumerate(parts)}
     facts = Line(" · ".join(f"{{{name}}}" for name in numbered), numbered)
