@@ -39,6 +39,10 @@ OVERLAPS = """() => {
         .filter(([, u, v, p, q]) => x < u + p && u < x + w && y < v + q && v < y + h)
         .map(([b]) => `${a} on ${b}`));
 }"""
+# Lines wrap more often in a node that a user makes as narrow as it can be.
+NARROW = """() => {
+    for (const node of app.graph.nodes) node.setSize([node.computeSize()[0], node.size[1]]);
+}"""
 VERDICT = "lcm, 4 steps: 999 759 499 259; cfg 1, negative prompt unused"
 
 
@@ -80,6 +84,11 @@ def test_they_stay_fit_and_are_saved(page, workflow, vue):
     for visible, low, wide in shown:
         assert visible and low <= 0 and wide <= 0
     assert page.evaluate(OVERLAPS) == []  # the template leaves room
+    page.evaluate(NARROW)
+    page.wait_for_timeout(500)
+    pictured(page, f"texts-narrow-{vue}")
+    for visible, low, wide in page.evaluate(CUT):
+        assert visible and low <= 0 and wide <= 0
 
     saved = page.evaluate("app.graph.serialize()")
     after = [node.get("widgets_values") for node in saved["nodes"]]
@@ -161,6 +170,11 @@ UNSCALED = """() => {
 }"""
 
 
+def in_language(page, client, locale) -> None:
+    client.post("/settings", {"Comfy.Locale": locale})
+    opened(page, client)
+
+
 def whole(page, count) -> None:
     """So many texts are there, each whole, in both renderings."""
     page.set_viewport_size({"width": 2400, "height": 1350})
@@ -176,7 +190,7 @@ def whole(page, count) -> None:
 
 
 def test_every_node_that_speaks_keeps_its_text(page, client, subject):
-    told = {}
+    told, saved = {}, []
     for stem, prepare, count in (
         ("Combine_three_vectors_and_save", MERGE, 7), ("Distil_an_LCM-LoRA", DISTIL, 3),
     ):  # fmt: skip
@@ -192,23 +206,21 @@ def test_every_node_that_speaks_keeps_its_text(page, client, subject):
         page.wait_for_timeout(1500)  # newer front ends remove progress texts now
         texts = page.evaluate(TEXTS)
         whole(page, count)
-        if prepare is DISTIL:
-            assert re.search(r"step \d+ of 12", page.evaluate("live"))
-        saved = page.evaluate("app.graph.serialize()")
-        client.post("/settings", {"Comfy.Locale": "ko"})
-        try:
-            opened(page, client)
-            page.evaluate(OPEN, [saved, False])
+        told |= texts
+        saved.append((page.evaluate("app.graph.serialize()"), texts.keys(), count))
+    assert re.search(r"step \d+ of 12", page.evaluate("live"))
+    in_language(page, client, "ko")
+    try:
+        for graph, kinds, count in saved:
+            page.evaluate(OPEN, [graph, False])
             page.wait_for_timeout(500)
             korean = page.evaluate(TEXTS)
             whole(page, count)
-        finally:
-            client.post("/settings", {"Comfy.Locale": "en"})
-            opened(page, client)
-        assert korean.keys() == texts.keys()
-        for kind, line in korean.items():
-            assert re.search("[가-힣]", line), f"{kind}: {line}"
-        told |= texts
+            assert korean.keys() == kinds
+            for kind, line in korean.items():
+                assert re.search("[가-힣]", line), f"{kind}: {line}"
+    finally:
+        in_language(page, client, "en")
     assert told["LCMLoRACombine"].startswith("exact: ")
     assert re.match(r"lcm: \d+ of \d+ modules applied", told["LCMLoRAApply"])
     assert "has no modules for text" in told["LCMLoRABlocks"]
@@ -222,12 +234,11 @@ def test_every_node_that_speaks_keeps_its_text(page, client, subject):
 
 
 def test_they_are_in_the_language_of_the_page(page, client, workflow):
-    client.post("/settings", {"Comfy.Locale": "ko"})
+    in_language(page, client, "ko")
     try:
-        opened(page, client)
         page.evaluate(OPEN, [workflow, False])
         assert page.evaluate(RUN, {"seed": 9}) == "drawn"
         page.wait_for_timeout(500)
         assert page.evaluate(TEXTS)["LCMKSampler"].startswith("lcm, 4스텝: 999 759 499 259; cfg 1")
     finally:
-        client.post("/settings", {"Comfy.Locale": "en"})
+        in_language(page, client, "en")
