@@ -21,6 +21,28 @@ def new_page(browser, client):
     return page
 
 
+def files_here(subject) -> dict[str, str]:
+    """The files that are here, by the names in the shipped workflows."""
+    return {
+        "v1-5-pruned-emaonly-fp16.safetensors": subject.checkpoint,
+        "lcm-lora-sdv1-5.safetensors": subject.lcm_lora,
+        "papercut_sd15.safetensors": subject.style_lora,
+        "add_detail.safetensors": subject.style_lora,
+    }
+
+
+def open_template(page, subject, stem) -> None:
+    """Opens a shipped workflow as one who has its files."""
+    page.evaluate(
+        """async ([address, files, name]) => {
+            let text = await (await fetch(address)).text();
+            for (const [official, own] of files) text = text.replaceAll(official, own);
+            await app.loadGraphData(JSON.parse(text), true, true, name);
+        }""",
+        [f"{TEMPLATES}/{stem}.json", list(files_here(subject).items()), stem],
+    )
+
+
 def foreign(page, client, address: str) -> None:
     if not address.startswith((client.url, "data:", "blob:", client.url.replace("http", "ws"))):
         page.foreign.append(address)

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from lcm_lora.tests.server.pages import QUEUED, TEMPLATES, new_page, opened, pictured
+from lcm_lora.tests.server.pages import QUEUED, TEMPLATES, new_page, open_template, opened, pictured
 
 LIGHTNESS = """() => {
     const panel = document.querySelector('.lcm-panel');
@@ -27,10 +27,9 @@ def show_tab(page) -> None:
 
 def distil(page, subject, name, steps) -> None:
     """Opens the shipped workflow, fits it to the toy, and queues it."""
+    open_template(page, subject, "Distil_an_LCM-LoRA")
     page.evaluate(
-        """async ([templates, checkpoint, name, steps]) => {
-            const answer = await fetch(`${templates}/Distil_an_LCM-LoRA.json`);
-            await app.loadGraphData(await answer.json(), true, true, 'distil');
+        """([checkpoint, name, steps]) => {
             const set = (type, values) => {
                 const node = app.graph.nodes.find((node) => node.type === type);
                 for (const [key, value] of Object.entries(values)) {
@@ -42,7 +41,7 @@ def distil(page, subject, name, steps) -> None:
             set('LCMDistill', {checkpoint, name, steps, batch: 2, rank: 4, guidance: 2.5, lr: 0.001,
                 sample_every: Math.max(1, steps / 3 | 0), checkpoint_every: 10, policy: 'share'});
         }""",
-        [TEMPLATES, subject.checkpoint, name, steps],
+        [subject.checkpoint, name, steps],
     )
     assert page.evaluate(f"async () => {QUEUED}")
 
@@ -79,12 +78,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
     )
     pictured(page, "done")
 
-    page.evaluate(
-        f"""async () => {{
-            const answer = await fetch('{TEMPLATES}/LCM-LoRA_text_to_image.json');
-            await app.loadGraphData(await answer.json(), true, true, 'draw');
-        }}"""
-    )
+    open_template(page, subject, "LCM-LoRA_text_to_image")
     row.get_by_role("button", name="use in graph").click()
     page.wait_for_function(
         "app.graph.nodes.filter((node) => node.type === 'LCMLoRALoader').length === 2"

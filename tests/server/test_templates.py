@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from lcm_lora.dev.workflow import to_api
-from lcm_lora.tests.server.pages import new_page, pictured
+from lcm_lora.tests.server.pages import files_here, new_page, pictured
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 OPENED = """async ([workflow, name, vue]) => {
@@ -23,16 +23,6 @@ def page(browser, client):
     made = new_page(browser, client)
     yield made
     made.context.close()
-
-
-def files_here(subject) -> dict[str, str]:
-    """The files that are here, by the names in the workflows."""
-    return {
-        "v1-5-pruned-emaonly-fp16.safetensors": subject.checkpoint,
-        "lcm-lora-sdv1-5.safetensors": subject.lcm_lora,
-        "papercut_sd15.safetensors": subject.style_lora,
-        "add_detail.safetensors": subject.style_lora,
-    }
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])

@@ -5,8 +5,8 @@ import re
 from copy import deepcopy
 
 import pytest
-from lcm_lora.tests.server.pages import QUEUED, new_page, opened, pictured
-from lcm_lora.tests.server.test_templates import WORKFLOWS, files_here
+from lcm_lora.tests.server.pages import QUEUED, files_here, new_page, opened, pictured
+from lcm_lora.tests.server.test_templates import WORKFLOWS
 
 WORKFLOW = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
 OPEN = """async ([workflow, vue]) => {
