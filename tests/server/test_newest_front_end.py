@@ -13,13 +13,14 @@ from lcm_lora.tests.server.pages import new_page
 def client(server, host_folder, tmp_path_factory):
     """Of a server with the newest front end, in place of the usual one."""
     from lcm_lora.dev.server import Server
-    from lcm_lora.dev.toy import assemble
+    from lcm_lora.dev.toy import assemble, stand_ins
 
     if os.environ.get(environment.PAGES) or environment.PRIMARY not in host_folder.parent.name:
         pytest.skip("this run is about another host or front end")
     pages = environment.front_end(environment.NEWEST_FRONT_END)
     running = Server(host_folder, tmp_path_factory.mktemp("newest"), pages=pages)
     assemble.install(running.base)
+    stand_ins.lay_out(running.base)
     with running:
         yield running.client()
 
@@ -46,9 +47,8 @@ def test_every_template_opens(page, subject, path):
 workflow = test_texts.workflow
 
 
-@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
-def test_texts_stay_fit_and_are_saved(page, workflow, vue):
-    test_texts.test_they_stay_fit_and_are_saved(page, workflow, vue)
+def test_texts_stay_fit_and_are_saved(page, workflow):
+    test_texts.test_they_stay_fit_and_are_saved(page, workflow, vue=True)
 
 
 def test_the_tab_fits_in_both_themes_and_on_a_phone(page):
