@@ -140,8 +140,8 @@ class LCMLoRACombine(io.ComfyNode):
         vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
         weights = [count[f"weight_{number}"] for number in numbers]
         combined, report = combine(vectors, weights, settings, device(), watched)
-        rank = combined.ranks().replace(" to ", "–")
-        made = {"method": method, "count": len(combined.modules()), "rank": rank}
+        ranks = combined.ranks().replace(" to ", "–")
+        made = {"method": method, "count": len(combined.modules()), "rank": ranks}
         line = Line("{method}: {count} modules, rank {rank}", made)
         return io.NodeOutput(to_wire(combined), report, ui=said(line))
 

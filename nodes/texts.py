@@ -95,8 +95,8 @@ def _doing(job: Job) -> Line:
     if not job.activity or not total:
         return activity
     if job.activity == "waiting for memory":
-        values = {"free": f"{done / 1000:.1f}", "needed": f"{total / 1000:.1f}"}
-        return Line("waiting for memory: {free} of {needed} GB are free", values)
+        memory = {"free": f"{done / 1000:.1f}", "needed": f"{total / 1000:.1f}"}
+        return Line("waiting for memory: {free} of {needed} GB are free", memory)
     values = {"activity": activity, "done": done, "total": total}
     return Line("{activity} {done} of {total}", values)
 
