@@ -3,7 +3,8 @@
     demo | test | serve | bench | gpu | toy | pictures | faults
 
 This file and environment.py need the standard library only: they make the environment that the
-rest runs in. Options for every command: --host VERSION (0.30.0, 0.24.1 or 0.16.3).
+rest runs in. Options for every command: --host VERSION (0.30.0, 0.24.1 or 0.16.3), --front-end
+VERSION (of comfyui-frontend-package; else the one that the host's own requirements name).
 COMFYUI_PATH names a ComfyUI of your own to use instead; LCM_LORA_CACHE moves the cache folder.
 """
 
@@ -57,12 +58,13 @@ def main(arguments):
     from lcm_lora.dev import environment
 
     try:
-        version, arguments = environment.chosen_host(arguments)
-        python, host = environment.prepare(version)
+        version, front_end, arguments = environment.chosen(arguments)
+        python, host, pages = environment.prepare(version, front_end)
     except (environment.SetupError, OSError) as error:
         print("\nThe set-up failed. %s" % error, file=sys.stderr)
         return 1
     inside = dict(os.environ, **{INSIDE: str(host), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
+    inside[environment.PAGES] = str(pages or "")
     # A proxy for the outside must not be asked for the server on this machine.
     inside["no_proxy"] = ",".join(filter(None, ["127.0.0.1", os.environ.get("no_proxy")]))
     child = subprocess.Popen([str(python), HERE, *arguments], env=inside)

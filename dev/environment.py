@@ -32,6 +32,10 @@ HOSTS = {
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
 PRIMARY = "0.30.0"
+# Users update the front end apart from ComfyUI. The newest host is tested with this one too.
+FRONT_END = "comfyui-frontend-package"
+NEWEST_FRONT_END = "1.58.1"
+PAGES = "LCM_LORA_DEV_FRONT_END"  # set inside the environment: the folder of pages, "" for its own
 # Known to work together; a platform that has them not gets what its pip finds.
 PINNED = ("torch==2.14.1", "torchvision==0.29.1"), "torchaudio==2.11.0"
 
@@ -40,19 +44,33 @@ class SetupError(Exception):
     """Something a person has to do first; the message says what."""
 
 
-def chosen_host(arguments: list[str]) -> tuple[str, list[str]]:
-    """(--host VERSION or the primary one, the other arguments)."""
-    rest = list(arguments)
-    version = PRIMARY
+def chosen(arguments: list[str]) -> tuple[str, str, list[str]]:
+    """(--host VERSION or the primary one, --front-end VERSION or "", the other arguments).
+
+    Raises SetupError for a host that is unknown, or for what cannot be a version.
+    """
+    host, rest = _option("--host", arguments)
+    front_end, rest = _option("--front-end", rest)
+    if host is None:
+        host = PRIMARY
+    if host not in HOSTS:
+        raise SetupError(f"--host takes one of {', '.join(HOSTS)}; found {host or 'nothing'}.")
+    if front_end is not None and not re.fullmatch(r"\d+(\.\d+)+", front_end):
+        raise SetupError(
+            f"--front-end takes a version of {FRONT_END}, such as {NEWEST_FRONT_END}; found "
+            f"{front_end or 'nothing'}."
+        )
+    return host, front_end or "", rest
+
+
+def _option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(the option's value, "" if it has none, or None without the option; the other arguments)."""
     for index, word in enumerate(arguments):
-        if word == "--host" or word.startswith("--host="):
-            value = word.partition("=")[2] or (arguments[index + 1 : index + 2] or [""])[0]
-            del rest[index : index + (1 if "=" in word else 2)]
-            version = value
-            break
-    if version not in HOSTS:
-        raise SetupError(f"--host takes one of {', '.join(HOSTS)}; found {version or 'nothing'}.")
-    return version, rest
+        if word == name or word.startswith(f"{name}="):
+            after = index + (1 if "=" in word else 2)
+            value = word.partition("=")[2] or "".join(arguments[index + 1 : after])
+            return value, arguments[:index] + arguments[after:]
+    return None, arguments
 
 
 def cache() -> Path:
@@ -68,9 +86,11 @@ def cache() -> Path:
     return base / "comfyui-lcm-lora"
 
 
-def prepare(version: str) -> tuple[Path, Path]:
-    """(Python of the environment, folder of ComfyUI), made if they are not there.
+def prepare(version: str, front_end: str = "") -> tuple[Path, Path, Path | None]:
+    """(Python of the environment, folder of ComfyUI, folder of its front end's pages), made if they
+    are not there. The last is None where the environment itself has the front end.
 
+    front_end: its version, "" for the one that the host's requirements name.
     Raises SetupError when something is missing that a person must see to.
     """
     cache().mkdir(parents=True, exist_ok=True)
@@ -80,12 +100,25 @@ def prepare(version: str) -> tuple[Path, Path]:
             host = Path(own).expanduser().absolute()
             if not (host / "main.py").is_file():
                 raise SetupError(f"COMFYUI_PATH names {host}, which holds no main.py of ComfyUI.")
-            requirements = host / "requirements.txt"
+            shared = host
         else:
             host = _host(version)
             # One environment serves every version: that of the newest.
-            requirements = _host(PRIMARY) / "requirements.txt"
-        return _environment(requirements.read_text(encoding="utf-8")), host
+            shared = _host(PRIMARY)
+        requirements = (shared / "requirements.txt").read_text(encoding="utf-8")
+        python = _environment(requirements)
+        there = _front_end_of(requirements)
+        wanted = front_end or _front_end_of((host / "requirements.txt").read_text(encoding="utf-8"))
+        return python, host, _front_end(wanted) if wanted != there else None
+
+
+def front_end(version: str) -> Path:
+    """The folder of the pages of this version of the front end, for ComfyUI's --front-end-root.
+
+    Made if it is not there. Raises SetupError as `prepare` does.
+    """
+    with _lock(cache() / "lock"):
+        return _front_end(version)
 
 
 def tool(*packages: str) -> Path:
@@ -138,6 +171,34 @@ def _host(version: str) -> Path:
         os.replace(Path(scratch) / "unpacked", folder)
     (folder / "complete").touch()
     return folder / "ComfyUI"
+
+
+def _front_end_of(requirements: str) -> str:
+    """The version of the front end in a host's requirements; "" if they name none."""
+    named = re.search(rf"^{FRONT_END}==([\d.]+)\s*$", requirements, re.MULTILINE)
+    return named[1] if named else ""
+
+
+def _front_end(version: str) -> Path:
+    """As `front_end`, for one who holds the lock."""
+    folder = cache() / "front-ends" / version
+    static = folder / "comfyui_frontend_package" / "static"
+    if (folder / "complete").exists():
+        return static
+    _wipe(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        unpacked = Path(scratch) / "unpacked"
+        _step(
+            f"Fetching the front end {version}",
+            [*_pip(Path(scratch)), "install", "--no-deps", "--only-binary=:all:",
+             "--ignore-requires-python", "--disable-pip-version-check", "--no-compile",
+             "--target", str(unpacked), f"{FRONT_END}=={version}"],
+            f"Check that {FRONT_END} has a version {version}, and the network.",
+        )  # fmt: skip
+        os.replace(unpacked, folder)
+    (folder / "complete").touch()
+    return static
 
 
 def _environment(requirements: str) -> Path:

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 from .client import Client
-from .environment import ROOT
+from .environment import PAGES, ROOT
 from .in_process import FOLDERS, device_flags
 
 FOLDER = "lcm-lora"  # the pack's name in custom_nodes
@@ -26,16 +26,18 @@ class Server:
     """`base` is the server's own folder (models, outputs, log), kept from run to run.
 
     installed: the host has a copy of the pack, and all else that a server needs, in its own folder.
-    python: of the environment that it runs in.
+    python: of the environment that it runs in. pages: the folder of the front end, None for the
+    one that the command was started with.
     Raises RuntimeError with the end of the log when the server does not come up.
     """
 
     def __init__(
         self, host: Path, local: Path, port: int = 0,
-        *, installed: bool = False, python: Path = Path(sys.executable),
+        *, installed: bool = False, python: Path = Path(sys.executable), pages: Path | None = None,
     ) -> None:  # fmt: skip
         self.host, self.installed, self.python = host, installed, python
         self.base = host if installed else local / f"server-{host.parent.name}"
+        self.pages = str(pages or ("" if installed else os.environ.get(PAGES, "")))
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = self.base / "server.log"
@@ -50,6 +52,7 @@ class Server:
             str(self.python), str(self.host / "main.py"), "--listen", "127.0.0.1",
             "--port", str(self.port), "--base-directory", str(self.base),
             "--disable-auto-launch", *device_flags(), *self._known_flags(),
+            *(["--front-end-root", self.pages] if self.pages else []),
         ]  # fmt: skip
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(

@@ -9,7 +9,9 @@ from comfy_api.v0_0_2 import io
 from ..lora.elementwise.table import RULES
 from ..lora.formats.wire import from_wire, to_wire
 from ..lora.methods import METHODS, Settings, combine
+from ..samplers.report import Line
 from .host import device, watched, weight_input
+from .texts import said
 
 MAX_VECTORS = 8
 
@@ -138,7 +140,10 @@ class LCMLoRACombine(io.ComfyNode):
         vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
         weights = [count[f"weight_{number}"] for number in numbers]
         combined, report = combine(vectors, weights, settings, device(), watched)
-        return io.NodeOutput(to_wire(combined), report)
+        ranks = combined.ranks().replace(" to ", "–")
+        made = {"method": method, "count": len(combined.modules()), "rank": ranks}
+        line = Line("{method}: {count} modules, rank {rank}", made)
+        return io.NodeOutput(to_wire(combined), report, ui=said(line))
 
 
 def _row(number: int) -> list[io.Input]:

@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.utils import get_executing_context
 
 from ..lora.formats.filenames import inside, offered
+from ..samplers.report import Line
 
 
 def lora_names() -> list[str]:
@@ -56,11 +57,14 @@ def weight_input(name: str, tooltip: str, default: float = 1.0) -> io.Float.Inpu
     return io.Float.Input(name, default=default, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
 
 
-def show(text: str) -> None:
-    """Shows a line of text on the node that is running. Does nothing outside a prompt."""
+def show(lines: Sequence[Line]) -> None:
+    """Shows lines on the running node until it says more. Does nothing outside a prompt."""
     if (context := get_executing_context()) is None:
         return
     # Imported here, because it loads the web application, which only a server has.
     from server import PromptServer
 
-    PromptServer.instance.send_progress_text(text, context.node_id)
+    server = PromptServer.instance
+    # Not `send_progress_text`: pages show it in English only, and newer ones remove it.
+    said = {"node": context.node_id, "lines": [list(line) for line in lines]}
+    server.send_sync("lcm_lora.text", said, server.client_id)

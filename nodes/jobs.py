@@ -15,7 +15,7 @@ from ..training.jobs import host, metrics
 from .chart import chart
 from .distill import CATEGORY, LCMJob
 from .host import show
-from .texts import said
+from .texts import of_job, said
 
 
 def _job_input() -> io.Input:
@@ -57,10 +57,8 @@ class LCMJobStatus(io.ComfyNode):
         pictures = sorted((path / "samples").glob("step-*.png"))
         sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
         text = described.progress()
-        lines = said(Line("{text}", {"text": text}))
-        return io.NodeOutput(
-            text, _image(plot), _image(sheet), ui=ui.PreviewText(text).as_dict() | lines
-        )
+        shown = ui.PreviewText(text).as_dict() | said(*of_job(described))
+        return io.NodeOutput(text, _image(plot), _image(sheet), ui=shown)
 
 
 class LCMJobResult(io.ComfyNode):
@@ -103,8 +101,12 @@ class LCMJobResult(io.ComfyNode):
 
     @classmethod
     def execute(cls, job: str, wait: bool) -> io.NodeOutput:
-        vector, name = host.result(job, wait, show)
-        return io.NodeOutput(to_wire(vector), name)
+        vector, name, step = host.result(job, wait, lambda now: show(of_job(now)))
+        if name:
+            line = Line("Finished: {name}", {"name": name})
+        else:
+            line = Line("The LoRA after step {step}", {"step": step})
+        return io.NodeOutput(to_wire(vector), name, ui=said(line))
 
 
 def _image(picture: Image.Image) -> torch.Tensor:

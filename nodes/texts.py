@@ -12,6 +12,7 @@ from ..lora.family import MadeFor, family_named
 from ..lora.host import Coverage
 from ..samplers import host
 from ..samplers.report import Acceleration, Line
+from ..training.jobs.job import Job
 
 TEXT = "lcm_lora_text"  # in the output of a node; web/texts.mjs reads it
 
@@ -87,6 +88,46 @@ def of_run(model: ModelPatcher, run: host.Run) -> list[Line]:
     """What is wrong with a run of LCM KSampler, and what it did."""
     file = host.file_of(model)
     return host.report(model, run, fast=file is not None and bool(family_named({}, file.name)[0]))
+
+
+def of_job(job: Job) -> list[Line]:
+    """How far a job is: what it does now, and below it step, loss and time left."""
+    parts = []
+    if job.step:
+        values = {"step": job.step, "steps": job.steps}
+        parts.append(Line("step {step} of {steps}", values))
+    if job.loss is not None:
+        parts.append(Line("loss {loss}", {"loss": f"{job.loss:.4f}"}))
+    if job.seconds_left is not None:
+        parts.append(_time_left(int(job.seconds_left)))
+    # Messages are in English, and that of a finished job says nothing new.
+    if job.message and not job.activity and job.state != "done":
+        parts.append(Line("{message}", {"message": job.message}))
+    numbered = {f"part{number}": part for number, part in enumerate(parts)}
+    facts = Line(" · ".join(f"{{{name}}}" for name in numbered), numbered)
+    return [_doing(job), *([facts] if parts else [])]
+
+
+def _doing(job: Job) -> Line:
+    activity = Line(job.activity or job.state, warning=job.state in ("failed", "lost"))
+    done, total = job.activity_done, job.activity_total
+    if not job.activity or not total:
+        return activity
+    if job.activity == "waiting for memory":
+        memory = {"free": f"{done / 1000:.1f}", "needed": f"{total / 1000:.1f}"}
+        return Line("waiting for memory: {free} of {needed} GB are free", memory)
+    values = {"activity": activity, "done": done, "total": total}
+    return Line("{activity} {done} of {total}", values)
+
+
+def _time_left(seconds: int) -> Line:
+    minutes, seconds_of_minute = divmod(seconds, 60)
+    hours, minutes_of_hour = divmod(minutes, 60)
+    if hours:
+        return Line("{hours} h {minutes} min left", {"hours": hours, "minutes": minutes_of_hour})
+    if minutes:
+        return Line("{minutes} min left", {"minutes": minutes})
+    return Line("{seconds} s left", {"seconds": seconds_of_minute})
 
 
 def acceleration(source: str, made: MadeFor | None, strength: float) -> Acceleration | None:

@@ -108,6 +108,7 @@ app.registerExtension({
       id: TAB,
       icon: "pi pi-bolt",
       iconBadge: null,
+      label: "LCM-LoRA", // short, or older front ends cut it
       title: say("LCM-LoRA jobs"),
       tooltip: say("LCM-LoRA jobs"),
       type: "custom",

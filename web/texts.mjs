@@ -6,13 +6,12 @@ import { api } from "../../scripts/api.js";
 import { say } from "./words.mjs";
 
 const KEY = "lcm_lora_text"; // in a node's output, as nodes/texts.py writes it, and in its properties
+const EVENT = "lcm_lora.text"; // nodes/host.py sends it while a node runs
 const MARGIN = 6; // around the text, in pixels of the graph
 // On the element itself, for a style sheet in the page's head would be there for all packs.
 const LOOK = "box-sizing: border-box; padding: 4px 8px; border-radius: 4px; overflow: hidden; "
   + "background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); "
   + "font: 12px/16px system-ui, sans-serif; overflow-wrap: anywhere; user-select: text; cursor: text;";
-const WATCH = 250; // milliseconds between looks for an error of a node that was queued
-const LOOKS = 20;
 
 let ruler = null;
 
@@ -47,7 +46,7 @@ function widgetOf(node, make) {
     serialize: false, margin: MARGIN, getMinHeight: () => heightIn(element, node.size[0]),
   });
   widget.serialize = false; // widgets_values stay as they are without it
-  widget.beforeQueued = () => watch(node);
+  clearOnRefusal(node);
   return widget;
 }
 
@@ -80,22 +79,36 @@ function nodeAt(id) {
   return node;
 }
 
-/** Takes the old text away if the server refuses the node's inputs. No event tells that. */
-function watch(node, looks = LOOKS) {
-  if (node.has_errors) tell(node, []);
-  else if (looks) setTimeout(() => watch(node, looks - 1), WATCH);
+/** Takes the old text away when the server refuses the node's inputs. Not all front ends have an
+ * event for that, but all set this property. */
+function clearOnRefusal(node) {
+  let value = node.has_errors;
+  Object.defineProperty(node, "has_errors", {
+    configurable: true, enumerable: true,
+    get: () => value,
+    set(now) {
+      value = now;
+      if (now) tell(node, []);
+    },
+  });
 }
 
 /** Before a node runs, its old text goes: it does not stay under an error. */
-function clear({ detail }) {
-  const id = detail?.node ?? detail;
+function clear(id) {
   const node = id === null || id === undefined ? null : nodeAt(id);
   if (node?.properties?.[KEY]) tell(node, []);
 }
 
-/** Lets the nodes of this pack show what they say. */
+/** Lets the nodes of this pack show what they say, also while they run. */
 export function listenToNodes() {
-  api.addEventListener("executing", clear);
+  api.addEventListener("executing", ({ detail }) => clear(detail?.node ?? detail));
+  for (const end of ["execution_error", "execution_interrupted"]) {
+    api.addEventListener(end, ({ detail }) => clear(detail?.node_id));
+  }
+  api.addEventListener(EVENT, ({ detail: { node: id, lines } }) => {
+    const node = nodeAt(id);
+    if (node) tell(node, lines);
+  });
 }
 
 /** Gives a kind of node its text, from a run and from a saved workflow. */

@@ -129,7 +129,10 @@ const WORDS = {
     "licence": "라이선스",
     "date": "날짜",
     "description": "설명",
-    "usage hint": "사용 안내"
+    "usage hint": "사용 안내",
+    "Finished: {name}": "완성: {name}",
+    "The LoRA after step {step}": "{step}스텝 후의 LoRA",
+    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}"
   },
   "ja": {
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
@@ -259,7 +262,10 @@ const WORDS = {
     "licence": "ライセンス",
     "date": "日付",
     "description": "説明",
-    "usage hint": "使い方"
+    "usage hint": "使い方",
+    "Finished: {name}": "完成：{name}",
+    "The LoRA after step {step}": "ステップ{step}後のLoRA",
+    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}"
   },
   "zh": {
     "LCM-LoRA jobs": "LCM-LoRA 任务",
@@ -389,7 +395,10 @@ const WORDS = {
     "licence": "许可证",
     "date": "日期",
     "description": "说明",
-    "usage hint": "使用提示"
+    "usage hint": "使用提示",
+    "Finished: {name}": "已完成：{name}",
+    "The LoRA after step {step}": "第 {step} 步之后的 LoRA",
+    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}"
   }
 };
 

@@ -208,7 +208,6 @@ def test_sdxl_has_the_embedder_of_sizes(comfy):
     ("file", "owner", "function", "first"),
     [
         ("server.py", "PromptServer", "send_sync", ["self", "event", "data"]),
-        ("server.py", "PromptServer", "send_progress_text", ["self", "text", "node_id"]),
         ("execution.py", "PromptQueue", "set_flag", ["self", "name", "data"]),
         ("execution.py", "PromptQueue", "get_tasks_remaining", ["self"]),
     ],

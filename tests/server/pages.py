@@ -4,6 +4,9 @@ import os
 
 from lcm_lora.tests.server.browser import READY
 
+# In an async function of a page: queues its graph; whether the server took it. Some front ends
+# answer false for that too.
+QUEUED = "(await app.queuePrompt(0, 1), !Object.keys(app.lastNodeErrors ?? {}).length)"
 TEMPLATES = "/api/workflow_templates/lcm-lora"
 
 
@@ -16,6 +19,28 @@ def new_page(browser, client):
     page.on("request", lambda request: foreign(page, client, request.url))
     opened(page, client)
     return page
+
+
+def files_here(subject) -> dict[str, str]:
+    """The files that are here, by the names in the shipped workflows."""
+    return {
+        "v1-5-pruned-emaonly-fp16.safetensors": subject.checkpoint,
+        "lcm-lora-sdv1-5.safetensors": subject.lcm_lora,
+        "papercut_sd15.safetensors": subject.style_lora,
+        "add_detail.safetensors": subject.style_lora,
+    }
+
+
+def open_template(page, subject, stem) -> None:
+    """Opens a shipped workflow as one who has its files."""
+    page.evaluate(
+        """async ([address, files, name]) => {
+            let text = await (await fetch(address)).text();
+            for (const [official, own] of files) text = text.replaceAll(official, own);
+            await app.loadGraphData(JSON.parse(text), true, true, name);
+        }""",
+        [f"{TEMPLATES}/{stem}.json", list(files_here(subject).items()), stem],
+    )
 
 
 def foreign(page, client, address: str) -> None:

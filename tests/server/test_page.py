@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from lcm_lora.tests.server.pages import TEMPLATES, new_page, opened, pictured
+from lcm_lora.tests.server.pages import QUEUED, TEMPLATES, new_page, open_template, opened, pictured
 
 LIGHTNESS = """() => {
     const panel = document.querySelector('.lcm-panel');
@@ -27,10 +27,9 @@ def show_tab(page) -> None:
 
 def distil(page, subject, name, steps) -> None:
     """Opens the shipped workflow, fits it to the toy, and queues it."""
+    open_template(page, subject, "Distil_an_LCM-LoRA")
     page.evaluate(
-        """async ([templates, checkpoint, name, steps]) => {
-            const answer = await fetch(`${templates}/Distil_an_LCM-LoRA.json`);
-            await app.loadGraphData(await answer.json(), true, true, 'distil');
+        """([checkpoint, name, steps]) => {
             const set = (type, values) => {
                 const node = app.graph.nodes.find((node) => node.type === type);
                 for (const [key, value] of Object.entries(values)) {
@@ -42,9 +41,9 @@ def distil(page, subject, name, steps) -> None:
             set('LCMDistill', {checkpoint, name, steps, batch: 2, rank: 4, guidance: 2.5, lr: 0.001,
                 sample_every: Math.max(1, steps / 3 | 0), checkpoint_every: 10, policy: 'share'});
         }""",
-        [TEMPLATES, subject.checkpoint, name, steps],
+        [subject.checkpoint, name, steps],
     )
-    assert page.evaluate("app.queuePrompt(0, 1)")
+    assert page.evaluate(f"async () => {QUEUED}")
 
 
 def job(page, name):
@@ -79,12 +78,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
     )
     pictured(page, "done")
 
-    page.evaluate(
-        f"""async () => {{
-            const answer = await fetch('{TEMPLATES}/LCM-LoRA_text_to_image.json');
-            await app.loadGraphData(await answer.json(), true, true, 'draw');
-        }}"""
-    )
+    open_template(page, subject, "LCM-LoRA_text_to_image")
     row.get_by_role("button", name="use in graph").click()
     page.wait_for_function(
         "app.graph.nodes.filter((node) => node.type === 'LCMLoRALoader').length === 2"
@@ -106,9 +100,9 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
                 app.api.addEventListener('execution_success', () => resolve('drawn'));
                 app.api.addEventListener('execution_error', () => resolve('failed'));
             });
-            if (!await app.queuePrompt(0, 1)) return JSON.stringify(app.lastNodeErrors);
+            if (!QUEUED) return JSON.stringify(app.lastNodeErrors);
             return [made.widgets[0].value, await ended].join(' ');
-        }""",
+        }""".replace("QUEUED", QUEUED),
         subject.checkpoint,
     )
     assert drawn == "page/first.safetensors drawn"
@@ -230,14 +224,13 @@ def test_it_fits_in_both_themes_and_on_a_phone(page):
 
 
 def test_a_nodes_help_is_one_click_away(page):
-    page.evaluate(
-        f"""async () => {{
-            const answer = await fetch('{TEMPLATES}/LCM-LoRA_text_to_image.json');
-            await app.loadGraphData(await answer.json(), true, true, 'help');
-            const sampler = app.graph.nodes.find((node) => node.type === 'LCMKSampler');
-            app.canvas.selectNode(sampler);
-        }}"""
-    )
+    page.evaluate("""() => {
+        app.graph.clear();
+        const sampler = LiteGraph.createNode('LCMKSampler');
+        sampler.pos = [500, 300];
+        app.graph.add(sampler);
+        app.canvas.selectNode(sampler);
+    }""")
     page.get_by_test_id("info-button").click()
     page.get_by_role("heading", name="What goes wrong").wait_for()  # of web/docs/LCMKSampler.md
     pictured(page, "help")

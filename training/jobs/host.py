@@ -120,33 +120,32 @@ def work() -> None:
     supervisor.ensure(store().folder)
 
 
-def result(identifier: str, wait: bool, show: Callable[[str], None]) -> tuple[Vector, str]:
-    """(the LoRA of a job, its name in ComfyUI's list). For a job that is not done: the LoRA of its
-    newest checkpoint, and "".
+def result(identifier: str, wait: bool, show: Callable[[Job], None]) -> tuple[Vector, str, int]:
+    """(the LoRA of a job, its name in ComfyUI's list, its step). For a job that is not done: the
+    LoRA of its newest checkpoint, "", and that step.
 
     Raises NoJob for an unknown job, and ValueError if there is no LoRA yet, or if the job that is
     waited for fails or is paused.
 
     Args:
-        wait: first wait until the job is done. show: is called with lines about the progress.
+        wait: first wait until the job is done. show: is called with the job while it goes on.
     """
     job = store().job(identifier)
     if wait and job.state != "done":
         job = _done(job, show)
     if job.lora_name is not None:
         file = Path(folder_paths.get_full_path_or_raise("loras", job.lora_name))
-        return read(file), job.lora_name
+        return read(file), job.lora_name, job.step
     newest = checkpoints.newest(store().checkpoints(identifier))
     if newest is None:
         raise ValueError(f"The job {job.name!r} has no checkpoint yet: {job.progress()}.")
     spec = read_spec(store().path(identifier) / "spec.json")
     source = f"{job.name}, step {newest.step}"
     made = vector(newest.adapter, spec.lora_alpha, {FAMILY: spec.objective}, source)
-    show(f"The LoRA after step {newest.step}")
-    return with_styles(made, [_style(lora) for lora in spec.loras]), ""
+    return with_styles(made, [_style(lora) for lora in spec.loras]), "", newest.step
 
 
-def _done(job: Job, show: Callable[[str], None]) -> Job:
+def _done(job: Job, show: Callable[[Job], None]) -> Job:
     """Waits until the job is done. Raises ValueError if it fails or is paused by a user."""
     if not job.on_cluster and job.policy != "share":
         # The server unloads models between prompts only, and this prompt lasts as long as the job.
@@ -160,7 +159,7 @@ def _done(job: Job, show: Callable[[str], None]) -> Job:
             if job.state == "failed" or (job.state == "paused" and not job.aside):
                 raise ValueError(f"The job {job.name!r} is {job.progress()}.")
             bar.update_absolute(job.step, max(1, job.steps))
-            show(job.progress())
+            show(job)
             time.sleep(LOOK)
             job = store().job(job.id)
     finally:
