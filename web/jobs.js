@@ -106,7 +106,7 @@ app.registerExtension({
       render(element) {
         panel?.close();
         listen();
-        panel = new Panel(element, { call, refresh, toast, useInGraph, fileURL: (path) => api.apiURL(path) });
+        panel = new Panel(element, { call, refresh, toast, useInGraph, fileURL: (path) => api.apiURL(path), jobs: () => state.jobs });
         panel.update(state);
         refresh();
       },

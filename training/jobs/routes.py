@@ -22,6 +22,7 @@ from server import PromptServer
 
 from .. import disk
 from ..schema import build, schema
+from ..state.sheets import prompts
 from . import host
 from .beside import Beside
 from .job import Job, NoJob
@@ -179,14 +180,15 @@ def jobs(request: web.Request) -> dict[str, Any]:
 def job(request: web.Request) -> dict[str, Any]:
     described, path = host.store().job(request.match_info["id"]), _path(request)
     result = Result.read(path) or Result()
+    drawn = sorted((path / "samples").glob("step-????????.png"))
     made = {"lora_name": described.lora_name, "sha256": result.sha256, "made": result.made}
     return described.public() | {
         "settings": _settings(disk.read_object(path / "spec.json")),
         "attempts": (Attempt.read(path) or Attempt()).crashes,
         "samples": [
-            {"step": int(file.stem.removeprefix("step-")), "name": file.name}
-            for file in sorted((path / "samples").glob("step-????????.png"))
+            {"step": int(file.stem.removeprefix("step-")), "name": file.name} for file in drawn
         ],
+        "prompts": prompts(drawn[-1]) if drawn else [],
         "result": made if described.state == "done" else None,
     }
 
