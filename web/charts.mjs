@@ -1,7 +1,7 @@
 // The charts of a job: its loss and its distance to the teacher, smoothed, beside another job's, and
 // as a file.
 import { Chart } from "./chart.mjs";
-import { h } from "./elements.mjs";
+import { called, h } from "./elements.mjs";
 import { number, say } from "./words.mjs";
 
 const PART = 5000; // steps a request; the server gives at most so many rows, and a step has one
@@ -54,11 +54,11 @@ export class Charts {
   offer() {
     const others = this.server.jobs().filter(({ id, step }) => step && id !== this.job.id);
     if (!others.some(({ id }) => id === this.other)) this.other = null;
-    const names = others.map(({ id, name }) => `${id} ${name}`).join("\n");
+    const names = others.map((other) => `${other.id} ${called(other)}`).join("\n");
     if (names === this.offered) return;
     this.offered = names;
     this.select.replaceChildren(h("option", { value: "" }, say("no other job")),
-      ...others.map(({ id, name }) => h("option", { value: id }, name)));
+      ...others.map((other) => h("option", { value: other.id }, called(other))));
     this.select.value = this.other ?? "";
     this.select.disabled = !others.length;
   }
@@ -68,7 +68,7 @@ export class Charts {
     try {
       this.beside = this.other && await this.metricsOf(this.other);
     } catch (error) {
-      this.server.toast("error", this.job.name, error.message);
+      this.server.toast("error", called(this.job), error.message);
     }
     this.draw();
   }
@@ -84,7 +84,7 @@ export class Charts {
     this.tools.hidden = this.metrics.rows.length < 2;
     const other = this.beside && this.server.jobs().find(({ id }) => id === this.other);
     const sources = [{ name: "", metrics: this.metrics }];
-    if (other) sources.push({ name: `${other.name}: `, metrics: this.beside, dashed: true });
+    if (other) sources.push({ name: `${called(other)}: `, metrics: this.beside, dashed: true });
     this.loss.draw(sources.flatMap(({ name, metrics: { columns: names, rows }, dashed }) => {
       const column = names.indexOf("loss");
       const points = rows.map((row) => [row[0], row[column]]);
@@ -98,7 +98,7 @@ export class Charts {
 
   /** Saves all figures of the job, a line for each step that has some. */
   async download() {
-    const { id, name, step: last } = this.job;
+    const { id, step: last } = this.job, name = called(this.job);
     const lines = new Map();
     let head = [];
     try {

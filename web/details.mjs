@@ -1,4 +1,5 @@
 // What an open row shows: a job's settings and figures, charts, sample pictures and log.
+import { Actions } from "./actions.mjs";
 import { Charts } from "./charts.mjs";
 import { h } from "./elements.mjs";
 import { Samples } from "./samples.mjs";
@@ -17,9 +18,10 @@ export class Details {
     this.wrong = h("div", { class: "lcm-line", role: "status" });
     this.charts = new Charts(server, job);
     this.samples = new Samples(server);
+    this.actions = new Actions(server, job);
     this.log = h("pre", { tabindex: "0", "aria-label": say("log") });
     this.facts = h("dl", { class: "lcm-facts" });
-    this.element = h("div", { class: "lcm-details" }, this.wrong, this.facts, this.charts.element, this.samples.element,
+    this.element = h("div", { class: "lcm-details" }, this.wrong, this.actions.element, this.facts, this.charts.element, this.samples.element,
       h("details", {}, h("summary", {}, say("log")), this.log));
     this.update(job);
   }
@@ -40,6 +42,7 @@ export class Details {
       ]);
       if (this.closed) return;
       this.tell(details, metrics);
+      this.actions.update(job, details);
       this.samples.update(job, details);
       await this.charts.update(job, metrics);
       await this.more(job);

@@ -1,6 +1,6 @@
 // The tab's content. Elements are made once for each job and filled again on each update, so that
 // focus, scroll and what is open stay as they are.
-import { h } from "./elements.mjs";
+import { asksAgain, h } from "./elements.mjs";
 import { Row } from "./row.mjs";
 import { say } from "./words.mjs";
 
@@ -19,10 +19,46 @@ export class Panel {
       if (this.state) this.update(this.state);
     });
     this.heading = h("h2", { tabindex: "-1" }, say("LCM-LoRA jobs"));
-    this.root = h("div", { class: "lcm-panel" }, this.heading, this.note, this.list);
+    this.template = this.button(say("open the distillation template"), () => server.openDistillation());
+    this.clear = this.button(say("clear finished jobs"), () => this.clearFinished());
+    this.filter = h("input", { type: "search", placeholder: say("filter by name or state"), "aria-label": say("filter by name or state"), oninput: () => this.update(this.state) });
+    this.notified = h("input", { type: "checkbox", onchange: () => this.notify() });
+    this.notified.checked = server.isNotified();
+    this.tools = h("div", { class: "lcm-tools" }, this.filter, this.clear);
+    const notices = h("label", { class: "lcm-tools" }, this.notified, say("notify me when a job ends"));
+    notices.hidden = !("Notification" in window); // without https a browser has none
+    this.root = h("div", { class: "lcm-panel" }, this.heading, this.tools, notices, this.note, this.template, this.list);
     // Within the tab, for the page's head belongs to all packs.
     const style = new URL("./jobs.css", import.meta.url).href;
     element.replaceChildren(h("link", { rel: "stylesheet", href: style }), this.root);
+  }
+
+  button(words, act) {
+    const acted = () => Promise.resolve(act()).catch((error) => this.server.toast("error", words, error.message));
+    return h("button", { type: "button", onclick: acted }, words);
+  }
+
+  async notify() {
+    const isWanted = this.notified.checked;
+    this.notified.checked = await this.server.wantNotified(isWanted);
+    if (isWanted && !this.notified.checked) {
+      this.server.toast("warn", say("LCM-LoRA jobs"), say("The browser does not allow notifications of this page: allow them in its settings."));
+    }
+  }
+
+  /** Deletes the finished jobs that are shown; asks once more in place. */
+  async clearFinished() {
+    const finished = this.state.jobs.filter((job) => job.state === "done" && this.isShown(job));
+    if (await asksAgain(this.clear, say("really delete the finished jobs ({count})? Their LoRAs stay.", { count: finished.length }))) return;
+    this.heading.focus();
+    for (const { id } of finished) await this.server.call(`jobs/${id}/delete`, {});
+    await this.server.refresh();
+  }
+
+  /** Whether the filter lets a job through. */
+  isShown(job) {
+    const text = [job.title, job.name, say(job.state), say(job.activity)].join(" ").toLocaleLowerCase();
+    return text.includes(this.filter.value.trim().toLocaleLowerCase());
   }
 
   close() {
@@ -44,9 +80,12 @@ export class Panel {
     target.focus({ preventScroll: true });
   }
 
-  fill({ jobs, total, error }) {
-    this.note.textContent = error || (jobs.length
-      ? (total > jobs.length ? say("The newest {shown} of {total} are shown.", { shown: jobs.length, total }) : "")
+  fill({ jobs: all, total, error }) {
+    const jobs = all.filter((job) => this.isShown(job));
+    this.tools.hidden = !all.length;
+    this.clear.disabled = !jobs.some(({ state }) => state === "done");
+    this.template.hidden = Boolean(all.length || error);
+    this.note.textContent = error || (all.length ? (jobs.length < total ? say("{shown} of {total} are shown.", { shown: jobs.length, total }) : "")
       : say("No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”."));
     const listed = new Set(jobs.map((job) => job.id));
     for (const [id, row] of this.rows) {
@@ -55,7 +94,7 @@ export class Panel {
       row.element.remove();
       this.rows.delete(id);
     }
-    const waiting = jobs.filter((job) => job.state === "queued");
+    const waiting = all.filter((job) => job.state === "queued");
     jobs.forEach((job, place) => {
       let row = this.rows.get(job.id);
       if (!row) {

@@ -1,6 +1,6 @@
 // One job in the tab: what it is doing, what can be done with it, and its details.
 import { Details, gigabytes } from "./details.mjs";
-import { h } from "./elements.mjs";
+import { asksAgain, called, h } from "./elements.mjs";
 import { date, number, say } from "./words.mjs";
 
 const ACTIVE = ["preparing", "running", "stopping"];
@@ -46,13 +46,13 @@ export class Row {
     this.job = job;
     this.element.dataset.state = job.state;
     this.element.dataset.job = job.id;
-    this.name.textContent = job.name;
+    this.name.textContent = called(job);
     this.head.title = date(job.created);
     this.state.textContent = doing(job);
     this.bar.max = Math.max(1, job.steps);
     this.bar.value = job.state === "done" ? this.bar.max : job.step;
     const words = [say("step {step} of {steps}", job)];
-    this.bar.setAttribute("aria-label", `${job.name}: ${words[0]}`);
+    this.bar.setAttribute("aria-label", `${called(job)}: ${words[0]}`);
     if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
     if (job.seconds_left != null) words.push(time(job.seconds_left));
     if (job.message && !job.activity) words.push(job.message);
@@ -79,7 +79,7 @@ export class Row {
     if (ACTIVE.includes(job.state)) offers.push(["stop", () => this.ask("stop")]);
     else offers.push(["delete", () => this.remove()]);
     this.actions = Object.fromEntries(offers);
-    const names = offers.map(([name]) => name).join();
+    const names = [called(job), ...offers.map(([name]) => name)].join();
     if (names === this.shown) return;
     this.shown = names;
     const focused = document.activeElement?.closest?.("button")?.dataset.action;
@@ -92,7 +92,7 @@ export class Row {
   /** Labels a button. Screen readers get the job's name too. */
   labelled(button, words) {
     button.textContent = words;
-    button.setAttribute("aria-label", `${words}: ${this.job.name}`);
+    button.setAttribute("aria-label", `${words}: ${called(this.job)}`);
     return button;
   }
 
@@ -100,7 +100,7 @@ export class Row {
     try {
       await this.actions[name]?.();
     } catch (error) {
-      this.server.toast("error", this.job.name, error.message);
+      this.server.toast("error", called(this.job), error.message);
     }
   }
 
@@ -110,16 +110,9 @@ export class Row {
     await this.server.refresh();
   }
 
-  /** Asks once more in place: the second press within some seconds deletes. */
   async remove() {
-    const button = this.buttons.querySelector('[data-action="delete"]');
-    if (button.dataset.sure) return this.ask("delete");
-    button.dataset.sure = "yes";
-    this.labelled(button, say("really delete?"));
-    setTimeout(() => {
-      delete button.dataset.sure;
-      this.labelled(button, say("delete"));
-    }, 4000);
+    if (asksAgain(this.buttons.querySelector('[data-action="delete"]'), say("really delete?"))) return;
+    await this.ask("delete");
   }
 
   show(isOpen) {

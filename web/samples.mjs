@@ -1,6 +1,6 @@
 // The sample pictures of a job, by the step after which they were drawn.
 import { columns } from "./charts.mjs";
-import { h } from "./elements.mjs";
+import { called, h } from "./elements.mjs";
 import { Viewer } from "./viewer.mjs";
 import { say } from "./words.mjs";
 
@@ -40,6 +40,6 @@ export class Samples {
   }
 
   enlarge() {
-    this.viewer.open(this.job.name, this.files, Number(this.slider.value), this.prompts);
+    this.viewer.open(called(this.job), this.files, Number(this.slider.value), this.prompts);
   }
 }
