@@ -85,7 +85,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
             await app.loadGraphData(await answer.json(), true, true, 'draw');
         }}"""
     )
-    row.get_by_role("button", name="use in graph").click()
+    row.locator('[data-action="use in graph"]').click()
     page.wait_for_function(
         "app.graph.nodes.find((node) => node.type === 'LCMLoRALoader').widgets[0].value"
         " === 'page/first.safetensors'"
