@@ -9,7 +9,15 @@ import torch
 
 from ..lora.combine import exact
 from ..lora.delta import Vector
+from ..lora.family import FAMILY, STEPS
 from ..lora.formats.parse import parse
+from .spec import Spec
+
+
+def family_metadata(spec: Spec) -> dict[str, str]:
+    """How a sampler must sample the LoRA of a job."""
+    made_for = {STEPS: str(spec.phases)} if spec.objective == "phased" else {}
+    return {FAMILY: spec.objective, **made_for}
 
 
 def vector(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..lora.atomic import patiently
 from ..lora.delta import Vector
-from ..lora.family import FAMILY, STEPS
 from ..lora.formats import files
 from . import disk
+from .export import family_metadata
 from .jobs.records import Result
 from .spec import Spec
 from .teacher import Teacher
@@ -25,7 +25,6 @@ def metadata(
     spec: Spec, teacher: Teacher, steps: int, base_hash: str, bank: str
 ) -> dict[str, str]:  # fmt: skip
     """How the LoRA was made. files.write adds what follows from its tensors (base model, rank)."""
-    made_for = {STEPS: str(spec.phases)} if spec.objective == "phased" else {}
     styles = [[disk.shown(Path(lora.path).name), lora.strength] for lora in spec.loras]
     return {
         "ss_sd_model_name": disk.shown(Path(spec.checkpoint).name),
@@ -33,8 +32,7 @@ def metadata(
         "ss_max_train_steps": str(steps),
         "ss_output_name": disk.shown(Path(spec.output).stem),
         "lcm_lora.version": VERSION,
-        FAMILY: spec.objective,
-        **made_for,
+        **family_metadata(spec),
         "lcm_lora.base_family": teacher.architecture,
         "lcm_lora.prediction": teacher.schedule.prediction,
         "lcm_lora.guidance": " to ".join(f"{w:g}" for w in spec.guidance),

@@ -3,6 +3,8 @@
 // some (rows.mjs), and shows what LoRA files say about themselves (info.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { called } from "./elements.mjs";
+import { edit, openTemplate, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
 import { Panel } from "./panel.mjs";
 import { keepRows, rowItems } from "./rows.mjs";
@@ -12,6 +14,7 @@ import { say, speak } from "./words.mjs";
 const EVENT = "lcm_lora.jobs";
 const POLL = 5000; // milliseconds, should the server's events get lost
 const TAB = "lcm-lora-jobs";
+const NOTIFY = "lcm-lora.notify"; // in the browser's storage
 
 const state = { jobs: [], running: 0, total: 0, error: "" };
 let panel = null;
@@ -68,25 +71,34 @@ function announce() {
     if (!before.has(job.id) || before.get(job.id) === job.state) continue;
     if (job.state === "done") {
       toast("success", say("LCM-LoRA is ready"), job.lora_name);
+      notify(job, say("LCM-LoRA is ready"), job.lora_name);
       app.refreshComboInNodes?.(); // so that loaders offer the new file
     } else if (job.state === "failed") {
-      toast("error", say("Distillation failed: {name}", { name: job.name }), job.error ?? job.message);
+      toast("error", say("Distillation failed: {name}", { name: called(job) }), job.error ?? job.message);
+      notify(job, say("Distillation failed: {name}", { name: called(job) }), job.error ?? job.message);
     }
   }
 }
 
-/** Puts a Load LCM-LoRA node with the job's file into the middle of the view, and selects it. */
-async function useInGraph(name) {
-  await app.refreshComboInNodes?.();
-  const node = window.LiteGraph.createNode("LCMLoRALoader");
-  const { canvas } = app;
-  const [x, y, width, height] = canvas.visible_area ?? canvas.ds.visible_area;
-  node.pos = [x + width / 2 - node.size[0] / 2, y + height / 2 - node.size[1] / 2];
-  canvas.graph.add(node);
-  const widget = node.widgets.find((each) => each.name === "lora_name");
-  widget.value = name;
-  canvas.selectNode?.(node);
-  canvas.setDirty(true, true);
+/** The browser's own notification, if the user has asked for them. */
+function notify(job, title, body) {
+  if (!isNotified()) return;
+  try {
+    new Notification(title, { body, tag: `lcm-lora ${job.id}` }); // one for all tabs of the browser
+  } catch {} // browsers of phones have the name, and refuse
+}
+
+const isNotified = () => localStorage.getItem(NOTIFY) === "yes" && window.Notification?.permission === "granted";
+
+/** Turns notifications on or off; -> whether they are on. The browser asks the user first. */
+async function wantNotified(isWanted) {
+  const isAllowed = isWanted && (await Notification.requestPermission()) === "granted";
+  localStorage.setItem(NOTIFY, isAllowed ? "yes" : "no");
+  return isAllowed;
+}
+
+function openDistillation() {
+  return openTemplate("Distil an LCM-LoRA", api.apiURL("/workflow_templates/lcm-lora/Distil_an_LCM-LoRA.json"));
 }
 
 app.registerExtension({
@@ -115,7 +127,10 @@ app.registerExtension({
       render(element) {
         panel?.close();
         listen();
-        panel = new Panel(element, { call, refresh, toast, useInGraph, fileURL: (path) => api.apiURL(path) });
+        panel = new Panel(element, {
+          call, refresh, toast, useInGraph, edit, openDistillation, isNotified, wantNotified,
+          fileURL: (path) => api.apiURL(path), jobs: () => state.jobs,
+        });
         panel.update(state);
         refresh();
       },

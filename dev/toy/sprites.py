@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from .. import environment
+from ..npm import fetched
 from . import world
 
 SIDE = 256  # pixels a side of a sprite
@@ -72,33 +72,6 @@ def load(collection: str, cache: Path) -> torch.Tensor:
         save_file({"sprites": torch.stack(pictures)}, scratch)
         os.replace(scratch, path)
     return load_file(path)["sprites"]
-
-
-def fetched(package: str, digest: str, folder: Path) -> Path:
-    """The archive of an npm package in `folder`, fetched by npm if it is not there."""
-    path = folder / f"{digest[:16]}.tgz"
-    if path.exists():
-        return path
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RuntimeError(f"{package} is fetched with npm, and npm is not installed.")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = subprocess.run(
-            [npm, "pack", package, "--silent"], cwd=scratch, capture_output=True, text=True
-        )
-        archives = list(Path(scratch).glob("*.tgz"))
-        if made.returncode or len(archives) != 1:
-            raise RuntimeError(
-                f"npm could not fetch {package}: {made.stderr.strip()[-300:]} Check the network "
-                "and run it again."
-            )
-        actual = hashlib.sha256(archives[0].read_bytes()).hexdigest()
-        if actual != digest:
-            raise RuntimeError(
-                f"{package} has the sha256 {actual}, expected {digest}. Nothing of it was used."
-            )
-        os.replace(archives[0], path)
-    return path
 
 
 def _webp(archive: Path, kinds: Iterable[str]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from lcm_lora.lora.formats import files
 from lcm_lora.tests.host.queued import PROMPTS
 from lcm_lora.training import export
 from lcm_lora.training.data.bank import ROWS
+from lcm_lora.training.state import sheets
 from safetensors.torch import load_file, save_file
 
 RUN = Path(__file__).resolve().parents[2] / "training" / "run.py"
@@ -112,7 +113,8 @@ def test_a_job_leaves_a_lora_that_the_host_takes_completely(job, comfy, toy_chec
     sampled = [line for line in metrics(spec) if "endpoint_error" in line]
     assert [line["step"] for line in sampled] == [6, 12]
     assert set(sampled[0]["endpoint_error"]) == {"1", "2", "4"}
-    assert (spec.parent / "samples" / "step-00000012.png").stat().st_size > 1000
+    sheet = spec.parent / "samples" / "step-00000012.png"
+    assert sheet.stat().st_size > 1000 and sheets.prompts(sheet) == list(PROMPTS[:2])
     assert status(spec)["state"] == "done"
     assert not list(spec.parent.rglob(".tmp-*"))
 

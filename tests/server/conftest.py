@@ -1,9 +1,10 @@
 """One real server with the pack and the toy in it, for all tests of this folder."""
 
+from contextlib import contextmanager
+
 import pytest
 from lcm_lora.tests.server.ground import Ground
 from lcm_lora.tests.server.pages import new_page
-from lcm_lora.training.jobs import processes
 
 
 @pytest.fixture(scope="session")
@@ -34,17 +35,26 @@ def subject(server):
     return toy_subject()
 
 
-@pytest.fixture
-def ground(host_folder, tmp_path, server, subject):
-    made = Ground(host_folder, tmp_path, subject, server.base / "models")
+@contextmanager
+def _grounded(host_folder, folder, subject, server):
+    made = Ground(host_folder, folder, subject, server.base / "models")
     made.up()
     yield made
-    for job in made.store.jobs():
-        made.store.ask(job.id, "stop")
-    made.kill("supervisor", "")
-    for job in made.store.jobs():
-        processes.end(job.id, kill=True)
+    made.end_jobs()
     made.server.stop()
+
+
+@pytest.fixture
+def ground(host_folder, tmp_path, server, subject):
+    with _grounded(host_folder, tmp_path, subject, server) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared_ground(host_folder, tmp_path_factory, server, subject):
+    """One for all tests of a file, each of which begins without jobs: see Ground.clear."""
+    with _grounded(host_folder, tmp_path_factory.mktemp("ground"), subject, server) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

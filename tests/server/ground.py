@@ -5,6 +5,7 @@ import time
 from lcm_lora.training.jobs import processes
 from lcm_lora.training.jobs.records import Attempt
 from lcm_lora.training.jobs.restart import CRASHES
+from lcm_lora.training.jobs.states import ACTIVE
 
 STEPS = 30
 ENDED = ("done", "failed", "paused")
@@ -59,6 +60,23 @@ class Ground:
 
     def done(self, job: str, seconds: float = 300) -> bool:
         return done(self.store, job, seconds)
+
+    def end_jobs(self) -> None:
+        for job in self.store.jobs():
+            self.store.ask(job.id, "stop")
+        self.kill("supervisor", "")
+        for job in self.store.jobs():
+            processes.end(job.id, kill=True)
+
+    def clear(self) -> None:
+        """Ends and deletes all jobs."""
+        until = time.monotonic() + 60
+        while jobs := self.store.jobs():
+            self.end_jobs()  # the server may have started another supervisor meanwhile
+            for job in jobs:
+                if self.store.job(job.id).state not in ACTIVE:
+                    self.store.delete(job.id)
+            assert time.monotonic() < until, "jobs do not end"
 
     def spared(self, job: str) -> None:
         """Waits for a new step if one more crash would make the job fail by its rules."""

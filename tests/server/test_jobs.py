@@ -177,6 +177,71 @@ def test_order_over_http(client, subject, store):
     until(lambda: store.job(answer["id"]).state == "done", "it is done")
 
 
+def test_a_finished_job_is_renamed_exported_and_trained_on(client, subject, store, server):
+    order = {"steps": 2, "batch": 1, "rank": 2, "guidance": 2.5, "policy": "share"}
+    order |= {"checkpoint_every": 1, "sample_every": 1, "checkpoint": subject.checkpoint}
+    source = {"prompts": PROMPTS, "count": 2, "draw_steps": 1, "resolution": 64}
+    body = json.dumps(order | {"name": "made/longer", "data": source})
+    identifier = send(client, "jobs", body)[1]["id"]
+    until(lambda: store.job(identifier).state == "done", "it is done")
+    lora = server.base / "models" / "loras" / "made" / "longer.safetensors"
+    first = lora.read_bytes()
+
+    assert send(client, f"jobs/{identifier}/rename", '{"title": " My first "}')[0] == 200
+    details = client.get(f"/lcm_lora/jobs/{identifier}")
+    assert (details["title"], details["name"]) == ("My first", "made/longer")
+    assert details["prompts"] == PROMPTS.splitlines()
+    assert details["checkpoints"] == [1, 2]
+    # What was ordered makes the same job again.
+    again = send(client, "jobs", json.dumps(details["order"]))
+    assert again == (200, {"id": identifier, "new": False})
+
+    made = {"lora_name": "made/longer-step-1.safetensors"}
+    for _ in range(2):  # a second time it is there already
+        assert send(client, f"jobs/{identifier}/export", '{"step": 1}') == (200, made)
+    loras = client.get("/object_info/LCMLoRALoader")["LCMLoRALoader"]["input"]["required"]
+    assert made["lora_name"] in json.dumps(loras["lora_name"])
+    from lcm_lora.lora.formats.files import read
+
+    ended, earlier = read(lora), read(lora.with_name("longer-step-1.safetensors"))
+    assert earlier.modules() == ended.modules()
+    assert earlier.metadata["lcm_lora.family"] == "lcm"
+    status, answer = send(client, f"jobs/{identifier}/export", '{"step": 7}')
+    assert status == 400 and "no checkpoint of step 7. It has: 1, 2" in answer["error"]
+    lora.with_name("longer-step-2.safetensors").write_bytes(first)
+    status, answer = send(client, f"jobs/{identifier}/export", '{"step": 2}')
+    assert status == 400 and "rename that file" in answer["error"]
+
+    assert send(client, f"jobs/{identifier}/extend", '{"steps": 1}')[0] == 200
+    until(lambda: store.job(identifier).state == "done", "it is done again")
+    assert (store.job(identifier).step, store.job(identifier).steps) == (3, 3)
+    assert lora.read_bytes() != first
+    metrics = client.get(f"/lcm_lora/jobs/{identifier}/metrics")
+    assert [row[0] for row in metrics["errors"]] == [1, 2, 3]
+    assert client.get(f"/lcm_lora/jobs/{identifier}")["order"]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("action", "body", "says"),
+    [
+        ("rename", {}, "title must be"),
+        ("rename", {"title": "two\nlines"}, "title must be"),
+        ("rename", {"title": "x" * 201}, "title must be"),
+        ("rename", {"title": "half \ud800"}, "title must be"),
+        ("extend", {"steps": 0}, "steps must be from 1"),
+        ("extend", {"steps": True}, "steps must be from 1"),
+        ("extend", {"steps": 5}, "only finished jobs"),
+        ("export", {"step": "1"}, "step must be from 1"),
+        ("export", {"step": 5}, "no checkpoint of step 5. It has: none"),
+    ],
+)
+def test_what_cannot_be_done_with_a_job_is_said(action, body, says, client, subject, store):
+    order = {"checkpoint": subject.checkpoint, "name": "waits/long", "steps": 5000}
+    identifier = send(client, "jobs", json.dumps(order))[1]["id"]
+    status, answer = send(client, f"jobs/{identifier}/{action}", json.dumps(body))
+    assert status == 400 and says in answer["error"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -5,10 +5,12 @@ Users name files as ComfyUI lists them, in nodes and over HTTP; every path is ma
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,13 @@ from comfy.utils import ProgressBar
 
 from ...lora.blocks import place_of
 from ...lora.delta import Vector
-from ...lora.family import FAMILY
 from ...lora.formats.describe import public
 from ...lora.formats.facts import plain
 from ...lora.formats.filenames import inside, offered
-from ...lora.formats.files import read
+from ...lora.formats.files import read, write
+from .. import disk
 from ..cluster.settings import Cluster
-from ..export import vector, with_styles
+from ..export import family_metadata, vector, with_styles
 from ..schema import shared
 from ..spec import Data, Spec, StyleLoRA
 from ..spec import read as read_spec
@@ -67,7 +69,8 @@ def start(order: Order) -> tuple[str, bool]:
     device, count = _devices(order.device, jobs.folder.parent / Cluster.FILE)
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
-    queued = jobs.create(spec, name, device, count, order.policy, _visible(device))
+    text = disk.json_text(json.dumps(asdict(order), indent=1, ensure_ascii=False))
+    queued = jobs.create(spec, name, device, count, order.policy, _visible(device), text)
     work()
     return queued
 
@@ -139,10 +142,39 @@ def result(identifier: str, wait: bool, show: Callable[[Job], None]) -> tuple[Ve
     newest = checkpoints.newest(store().checkpoints(identifier))
     if newest is None:
         raise ValueError(f"The job {job.name!r} has no checkpoint yet: {job.progress()}.")
-    spec = read_spec(store().path(identifier) / "spec.json")
-    source = f"{job.name}, step {newest.step}"
-    made = vector(newest.adapter, spec.lora_alpha, {FAMILY: spec.objective}, source)
-    return with_styles(made, [_style(lora) for lora in spec.loras]), "", newest.step
+    return _vector(job, newest, {}), "", newest.step
+
+
+def export(identifier: str, step: int) -> str:
+    """Writes the LoRA of one of a job's checkpoints to the loras folder, unless it is there; -> its
+    name in ComfyUI's list.
+
+    Raises NoJob, and ValueError if there is no such checkpoint or another file has that name.
+    """
+    jobs = store()
+    job = jobs.job(identifier)
+    name = f"{job.name}-step-{step}"
+    file = inside(_loras(), name)
+    mark = {"lcm_lora.job": f"{identifier}, step {step}"}
+    if file.exists():
+        if mark.items() <= read(file).metadata.items():
+            return f"{name}.safetensors"
+        raise ValueError(f"{file.name} exists already and is not of this job: rename that file.")
+    try:
+        checkpoint = checkpoints.read(jobs.checkpoints(identifier), step)
+    except FileNotFoundError:
+        kept = ", ".join(map(str, checkpoints.steps(jobs.checkpoints(identifier)))) or "none"
+        raise ValueError(f"The job has no checkpoint of step {step}. It has: {kept}.") from None
+    write(file, _vector(job, checkpoint, mark), "fp16", overwrite=False)
+    return f"{name}.safetensors"
+
+
+def _vector(job: Job, checkpoint: checkpoints.Checkpoint, metadata: dict[str, str]) -> Vector:
+    """The LoRA of a checkpoint, with the styles that were baked into the teacher."""
+    spec = read_spec(store().path(job.id) / "spec.json")
+    source = f"{job.name}, step {checkpoint.step}"
+    made = vector(checkpoint.adapter, spec.lora_alpha, family_metadata(spec) | metadata, source)
+    return with_styles(made, [_style(lora) for lora in spec.loras])
 
 
 def _done(job: Job, show: Callable[[Job], None]) -> Job:

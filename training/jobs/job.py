@@ -34,7 +34,7 @@ class Job:
         activity: what an active job does at the moment: see states.activity_of. activity_done,
             activity_total: how far that is: see records.ACTIVITIES.
         created, changed: seconds since 1970.
-        device, policy, aside, order, key: see records.Control.
+        device, policy, aside, order, key, title: see records.Control.
         visible: the devices it trains on in the driver's names, "" if there is no choice.
     """
 
@@ -60,6 +60,7 @@ class Job:
     activity: str
     activity_done: int
     activity_total: int
+    title: str = ""
 
     @property
     def on_cluster(self) -> bool:
@@ -149,6 +150,7 @@ def read(path: Path) -> Job:
         activity=activity,
         activity_done=status.activity_done if is_own else 0,
         activity_total=status.activity_total if is_own else 0,
+        title=control.title,
     )
 
 

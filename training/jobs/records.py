@@ -10,6 +10,7 @@
 The server and the supervisor change control.json under the store's lock. What an older version of
 this pack rewrites loses the fields that it does not know.
 
+The server also writes order.json, the order as the user gave it, which is only shown again.
 The trainer also writes metrics.jsonl, log.txt, samples/ and checkpoints/; see training/state/.
 
 A record is replaced at once, so no lock is needed to read it. A file that is missing, torn or not
@@ -104,6 +105,7 @@ class Control(Record):
         processes: how many train the job together.
         policy: what happens while prompts run; see POLICIES.
         created: seconds since 1970.
+        title: the job's name for people; "" for the file name.
     """
 
     FILE = "control.json"
@@ -118,6 +120,7 @@ class Control(Record):
     processes: int = 1
     policy: str = "share"
     created: float = 0.0
+    title: str = ""
 
 
 @dataclass(frozen=True)

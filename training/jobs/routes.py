@@ -22,6 +22,8 @@ from server import PromptServer
 
 from .. import disk
 from ..schema import build, schema
+from ..state import checkpoints
+from ..state.sheets import prompts
 from . import host
 from .beside import Beside
 from .job import Job, NoJob
@@ -29,11 +31,12 @@ from .metrics import read
 from .order import DataOrder, Order
 from .records import Attempt, Result
 from .states import ACTIVE
-from .store import Busy
+from .store import ORDER, Busy
 
 log = logging.getLogger("lcm_lora")
 LARGEST = 1 << 20  # bytes of a request
 LOG_PART = 1 << 16
+LONGEST_TITLE, MOST_STEPS = 200, 1_000_000
 ACTIONS = {"pause": "pause", "stop": "stop", "finish": "finish", "resume": ""}
 EVENT = "lcm_lora.jobs"
 
@@ -177,16 +180,21 @@ def jobs(request: web.Request) -> dict[str, Any]:
 
 
 def job(request: web.Request) -> dict[str, Any]:
-    described, path = host.store().job(request.match_info["id"]), _path(request)
+    store = host.store()
+    described, path = store.job(request.match_info["id"]), _path(request)
+    order = disk.read_object(path / ORDER)
     result = Result.read(path) or Result()
+    drawn = sorted((path / "samples").glob("step-????????.png"))
     made = {"lora_name": described.lora_name, "sha256": result.sha256, "made": result.made}
     return described.public() | {
         "settings": _settings(disk.read_object(path / "spec.json")),
         "attempts": (Attempt.read(path) or Attempt()).crashes,
         "samples": [
-            {"step": int(file.stem.removeprefix("step-")), "name": file.name}
-            for file in sorted((path / "samples").glob("step-????????.png"))
+            {"step": int(file.stem.removeprefix("step-")), "name": file.name} for file in drawn
         ],
+        "prompts": prompts(drawn[-1]) if drawn else [],
+        "checkpoints": checkpoints.steps(store.checkpoints(described.id)),
+        "order": order | {"steps": described.steps} if order else None,
         "result": made if described.state == "done" else None,
     }
 
@@ -268,6 +276,35 @@ def lora(request: web.Request) -> dict[str, Any]:
     return host.lora(request.query.get("name", ""))
 
 
+def rename(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    title = body.get("title")
+    if not isinstance(title, str) or len(title) > LONGEST_TITLE or not title.isprintable():
+        raise ValueError(
+            f"title must be one line of at most {LONGEST_TITLE} characters, or empty for the name "
+            f"of the LoRA, found {str(title)[:40]!r}."
+        )
+    host.store().rename(request.match_info["id"], title.strip())
+    return {"id": request.match_info["id"]}
+
+
+def extend(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    store, identifier = host.store(), request.match_info["id"]
+    store.extend(identifier, _positive(body, "steps"))
+    host.work()
+    return {"id": identifier, "state": store.job(identifier).state}
+
+
+def export(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    return {"lora_name": host.export(request.match_info["id"], _positive(body, "step"))}
+
+
+def _positive(body: dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_STEPS:
+        raise ValueError(f"{name} must be from 1 to {MOST_STEPS}, found {str(value)[:40]!r}.")
+    return value
+
+
 def openapi(request: web.Request) -> Any:
     """openapi.json, completed with the schemas of Order and DataOrder."""
     document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
@@ -289,6 +326,9 @@ CHANGES: dict[str, ChangeHandler] = {
     "jobs": create,
     "jobs/{id}/delete": delete,
     "jobs/{id}/move": move,
+    "jobs/{id}/rename": rename,
+    "jobs/{id}/extend": extend,
+    "jobs/{id}/export": export,
     **{f"jobs/{{id}}/{action}": partial(act, action) for action in ACTIONS},
 }
 

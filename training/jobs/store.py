@@ -19,12 +19,14 @@ from filelock import FileLock, Timeout
 from ...lora.atomic import patiently
 from .. import disk
 from ..spec import Spec
+from ..spec import read as read_spec
 from .job import WAITING, Job, NoJob, Stamps, read, stamps_of
 from .processes import Process
-from .records import Control, Handover, Outline
+from .records import Control, Handover, Outline, Result, Status
 from .states import ACTIVE
 
 CHANGED = ".changed"
+ORDER = "order.json"
 SETTLED = 5.0  # seconds without a change; some file systems keep times in whole seconds
 LONGEST = 20.0  # seconds to wait for another process's change
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -70,6 +72,7 @@ class Store:
         processes: int = 1,
         policy: str = "share",
         visible: str = "",
+        order: str = "",
     ) -> tuple[str, bool]:
         """Queues a job; -> (its id, whether it is new).
 
@@ -78,10 +81,11 @@ class Store:
         LoRA exists, or another job will make it, and the spec does not allow overwriting.
 
         Args:
-            name: the LoRA's name, as loaders show it without its suffix. The rest: see Control.
+            name: the LoRA's name, as loaders show it without its suffix. order: what the user
+                ordered, as JSON, to be shown again. The rest: see Control.
         """
         text = spec.to_json()
-        key = hashlib.sha256(f"{device}\n{processes}\n{text}".encode()).hexdigest()
+        key = _key(device, processes, text)
         with self._changing():
             jobs = self.jobs()
             for job in jobs:
@@ -104,6 +108,8 @@ class Store:
             )
             with disk.whole_folder(self.folder / identifier) as new:
                 (new / Outline.FILE).write_text(text, encoding="utf-8")
+                if order:
+                    (new / ORDER).write_text(order, encoding="utf-8")
                 (new / Control.FILE).write_text(control.to_json(), encoding="utf-8")
             return identifier, True
 
@@ -195,6 +201,33 @@ class Store:
                     self._place(job.id, job.order + 1)
                 order = low + 0.5
             self._place(identifier, order)
+
+    def rename(self, identifier: str, title: str) -> None:
+        """Gives a job a name for people; "" takes it away. Raises as `path` does."""
+        path = self.path(identifier)
+        with self._changing():
+            replace(self._control(path), title=title).write(path)
+
+    def extend(self, identifier: str, steps: int) -> None:
+        """Queues a finished job again: it trains so many steps more from its last checkpoint, then
+        replaces its LoRA. Raises as `path` does, and ValueError if that is not possible."""
+        path = self.path(identifier)
+        with self._changing():
+            job = self.job(identifier)
+            if job.state != "done":
+                raise ValueError(f"The job is {job.state}: only finished jobs take more steps.")
+            if job.on_cluster:
+                raise ValueError("A job of a Ray cluster takes no more steps: order a new one.")
+            if not any((path / "checkpoints").glob("step-*")):
+                raise ValueError("The job's checkpoints are gone: order a new one with more steps.")
+            spec = replace(read_spec(path / Outline.FILE), steps=job.step + steps, overwrite=True)
+            control, status = self._control(path), Status.read_surely(path) or Status()
+            key = _key(control.device, control.processes, spec.to_json())
+            # The status is last: until then the job is done, and this can be asked again.
+            (path / Result.FILE).unlink(missing_ok=True)
+            disk.replace(path / Outline.FILE, spec.to_json())
+            replace(control, turn=control.turn + 1, action="", aside=None, key=key).write(path)
+            replace(status, state="", message="", steps=spec.steps).write(path)
 
     def delete(self, identifier: str) -> None:
         """Removes a job that is not active; its LoRA stays. Raises as `path` does, and ValueError
@@ -290,6 +323,10 @@ class Store:
         if seen is None or seen[0] != stamps or seen[1].state in ACTIVE:
             return stamps, read(path)
         return seen
+
+
+def _key(device: str, processes: int, spec: str) -> str:
+    return hashlib.sha256(f"{device}\n{processes}\n{spec}".encode()).hexdigest()
 
 
 def _is_id(name: str) -> bool:

@@ -82,6 +82,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints that are there, in order."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-????????"))
+
+
 def read(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of one step. Raises OSError if there is none."""
     return _read(folder / f"step-{step:08d}")

@@ -15,13 +15,13 @@ from ...samplers.consistency import consistency
 from ...samplers.families import FAMILIES, Family
 from ...samplers.lcm import kept_noise, lcm
 from ...samplers.noise import picture_noise
-from .. import disk
 from ..adapter import Adapter
 from ..data.bank import Tensors, square_sizes, together
 from ..memory import in_parts
 from ..objectives.solver import Network, Schedule, ddim
 from ..teacher import Teacher
 from ..tensors import save
+from . import sheets
 
 T = TypeVar("T")
 Drawn = Callable[[float], None]
@@ -47,7 +47,7 @@ class Samples:
         objective: str,
     ):  # fmt: skip
         self.folder, self.teacher, self.side, self.seed = job / "samples", teacher, side, seed
-        self.family = FAMILIES[objective]
+        self.family, self.prompts = FAMILIES[objective], prompts
         self.texts = [teacher.text(prompt) for prompt in prompts]
         self._drawn: Drawn = lambda calls: None
 
@@ -97,10 +97,10 @@ class Samples:
             pictures.append(teacher.decode(column))
             drawn(DECODED)
         teacher.free_vae()
-        sheet = torch.cat([torch.cat(list(column), 0) for column in pictures], 1)
-        pixels = (sheet.nan_to_num() * 255).round().to(torch.uint8).numpy()
-        with disk.whole_file(self.folder / f"step-{step:08d}.png") as new:
-            Image.fromarray(np.ascontiguousarray(pixels)).save(new, "PNG")
+        joined = torch.cat([torch.cat(list(column), 0) for column in pictures], 1)
+        pixels = (joined.nan_to_num() * 255).round().to(torch.uint8).numpy()
+        sheet = Image.fromarray(np.ascontiguousarray(pixels))
+        sheets.write(self.folder / f"step-{step:08d}.png", sheet, self.prompts)
         return errors
 
     def _counted(self, numbers: Sequence[int], calls: int) -> Network:

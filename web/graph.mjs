@@ -1,0 +1,97 @@
+// What the tab does with the graph: sets and places nodes.
+import { app } from "../../scripts/app.js";
+
+const LOADER = "LCMLoRALoader", CHECKPOINT = "CheckpointLoaderSimple";
+const GAP = 40;
+
+const ofType = (type) => app.canvas.graph.nodes.filter((node) => node.type === type);
+const isSelected = (node) => Boolean(app.canvas.selected_nodes?.[node.id]);
+
+function set(node, name, value) {
+  const widget = node.widgets?.find((each) => each.name === name);
+  if (!widget) return;
+  widget.value = value;
+  widget.callback?.(value, app.canvas, node);
+}
+
+/** Whether a node may stand there: its box with its title touches no other's. */
+function isFree([x, y], [width, height]) {
+  const title = window.LiteGraph.NODE_TITLE_HEIGHT;
+  return app.canvas.graph.nodes.every(({ pos, size, flags }) => {
+    const bottom = pos[1] + (flags?.collapsed ? 0 : size[1]);
+    return x + width + GAP <= pos[0] || pos[0] + size[0] + GAP <= x
+      || y + height + GAP <= pos[1] - title || bottom + GAP <= y - title;
+  });
+}
+
+/** Adds a node at `start`, or as far below it as it takes to cover no other. */
+function place(type, start) {
+  const node = window.LiteGraph.createNode(type);
+  const at = [...start];
+  while (!isFree(at, node.size)) at[1] += GAP;
+  node.pos = at;
+  app.canvas.graph.add(node);
+  return node;
+}
+
+/** Selects nodes and brings them into the view. */
+function present(nodes) {
+  const { canvas } = app;
+  canvas.deselectAll?.();
+  canvas.selectItems?.(nodes);
+  const [x, y, width, height] = canvas.ds.visible_area;
+  const isSeen = ({ pos, size }) => pos[0] >= x && pos[1] >= y && pos[0] + size[0] <= x + width && pos[1] + size[1] <= y + height;
+  if (!nodes.every(isSeen)) canvas.centerOnNode(nodes.at(-1));
+  canvas.setDirty(true, true);
+}
+
+/** The middle of what is seen. */
+function middle() {
+  const [x, y, width, height] = app.canvas.ds.visible_area;
+  return [x + width / 2, y + height / 2];
+}
+
+/** Sets the Load LCM-LoRA that is selected, or the only one. Else it places one beside the others,
+ * connected to the checkpoint if there is exactly one. */
+export async function useInGraph(name) {
+  await app.refreshComboInNodes?.();
+  const loaders = ofType(LOADER), selected = loaders.filter(isSelected);
+  const there = selected.length === 1 ? selected[0] : loaders.length === 1 ? loaders[0] : null;
+  const node = there ?? placed(loaders.at(-1));
+  set(node, "lora_name", name);
+  present([node]);
+}
+
+/** A new loader, below the last one or to the right of the checkpoint. */
+function placed(last) {
+  const checkpoints = ofType(CHECKPOINT), only = checkpoints.length === 1 ? checkpoints[0] : null;
+  const beside = last ? [last.pos[0], last.pos[1] + last.size[1] + 2 * GAP]
+    : only ? [only.pos[0] + only.size[0] + GAP, only.pos[1]] : middle();
+  const node = place(LOADER, beside);
+  if (only) {
+    const input = node.inputs.findIndex(({ type }) => type === "MODEL");
+    only.connect(only.outputs.findIndex(({ type }) => type === "MODEL"), node, input);
+  }
+  return node;
+}
+
+/** Puts the settings of an order into new nodes for its data and for the distillation. */
+export async function edit({ data, ...order }) {
+  await app.refreshComboInNodes?.();
+  const source = place("LCMDistillData", middle());
+  set(source, "source", data.kind); // first, for the other inputs follow from it
+  const named = { "prompt file": "file", pictures: "folder" }[data.kind];
+  for (const [name, value] of Object.entries(data)) set(source, `source.${name}`, value);
+  if (named) set(source, `source.${named}`, data.path);
+  set(source, "resolution", data.resolution);
+  const node = place("LCMDistill", [source.pos[0] + source.size[0] + GAP, source.pos[1]]);
+  for (const [name, value] of Object.entries({ ...order, style_lora: order.style_lora || "none" })) set(node, name, value);
+  source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));
+  present([source, node]);
+}
+
+/** Opens one of the pack's templates in a tab of its own. */
+export async function openTemplate(name, address) {
+  const answer = await fetch(address);
+  await app.loadGraphData(await answer.json(), true, true, name);
+}

@@ -1,0 +1,133 @@
+// One job in the tab: what it is doing, what can be done with it, and its details.
+import { Details, gigabytes } from "./details.mjs";
+import { asksAgain, called, h } from "./elements.mjs";
+import { date, number, say } from "./words.mjs";
+
+const ACTIVE = ["preparing", "running", "stopping"];
+const LOSS = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
+
+/** What a job is doing, in more words than its state where they are known. */
+function doing(job) {
+  const { activity, activity_done: done, activity_total: total } = job;
+  if (!activity) return say(job.state);
+  if (activity === "waiting for memory" && total) {
+    return say("waiting for memory: {free} of {needed} GB are free", { free: gigabytes(done), needed: gigabytes(total) });
+  }
+  return total ? say("{activity} {done} of {total}", { activity: say(activity), done, total }) : say(activity);
+}
+
+function time(seconds) {
+  if (seconds == null) return "";
+  const minutes = Math.floor(seconds / 60);
+  if (minutes >= 60) {
+    return say("{hours} h {minutes} min left", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+  }
+  return minutes ? say("{minutes} min left", { minutes })
+    : say("{seconds} s left", { seconds: Math.ceil(seconds) });
+}
+
+export class Row {
+  /** toggle(): shows or hides the details. moves(): its place may change although the pointer is there. */
+  constructor(server, toggle, moves) {
+    this.server = server;
+    this.moves = moves;
+    this.name = h("span", { class: "lcm-name" });
+    this.state = h("span", { class: "lcm-state" });
+    this.head = h("button", { class: "lcm-head", type: "button", onclick: toggle, "aria-expanded": "false" }, this.name, this.state);
+    this.bar = h("progress", { max: "1", value: "0" });
+    this.line = h("div", { class: "lcm-line" });
+    this.buttons = h("div", { class: "lcm-buttons" });
+    this.element = h("li", {}, this.head, this.bar, this.line, this.buttons);
+    this.shown = "";
+    this.details = null;
+  }
+
+  update(job, waiting, isOpen) {
+    this.job = job;
+    this.element.dataset.state = job.state;
+    this.element.dataset.job = job.id;
+    this.name.textContent = called(job);
+    this.head.title = date(job.created);
+    this.state.textContent = doing(job);
+    this.bar.max = Math.max(1, job.steps);
+    this.bar.value = job.state === "done" ? this.bar.max : job.step;
+    const words = [say("step {step} of {steps}", job)];
+    this.bar.setAttribute("aria-label", `${called(job)}: ${words[0]}`);
+    if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
+    if (job.seconds_left != null) words.push(time(job.seconds_left));
+    if (job.message && !job.activity) words.push(job.message);
+    this.line.textContent = words.join(" · ");
+    this.offer(job, waiting);
+    this.show(isOpen);
+    this.details?.update(job);
+  }
+
+  /** The buttons that make sense now; made again only when they change, which keeps the focus. */
+  offer(job, waiting) {
+    const place = waiting.findIndex(({ id }) => id === job.id);
+    const offers = [];
+    if (job.state === "done") offers.push(["use in graph", () => this.server.useInGraph(job.lora_name)]);
+    if (place > 0) offers.push(["up", () => this.ask("move", { before: waiting[place - 1].id })]);
+    if (place >= 0 && place < waiting.length - 1) {
+      offers.push(["down", () => this.ask("move", { before: waiting[place + 2]?.id ?? null })]);
+    }
+    // One that has stepped aside comes back by itself, unless it is paused for good.
+    const pausable = job.aside || ["queued", "preparing", "running"].includes(job.state);
+    if (pausable) offers.push(["pause", () => this.ask("pause")]);
+    if (job.state === "running") offers.push(["finish now", () => this.ask("finish")]);
+    if (["paused", "failed"].includes(job.state) && !job.aside) offers.push(["resume", () => this.ask("resume")]);
+    if (ACTIVE.includes(job.state)) offers.push(["stop", () => this.ask("stop")]);
+    else offers.push(["delete", () => this.remove()]);
+    this.actions = Object.fromEntries(offers);
+    const names = [called(job), ...offers.map(([name]) => name)].join();
+    if (names === this.shown) return;
+    this.shown = names;
+    const focused = document.activeElement?.closest?.("button")?.dataset.action;
+    const had = this.buttons.contains(document.activeElement);
+    this.buttons.replaceChildren(...offers.map(([name]) => this.labelled(
+      h("button", { type: "button", "data-action": name, onclick: () => this.act(name) }), say(name))));
+    if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
+  }
+
+  /** Labels a button. Screen readers get the job's name too. */
+  labelled(button, words) {
+    button.textContent = words;
+    button.setAttribute("aria-label", `${words}: ${called(this.job)}`);
+    return button;
+  }
+
+  async act(name) {
+    try {
+      await this.actions[name]?.();
+    } catch (error) {
+      this.server.toast("error", called(this.job), error.message);
+    }
+  }
+
+  async ask(action, body = {}) {
+    await this.server.call(`jobs/${this.job.id}/${action}`, body);
+    if (action === "move") this.moves();
+    await this.server.refresh();
+  }
+
+  async remove() {
+    if (asksAgain(this.buttons.querySelector('[data-action="delete"]'), say("really delete?"))) return;
+    await this.ask("delete");
+  }
+
+  show(isOpen) {
+    this.head.setAttribute("aria-expanded", String(isOpen));
+    if (isOpen && !this.details) {
+      this.details = new Details(this.server, this.job);
+      this.element.append(this.details.element);
+    } else if (!isOpen && this.details) {
+      this.details.close();
+      this.details.element.remove();
+      this.details = null;
+    }
+  }
+
+  close() {
+    this.details?.close();
+  }
+}
