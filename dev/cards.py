@@ -99,7 +99,11 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
         ]
         return grid(results, 3, 128)
     if name == LIVE:
-        return strokes(workflow, subject, draw, (4, len(stand_ins.STROKES)))[-1]
+        image = Image.new("RGB", (2 * TILE + GAP, 2 * TILE + GAP), "white")
+        frames = strokes(workflow, subject, draw, (1, len(stand_ins.STROKES)))
+        for number, frame in enumerate(frames):
+            image.paste(frame, (0, number * (TILE + GAP)))
+        return image
     if name == DISTIL:
         plain = draw(f"{name} before", base(subject, GALLERY[7:9], 4))
         drawn = draw(name, many(subject, GALLERY[7:9], 4))
