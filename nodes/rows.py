@@ -147,8 +147,8 @@ class LCMLoRAStack(io.ComfyNode):
         fast = read(path)
         family, why = choose(family, fast.metadata, lora_name, FAMILIES, DEFAULT)
         made = made_for(fast.metadata, lora_name, family)
-        known = {**fast.metadata, **(made.metadata() if made else {})}
-        fast = replace(fast, metadata=known, sha256=sha256(path))
+        metadata = {**fast.metadata, **(made.metadata() if made else {})}
+        fast = replace(fast, metadata=metadata, sha256=sha256(path))
         rows = [Row(lora_name, strength, strength), *_rows(count)]
         vectors = [fast, *(read_named(lora_path(row.name), row.name) for row in rows[1:])]
         coverages = []
@@ -160,14 +160,17 @@ class LCMLoRAStack(io.ComfyNode):
             coverages.append(coverage)
         total, report = _total(vectors, rows)
         weights = [row.weights for row in rows]
-        told = of_rows(list(zip(coverages, weights, strict=True)), family, why)
-        info = [_told(*each) for each in zip(vectors, rows, coverages, strict=True)]
+        texts = of_rows(list(zip(coverages, weights, strict=True)), family, why)
+        info = [
+            _info(vector, row, coverage)
+            for vector, row, coverage in zip(vectors, rows, coverages, strict=True)
+        ]
         return io.NodeOutput(
             patch_sampling(model, family),
             clip,
             total,
             "\n\n".join([*info, report]),
-            ui=said(*told),
+            ui=said(*texts),
         )
 
 
@@ -220,7 +223,7 @@ def _total(
     return to_wire(vector), report
 
 
-def _told(vector: Vector, row: Row, coverage: Coverage) -> str:
+def _info(vector: Vector, row: Row, coverage: Coverage) -> str:
     """What was applied of a LoRA, and what its file says."""
     head = f"{row.weights} x {row.name}: {coverage.taken} of {coverage.total} modules applied"
     return "\n".join([head, *(f"  {line}" for line in lines(facts(vector, row.name)))])

@@ -104,12 +104,12 @@ export class Chart {
   /** Marks a step and tells its values; null takes the mark away, and the newest values stand. */
   read(step) {
     this.step = this.steps.includes(step) ? step : null;
-    const told = this.step ?? this.steps.at(-1);
-    const points = this.lines.map(({ points }) => nearest(points, told));
+    const shown = this.step ?? this.steps.at(-1);
+    const points = this.lines.map(({ points }) => nearest(points, shown));
     const values = this.lines.map(({ name }, i) => `${name} ${short(points[i][1])}`).join(", ");
-    const text = say("step {step}: {values}", { step: told, values });
+    const text = say("step {step}: {values}", { step: shown, values });
     this.readout.textContent = text;
-    this.svg.setAttribute("aria-valuenow", told);
+    this.svg.setAttribute("aria-valuenow", shown);
     this.svg.setAttribute("aria-valuetext", text);
     this.mark.replaceChildren();
     if (this.step === null) return;

@@ -21,7 +21,7 @@ MOST_TAGS = 20
 _TAGS_READ = 8_000_000  # characters of a JSON text; trainers write a few hundred thousand
 
 # By fact: the keys that may tell it. The first that holds something counts.
-_TOLD = {
+_KEYS = {
     "title": ("modelspec.title", "ss_output_name"),
     "base model": ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
     "trigger words": ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_word"),
@@ -41,7 +41,7 @@ _TOLD = {
 }
 LABELS = (
     "architecture", "modules", "text encoder modules", "rank", "alpha / rank", "kind", "family",
-    "made for steps", *_TOLD,
+    "made for steps", *_KEYS,
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def facts(vector: Vector, name: str) -> dict[str, str]:
     architecture, made = architecture_of(vector.shapes), made_for(vector.metadata, name)
     text = sum(map(is_text, vector.modules()))
     scales = sorted({round(delta.scale, 4) for delta in vector.deltas.values()})
-    found = {
+    of_weights = {
         "architecture": architecture.name if architecture else "",
         "modules": str(len(vector.modules())),
         "text encoder modules": str(text) if text else "",
@@ -63,24 +63,24 @@ def facts(vector: Vector, name: str) -> dict[str, str]:
         "family": plain(SEVERAL.join(made.families)) if made else "",
         "made for steps": ", ".join(map(str, made.steps)) if made else "",
     }
-    return {key: value for key, value in found.items() if value} | of_metadata(vector.metadata)
+    return {key: value for key, value in of_weights.items() if value} | of_metadata(vector.metadata)
 
 
 def of_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """The facts that metadata alone tells."""
-    found = {}
-    for name, keys in _TOLD.items():
+    of_file: dict[str, str] = {}
+    for name, keys in _KEYS.items():
         show = _most_frequent if name == "frequent tags" else plain
         values = (show(metadata.get(key, "")) for key in keys)
         # kohya's trainer writes None where nothing was set.
         if value := next((value for value in values if value not in ("", "None", "null")), ""):
-            found[name] = value
-    return found
+            of_file[name] = value
+    return of_file
 
 
-def lines(found: Mapping[str, str]) -> list[str]:
+def lines(facts: Mapping[str, str]) -> list[str]:
     """Facts as lines of text."""
-    return [f"{key}: {value}" for key, value in found.items()]
+    return [f"{key}: {value}" for key, value in facts.items()]
 
 
 def plain(text: str, longest: int = LONGEST) -> str:

@@ -250,12 +250,12 @@ def test_links_move_with_their_rows_and_combine_keeps_its_weights(page, subject)
 
 
 def test_what_a_file_says_over_http(client, subject, loras):
-    status, told = send(client, f"lora?name={quote(TELLING)}", None, "GET")
-    assert status == 200 and told["name"] == TELLING
-    facts = told["facts"]
+    status, answer = send(client, f"lora?name={quote(TELLING)}", None, "GET")
+    assert status == 200 and answer["name"] == TELLING
+    facts = answer["facts"]
     assert facts["architecture"] == "SD1.5" and facts["training pictures"] == "40"
     assert facts["trigger words"] == "in sticker style" and "family" not in facts
-    assert max(map(len, [*facts.values(), *told["metadata"].values()])) <= 1000
+    assert max(map(len, [*facts.values(), *answer["metadata"].values()])) <= 1000
     _, fast = send(client, f"lora?name={quote(subject.lcm_lora)}", None, "GET")
     assert fast["facts"]["family"] == "lcm" and fast["facts"]["rank"]
 

@@ -190,7 +190,7 @@ def whole(page, count) -> None:
 
 
 def test_every_node_that_speaks_keeps_its_text(page, client, subject):
-    told, saved = {}, []
+    texts_of, saved = {}, []
     for stem, prepare, count in (
         ("Combine_three_vectors_and_save", MERGE, 7), ("Distil_an_LCM-LoRA", DISTIL, 3),
     ):  # fmt: skip
@@ -206,7 +206,7 @@ def test_every_node_that_speaks_keeps_its_text(page, client, subject):
         page.wait_for_timeout(1500)  # newer front ends remove progress texts now
         texts = page.evaluate(TEXTS)
         whole(page, count)
-        told |= texts
+        texts_of |= texts
         saved.append((page.evaluate("app.graph.serialize()"), texts.keys(), count))
     assert re.search(r"step \d+ of 12", page.evaluate("live"))
     in_language(page, client, "ko")
@@ -221,15 +221,15 @@ def test_every_node_that_speaks_keeps_its_text(page, client, subject):
                 assert re.search("[가-힣]", line), f"{kind}: {line}"
     finally:
         in_language(page, client, "en")
-    assert told["LCMLoRACombine"].startswith("exact: ")
-    assert re.match(r"lcm: \d+ of \d+ modules applied", told["LCMLoRAApply"])
-    assert "has no modules for text" in told["LCMLoRABlocks"]
-    assert told["LCMLoRASave"].startswith("Saved ")
-    assert told["LCMModelSampling"].startswith("lcm, from ")
-    assert told["LCMKSampler"].startswith("lcm, 4 steps")
-    assert told["LCMDistill"] == "This job already exists"
-    assert re.fullmatch(r"done\nstep 12 of 12 · loss [\d.]+", told["LCMJobStatus"])
-    assert told["LCMJobResult"] == "Finished: texts/job.safetensors"
+    assert texts_of["LCMLoRACombine"].startswith("exact: ")
+    assert re.match(r"lcm: \d+ of \d+ modules applied", texts_of["LCMLoRAApply"])
+    assert "has no modules for text" in texts_of["LCMLoRABlocks"]
+    assert texts_of["LCMLoRASave"].startswith("Saved ")
+    assert texts_of["LCMModelSampling"].startswith("lcm, from ")
+    assert texts_of["LCMKSampler"].startswith("lcm, 4 steps")
+    assert texts_of["LCMDistill"] == "This job already exists"
+    assert re.fullmatch(r"done\nstep 12 of 12 · loss [\d.]+", texts_of["LCMJobStatus"])
+    assert texts_of["LCMJobResult"] == "Finished: texts/job.safetensors"
     assert not page.wrong
 
 

@@ -57,8 +57,8 @@ def test_it_tells_what_a_trainers_file_is():
 
 def test_an_acceleration_is_told_from_its_metadata_or_its_folder():
     made = {"lcm_lora.family": "phased", "lcm_lora.made_for_steps": "4"}
-    told = facts(vector(**made, **{"modelspec.trigger_phrase": "fast"}), "a.safetensors")
-    assert (told["family"], told["made for steps"], told["trigger words"]) == (
+    shown = facts(vector(**made, **{"modelspec.trigger_phrase": "fast"}), "a.safetensors")
+    assert (shown["family"], shown["made for steps"], shown["trigger words"]) == (
         "phased", "4", "fast"
     )  # fmt: skip
     assert facts(vector(), "Hyper-SD15-8steps/a.safetensors")["family"] == "hyper-sd"
@@ -73,8 +73,8 @@ def test_every_fact_has_a_name_that_the_page_knows():
     )  # fmt: skip
     everything |= {"ss_tag_frequency": '{"a": {"b": 1}}', "lcm_lora.family": "lcm"}
     everything |= {"lcm_lora.made_for_steps": "4"}
-    told = facts(vector(**everything), "a")
-    assert set(told) == set(LABELS) - {"kind"}  # of a file that is no sum
+    shown = facts(vector(**everything), "a")
+    assert set(shown) == set(LABELS) - {"kind"}  # of a file that is no sum
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_values_are_short_and_plain():
 def test_what_the_page_gets_is_limited():
     metadata = {f"key {i}{'k' * 500}": "v" * 5000 for i in range(1000)} | {METHOD: "exact"}
     metadata[RECIPE] = json.dumps([{"source": "s" * 5000, "weight": 1}])
-    told = public(vector(**metadata), "a.safetensors")
-    assert len(json.dumps(told)) < 120_000 and len(told["metadata"]) <= 200
-    assert told["made_of"][0] == "made of (exact):" and RECIPE not in told["metadata"]
+    shown = public(vector(**metadata), "a.safetensors")
+    assert len(json.dumps(shown)) < 120_000 and len(shown["metadata"]) <= 200
+    assert shown["made_of"][0] == "made of (exact):" and RECIPE not in shown["metadata"]
     assert public(vector(), "a.safetensors")["made_of"] == []
