@@ -63,8 +63,11 @@ _OTHER_FORMATS = tuple(
 _PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
 
 
-def read(path: Path) -> Vector:
+def read(path: Path, mapped: bool = False) -> Vector:
     """A safetensors LoRA in any known key dialect.
+
+    mapped: numbers stay in the file until they are used. For a short look at a large file: it must
+    not be overwritten meanwhile.
 
     Raises:
         ValueError: the file is empty, incomplete, of another format, or holds no LoRA.
@@ -83,8 +86,10 @@ def read(path: Path) -> Vector:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}) | _beside(path)
-            # Copies, because a mapped file that is overwritten later would change the tensors.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            if not mapped:
+                # A mapped file that is overwritten later would change the tensors.
+                tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path.name} is not a complete safetensors file ({path.stat().st_size} bytes): "

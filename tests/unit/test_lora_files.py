@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 
+import psutil
 import pytest
 import torch
 from lcm_lora.lora.architecture import architecture_of
 from lcm_lora.lora.blocks import weighted
 from lcm_lora.lora.delta import Delta, Vector
+from lcm_lora.lora.formats.describe import public
 from lcm_lora.lora.formats.filenames import inside, offered
 from lcm_lora.lora.formats.files import DTYPES, balanced, fingerprint, read, write
 from lcm_lora.lora.formats.module_names import native_to_diffusers
@@ -36,6 +39,25 @@ def test_what_is_written_is_read_back(tmp_path, dtype, error):
     assert again.deltas[NAME].up.dtype == DTYPES[dtype] and again.deltas[NAME].alpha == 2.0
     difference = again.deltas[NAME].matrix() - made.matrix()
     assert difference.norm() <= error * made.matrix().norm()
+
+
+def test_a_look_at_a_large_file_reads_little_of_it(tmp_path):
+    factors = {"lora_up.weight": (100_000, 1000), "lora_down.weight": (1000, 768)}
+    header, end = {}, 0
+    for part, shape in factors.items():
+        begin, end = end, end + 2 * shape[0] * shape[1]
+        header[f"{NAME}.{part}"] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # 200 MB of zeros, which take no room on the disk
+    process = psutil.Process()
+    before = process.memory_info().rss
+    looked = read(path, mapped=True)
+    shown = public(looked, "a")
+    assert process.memory_info().rss - before < 50_000_000
+    assert shown == public(read(path), "a") and shown["facts"]["rank"] == "1000"
 
 
 def test_a_file_in_use_can_be_overwritten(tmp_path):

@@ -157,7 +157,7 @@ def export(identifier: str, step: int) -> str:
     file = inside(_loras(), name)
     mark = {"lcm_lora.job": f"{identifier}, step {step}"}
     if file.exists():
-        if mark.items() <= read(file).metadata.items():
+        if mark.items() <= read(file, mapped=True).metadata.items():
             return f"{name}.safetensors"
         raise ValueError(f"{file.name} exists already and is not of this job: rename that file.")
     try:
@@ -245,7 +245,7 @@ def lora(name: str) -> dict[str, Any]:
             f"ComfyUI lists no LoRA {plain(name, 200)!r}. Expected a .safetensors file by the name "
             "that LoRA loaders show."
         )
-    return public(read(Path(_listed("loras", name))), name)
+    return public(read(Path(_listed("loras", name)), mapped=True), name)
 
 
 def _input(name: str) -> str:
