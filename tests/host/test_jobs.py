@@ -21,7 +21,9 @@ from lcm_lora.tests.host.queued import (
 from lcm_lora.tests.tally import half_files, orphans
 from lcm_lora.training.jobs import processes, restart, supervisor
 from lcm_lora.training.jobs.store import Store
-from lcm_lora.training.spec import Data
+from lcm_lora.training.spec import Data, StyleLoRA
+from lcm_lora.training.state import checkpoints
+from lcm_lora.training.state.checkpoints import Checkpoint
 from safetensors.torch import save_file
 
 
@@ -172,6 +174,32 @@ def test_models_make_room_once_for_a_job_that_a_prompt_waits_for(
     monkeypatch.setattr(management, "unload_all_models", lambda: calls.append("unload"))
     assert host._done(store.job(waited), lambda _: None).state == "done"
     assert calls == ["unload"] * times + ["look"] * (6 - times)
+
+
+def test_what_a_checkpoint_lacks_for_a_lora_is_said(comfy, store, job, tmp_path, monkeypatch):
+    from lcm_lora.training.jobs import host
+
+    name = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    factors = {f"{name}.up": torch.ones(320, 4), f"{name}.down": torch.ones(4, 768)}
+    style = tmp_path / "style.safetensors"
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+    up, down = torch.ones(320, 2), torch.ones(2, 320)
+    save_file({f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}, style)
+    styled, _ = store.create(job(loras=(StyleLoRA(str(style)),)), "a")
+    for step in (1, 2):
+        checkpoints.save(store.checkpoints(styled), Checkpoint(step, factors, {}, {}))
+    damaged = store.checkpoints(styled) / "step-00000001" / "adapter.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    monkeypatch.setattr(host, "store", lambda: store)
+    monkeypatch.setattr(host, "_loras", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"step 1 is damaged: adapter.* Choose another one"):
+        host.export(styled, 1)
+    assert host.export(styled, 2) == "a-step-2.safetensors"
+    (tmp_path / "a-step-2.safetensors").unlink()
+    style.unlink()
+    with pytest.raises(ValueError, match=r"style LoRA style.safetensors of this job is gone"):
+        host.export(styled, 2)
+    assert not list(tmp_path.glob("*step*"))
 
 
 @pytest.mark.parametrize(

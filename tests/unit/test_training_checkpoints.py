@@ -31,6 +31,8 @@ def test_the_newest_comes_back_exactly(tmp_path):
         save(tmp_path, made(step))
     same(newest(tmp_path), made(100))
     same(read(tmp_path, 20), made(20))
+    with pytest.raises(FileNotFoundError, match="no checkpoint step-00000021"):
+        read(tmp_path, 21)
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "gone", "no manifest"])
@@ -47,6 +49,8 @@ def test_a_torn_one_is_passed_over(tmp_path, caplog, harm):
         file.unlink()
     else:
         (last / checkpoints.MANIFEST).unlink()
+    with pytest.raises(ValueError, match="step 2 is damaged: "):
+        read(tmp_path, 2)
     same(newest(tmp_path), made(1))
     assert "step-00000002 is skipped" in caplog.text
     same_again = made(2)

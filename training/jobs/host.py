@@ -149,7 +149,8 @@ def export(identifier: str, step: int) -> str:
     """Writes the LoRA of one of a job's checkpoints to the loras folder, unless it is there; -> its
     name in ComfyUI's list.
 
-    Raises NoJob, and ValueError if there is no such checkpoint or another file has that name.
+    Raises NoJob, and ValueError if there is no such checkpoint, it is damaged, its style LoRA is
+    gone, or another file has that name.
     """
     jobs = store()
     job = jobs.job(identifier)
@@ -165,6 +166,8 @@ def export(identifier: str, step: int) -> str:
     except FileNotFoundError:
         kept = ", ".join(map(str, checkpoints.steps(jobs.checkpoints(identifier)))) or "none"
         raise ValueError(f"The job has no checkpoint of step {step}. It has: {kept}.") from None
+    except ValueError as error:
+        raise ValueError(f"{error} Choose another one.") from None
     write(file, _vector(job, checkpoint, mark), "fp16", overwrite=False)
     return f"{name}.safetensors"
 
@@ -201,7 +204,10 @@ def _done(job: Job, show: Callable[[Job], None]) -> Job:
 
 def _style(lora: StyleLoRA) -> tuple[Vector, float]:
     """The part of a style LoRA that the teacher took over (the model's), and its strength."""
-    style = read(Path(lora.path))
+    path = Path(lora.path)
+    if not path.is_file():
+        raise ValueError(f"The style LoRA {path.name} of this job is gone: put it back.")
+    style = read(path)
     return style.only({m for m in style.modules() if place_of(m) != "text"}), lora.strength
 
 

@@ -88,8 +88,14 @@ def steps(folder: Path) -> list[int]:
 
 
 def read(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of one step. Raises OSError if there is none."""
-    return _read(folder / f"step-{step:08d}")
+    """The checkpoint of one step. Raises FileNotFoundError if there is none, and ValueError if it
+    is damaged."""
+    path = folder / f"step-{step:08d}"
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint {path.name}.")
+    if damage := _torn(path):
+        raise ValueError(f"The checkpoint of step {step} is damaged: {damage}.")
+    return _read(path)
 
 
 def _read(path: Path) -> Checkpoint:
