@@ -281,6 +281,29 @@ def test_a_finished_job_is_taken_again_while_its_lora_is_there(store, tmp_path):
     assert store.create(spec(tmp_path), "a") == (job, False)
 
 
+def test_a_finished_job_trains_on_from_its_last_checkpoint(store, tmp_path):
+    job, _ = store.create(spec(tmp_path, steps=900), "a")
+    with pytest.raises(ValueError, match="queued: only finished jobs"):
+        store.extend(job, 10)
+    # It ended early: its LoRA is that of step 100, though it trained 300.
+    tell(store, job, "status", state="done", step=100, steps=900)
+    with pytest.raises(ValueError, match="checkpoints are gone"):
+        store.extend(job, 10)
+    for step in (100, 300):
+        (store.folder / job / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    output = tmp_path / "a.safetensors"
+    output.write_bytes(b"made by it")
+    tell(store, job, "result", output=str(output), sha256=disk.sha256(output))
+    output.write_bytes(b"another LoRA")
+    with pytest.raises(ValueError, match=r"a.safetensors is no longer .* rename it"):
+        store.extend(job, 10)
+    assert state(store, job) == "done" and output.read_bytes() == b"another LoRA"
+    output.write_bytes(b"made by it")
+    store.extend(job, 10)
+    assert (state(store, job), store.job(job).steps) == ("queued", 310)
+    assert output.read_bytes() == b"made by it"  # until it has a new one
+
+
 def test_a_name_that_is_taken_is_refused_and_nothing_is_queued(store, tmp_path):
     job, _ = store.create(spec(tmp_path), "a")
     with pytest.raises(ValueError, match="makes a with other settings is queued"):

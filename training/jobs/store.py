@@ -210,7 +210,8 @@ class Store:
 
     def extend(self, identifier: str, steps: int) -> None:
         """Queues a finished job again: it trains so many steps more from its last checkpoint, then
-        replaces its LoRA. Raises as `path` does, and ValueError if that is not possible."""
+        replaces its LoRA. Raises as `path` does, and ValueError if that is not possible, or if the
+        file of its LoRA is another one by now."""
         path = self.path(identifier)
         with self._changing():
             job = self.job(identifier)
@@ -218,9 +219,19 @@ class Store:
                 raise ValueError(f"The job is {job.state}: only finished jobs take more steps.")
             if job.on_cluster:
                 raise ValueError("A job of a Ray cluster takes no more steps: order a new one.")
-            if not any((path / "checkpoints").glob("step-*")):
+            saved = sorted((path / "checkpoints").glob("step-????????"))
+            if not saved:
                 raise ValueError("The job's checkpoints are gone: order a new one with more steps.")
-            spec = replace(read_spec(path / Outline.FILE), steps=job.step + steps, overwrite=True)
+            spec, result = read_spec(path / Outline.FILE), Result.read_surely(path) or Result()
+            output = Path(spec.output)
+            if output.exists() and disk.sha256(output) != result.sha256:
+                raise ValueError(
+                    f"{output.name} is no longer the file that this job made, and would be "
+                    "replaced: rename it, then train on."
+                )
+            # A job that ended early has the LoRA of a step before its last checkpoint.
+            last = int(saved[-1].name.removeprefix("step-"))
+            spec = replace(spec, steps=last + steps, overwrite=True)
             control, status = self._control(path), Status.read_surely(path) or Status()
             key = _key(control.device, control.processes, spec.to_json())
             # The status is last: until then the job is done, and this can be asked again.
