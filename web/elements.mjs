@@ -15,21 +15,26 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
+const asked = new WeakMap(); // button that shows its question -> what gives it its own words back
+
 /** Whether a button has to ask again: the first press shows `question` on it for some seconds; a
  * second press within them is meant. */
 export function asksAgain(button, question) {
-  if (button.dataset.sure) {
-    delete button.dataset.sure;
+  const end = asked.get(button);
+  if (end) {
+    end();
     return false;
   }
   const words = button.textContent, label = button.getAttribute("aria-label");
-  button.dataset.sure = "yes";
   button.textContent = question;
   if (label) button.setAttribute("aria-label", label.replace(words, question));
-  setTimeout(() => {
-    delete button.dataset.sure;
+  const restore = () => {
+    clearTimeout(timer);
+    asked.delete(button);
     button.textContent = words;
     if (label) button.setAttribute("aria-label", label);
-  }, 4000);
+  };
+  const timer = setTimeout(restore, 4000);
+  asked.set(button, restore);
   return true;
 }

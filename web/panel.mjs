@@ -48,11 +48,18 @@ export class Panel {
 
   /** Deletes the finished jobs that are shown; asks once more in place. */
   async clearFinished() {
-    const finished = this.state.jobs.filter((job) => job.state === "done" && this.isShown(job));
-    if (await asksAgain(this.clear, say("really delete the finished jobs ({count})? Their LoRAs stay.", { count: finished.length }))) return;
+    const finished = this.state.jobs.filter((job) => job.state === "done" && this.isShown(job)).map(({ id }) => id);
+    if (asksAgain(this.clear, say("really delete the finished jobs ({count})? Their LoRAs stay.", { count: finished.length }))) {
+      this.counted = finished;
+      return;
+    }
     this.heading.focus();
-    for (const { id } of finished) await this.server.call(`jobs/${id}/delete`, {});
-    await this.server.refresh();
+    try {
+      // Only those that were counted: another may have finished since.
+      for (const id of finished.filter((id) => this.counted.includes(id))) await this.server.call(`jobs/${id}/delete`, {});
+    } finally {
+      await this.server.refresh();
+    }
   }
 
   /** Whether the filter lets a job through. */

@@ -221,6 +221,7 @@ def test_jobs_are_found_renamed_and_cleared(tab, ground):
     clear.click()
     tab.get_by_role("button", name="really delete the finished jobs (1)? Their LoRAs stay.").click()
     tab.wait_for_function("!document.querySelector('.lcm-jobs .lcm-name')")
+    assert clear.count() == 1, "a button that was answered has its own words again"
     search.fill("")
     assert names() == ["new/other"]
     assert (ground.loras / "old" / "plain.safetensors").is_file()
