@@ -130,7 +130,10 @@ class LCMLoRAStack(io.ComfyNode):
     def fingerprint_inputs(
         cls, lora_name: str, count: dict[str, Any] | None = None, **_: Any
     ) -> list[tuple[str, int, int]]:
-        names = [lora_name, *(row.name for row in _rows(count or {}))]
+        # A connected input is None here: its row may be applied.
+        connected = [key for key, value in (count or {}).items() if value is None]
+        maybe = {key: True for key in connected if not key.startswith("lora_")}
+        names = [lora_name, *(row.name for row in _rows((count or {}) | maybe))]
         return [fingerprint(lora_path(name)) for name in names]
 
     @classmethod

@@ -141,6 +141,15 @@ def test_a_missing_file_of_a_row_that_is_off_does_no_harm(model, loras):
     assert [Path(path).name for path, *_ in prints] == [FAST, "two.safetensors"]
 
 
+@pytest.mark.parametrize("connected", ["on_1", "weight_1"])
+def test_a_new_file_of_a_row_with_a_connected_input_is_noticed(model, loras, connected):
+    from lcm_lora.nodes.rows import LCMLoRAStack
+
+    count = BOTH | {"text_weight_1": 0.0, connected: None}  # as the host passes it
+    prints = LCMLoRAStack.fingerprint_inputs(model=None, lora_name=FAST, count=count)
+    assert [Path(path).name for path, *_ in prints] == [FAST, "one.safetensors", "two.safetensors"]
+
+
 def test_the_sum_is_sampled_as_its_acceleration(model, loras):
     from lcm_lora.lora.family import FAMILY
     from lcm_lora.samplers.host import applied_to
