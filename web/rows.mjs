@@ -52,16 +52,20 @@ export function keepRows(node) {
   watch();
 }
 
-/** What is connected to an input, as [node, slot]; null if nothing is. */
+/** What is connected to an input, as a function that connects it to another; null if nothing is. */
 function sourceOf(node, name) {
-  const link = node.inputs.find((input) => input.name === name)?.link;
-  const found = link == null ? null : node.graph.getLink?.(link) ?? node.graph.links[link];
-  return found && [node.graph.getNodeById(found.origin_id), found.origin_slot];
+  const { graph } = node, number = node.inputs.find((input) => input.name === name)?.link;
+  const link = number == null ? null : graph.getLink?.(number) ?? graph.links[number];
+  if (!link) return null;
+  const { origin_id: id, origin_slot: from } = link, origin = graph.getNodeById(id);
+  if (origin) return (slot) => origin.connect(from, node, slot);
+  const input = graph.inputNode?.slots[from]; // of the subgraph that the node is in
+  return input ? (slot) => input.connect(node.inputs[slot], node) : null;
 }
 
 function connect(node, name, source) {
   const slot = node.inputs.findIndex((input) => input.name === name);
-  if (source) source[0].connect(source[1], node, slot);
+  if (source) source(slot);
   else if (slot >= 0 && node.inputs[slot].link != null) node.disconnectInput(slot);
 }
 
