@@ -36,7 +36,7 @@ PRIMARY = "0.30.0"
 FRONT_END = "comfyui-frontend-package"
 NEWEST_FRONT_END = "1.58.1"
 PAGES = "LCM_LORA_DEV_FRONT_END"  # set inside the environment: the folder of pages, "" for its own
-# Known to work together; a platform that has them not gets what its pip finds.
+# Known to work together; a platform without them gets what its pip finds.
 PINNED = ("torch==2.14.1", "torchvision==0.29.1"), "torchaudio==2.11.0"
 
 
