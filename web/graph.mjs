@@ -1,5 +1,6 @@
 // What the tab does with the graph: sets and places nodes.
 import { app } from "../../scripts/app.js";
+import { say } from "./words.mjs";
 
 const LOADER = "LCMLoRALoader", CHECKPOINT = "CheckpointLoaderSimple";
 const GAP = 40;
@@ -93,5 +94,6 @@ export async function edit({ data, ...order }) {
 /** Opens one of the pack's templates in a tab of its own. */
 export async function openTemplate(name, address) {
   const answer = await fetch(address);
+  if (!answer.ok) throw new Error(say("The server answered {status}.", { status: answer.status }));
   await app.loadGraphData(await answer.json(), true, true, name);
 }

@@ -98,7 +98,9 @@ async function wantNotified(isWanted) {
 }
 
 function openDistillation() {
-  return openTemplate("Distil an LCM-LoRA", api.apiURL("/workflow_templates/lcm-lora/Distil_an_LCM-LoRA.json"));
+  // The pack's folder, which may have any name: this file is /extensions/FOLDER/jobs.js.
+  const folder = new URL(".", import.meta.url).pathname.split("/").at(-2);
+  return openTemplate("Distil an LCM-LoRA", api.apiURL(`/workflow_templates/${folder}/Distil_an_LCM-LoRA.json`));
 }
 
 app.registerExtension({

@@ -65,6 +65,11 @@ def test_every_word_of_the_page_is_there(language):
         assert sorted(PLACES.findall(text)) == sorted(PLACES.findall(key)), key
 
 
+def test_the_page_does_not_count_on_the_name_of_the_packs_folder():
+    # `git clone` names it comfyui-lcm-lora, the registry lcm-lora.
+    assert not re.findall(r"/(?:comfyui-)?lcm-lora/", PAGE)
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_commands_have_names(language):
     path = ROOT / "locales" / language / "commands.json"
