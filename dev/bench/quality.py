@@ -50,6 +50,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="only the teacher, over its guidance: a lower one alone changes the distance",
     )
     parser.add_argument(
+        "--cfg",
+        type=float,
+        default=subjects.GUIDANCE,
+        help="of the base model (default: %(default)s)",
+    )
+    parser.add_argument(
         "--bf16", action="store_true",
         help="the network in bfloat16: half the time where the processor has it",
     )  # fmt: skip
@@ -61,7 +67,7 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         raise SystemExit(f"--pictures is {pictures}, but a distance needs at least {LEAST}.")
     seeds = chosen.seeds or (3 if chosen.full else 2)
     toy = subjects.Toy.load(checkpoint, torch.bfloat16 if chosen.bf16 else torch.float32)
-    kept = Kept(commands.LOCAL / "quality", f"{toy.name} {pictures}")
+    kept = Kept(commands.LOCAL / "quality", f"{toy.name} {pictures} {chosen.cfg}")
     report = Report("quality")
     if chosen.guidance:
         columns = {
@@ -69,7 +75,8 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
         }
         rows(report, measure(toy, columns, (subjects.TEACHER_STEPS,), pictures, seeds, kept))
         return report
-    figures = measure(toy, subjects.columns(toy), STEPS, pictures, seeds, kept)
+    columns = subjects.columns(toy, chosen.cfg)
+    figures = measure(toy, columns, STEPS, pictures, seeds, kept, guidance=chosen.cfg)
     kept.forget()
     rows(report, figures)
     lcm_bars(report, figures, {4: 1.2, 2: 1.5, 1: 2.0})
