@@ -235,7 +235,7 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     try:
         _, compiled = trained(steps=1, compile=True)
         count = len(graphs)
-        assert count >= 3 * len(blocks)
+        assert count > 2 * len(blocks)  # more than the limit
         _, again = trained(steps=1)  # the blocks are still compiled
         assert len(graphs) == count
     finally:
