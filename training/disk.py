@@ -158,3 +158,9 @@ def _remove(left: Path) -> None:
 def name_of(text: str) -> str:
     """A short file name for any text: 16 digits of its hash."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def numbered(folder: Path, prefix: str) -> list[int]:
+    """The numbers of what is called `prefix` and eight digits in a folder, in order."""
+    paths = folder.glob(prefix + 8 * "[0-9]")
+    return sorted(int(path.name.removeprefix(prefix)) for path in paths)

@@ -56,7 +56,8 @@ def described(metadata: Mapping[str, str]) -> list[str]:
         except (ValueError, RecursionError):  # another program wrote it
             text = recipe
         lines.append(text if len(text) <= RECIPE_SHOWN else f"{text[:RECIPE_SHOWN]} ...")
-    return lines + [f"{key}: {value[:SHOWN]}" for key, value in values.items()]
+    shown = {facts.plain(key, 80): facts.plain(value, SHOWN) for key, value in values.items()}
+    return lines + facts.lines(shown)
 
 
 def public(vector: Vector, name: str) -> dict[str, Any]:

@@ -299,6 +299,10 @@ def test_a_finished_job_trains_on_from_its_last_checkpoint(store, tmp_path):
         store.extend(job, 10)
     assert state(store, job) == "done" and output.read_bytes() == b"another LoRA"
     output.write_bytes(b"made by it")
+    rival, _ = store.create(spec(tmp_path, steps=5, overwrite=True), "a")
+    with pytest.raises(ValueError, match="Another job that makes a is queued: delete it"):
+        store.extend(job, 10)
+    store.delete(rival)
     store.extend(job, 10)
     assert (state(store, job), store.job(job).steps) == ("queued", 310)
     assert output.read_bytes() == b"made by it"  # until it has a new one

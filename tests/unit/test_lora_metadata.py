@@ -130,7 +130,10 @@ def test_a_recipe_of_somebody_else_is_shown_as_it_is():
         (line,) = described({RECIPE: text, METHOD: "so"})
         assert line == (text if len(text) <= RECIPE_SHOWN else f"{text[:RECIPE_SHOWN]} ...")
     assert described({RECIPE: '[{"weight": null}]'}) == ["made of:\n  None x None"]
-    assert described({METHOD: "so", "long": "x" * 500}) == [f"{METHOD}: so", f"long: {'x' * 120}"]
+    assert described({METHOD: "so", "long": "x" * 500}) == [
+        f"{METHOD}: so", f"long: {'x' * 120} ...",
+    ]  # fmt: skip
+    assert described({"a": "one\u202e\ntwo"}) == ["a: one two"]  # no change of direction
     many = json.dumps([{"source": "x" * 90, "weight": 1}] * 100)
     assert len(described({RECIPE: many})[0]) == RECIPE_SHOWN + len(" ...")
 

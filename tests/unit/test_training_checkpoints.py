@@ -29,6 +29,8 @@ def test_the_newest_comes_back_exactly(tmp_path):
     assert newest(tmp_path) is None
     for step in (10, 100, 20):
         save(tmp_path, made(step))
+    (tmp_path / "step-of-mine").mkdir()  # as many characters as a step's
+    assert checkpoints.steps(tmp_path) == [10, 20, 100]
     same(newest(tmp_path), made(100))
     same(read(tmp_path, 20), made(20))
     with pytest.raises(FileNotFoundError, match="no checkpoint step-00000021"):

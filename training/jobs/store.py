@@ -116,12 +116,16 @@ class Store:
     def _require_free(self, spec: Spec, name: str, jobs: list[Job]) -> None:
         if Path(spec.output).exists():
             raise ValueError(f"{name} exists already: choose another name, or allow overwrite.")
-        for job in jobs:
-            if job.name == name and job.state not in ("done", "failed"):
-                raise ValueError(
-                    f"A job that makes {name} with other settings is {job.state}: delete it, "
-                    "choose another name, or allow overwrite."
-                )
+        if job := self._unfinished(name, jobs):
+            raise ValueError(
+                f"A job that makes {name} with other settings is {job.state}: delete it, "
+                "choose another name, or allow overwrite."
+            )
+
+    def _unfinished(self, name: str, jobs: list[Job]) -> Job | None:
+        """A job that still has to make the LoRA of this name."""
+        made = (job for job in jobs if job.name == name and job.state not in ("done", "failed"))
+        return next(made, None)
 
     def jobs(self) -> list[Job]:
         """Every job: active ones, then the queue in its order, then the others, newest first.
@@ -219,7 +223,9 @@ class Store:
                 raise ValueError(f"The job is {job.state}: only finished jobs take more steps.")
             if job.on_cluster:
                 raise ValueError("A job of a Ray cluster takes no more steps: order a new one.")
-            saved = sorted((path / "checkpoints").glob("step-????????"))
+            if rival := self._unfinished(job.name, self.jobs()):
+                raise ValueError(f"Another job that makes {job.name} is {rival.state}: delete it.")
+            saved = disk.numbered(path / "checkpoints", "step-")
             if not saved:
                 raise ValueError("The job's checkpoints are gone: order a new one with more steps.")
             spec, result = read_spec(path / Outline.FILE), Result.read_surely(path) or Result()
@@ -230,8 +236,7 @@ class Store:
                     "replaced: rename it, then train on."
                 )
             # A job that ended early has the LoRA of a step before its last checkpoint.
-            last = int(saved[-1].name.removeprefix("step-"))
-            spec = replace(spec, steps=last + steps, overwrite=True)
+            spec = replace(spec, steps=saved[-1] + steps, overwrite=True)
             control, status = self._control(path), Status.read_surely(path) or Status()
             key = _key(control.device, control.processes, spec.to_json())
             # The status is last: until then the job is done, and this can be asked again.

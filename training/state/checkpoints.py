@@ -84,7 +84,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def steps(folder: Path) -> list[int]:
     """The steps of the checkpoints that are there, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-????????"))
+    return disk.numbered(folder, "step-")
 
 
 def read(folder: Path, step: int) -> Checkpoint:
