@@ -136,6 +136,8 @@ def test_a_file_of_a_row_that_changed_is_read_anew(client, subject, loras):
 
 def choose(page, vue, *entries) -> None:
     """Chooses from the node's menu, by the mouse."""
+    from playwright.sync_api import TimeoutError
+
     page.keyboard.press("Escape")
     if vue:
         node = page.evaluate(f"String({STACK}.id)")
@@ -148,9 +150,11 @@ def choose(page, vue, *entries) -> None:
     *folders, last = (page.get_by_text(entry, exact=True).last for entry in entries)
     for folder in folders:
         folder.hover()
-        page.wait_for_timeout(400)
-        if not last.is_visible():
+        try:  # a menu that opens late would be closed by a click
+            last.wait_for(timeout=5000)
+        except TimeoutError:
             folder.click()
+    page.wait_for_timeout(400)
     last.click()
     page.wait_for_timeout(400)
 

@@ -5,7 +5,7 @@ import csv
 import pytest
 from lcm_lora.tests.server.axe import violations
 from lcm_lora.tests.server.ended import lay
-from lcm_lora.tests.server.pages import TEMPLATES, new_page, pictured
+from lcm_lora.tests.server.pages import new_page, open_template, pictured
 from lcm_lora.tests.server.test_page import job, reaches, show_tab
 
 
@@ -117,15 +117,6 @@ def test_sample_pictures_open_large_and_close_by_keyboard(tab):
 TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
 
 
-def loaded(page, workflow):
-    page.evaluate(
-        f"""async () => {{
-            const answer = await fetch('{TEMPLATES}/{workflow}.json');
-            await app.loadGraphData(await answer.json(), true, true, 'loaded');
-        }}"""
-    )
-
-
 LOADERS = """() => app.graph.nodes.filter(({ type }) => type === 'LCMLoRALoader').map((node) => [
     node.widgets.find(({ name }) => name === 'lora_name').value,
     node.getInputNode(0)?.type ?? null,
@@ -137,8 +128,8 @@ OVERLAPS = """() => {
 }"""
 
 
-def test_use_in_graph_sets_the_loader_or_places_one_beside_the_others(tab):
-    loaded(tab, TEXT_TO_IMAGE)
+def test_use_in_graph_sets_the_loader_or_places_one_beside_the_others(tab, subject):
+    open_template(tab, subject, TEXT_TO_IMAGE)
     row = job(tab, "new/other")
 
     def used(*expected):
@@ -176,12 +167,12 @@ def test_use_in_graph_sets_the_loader_or_places_one_beside_the_others(tab):
     pictured(tab, "used-in-graph")
 
 
-def test_a_jobs_settings_come_back_into_the_graph(tab, ground):
+def test_a_jobs_settings_come_back_into_the_graph(tab, ground, subject):
     pictures = ground.base / "input" / "pictures"
     pictures.mkdir(parents=True)
     data = {"kind": "pictures", "path": "pictures", "crops": 3, "flip": False, "resolution": 128}
     ground.order("edit/me", steps=777, rank=8, objective="phased", data=data)
-    loaded(tab, TEXT_TO_IMAGE)
+    open_template(tab, subject, TEXT_TO_IMAGE)
     row = job(tab, "edit/me")
     row.locator(".lcm-head").click()
     row.get_by_role("button", name="clone and edit").click()

@@ -32,6 +32,9 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
     for official, own in files_here(subject).items():
         text = text.replace(official, own)
     workflow = json.loads(text)
+    kinds = page.evaluate("Object.keys(window.LiteGraph.registered_node_types)")
+    if path.stem == "Live_painting" and "Painter" not in kinds:
+        pytest.skip("this ComfyUI has no Painter node")
     prompt, page_nodes = page.evaluate(OPENED, [workflow, path.stem, vue])
     page.wait_for_timeout(500)  # missing files are reported a moment later
     pictured(page, f"{path.stem}-{'vue' if vue else 'canvas'}")
