@@ -56,6 +56,14 @@ RUN = """async () => {
     return await Promise.race([ended, late]);
 }"""
 SAID = f"() => {STACK}.widgets.find((w) => w.name === 'lcm_lora_text')?.element.innerText ?? ''"
+CHOOSE = f"""(entries) => {{
+    let options = app.canvas.getNodeMenuOptions({STACK}), item;
+    for (const entry of entries) {{
+        item = options.find((option) => option?.content === entry);
+        options = item.submenu?.options;
+    }}
+    item.callback();
+}}"""
 CORNER = f"""() => {{
     const node = {STACK}, canvas = app.canvas.canvas.getBoundingClientRect();
     const [x, y] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] - 15]);
@@ -201,7 +209,10 @@ def test_rows_are_added_moved_removed_run_saved_and_told_about(page, subject, vu
     choose(page, vue, "LoRA rows", "Add a row")
     assert page.evaluate(VALUES) == [*head, "3", *first, *fresh, *fresh]
 
-    choose(page, vue, "LoRA info ...", TELLING)
+    if vue:
+        choose(page, vue, "LoRA info ...", TELLING)
+    else:  # two menus deep, the mouse did not always hit it beside other tests
+        page.evaluate(CHOOSE, ["LoRA info ...", TELLING])
     dialog = page.locator("dialog.lcm-info")
     dialog.get_by_text("in sticker style").first.wait_for()
     text = dialog.inner_text()

@@ -44,6 +44,8 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
     expected = to_api(workflow)
     for key, node in expected.items():
         assert prompt[key]["class_type"] == node["class_type"]
+        if node["class_type"] == "Painter":
+            node["inputs"].pop("mask")  # the name under which it uploads its picture
         # It adds inputs that are newer than the workflow.
         assert {name: prompt[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
     if vue:
