@@ -20,7 +20,7 @@ LONGEST = 300  # characters of a value
 MOST_TAGS = 20
 _TAGS_READ = 8_000_000  # characters of a JSON text; trainers write a few hundred thousand
 
-# By fact: the keys that may tell it. The first that holds something counts.
+# A fact and the metadata keys that may hold it. The first that holds something counts.
 _KEYS = {
     "title": ("modelspec.title", "ss_output_name"),
     "base model": ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),

@@ -11,7 +11,7 @@ from lcm_lora.tests.server.test_jobs import send
 from lcm_lora.tests.server.test_workflows import images
 from safetensors.torch import load_file, save_file
 
-TELLING = "say/told.safetensors"
+DESCRIBED = "info/described.safetensors"
 EVIL = "<img src=x onerror=\"document.title='owned'\">"
 NEW = """async ([vue, loras]) => {
     await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
@@ -100,8 +100,8 @@ def loras(server, subject):
         "modelspec.description": "x" * 5000,
         EVIL: EVIL,
     }
-    (folder / TELLING).parent.mkdir(exist_ok=True)
-    save_file(load_file(folder / subject.style_lora), folder / TELLING, metadata)
+    (folder / DESCRIBED).parent.mkdir(exist_ok=True)
+    save_file(load_file(folder / subject.style_lora), folder / DESCRIBED, metadata)
     return folder
 
 
@@ -131,7 +131,7 @@ def test_an_api_prompt_draws_what_the_hosts_loaders_draw(client, subject, loras)
 
 
 def test_a_file_of_a_row_that_changed_is_read_anew(client, subject, loras):
-    name = "say/changing.safetensors"
+    name = "info/changing.safetensors"
     (loras / name).write_bytes((loras / subject.style_lora).read_bytes())
     rows = [(True, name, 1.0, 1.0)]
     before = drawn(client, stacked(subject, rows))
@@ -169,10 +169,10 @@ def choose(page, vue, *entries) -> None:
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 def test_rows_are_added_moved_removed_run_saved_and_told_about(page, subject, vue):
-    page.evaluate(NEW, [vue, [subject.lcm_lora, TELLING]])
+    page.evaluate(NEW, [vue, [subject.lcm_lora, DESCRIBED]])
     page.wait_for_timeout(800)
     weight = 0.45 if vue else 0.55
-    head, first = [subject.lcm_lora, 1, "auto"], [True, TELLING, weight, 0.25]
+    head, first = [subject.lcm_lora, 1, "auto"], [True, DESCRIBED, weight, 0.25]
     fresh = [True, "None", 0.8, 0.8]
     assert page.evaluate(VALUES) == [*head, "1", *first]
     choose(page, vue, "LoRA rows", "Add a row")
@@ -194,13 +194,13 @@ def test_rows_are_added_moved_removed_run_saved_and_told_about(page, subject, vu
 
     saved = page.evaluate("app.graph.serialize()")
     sent = page.evaluate(PROMPT)
-    assert sent["count"] == "2" and sent["count.lora_1"] == TELLING and sent["count.on_2"] is True
+    assert sent["count"] == "2" and sent["count.lora_1"] == DESCRIBED and sent["count.on_2"] is True
     assert page.evaluate(RUN) == "done"
     page.wait_for_timeout(1200)
     pictured(page, f"rows-run-{vue}")
     lines = page.evaluate(SAID).splitlines()
     assert lines[0] == "lcm; LoRAs applied: 2" and lines[1].startswith("1 x demo-lcm-lora: ")
-    assert lines[2].startswith(f"{weight} / 0.25 x told: ")
+    assert lines[2].startswith(f"{weight} / 0.25 x described: ")
     page.evaluate("async (saved) => await app.loadGraphData(saved, true, true, 'rows')", saved)
     page.wait_for_timeout(800)
     assert page.evaluate(VALUES) == [*head, "2", *first, *fresh]
@@ -210,9 +210,9 @@ def test_rows_are_added_moved_removed_run_saved_and_told_about(page, subject, vu
     assert page.evaluate(VALUES) == [*head, "3", *first, *fresh, *fresh]
 
     if vue:
-        choose(page, vue, "LoRA info ...", TELLING)
+        choose(page, vue, "LoRA info ...", DESCRIBED)
     else:  # two menus deep, the mouse did not always hit it beside other tests
-        page.evaluate(CHOOSE, ["LoRA info ...", TELLING])
+        page.evaluate(CHOOSE, ["LoRA info ...", DESCRIBED])
     dialog = page.locator("dialog.lcm-info")
     dialog.get_by_text("in sticker style").first.wait_for()
     text = dialog.inner_text()
@@ -229,7 +229,7 @@ def test_rows_are_added_moved_removed_run_saved_and_told_about(page, subject, vu
 
 
 def test_links_move_with_their_rows_and_combine_keeps_its_weights(page, subject):
-    page.evaluate(NEW, [False, [subject.lcm_lora, TELLING]])
+    page.evaluate(NEW, [False, [subject.lcm_lora, DESCRIBED]])
     page.evaluate(
         f"""() => {{
             const stack = {STACK}, number = window.LiteGraph.createNode('PrimitiveFloat');
@@ -250,7 +250,7 @@ def test_links_move_with_their_rows_and_combine_keeps_its_weights(page, subject)
     assert isinstance(sent["count.weight_2"], list) and sent["count.weight_1"] == 0.8
     choose(page, False, "LoRA rows", "Remove row 1")
     assert page.evaluate(linked) == "clip count.weight_1 model"
-    assert page.evaluate(PROMPT)["count.lora_1"] == TELLING
+    assert page.evaluate(PROMPT)["count.lora_1"] == DESCRIBED
     weights = page.evaluate(
         """() => {
             const node = window.LiteGraph.createNode('LCMLoRACombine');
@@ -269,8 +269,8 @@ def test_links_move_with_their_rows_and_combine_keeps_its_weights(page, subject)
 
 
 def test_what_a_file_says_over_http(client, subject, loras):
-    status, answer = send(client, f"lora?name={quote(TELLING)}", None, "GET")
-    assert status == 200 and answer["name"] == TELLING
+    status, answer = send(client, f"lora?name={quote(DESCRIBED)}", None, "GET")
+    assert status == 200 and answer["name"] == DESCRIBED
     facts = answer["facts"]
     assert facts["architecture"] == "SD1.5" and facts["training pictures"] == "40"
     assert facts["trigger words"] == "in sticker style" and "family" not in facts

@@ -276,11 +276,11 @@ def test_the_browser_notifies_of_a_jobs_end_if_that_is_wanted(tab, ground):
     tab.context.grant_permissions(["notifications"], origin=ground.server.url)
     tab.evaluate(
         """() => {
-            window.told = [];
+            window.shown = [];
             const Real = window.Notification;
             window.Notification = new Proxy(Real, {
                 construct(target, [title, options]) {
-                    told.push(`${title}: ${options.body}`);
+                    shown.push(`${title}: ${options.body}`);
                     return new target(title, options);
                 },
             });
@@ -289,5 +289,5 @@ def test_the_browser_notifies_of_a_jobs_end_if_that_is_wanted(tab, ground):
     ordered = ground.order("told/one", steps=1, sample_every=0)
     tab.get_by_role("checkbox", name="notify me when a job ends").check()
     assert ground.done(ordered)
-    tab.wait_for_function("told.length > 0")
-    assert tab.evaluate("told") == ["LCM-LoRA is ready: told/one.safetensors"]
+    tab.wait_for_function("shown.length > 0")
+    assert tab.evaluate("shown") == ["LCM-LoRA is ready: told/one.safetensors"]
