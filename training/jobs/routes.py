@@ -234,7 +234,7 @@ def samples(request: web.Request) -> web.Response:
 
 
 def create(request: web.Request, body: dict[str, Any]) -> web.Response:
-    identifier, new = host.start(build(Order, body, "the request"))
+    identifier, new, _ = host.start(build(Order, body, "the request"))
     return _json({"id": identifier, "new": new}, 201 if new else 200)
 
 
