@@ -134,8 +134,8 @@ DISTIL = """(checkpoint) => {
     const named = (type) => app.graph.nodes.find((node) => node.type === type);
     set(named('LCMDistillData'), { 'source.prompts': 'a photo of a bag', 'source.count': 4,
         'source.draw_steps': 2, resolution: 64, auto_resolution: false });
-    set(named('LCMDistill'), { checkpoint, name: 'texts/job', steps: 12, length: 'custom', batch: 2, rank: 4,
-        guidance: 2.5, sample_every: 12, checkpoint_every: 12, policy: 'share' });
+    set(named('LCMDistill'), { checkpoint, name: 'texts/job', length: 'custom', steps: 12, batch: 2,
+        rank: 4, guidance: 2.5, sample_every: 12, checkpoint_every: 12, policy: 'share' });
     const result = put('LCMJobResult', {}, [600, 950]);
     named('LCMDistill').connect(0, result, 0);
     result.connect(1, put('PreviewAny', {}, [1000, 950]), 0);

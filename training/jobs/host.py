@@ -34,6 +34,8 @@ from ..spec import Data, Spec, StyleLoRA
 from ..spec import read as read_spec
 from ..state import checkpoints
 from . import supervisor
+from .estimate import Estimate
+from .estimate import estimate as estimated
 from .job import Job
 from .order import DataOrder, Order
 from .records import on_cluster
@@ -75,6 +77,13 @@ def start(order: Order) -> tuple[str, bool, Spec]:
     made, is_new = jobs.create(spec, name, device, count, order.policy, _visible(device), text)
     work()
     return made, is_new, spec
+
+
+def estimate(order: Order) -> Estimate:
+    """What a job will take. Raises as `start`, but the LoRA's name may be taken."""
+    jobs = store()
+    device, count = _devices(order.device, jobs.folder.parent / Cluster.FILE)
+    return estimated(_spec(order, jobs.folder.parent / "banks"), device, count, jobs)
 
 
 def _devices(device: str, cluster: Path) -> tuple[str, int]:

@@ -238,6 +238,10 @@ def create(request: web.Request, body: dict[str, Any]) -> web.Response:
     return _json({"id": identifier, "new": new}, 201 if new else 200)
 
 
+def estimate(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    return host.estimate(build(Order, body, "the request")).public()
+
+
 def act(action: str, request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
     store, identifier = host.store(), request.match_info["id"]
     store.ask(identifier, ACTIONS[action], only=partial(_allowed, action))
@@ -324,6 +328,7 @@ READS: dict[str, Handler] = {
 }
 CHANGES: dict[str, ChangeHandler] = {
     "jobs": create,
+    "estimate": estimate,
     "jobs/{id}/delete": delete,
     "jobs/{id}/move": move,
     "jobs/{id}/rename": rename,
