@@ -96,9 +96,8 @@ def estimate(spec: Spec, device: str, processes: int, store: Store) -> Estimate:
 
 def _earlier(spec: Spec, file: CheckpointFile, device: str, store: Store) -> Iterator[Earlier]:
     """The newest jobs that may be compared with this one."""
-    for job in store.jobs()[:EARLIER]:
-        if job.device != device or not job.step:
-            continue
+    trained = [job for job in store.jobs() if job.step and job.device == device]
+    for job in trained[:EARLIER]:
         with store.unless_deleted(job.id):
             if found := _measured(job, store.path(job.id), spec, file):
                 yield found
