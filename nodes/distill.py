@@ -128,7 +128,7 @@ def _order_input(name: str) -> io.Input:
         return LCMData.Input(name, tooltip=declared(Order)[name].setting.help)
     if name == "checkpoint":
         return _input(Order, name, checkpoint_names())
-    folded = {} if name in CHOICES else {"advanced": True}
+    folded: dict[str, Any] = {} if name in CHOICES else {"advanced": True}
     if name == "style_lora":
         return _input(Order, name, [NONE, *lora_names()], default=NONE, **folded)
     return _input(Order, name, **folded)

@@ -16,7 +16,8 @@ FITTED = """([checkpoint, name, steps]) => {
         'source.draw_steps': 2, resolution: 64, auto_resolution: false });
     set(named('LCMDistill'), { checkpoint, name, length: 'custom', steps, batch: 2, rank: 4,
         guidance: 2.5, sample_every: 0, checkpoint_every: 50, policy: 'share' });
-    app.api.dispatchCustomEvent('graphChanged');
+    // The front end looks for changes after each click.
+    window.dispatchEvent(new MouseEvent('mouseup', { bubbles: true }));
 }"""
 # The names of the widgets that a user sees, in the classic rendering.
 SEEN = """() => {
