@@ -110,6 +110,7 @@ export async function edit({ data, ...order }) {
   for (const [name, value] of Object.entries(data)) set(source, `source.${name}`, value);
   if (named) set(source, `source.${named}`, data.path);
   set(source, "resolution", data.resolution);
+  set(source, "auto_resolution", Boolean(data.auto_resolution)); // older orders have none
   const node = place("LCMDistill", [source.pos[0] + source.size[0] + GAP, source.pos[1]]);
   for (const [name, value] of Object.entries({ ...order, style_lora: order.style_lora || "none" })) set(node, name, value);
   source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));
