@@ -15,12 +15,14 @@ from ..training.jobs import host
 from ..training.jobs.order import SOURCES, DataOrder, Order
 from ..training.schema import build, declared
 from .host import checkpoint_names, lora_names
-from .texts import said
+from .texts import of_order, said
 
 CATEGORY = "LCM-LoRA/distil"
 LCMData = io.Custom("LCM_DATA")
 LCMJob = io.Custom("LCM_JOB")
 NONE = "none"
+CHOICES = ("checkpoint", "data", "name", "length")  # of every user; the host folds the rest
+JOB = "lcm_lora_job"  # in the node's output; web/progress.mjs reads it
 
 
 class LCMDistillData(io.ComfyNode):
@@ -46,6 +48,7 @@ class LCMDistillData(io.ComfyNode):
                     tooltip=declared(DataOrder)["kind"].setting.help,
                 ),
                 _input(DataOrder, "resolution"),
+                _input(DataOrder, "auto_resolution"),
             ],
             outputs=[
                 LCMData.Output(
@@ -56,11 +59,14 @@ class LCMDistillData(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source: dict[str, Any], resolution: int) -> io.NodeOutput:
+    def execute(
+        cls, source: dict[str, Any], resolution: int, auto_resolution: bool = False
+    ) -> io.NodeOutput:
         settings = dict(source)
         kind = settings.pop("source")
         path = settings.pop("file", settings.pop("folder", ""))
-        order = DataOrder(kind=kind, path=path, resolution=resolution, **settings)
+        settings |= {"resolution": resolution, "auto_resolution": auto_resolution}
+        order = DataOrder(kind=kind, path=path, **settings)
         return io.NodeOutput(asdict(order))
 
 
@@ -111,9 +117,10 @@ class LCMDistill(io.ComfyNode):
     def execute(cls, data: dict[str, Any], style_lora: str, **settings: Any) -> io.NodeOutput:
         style = "" if style_lora == NONE else style_lora
         order = {"data": data, "style_lora": style, **settings}
-        job, new = host.start(build(Order, order, "the order"))
+        job, new, spec = host.start(build(Order, order, "the order"))
         line = Line("Queued") if new else Line("This job already exists")
-        return io.NodeOutput(job, ui=said(line))
+        shown = said(line, of_order(spec)) | {JOB: [job]}
+        return io.NodeOutput(job, ui=shown)
 
 
 def _order_input(name: str) -> io.Input:
@@ -121,9 +128,10 @@ def _order_input(name: str) -> io.Input:
         return LCMData.Input(name, tooltip=declared(Order)[name].setting.help)
     if name == "checkpoint":
         return _input(Order, name, checkpoint_names())
+    folded: dict[str, Any] = {} if name in CHOICES else {"advanced": True}
     if name == "style_lora":
-        return _input(Order, name, [NONE, *lora_names()], default=NONE)
-    return _input(Order, name)
+        return _input(Order, name, [NONE, *lora_names()], default=NONE, **folded)
+    return _input(Order, name, **folded)
 
 
 def _input(kind: type, name: str, options: list[str] | None = None, **changes: Any) -> io.Input:

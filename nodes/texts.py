@@ -13,6 +13,7 @@ from ..lora.host import Coverage
 from ..samplers import host
 from ..samplers.report import Acceleration, Line
 from ..training.jobs.job import Job
+from ..training.spec import Spec
 
 TEXT = "lcm_lora_text"  # in the output of a node; web/texts.mjs reads it
 
@@ -88,6 +89,15 @@ def of_run(model: ModelPatcher, run: host.Run) -> list[Line]:
     """What is wrong with a run of LCM KSampler, and what it did."""
     file = host.file_of(model)
     return host.report(model, run, fast=file is not None and bool(family_named({}, file.name)[0]))
+
+
+def of_order(spec: Spec) -> Line:
+    """What a job was ordered to do."""
+    values = {"steps": spec.steps, "batch": spec.batch, "pixels": spec.resolution}
+    if spec.data.kind == "prompts":
+        text = "{steps} steps of {batch} pictures, {pixels} pixels, {count} drawn from prompts"
+        return Line(text, values | {"count": spec.data.count})
+    return Line("{steps} steps of {batch} pictures, {pixels} pixels, from your pictures", values)
 
 
 def of_job(job: Job) -> list[Line]:

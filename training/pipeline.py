@@ -23,6 +23,7 @@ from .memory import keep_freed
 from .plan import plan
 from .ranks import Ranks
 from .spec import Spec
+from .state import checkpoints
 from .state.journal import Journal
 from .state.loop import Run
 from .state.samples import Samples
@@ -31,7 +32,6 @@ from .teacher import Teacher, enter, free_memory
 log = logging.getLogger("lcm_lora")
 LISTED = 1000  # unused files that the log names
 NICE = 10  # a job that trains on the CPU leaves it to the prompts
-BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and AdamW's two moments in float32
 
 
 @dataclass
@@ -130,8 +130,7 @@ class Pipeline:
     ) -> None:
         spec = self.spec
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
-        # Besides the last `keep` there are the best one and the one being written.
-        needed = BYTES_A_PARAMETER * parameters * (spec.keep + 2)
+        needed = checkpoints.room(parameters, spec.keep)
         if spec.passes > 1:  # the teacher's steps are kept, in float32
             needed += 4 * len(source) * teacher.latent_shape(spec.resolution).numel()
         written = _bytes_in(self.job / "checkpoints", self.job / answers.FOLDER)

@@ -118,7 +118,7 @@ class Spec:
         "4 steps and worse at any other number.",
         "lcm",
         choices=("lcm", "phased"),
-        widget={"optional": True, "advanced": True},
+        widget={"optional": True},
     )
     phases: int = setting('Segments of the objective "phased".', 4, least=1, most=50)
     lr: float = setting(
@@ -178,7 +178,7 @@ class Spec:
         "kept on disk. 8 makes a step about a quarter cheaper; then use a third more steps.",
         1,
         least=1,
-        widget={"max": 64, "optional": True, "advanced": True},
+        widget={"max": 64, "optional": True},
     )
 
     def __post_init__(self) -> None:

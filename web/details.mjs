@@ -2,13 +2,11 @@
 import { Actions } from "./actions.mjs";
 import { Charts } from "./charts.mjs";
 import { h } from "./elements.mjs";
+import { gigabytes } from "./progress.mjs";
 import { Samples } from "./samples.mjs";
 import { date, number, say } from "./words.mjs";
 
 const LOG_KEPT = 200_000; // characters
-
-/** Megabytes as gigabytes, with one decimal. */
-export const gigabytes = (megabytes) => number(megabytes / 1000, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 export class Details {
   constructor(server, job) {

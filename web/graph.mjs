@@ -76,6 +76,32 @@ function placed(last) {
   return node;
 }
 
+/** The nodes of a graph and of the subgraphs in it. */
+export function* allNodes(graph = app.rootGraph ?? app.graph) {
+  for (const node of graph?.nodes ?? []) {
+    yield node;
+    if (node.subgraph) yield* allNodes(node.subgraph);
+  }
+}
+
+/** The values of a node's own inputs. */
+function valuesOf(node) {
+  const { required = {}, optional = {} } = node.constructor.nodeData?.input ?? {};
+  const isOwn = (name) => name.split(".")[0] in required || name in optional;
+  return Object.fromEntries((node.widgets ?? []).filter(({ name }) => isOwn(name)).map(({ name, value }) => [name, value]));
+}
+
+/** The order that a node for a distillation and the one for its data make; null if another node gives
+ * the data. */
+export function orderOf(node) {
+  const source = node.getInputNode(node.inputs.findIndex(({ name }) => name === "data"));
+  if (source?.type !== "LCMDistillData") return null;
+  const { source: kind, ...rest } = valuesOf(source), order = valuesOf(node);
+  const { file, folder, ...data } = Object.fromEntries(Object.entries(rest).map(([name, value]) => [name.replace("source.", ""), value]));
+  const path = file ?? folder ?? "";
+  return { ...order, style_lora: order.style_lora === "none" ? "" : order.style_lora, data: { ...data, kind, path } };
+}
+
 /** Puts the settings of an order into new nodes for its data and for the distillation. */
 export async function edit({ data, ...order }) {
   await app.refreshComboInNodes?.();
@@ -85,6 +111,7 @@ export async function edit({ data, ...order }) {
   for (const [name, value] of Object.entries(data)) set(source, `source.${name}`, value);
   if (named) set(source, `source.${named}`, data.path);
   set(source, "resolution", data.resolution);
+  set(source, "auto_resolution", Boolean(data.auto_resolution)); // older orders have none
   const node = place("LCMDistill", [source.pos[0] + source.size[0] + GAP, source.pos[1]]);
   for (const [name, value] of Object.entries({ ...order, style_lora: order.style_lora || "none" })) set(node, name, value);
   source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));

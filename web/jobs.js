@@ -3,6 +3,7 @@
 // some (rows.mjs), and shows what LoRA files say about themselves (info.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { fold, giveProgress, listenToChanges, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
 import { edit, openTemplate, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
@@ -51,6 +52,7 @@ function refresh() {
     .finally(() => {
       asking = null;
       panel?.update(state);
+      showProgress(state.jobs);
       badge();
     });
   return asking;
@@ -109,8 +111,14 @@ app.registerExtension({
     id: "lcm_lora.jobs", label: "Show the LCM-LoRA jobs", icon: "pi pi-bolt",
     function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
   }],
-  beforeRegisterNodeDef: giveText,
-  nodeCreated: keepRows,
+  beforeRegisterNodeDef(nodeType, definition) {
+    giveText(nodeType, definition);
+    giveProgress(nodeType, definition, call, refresh);
+  },
+  nodeCreated(node) {
+    keepRows(node);
+    fold(node);
+  },
   getNodeMenuItems(node) {
     listen();
     return [...rowItems(node), ...infoItems(node, call)];
@@ -118,6 +126,7 @@ app.registerExtension({
   setup() {
     listen();
     listenToNodes();
+    listenToChanges();
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-bolt",

@@ -1,30 +1,10 @@
 // One job in the tab: what it is doing, what can be done with it, and its details.
-import { Details, gigabytes } from "./details.mjs";
+import { Details } from "./details.mjs";
 import { asksAgain, called, h } from "./elements.mjs";
-import { date, number, say } from "./words.mjs";
+import { doing, facts } from "./progress.mjs";
+import { date, say } from "./words.mjs";
 
 const ACTIVE = ["preparing", "running", "stopping"];
-const LOSS = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
-
-/** What a job is doing, in more words than its state where they are known. */
-function doing(job) {
-  const { activity, activity_done: done, activity_total: total } = job;
-  if (!activity) return say(job.state);
-  if (activity === "waiting for memory" && total) {
-    return say("waiting for memory: {free} of {needed} GB are free", { free: gigabytes(done), needed: gigabytes(total) });
-  }
-  return total ? say("{activity} {done} of {total}", { activity: say(activity), done, total }) : say(activity);
-}
-
-function time(seconds) {
-  if (seconds == null) return "";
-  const minutes = Math.floor(seconds / 60);
-  if (minutes >= 60) {
-    return say("{hours} h {minutes} min left", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
-  }
-  return minutes ? say("{minutes} min left", { minutes })
-    : say("{seconds} s left", { seconds: Math.ceil(seconds) });
-}
 
 export class Row {
   /** toggle(): shows or hides the details. moves(): its place may change although the pointer is there. */
@@ -51,12 +31,8 @@ export class Row {
     this.state.textContent = doing(job);
     this.bar.max = Math.max(1, job.steps);
     this.bar.value = job.state === "done" ? this.bar.max : job.step;
-    const words = [say("step {step} of {steps}", job)];
-    this.bar.setAttribute("aria-label", `${called(job)}: ${words[0]}`);
-    if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
-    if (job.seconds_left != null) words.push(time(job.seconds_left));
-    if (job.message && !job.activity) words.push(job.message);
-    this.line.textContent = words.join(" · ");
+    this.bar.setAttribute("aria-label", `${called(job)}: ${say("step {step} of {steps}", job)}`);
+    this.line.textContent = facts(job);
     this.offer(job, waiting);
     this.show(isOpen);
     this.details?.update(job);

@@ -5,7 +5,8 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { say } from "./words.mjs";
 
-const KEY = "lcm_lora_text"; // in a node's output, as nodes/texts.py writes it, and in its properties
+export const KEY = "lcm_lora_text"; // in a node's output, as nodes/texts.py writes it, and in its properties
+export const JOB = "lcm_lora_job"; // likewise: the job that it shows; see distill.mjs
 const EVENT = "lcm_lora.text"; // nodes/host.py sends it while a node runs
 const MARGIN = 6; // around the text, in pixels of the graph
 // On the element itself, for a style sheet in the page's head would be there for all packs.
@@ -50,12 +51,21 @@ function widgetOf(node, make) {
   return widget;
 }
 
-/** Puts the lines, [text, values, warning] each, in the place of the node's old text. */
+/** Puts the lines, [text, values, warning] each, in the place of the node's old text, and keeps them
+ * with the workflow. */
 function tell(node, lines) {
-  const widget = widgetOf(node, lines.length > 0);
   if (lines.length) node.properties[KEY] = lines;
   else delete node.properties[KEY];
-  if (!widget) return;
+  delete node.properties[JOB];
+  show(node, lines);
+}
+
+/** Shows lines until the node says something else; they are not kept. */
+export function show(node, lines) {
+  const widget = widgetOf(node, lines.length > 0);
+  const shown = JSON.stringify(lines.map((line) => [spoken(line), line[2]]));
+  if (!widget || widget.shown === shown) return; // what a user has selected stays so
+  widget.shown = shown;
   widget.element.replaceChildren(...lines.map((line) => {
     const row = document.createElement("div");
     row.textContent = line[2] ? `⚠ ${spoken(line)}` : spoken(line);

@@ -177,6 +177,37 @@ def test_order_over_http(client, subject, store):
     until(lambda: store.job(answer["id"]).state == "done", "it is done")
 
 
+def test_an_estimate_says_how_it_knows(client, subject, store):
+    source = {"prompts": PROMPTS, "count": 4, "draw_steps": 2, "resolution": 64}
+    # No other job has this precision and objective.
+    order = SMALL | {"style_lora": "", "precision": "bf16", "objective": "phased", "data": source}
+    order |= {"checkpoint": subject.checkpoint, "name": "estimated", "sample_every": 0}
+    before = len(store.jobs())
+    status, made = send(client, "estimate", json.dumps(order))
+    assert status == 200
+    assert (made["time"], made["training_seconds"], made["drawing_seconds"]) == (
+        "unknown", None, None,
+    )  # fmt: skip
+    assert (made["steps"], made["batch"], made["resolution"], made["drawn"]) == (4, 2, 64, 4)
+    assert made["architecture"] == "SD1.5" and made["disk_bytes"] > 0
+    assert len(store.jobs()) == before
+
+    identifier = send(client, "jobs", json.dumps(order))[1]["id"]
+    until(lambda: store.job(identifier).state == "done", "it is done")
+    status, known = send(client, "estimate", json.dumps(order | {"steps": 400, "seed": 9}))
+    assert status == 200 and (known["time"], known["memory"]) == ("measured", "measured")
+    assert known["training_seconds"] > 0 and known["drawing_seconds"] > 0
+    assert known["memory_bytes"] > 0
+    longer = order | {"length": "try", "data": source | {"count": 1000, "auto_resolution": True}}
+    status, tried = send(client, "estimate", json.dumps(longer))
+    assert (tried["steps"], tried["drawn"], tried["resolution"]) == (200, 250, 512)
+    assert (tried["time"], tried["memory"]) == ("estimated", "estimated")
+    assert tried["training_seconds"] > known["training_seconds"]
+
+    assert send(client, "estimate", json.dumps(order | {"checkpoint": "none such"}))[0] == 400
+    assert send(client, "estimate", json.dumps(order | {"length": "forever"}))[0] == 400
+
+
 def test_a_finished_job_is_renamed_exported_and_trained_on(client, subject, store, server):
     order = {"steps": 2, "batch": 1, "rank": 2, "guidance": 2.5, "policy": "share"}
     order |= {"checkpoint_every": 1, "sample_every": 1, "checkpoint": subject.checkpoint}

@@ -37,9 +37,10 @@ def distil(page, subject, name, steps) -> None:
                 }
             };
             set('LCMDistillData', {'source.prompts': 'a photo of a bag\\na photo of a dress',
-                'source.count': 8, 'source.draw_steps': 4, resolution: 64});
-            set('LCMDistill', {checkpoint, name, steps, batch: 2, rank: 4, guidance: 2.5, lr: 0.001,
-                sample_every: Math.max(1, steps / 3 | 0), checkpoint_every: 10, policy: 'share'});
+                'source.count': 8, 'source.draw_steps': 4, resolution: 64, auto_resolution: false});
+            set('LCMDistill', {checkpoint, name, length: 'custom', steps, batch: 2, rank: 4,
+                guidance: 2.5, lr: 0.001, checkpoint_every: 10,
+                sample_every: Math.max(1, steps / 3 | 0), policy: 'share'});
         }""",
         [subject.checkpoint, name, steps],
     )

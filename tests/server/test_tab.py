@@ -171,7 +171,9 @@ def test_a_jobs_settings_come_back_into_the_graph(tab, ground, subject):
     pictures = ground.base / "input" / "pictures"
     pictures.mkdir(parents=True)
     data = {"kind": "pictures", "path": "pictures", "crops": 3, "flip": False, "resolution": 128}
-    ground.order("edit/me", steps=777, rank=8, objective="phased", data=data)
+    data |= {"auto_resolution": True}
+    chosen = {"steps": 777, "rank": 8, "objective": "phased", "length": "try"}
+    ground.order("edit/me", **chosen, data=data)
     open_template(tab, subject, TEXT_TO_IMAGE)
     row = job(tab, "edit/me")
     row.locator(".lcm-head").click()
@@ -187,7 +189,7 @@ def test_a_jobs_settings_come_back_into_the_graph(tab, ground, subject):
     )
     assert {
         "source": "pictures", "source.folder": "pictures", "source.crops": 3, "source.flip": False,
-        "resolution": 128, "name": "edit/me", "steps": 777, "rank": 8, "objective": "phased",
+        "resolution": 128, "auto_resolution": True, "name": "edit/me", **chosen,
         "style_lora": "none", "checkpoint": ground.subject.checkpoint,
     }.items() <= values.items()  # fmt: skip
     assert tab.evaluate(OVERLAPS) == 0

@@ -133,9 +133,9 @@ MERGE = """() => {
 DISTIL = """(checkpoint) => {
     const named = (type) => app.graph.nodes.find((node) => node.type === type);
     set(named('LCMDistillData'), { 'source.prompts': 'a photo of a bag', 'source.count': 4,
-        'source.draw_steps': 2, resolution: 64 });
-    set(named('LCMDistill'), { checkpoint, name: 'texts/job', steps: 12, batch: 2, rank: 4,
-        guidance: 2.5, sample_every: 12, checkpoint_every: 12, policy: 'share' });
+        'source.draw_steps': 2, resolution: 64, auto_resolution: false });
+    set(named('LCMDistill'), { checkpoint, name: 'texts/job', length: 'custom', steps: 12, batch: 2,
+        rank: 4, guidance: 2.5, sample_every: 12, checkpoint_every: 12, policy: 'share' });
     const result = put('LCMJobResult', {}, [600, 950]);
     named('LCMDistill').connect(0, result, 0);
     result.connect(1, put('PreviewAny', {}, [1000, 950]), 0);
@@ -227,7 +227,8 @@ def test_every_node_that_speaks_keeps_its_text(page, client, subject):
     assert texts_of["LCMLoRASave"].startswith("Saved ")
     assert texts_of["LCMModelSampling"].startswith("lcm, from ")
     assert texts_of["LCMKSampler"].startswith("lcm, 4 steps")
-    assert texts_of["LCMDistill"] == "This job already exists"
+    ordered = "12 steps of 2 pictures, 64 pixels, 4 drawn from prompts"
+    assert texts_of["LCMDistill"] == f"Finished: texts/job.safetensors\n{ordered}"
     assert re.fullmatch(r"done\nstep 12 of 12 · loss [\d.]+", texts_of["LCMJobStatus"])
     assert texts_of["LCMJobResult"] == "Finished: texts/job.safetensors"
     assert not page.wrong

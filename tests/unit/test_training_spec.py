@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
-from lcm_lora.training.jobs.order import DataOrder, Order
-from lcm_lora.training.schema import build, schema, shared
+from lcm_lora.training.jobs.order import LENGTHS, DataOrder, Order
+from lcm_lora.training.schema import build, declared, schema, shared
 from lcm_lora.training.spec import Data, Spec, StyleLoRA, read
 
 GOOD = {"host": "/h", "checkpoint": "/c.safetensors", "output": "/o.safetensors", "banks": "/b"}
@@ -119,9 +120,28 @@ def test_the_schema_of_an_order_has_the_limits_of_its_settings():
     assert schema(DataOrder)["properties"]["resolution"]["multipleOf"] == 8
 
 
+def test_a_length_sets_the_steps_and_limits_what_is_drawn():
+    order = Order(checkpoint="c", name="n", steps=7, data=DataOrder(count=600))
+    assert order.with_length() == order  # custom, as orders were before there were lengths
+    tried = replace(order, length="try").with_length()
+    assert (tried.steps, tried.data.count, tried.length) == (200, 250, "custom")
+    few = replace(order, length="try", data=DataOrder(count=8)).with_length()
+    assert few.data.count == 8
+    best = replace(order, length="best").with_length()
+    assert (best.steps, best.data.count) == (4000, 600)
+
+
+def test_the_help_of_length_tells_what_each_sets():
+    words = declared(Order)["length"].setting.help
+    for name, length in LENGTHS.items():
+        assert f"{name}: {length.steps} steps" in words
+        assert length.drawn is None or f"at most {length.drawn} drawn" in words
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"length": "forever"}, "length must be one of custom, try, good, best, found 'forever'"),
         ({"policy": "rude"}, "policy must be one of yield, exclusive, share, found 'rude'"),
         ({"device": "0; rm"}, 'device must be empty, numbers of devices such as "0"'),
         ({"device": "0\n"}, "device must be"),

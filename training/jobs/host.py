@@ -26,6 +26,7 @@ from ...lora.formats.facts import plain
 from ...lora.formats.filenames import inside, offered
 from ...lora.formats.files import read, write
 from .. import disk
+from ..checkpoint_file import CheckpointFile
 from ..cluster.settings import Cluster
 from ..export import family_metadata, vector, with_styles
 from ..schema import shared
@@ -33,6 +34,8 @@ from ..spec import Data, Spec, StyleLoRA
 from ..spec import read as read_spec
 from ..state import checkpoints
 from . import supervisor
+from .estimate import Estimate
+from .estimate import estimate as estimated
 from .job import Job
 from .order import DataOrder, Order
 from .records import on_cluster
@@ -59,8 +62,9 @@ def store() -> Store:
     return _stores.setdefault(folder, Store(folder))
 
 
-def start(order: Order) -> tuple[str, bool]:
-    """Queues a job and makes sure that a supervisor runs; -> (its id, whether it is new).
+def start(order: Order) -> tuple[str, bool, Spec]:
+    """Queues a job and makes sure that a supervisor runs; -> (its id, whether it is new, its
+    settings).
 
     Raises ValueError for a name that ComfyUI does not list, a path outside its folders, a device
     that does not exist, or a LoRA's name that is taken.
@@ -70,9 +74,16 @@ def start(order: Order) -> tuple[str, bool]:
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
     text = disk.json_text(json.dumps(asdict(order), indent=1, ensure_ascii=False))
-    queued = jobs.create(spec, name, device, count, order.policy, _visible(device), text)
+    made, is_new = jobs.create(spec, name, device, count, order.policy, _visible(device), text)
     work()
-    return queued
+    return made, is_new, spec
+
+
+def estimate(order: Order) -> Estimate:
+    """What a job will take. Raises as `start`, but the LoRA's name may be taken."""
+    jobs = store()
+    device, count = _devices(order.device, jobs.folder.parent / Cluster.FILE)
+    return estimated(_spec(order, jobs.folder.parent / "banks"), device, count, jobs)
 
 
 def _devices(device: str, cluster: Path) -> tuple[str, int]:
@@ -215,11 +226,15 @@ def _spec(order: Order, banks: Path) -> Spec:
     styles: tuple[StyleLoRA, ...] = ()
     if order.style_lora:
         styles = (StyleLoRA(_listed("loras", order.style_lora), order.style_strength),)
+    order = order.with_length()
+    checkpoint = _listed("checkpoints", order.checkpoint)
     settings = shared(order, Spec) | shared(order.data, Spec) | {"guidance": (order.guidance,)}
+    if order.data.auto_resolution:
+        settings["resolution"] = _own_resolution(Path(checkpoint))
     return Spec(
         host=str(Path(folder_paths.__file__).resolve().parent),
         host_flags=_flags(),
-        checkpoint=_listed("checkpoints", order.checkpoint),
+        checkpoint=checkpoint,
         loras=styles,
         embeddings=tuple(map(os.path.abspath, folder_paths.get_folder_paths("embeddings"))),
         output=str(inside(_loras(), order.name)),
@@ -227,6 +242,13 @@ def _spec(order: Order, banks: Path) -> Spec:
         data=_data(order.data),
         **settings,
     )
+
+
+def _own_resolution(checkpoint: Path) -> int:
+    try:
+        return CheckpointFile.read(checkpoint).resolution
+    except ValueError as error:
+        raise ValueError(f"{error} Switch auto_resolution off and set resolution.") from error
 
 
 def _data(order: DataOrder) -> Data:

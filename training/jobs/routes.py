@@ -234,8 +234,12 @@ def samples(request: web.Request) -> web.Response:
 
 
 def create(request: web.Request, body: dict[str, Any]) -> web.Response:
-    identifier, new = host.start(build(Order, body, "the request"))
+    identifier, new, _ = host.start(build(Order, body, "the request"))
     return _json({"id": identifier, "new": new}, 201 if new else 200)
+
+
+def estimate(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    return host.estimate(build(Order, body, "the request")).public()
 
 
 def act(action: str, request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -324,6 +328,7 @@ READS: dict[str, Handler] = {
 }
 CHANGES: dict[str, ChangeHandler] = {
     "jobs": create,
+    "estimate": estimate,
     "jobs/{id}/delete": delete,
     "jobs/{id}/move": move,
     "jobs/{id}/rename": rename,

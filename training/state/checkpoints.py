@@ -17,6 +17,7 @@ from .. import disk, tensors
 
 log = logging.getLogger("lcm_lora")
 MANIFEST = "manifest.json"
+BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and AdamW's two moments in float32
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Checkpoint:
     adapter: dict[str, torch.Tensor]
     optimiser: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+
+def room(parameters: int, keep: int) -> int:
+    """Bytes of a job's checkpoints: the last `keep`, the best one, and the one being written."""
+    return BYTES_A_PARAMETER * parameters * (keep + 2)
 
 
 def flat(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

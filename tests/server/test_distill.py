@@ -1,0 +1,93 @@
+"""Distill LCM-LoRA on the page: what it will take, then how far it is."""
+
+import json
+import re
+
+import pytest
+from lcm_lora.tests.server.pages import files_here, opened, pictured
+from lcm_lora.tests.server.test_texts import HELPERS, OPEN, OVERLAPS, TEXTS
+from lcm_lora.tests.server.test_workflows import WORKFLOWS
+
+TEMPLATE = next(path for path in WORKFLOWS if path.stem == "Distil_an_LCM-LoRA")
+QUEUE = "async () => { await app.queuePrompt(0, 1); }"
+FITTED = """([checkpoint, name, steps]) => {
+    const named = (type) => app.graph.nodes.find((node) => node.type === type);
+    set(named('LCMDistillData'), { 'source.prompts': 'a photo of a bag', 'source.count': 4,
+        'source.draw_steps': 2, resolution: 64, auto_resolution: false });
+    set(named('LCMDistill'), { checkpoint, name, length: 'custom', steps, batch: 2, rank: 4,
+        guidance: 2.5, sample_every: 0, checkpoint_every: 50, policy: 'share' });
+    // The front end looks for changes after each click.
+    window.dispatchEvent(new MouseEvent('mouseup', { bubbles: true }));
+}"""
+# The names of the widgets that a user sees, in the classic rendering.
+SEEN = """() => {
+    const node = app.graph.nodes.find((node) => node.type === 'LCMDistill');
+    return node.widgets.filter((widget) => node.isWidgetVisible(widget)).map(({ name }) => name);
+}"""
+FIVE = ["checkpoint", "name", "length", "lcm_lora_text"]  # and the data, which is connected
+
+
+def template(subject) -> dict:
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for official, own in files_here(subject).items():
+        text = text.replace(official, own)
+    return json.loads(text)
+
+
+def text_of(page, pattern, seconds=60) -> str:
+    """The text of Distill LCM-LoRA, when it fits the pattern."""
+    for _ in range(seconds * 5):
+        text = page.evaluate(TEXTS).get("LCMDistill", "")
+        if re.search(pattern, text):
+            return text
+        page.wait_for_timeout(200)
+    raise AssertionError(f"no {pattern!r} in {text!r}")
+
+
+@pytest.mark.parametrize("vue", [False, True])
+def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, vue):
+    page.evaluate(OPEN, [template(subject), vue])
+    page.evaluate(HELPERS)
+    first = text_of(page, "disk")
+    assert (
+        first.splitlines()[0] == "1,000 steps of 12 pictures, 512 pixels, 1,000 drawn from prompts"
+    )
+    pictured(page, f"distill-estimate-{vue}")
+    if not vue:
+        assert page.evaluate(SEEN) == FIVE
+    assert page.evaluate(OVERLAPS) == []
+
+    page.evaluate(FITTED, [subject.checkpoint, f"distill/{vue}", 150])
+    ordered = "150 steps of 2 pictures, 64 pixels, 4 drawn from prompts"
+    warned = text_of(page, re.escape(ordered)).splitlines()
+    assert warned[0] == "⚠ SD1.5 is made for 512 pixels: switch auto_resolution on."
+    page.evaluate(QUEUE)
+    running = text_of(page, r"step \d+ of 150 · loss [\d.]+ · .* left", 120).splitlines()
+    assert running[0] == "training" and running[-1] == ordered
+    pictured(page, f"distill-running-{vue}")
+
+    saved = page.evaluate("app.graph.serialize()")
+    opened(page, client)  # reloaded in the middle
+    page.evaluate(OPEN, [saved, vue])
+    page.evaluate(HELPERS)
+    done = text_of(page, "Finished", 240)
+    assert done == f"Finished: distill/{vue}.safetensors\n{ordered}"
+    pictured(page, f"distill-done-{vue}")
+    assert page.evaluate(OVERLAPS) == []
+
+    # Other settings are another job, and the finished one has measured the speed.
+    page.evaluate(FITTED, [subject.checkpoint, f"distill/{vue}", 300])
+    assert "as an earlier job measured" in text_of(page, "^⚠.*\n300 steps")
+    assert not page.wrong
+
+
+def test_it_is_said_in_the_language_of_the_page(page, client, subject):
+    client.post("/settings", {"Comfy.Locale": "ko"})
+    try:
+        opened(page, client)
+        page.evaluate(OPEN, [template(subject), False])
+        text = text_of(page, "디스크")
+        pictured(page, "distill-korean")
+        assert not re.search("[a-z]{3}", text)
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})

@@ -1,0 +1,182 @@
+"""What a job will take, before it is queued: by earlier jobs, never by a guess about a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from ..checkpoint_file import CheckpointFile
+from ..data.sources import read_prompts
+from ..spec import Spec, read
+from ..state.checkpoints import room
+from ..teacher import SHRINK
+from . import metrics
+from .job import Job
+from .store import Store
+
+MEASURED, ESTIMATED, UNKNOWN = "measured", "estimated", "unknown"
+# In forward passes, as docs/distillation.md counts them: the teacher's two, target, student, and
+# the backward pass.
+TEACHER, OTHERS = 2.0, 3.15
+# Bytes of one step with one picture at full size and rank 64: python3 dev bench fullsize.
+PEAKS = {"SD1.5": 4.7e9, "SDXL": 9.2e9}
+TEXT_TOKENS, CHANNELS = 77, 4
+POOLED = 1280  # SDXL's second text feature
+EARLIER = 20  # the newest jobs are enough
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will take; None for what nothing is known about.
+
+    Attributes:
+        steps, batch, resolution, drawn: what the order sets. drawn: pictures; 0 for own pictures.
+        architecture: of the checkpoint; "" if its file does not tell. own_resolution: that it is
+            made for, or 0.
+        training_seconds: without sample pictures and checkpoints. time: how it is known: "measured"
+            by a job with the same settings, "estimated" from one with others, "unknown".
+        drawing_seconds: an estimate, from the speed of training; 0 if an earlier job drew the same.
+        memory_bytes: of the device. memory: "measured" by a job with the same settings,
+            "estimated" for one picture at a time (the least that is needed), "unknown".
+        disk_bytes: the job's checkpoints, the LoRA and what is drawn. None if unknown.
+    """
+
+    steps: int
+    batch: int
+    resolution: int
+    drawn: int
+    architecture: str
+    own_resolution: int
+    training_seconds: float | None
+    time: str
+    drawing_seconds: float | None
+    memory_bytes: float | None
+    memory: str
+    disk_bytes: float | None
+
+    def public(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Earlier(NamedTuple):
+    """A job that has trained the same architecture on the same device."""
+
+    spec: Spec
+    samples_per_second: float
+    memory: float
+
+
+def estimate(spec: Spec, device: str, processes: int, store: Store) -> Estimate:
+    """device, processes: as the job's Control would have them."""
+    file = _checkpoint(spec.checkpoint)
+    earlier = list(_earlier(spec, file, device, store)) if file else []
+    same = [job for job in earlier if _work(job.spec) == _work(spec)]
+    drawn = spec.data.count if spec.data.kind == "prompts" else 0
+    training, drawing, time = None, 0.0 if not drawn else None, UNKNOWN
+    if earlier:
+        basis = (same or earlier)[0]
+        # Forward passes of this resolution a second.
+        pace = basis.samples_per_second * _passes(basis.spec)
+        pace *= (basis.spec.resolution / spec.resolution) ** 2
+        training = spec.steps * spec.batch * processes * _passes(spec) / pace
+        time = MEASURED if same else ESTIMATED
+        has_bank = any(_bank(job.spec) == _bank(spec) for job in earlier)
+        drawing = 0.0 if has_bank else drawn * 2 * spec.data.draw_steps / pace
+    memory, how = _memory(spec, file, same)
+    return Estimate(
+        spec.steps, spec.batch, spec.resolution, drawn,
+        file.architecture if file else "", file.resolution if file else 0,
+        training, time, drawing, memory, how, _disk(spec, file, drawn),
+    )  # fmt: skip
+
+
+def _earlier(spec: Spec, file: CheckpointFile, device: str, store: Store) -> Iterator[Earlier]:
+    """The newest jobs that may be compared with this one."""
+    trained = [job for job in store.jobs() if job.step and job.device == device]
+    for job in trained[:EARLIER]:
+        with store.unless_deleted(job.id):
+            if found := _measured(job, store.path(job.id), spec, file):
+                yield found
+
+
+def _measured(job: Job, path: Path, spec: Spec, file: CheckpointFile) -> Earlier | None:
+    try:
+        theirs = read(path / "spec.json")
+    except ValueError:  # damaged
+        return None
+    other = _checkpoint(theirs.checkpoint)
+    if other is None or other.architecture != file.architecture or _how(theirs) != _how(spec):
+        return None
+    speed, memory = (metrics.COLUMNS.index(name) for name in ("samples_per_second", "memory"))
+    rows = metrics.read(path)["rows"]
+    # The first line has the first step, which prepares more.
+    speeds = [row[speed] for row in rows[1:] or rows if row[speed]]
+    if not speeds:
+        return None
+    return Earlier(theirs, median(speeds), max(row[memory] or 0 for row in rows))
+
+
+def _how(spec: Spec) -> tuple[Any, ...]:
+    """What changes the speed in a way that cannot be calculated."""
+    return spec.host_flags, spec.precision, spec.checkpointing, spec.compile, spec.objective
+
+
+def _work(spec: Spec) -> tuple[Any, ...]:
+    """What the speed and the memory of a step depend on besides."""
+    return spec.resolution, spec.batch, spec.micro_batch, spec.rank, spec.passes
+
+
+def _bank(spec: Spec) -> tuple[Any, ...]:
+    """What decides whether a job uses the pictures that another one drew."""
+    return spec.checkpoint, spec.data, spec.resolution, spec.guidance, spec.seed, spec.loras
+
+
+def _passes(spec: Spec) -> float:
+    """Forward passes that a picture of a step costs."""
+    return TEACHER / spec.passes + OTHERS
+
+
+def _memory(
+    spec: Spec, file: CheckpointFile | None, same: list[Earlier]
+) -> tuple[float | None, str]:
+    if peak := max((job.memory for job in same), default=0):
+        return peak, MEASURED
+    if file and file.architecture in PEAKS and spec.resolution == file.resolution:
+        return PEAKS[file.architecture], ESTIMATED
+    return None, UNKNOWN
+
+
+def _disk(spec: Spec, file: CheckpointFile | None, drawn: int) -> float | None:
+    if file is None:
+        return None
+    parameters = file.lora_parameters(spec.rank)
+    needed = room(parameters, spec.keep) + 2 * parameters
+    latent = CHANNELS * (spec.resolution // SHRINK) ** 2
+    text = TEXT_TOKENS * file.width + (POOLED if file.width == 2048 else 0)
+    texts = min(drawn, len(spec.data.prompts or _prompts(spec.data.path))) if drawn else 0
+    kept = 4 * drawn * latent if spec.passes > 1 else 0
+    return needed + 2 * (drawn * latent + texts * text) + kept
+
+
+def _prompts(path: str) -> list[str]:
+    try:
+        return read_prompts(path)
+    except ValueError:  # the job will say so
+        return []
+
+
+def _checkpoint(path: str) -> CheckpointFile | None:
+    """None if the file is gone or does not tell its architecture."""
+    try:
+        return _read(path, Path(path).stat().st_mtime_ns)
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=16)
+def _read(path: str, _changed: int) -> CheckpointFile:
+    return CheckpointFile.read(Path(path))

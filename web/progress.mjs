@@ -1,0 +1,35 @@
+// How far a job is, in words.
+import { number, say } from "./words.mjs";
+
+const LOSS = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
+
+/** Megabytes as gigabytes, with one decimal. */
+export const gigabytes = (megabytes) => number(megabytes / 1000, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+
+/** What a job is doing, in more words than its state where they are known. */
+export function doing(job) {
+  const { activity, activity_done: done, activity_total: total } = job;
+  if (!activity) return say(job.state);
+  if (activity === "waiting for memory" && total) {
+    return say("waiting for memory: {free} of {needed} GB are free", { free: gigabytes(done), needed: gigabytes(total) });
+  }
+  return total ? say("{activity} {done} of {total}", { activity: say(activity), done, total }) : say(activity);
+}
+
+function timeLeft(seconds) {
+  const minutes = Math.floor(seconds / 60);
+  if (minutes >= 60) {
+    return say("{hours} h {minutes} min left", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+  }
+  return minutes ? say("{minutes} min left", { minutes })
+    : say("{seconds} s left", { seconds: Math.ceil(seconds) });
+}
+
+/** Step, loss, time left and message. */
+export function facts(job) {
+  const words = [say("step {step} of {steps}", job)];
+  if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
+  if (job.seconds_left != null) words.push(timeLeft(job.seconds_left));
+  if (job.message && !job.activity) words.push(job.message);
+  return words.join(" · ");
+}
