@@ -109,16 +109,6 @@ export function giveProgress(nodeType, definition, request, refresh) {
   };
 }
 
-/** Folds what is not chosen each time, also in the classic rendering, which shows everything unless
- * the widget itself says so. Its menu on the node offers Show Advanced. */
-export function fold(node) {
-  if (node.constructor.nodeData?.name !== TYPE) return;
-  for (const widget of node.widgets ?? []) {
-    if (widget.options?.advanced) widget.advanced = true;
-  }
-  node.setSize([node.size[0], node.computeSize()[1]]);
-}
-
 /** Follows changes of the graph. */
 export function listenToChanges() {
   api.addEventListener("graphChanged", lookSoon);

@@ -3,7 +3,7 @@
 // some (rows.mjs), and shows what LoRA files say about themselves (info.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { fold, giveProgress, listenToChanges, showProgress } from "./distill.mjs";
+import { giveProgress, listenToChanges, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
 import { edit, openTemplate, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
@@ -115,10 +115,7 @@ app.registerExtension({
     giveText(nodeType, definition);
     giveProgress(nodeType, definition, call, refresh);
   },
-  nodeCreated(node) {
-    keepRows(node);
-    fold(node);
-  },
+  nodeCreated: keepRows,
   getNodeMenuItems(node) {
     listen();
     return [...rowItems(node), ...infoItems(node, call)];
