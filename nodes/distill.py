@@ -106,6 +106,7 @@ class LCMDistill(io.ComfyNode):
             search_aliases=["train lora", "training", "distill", "make lcm lora", "train"],
             is_output_node=True,
             inputs=[_order_input(name) for name in declared(Order)],
+            hidden=[io.Hidden.extra_pnginfo],
             outputs=[LCMJob.Output(display_name="LCM_JOB", tooltip="The job's id.")],
         )
 
@@ -117,7 +118,8 @@ class LCMDistill(io.ComfyNode):
     def execute(cls, data: dict[str, Any], style_lora: str, **settings: Any) -> io.NodeOutput:
         style = "" if style_lora == NONE else style_lora
         order = {"data": data, "style_lora": style, **settings}
-        job, new, spec = host.start(build(Order, order, "the order"))
+        workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
+        job, new, spec = host.start(build(Order, order, "the order"), workflow)
         line = Line("Queued") if new else Line("This job already exists")
         shown = said(line, of_order(spec)) | {JOB: [job]}
         return io.NodeOutput(job, ui=shown)

@@ -110,9 +110,10 @@ def of_job(job: Job) -> list[Line]:
         parts.append(Line("loss {loss}", {"loss": f"{job.loss:.4f}"}))
     if job.seconds_left is not None:
         parts.append(_time_left(int(job.seconds_left)))
-    # Messages are in English, and that of a finished job says nothing new.
+    # That of a finished job says nothing new. The page knows some; the others stay English.
     if job.message and not job.activity and job.state != "done":
-        parts.append(Line("{message}", {"message": job.message}))
+        message = Line(job.message) if "{" not in job.message else job.message
+        parts.append(Line("{message}", {"message": message}))
     numbered = {f"part{number}": part for number, part in enumerate(parts)}
     facts = Line(" · ".join(f"{{{name}}}" for name in numbered), numbered)
     return [_doing(job), *([facts] if parts else [])]

@@ -33,15 +33,20 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
 
 
+JOBS = ("server/test_distill", "server/test_faults", "server/test_jobs", "server/test_page",
+        "server/test_tab", "host/test_jobs", "host/test_ray")  # fmt: skip
+FIRST = ("jobs", "server")
+
+
 def together(items) -> None:
-    """Tests of one file run in one process, and so do all that queue jobs: a device takes one at a
-    time. Those start first because they take longest."""
-    queueing = ("server/", "host/test_jobs", "host/test_ray")
+    """Which tests run in one process: those of one file; all that queue jobs, because a device
+    takes one at a time; and all others that need a server. Those two start first because they take
+    longest."""
     for item in items:
         file = item.nodeid.partition("::")[0]
-        group = "jobs" if file.startswith(queueing) else file
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "jobs")
+        group = "jobs" if file.startswith(JOBS) else file.partition("/")[0]
+        item.add_marker(pytest.mark.xdist_group(group if group in FIRST else file))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in FIRST)
 
 
 def pytest_addoption(parser):

@@ -14,10 +14,11 @@ export class Actions {
     this.extend = this.form(say("more steps"), this.steps, say("train on"), () => this.ask("extend", { steps: this.steps.valueAsNumber }));
     this.export = this.form(say("checkpoint of step"), this.select, say("use in graph"), () => this.use());
     this.edit = h("button", { type: "button", onclick: () => this.act(() => this.server.edit(this.order)) }, say("clone and edit"));
-    this.element = h("div", { class: "lcm-actions" }, this.edit, this.rename, this.extend, this.export);
+    this.open = h("button", { type: "button", onclick: () => this.act(() => this.server.openWorkflow(this.job)) }, say("open its workflow"));
+    this.element = h("div", { class: "lcm-actions" }, this.open, this.edit, this.rename, this.extend, this.export);
     this.title.value = called(job);
     this.steps.value = String(job.steps);
-    this.extend.hidden = this.export.hidden = this.edit.hidden = true;
+    this.extend.hidden = this.export.hidden = this.edit.hidden = this.open.hidden = true;
   }
 
   /** A field and its button; Enter in the field presses it. */
@@ -29,11 +30,14 @@ export class Actions {
     return h("form", { onsubmit: submit }, h("label", {}, label, field), h("button", { type: "submit" }, words));
   }
 
-  update(job, { checkpoints, order }) {
+  update(job, { checkpoints, order, workflow }) {
+    if (called(job) !== called(this.job) && document.activeElement !== this.title) this.title.value = called(job);
     this.job = job;
     this.order = order;
     this.edit.hidden = !order;
-    this.extend.hidden = job.state !== "done" || !checkpoints.length;
+    this.open.hidden = !workflow;
+    // A cluster's storage keeps no checkpoints of ended jobs to go on from.
+    this.extend.hidden = job.state !== "done" || !checkpoints.length || job.device.startsWith("ray");
     this.export.hidden = !checkpoints.length;
     const offered = checkpoints.join();
     if (offered === this.offered) return;

@@ -8,9 +8,11 @@ import { say } from "./words.mjs";
 
 const TYPE = "LCMDistill";
 const PAUSE = 400; // milliseconds without a change before the server is asked
+const ORDER = "lcm_lora_order"; // in the node's properties: what its job was ordered with
 const seen = new WeakMap(); // node -> the order that its text is about
 
 let call = null;
+let refresh = null;
 let timer = null;
 
 const distillations = () => [...allNodes()].filter(({ type }) => type === TYPE);
@@ -56,16 +58,21 @@ function lines(estimate) {
 async function look() {
   for (const node of distillations()) {
     const order = orderOf(node), key = JSON.stringify(order);
-    const isNew = !seen.has(node);
     if (seen.get(node) === key) continue;
     seen.set(node, key);
-    if (isNew && node.properties[JOB]) continue; // a saved workflow: its job is of these settings
-    delete node.properties[JOB];
-    delete node.properties[KEY];
+    if (jobOf(node)) {
+      refresh();
+      continue;
+    }
     // What is wrong with the settings is said by the node when it is queued.
     const estimate = order && await call("estimate", order).catch(() => null);
-    if (seen.get(node) === key && !node.properties[JOB]) show(node, estimate ? lines(estimate) : []);
+    if (seen.get(node) === key && !jobOf(node)) show(node, estimate ? lines(estimate) : []);
   }
+}
+
+/** The id of the job that the node's settings have ordered. Other settings are another job. */
+function jobOf(node) {
+  return node.properties[ORDER] === seen.get(node) ? node.properties[JOB] : undefined;
 }
 
 function lookSoon() {
@@ -76,7 +83,7 @@ function lookSoon() {
 /** Shows how far the jobs are that nodes have ordered. */
 export function showProgress(jobs) {
   for (const node of distillations()) {
-    const job = jobs.find(({ id }) => id === node.properties[JOB]);
+    const job = jobs.find(({ id }) => id === jobOf(node));
     if (!job) continue;
     const isWrong = ["failed", "lost"].includes(job.state);
     const now = job.state === "done" ? say("Finished: {name}", { name: job.lora_name }) : doing(job);
@@ -87,20 +94,20 @@ export function showProgress(jobs) {
 }
 
 /** Lets nodes for a distillation show these. request: calls the pack's API; refresh: fetches the jobs. */
-export function giveProgress(nodeType, definition, request, refresh) {
+export function giveProgress(nodeType, definition, request, refreshJobs) {
   if (definition.name !== TYPE) return;
-  call = request;
+  [call, refresh] = [request, refreshJobs];
   const { onExecuted, onConfigure, onNodeCreated } = nodeType.prototype;
   nodeType.prototype.onExecuted = function (output, ...rest) {
     onExecuted?.call(this, output, ...rest);
     if (!output?.[JOB]) return;
-    [this.properties[JOB]] = output[JOB];
-    seen.set(this, JSON.stringify(orderOf(this)));
+    const order = JSON.stringify(orderOf(this));
+    Object.assign(this.properties, { [JOB]: output[JOB][0], [ORDER]: order });
+    seen.set(this, order);
     refresh();
   };
   nodeType.prototype.onConfigure = function (...all) {
     onConfigure?.apply(this, all);
-    if (this.properties[JOB]) refresh();
     lookSoon();
   };
   nodeType.prototype.onNodeCreated = function (...all) {

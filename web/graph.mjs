@@ -118,9 +118,12 @@ export async function edit({ data, ...order }) {
   present([source, node]);
 }
 
+/** Opens a workflow in a tab of its own. */
+export const openWorkflow = (workflow, name) => app.loadGraphData(workflow, true, true, name);
+
 /** Opens one of the pack's templates in a tab of its own. */
 export async function openTemplate(name, address) {
   const answer = await fetch(address);
   if (!answer.ok) throw new Error(say("The server answered {status}.", { status: answer.status }));
-  await app.loadGraphData(await answer.json(), true, true, name);
+  await openWorkflow(await answer.json(), name);
 }

@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { giveProgress, listenToChanges, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
-import { edit, openTemplate, useInGraph } from "./graph.mjs";
+import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
 import { Panel } from "./panel.mjs";
 import { keepRows, rowItems } from "./rows.mjs";
@@ -20,7 +20,8 @@ const NOTIFY = "lcm-lora.notify"; // in the browser's storage
 const state = { jobs: [], running: 0, total: 0, error: "" };
 let panel = null;
 let states = null; // id -> state at the last look; null until the first
-let asking = null;
+let asking = null; // the request that is under way, and the one after it
+let next = null;
 
 async function call(path, body) {
   const options = body === undefined ? {} : {
@@ -41,9 +42,19 @@ function listen() {
   speak(app.extensionManager.setting.get("Comfy.Locale") ?? "en");
 }
 
-/** Fetches the list; calls that come while one is under way share it. */
+/** Fetches the list. Calls that come while one is under way share the next one, for the answer to
+ * the first may be older than what they want to see. */
 function refresh() {
-  asking ??= call("jobs?limit=200")
+  if (!asking) return (asking = fetchJobs());
+  next ??= asking.then(() => {
+    next = null;
+    return refresh();
+  });
+  return next;
+}
+
+function fetchJobs() {
+  return call("jobs?limit=200")
     .then((list) => {
       Object.assign(state, list, { error: "" });
       announce();
@@ -55,7 +66,6 @@ function refresh() {
       showProgress(state.jobs);
       badge();
     });
-  return asking;
 }
 
 /** The number on the tab's icon. The front end watches its own record of the tab, so that is set. */
@@ -137,6 +147,7 @@ app.registerExtension({
         listen();
         panel = new Panel(element, {
           call, refresh, toast, useInGraph, edit, openDistillation, isNotified, wantNotified,
+          openWorkflow: async (job) => openWorkflow(await call(`jobs/${job.id}/workflow`), called(job)),
           fileURL: (path) => api.apiURL(path), jobs: () => state.jobs,
         });
         panel.update(state);

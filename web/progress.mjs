@@ -30,6 +30,6 @@ export function facts(job) {
   const words = [say("step {step} of {steps}", job)];
   if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
   if (job.seconds_left != null) words.push(timeLeft(job.seconds_left));
-  if (job.message && !job.activity) words.push(job.message);
+  if (job.message && !job.activity) words.push(say(job.message)); // known ones are translated
   return words.join(" · ");
 }

@@ -131,6 +131,6 @@ export function giveText(nodeType, definition) {
   };
   nodeType.prototype.onConfigure = function (...all) {
     onConfigure?.apply(this, all);
-    if (this.properties?.[KEY]) tell(this, this.properties[KEY]);
+    if (this.properties?.[KEY]) show(this, this.properties[KEY]);
   };
 }

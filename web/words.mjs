@@ -167,7 +167,15 @@ const WORDS = {
     "usage hint": "사용 안내",
     "Finished: {name}": "완성: {name}",
     "The LoRA after step {step}": "{step}스텝 후의 LoRA",
-    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}"
+    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}",
+    "open its workflow": "워크플로 열기",
+    "paused while the graph runs": "그래프가 실행되는 동안 일시 정지됨",
+    "The process died unexpectedly.": "프로세스가 예기치 않게 종료되었습니다.",
+    "waiting for another ComfyUI's job on this device": "이 장치에서 다른 ComfyUI의 작업이 끝나기를 기다리는 중",
+    "being submitted to the cluster": "클러스터에 제출하는 중",
+    "waiting for resources on the cluster": "클러스터에서 자원을 기다리는 중",
+    "starting on the cluster": "클러스터에서 시작하는 중",
+    "ended on the cluster": "클러스터에서 종료됨"
   },
   "ja": {
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
@@ -335,7 +343,15 @@ const WORDS = {
     "usage hint": "使い方",
     "Finished: {name}": "完成：{name}",
     "The LoRA after step {step}": "ステップ{step}後のLoRA",
-    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}"
+    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}",
+    "open its workflow": "ワークフローを開く",
+    "paused while the graph runs": "グラフの実行中は一時停止",
+    "The process died unexpectedly.": "プロセスが予期せず終了しました。",
+    "waiting for another ComfyUI's job on this device": "このデバイスで別のComfyUIのジョブを待っています",
+    "being submitted to the cluster": "クラスターに送信中",
+    "waiting for resources on the cluster": "クラスターでリソース待ち",
+    "starting on the cluster": "クラスターで開始処理中",
+    "ended on the cluster": "クラスターで終了しました"
   },
   "zh": {
     "LCM-LoRA jobs": "LCM-LoRA 任务",
@@ -503,7 +519,15 @@ const WORDS = {
     "usage hint": "使用提示",
     "Finished: {name}": "已完成：{name}",
     "The LoRA after step {step}": "第 {step} 步之后的 LoRA",
-    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}"
+    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}",
+    "open its workflow": "打开其工作流",
+    "paused while the graph runs": "图运行期间暂停",
+    "The process died unexpectedly.": "进程意外终止。",
+    "waiting for another ComfyUI's job on this device": "正在等待此设备上另一个 ComfyUI 的任务",
+    "being submitted to the cluster": "正在提交到集群",
+    "waiting for resources on the cluster": "正在等待集群资源",
+    "starting on the cluster": "正在集群上启动",
+    "ended on the cluster": "已在集群上结束"
   }
 };
 

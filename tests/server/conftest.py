@@ -68,7 +68,7 @@ def browser():
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
             executable_path=executable, headless=True,
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader"],
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
         )  # fmt: skip
         yield browser
         browser.close()

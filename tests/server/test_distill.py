@@ -5,6 +5,7 @@ import re
 
 import pytest
 from lcm_lora.tests.server.pages import files_here, opened, pictured
+from lcm_lora.tests.server.test_page import job, show_tab
 from lcm_lora.tests.server.test_texts import HELPERS, OPEN, OVERLAPS, TEXTS
 from lcm_lora.tests.server.test_workflows import ALL
 
@@ -73,6 +74,13 @@ def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, vue
     # Other settings are another job, and the finished one has measured the speed.
     page.evaluate(FITTED, [subject.checkpoint, f"distill/{vue}", 300])
     assert "as an earlier job measured" in text_of(page, "^⚠.*\n300 steps")
+
+    # The tab opens the graph that ordered the job, with its settings of then.
+    show_tab(page)
+    row = job(page, f"distill/{vue}")
+    row.locator(".lcm-head").click()
+    row.get_by_role("button", name="open its workflow").click()
+    assert text_of(page, "Finished") == done
     assert not page.wrong
 
 

@@ -212,7 +212,8 @@ def test_a_finished_job_is_renamed_exported_and_trained_on(client, subject, stor
     order = {"steps": 2, "batch": 1, "rank": 2, "guidance": 2.5, "policy": "share"}
     order |= {"checkpoint_every": 1, "sample_every": 1, "checkpoint": subject.checkpoint}
     source = {"prompts": PROMPTS, "count": 2, "draw_steps": 1, "resolution": 64}
-    body = json.dumps(order | {"name": "made/longer", "data": source})
+    own = {"name": "made/longer", "sample_prompts": "a red bag\n"}
+    body = json.dumps(order | own | {"data": source})
     identifier = send(client, "jobs", body)[1]["id"]
     until(lambda: store.job(identifier).state == "done", "it is done")
     lora = server.base / "models" / "loras" / "made" / "longer.safetensors"
@@ -221,7 +222,7 @@ def test_a_finished_job_is_renamed_exported_and_trained_on(client, subject, stor
     assert send(client, f"jobs/{identifier}/rename", '{"title": " My first "}')[0] == 200
     details = client.get(f"/lcm_lora/jobs/{identifier}")
     assert (details["title"], details["name"]) == ("My first", "made/longer")
-    assert details["prompts"] == PROMPTS.splitlines()
+    assert details["prompts"] == ["a red bag"]
     assert details["checkpoints"] == [1, 2]
     # What was ordered makes the same job again.
     again = send(client, "jobs", json.dumps(details["order"]))
@@ -292,6 +293,7 @@ def test_what_cannot_be_done_with_a_job_is_said(action, body, says, client, subj
         ({"data": {"kind": "pictures", "path": "../.."}}, "input folder"),
         ({"data": {"kind": "prompt file", "path": "/etc/passwd"}}, "input folder"),
         ({"data": {"kind": "prompts", "prompts": "x" * 3000}}, "at most"),
+        ({"sample_prompts": "a cup\n" * 9}, "There are 9 sample prompts"),
         ({"data": {"kind": "prompts", "prompts": "a\n\ud800"}}, "half of a character"),
         ({"data": []}, "must be a JSON object"),
     ],

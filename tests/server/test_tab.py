@@ -173,6 +173,7 @@ def test_a_jobs_settings_come_back_into_the_graph(tab, ground, subject):
     data = {"kind": "pictures", "path": "pictures", "crops": 3, "flip": False, "resolution": 128}
     data |= {"auto_resolution": True}
     chosen = {"steps": 777, "rank": 8, "objective": "phased", "length": "try"}
+    chosen |= {"sample_prompts": "a red cup\na blue cat"}
     ground.order("edit/me", **chosen, data=data)
     open_template(tab, subject, TEXT_TO_IMAGE)
     row = job(tab, "edit/me")

@@ -41,14 +41,28 @@ def of_nodes() -> set[str]:
     return {text for text in said if PLACES.sub("", text).strip()}
 
 
+def of_jobs() -> set[str]:
+    """The messages of jobs that are the same each time: the argument `message` of any call, and
+    what goes with a state in the table of states."""
+    said = []
+    for file in (ROOT / "training").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "message":
+                said.append(node.value)
+            elif file.stem == "states" and isinstance(node, ast.Return):
+                said += node.value.elts[1:] if isinstance(node.value, ast.Tuple) else []
+    said += [part.body for part in said if isinstance(part, ast.IfExp)]
+    return {part.value for part in said if isinstance(part, ast.Constant)} - {""}
+
+
 def english() -> set[str]:
-    """What the page says: as it stands there, the names of buttons, the states and activities of
-    jobs, what nodes say, and the names of facts about a LoRA."""
+    """What the page says: as it stands there, the names of buttons, the states, activities and
+    messages of jobs, what nodes say, and the names of facts about a LoRA."""
     openapi = json.loads((ROOT / "training/jobs/openapi.json").read_text(encoding="utf-8"))
     job = openapi["components"]["schemas"]["Job"]["properties"]
     named = {*job["state"]["enum"], *job["activity"]["enum"]} - {""}
     said = re.findall(r'(?:\bsay\(|offers\.push\(\[)"([^"]+)"', PAGE)
-    return {*said, *named, *of_nodes(), *LABELS}
+    return {*said, *named, *of_nodes(), *of_jobs(), *LABELS}
 
 
 def test_the_languages_of_page_and_nodes_are_the_same():

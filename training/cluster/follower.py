@@ -191,8 +191,10 @@ class Follower:
     def _report(self, state: str) -> None:
         status = self._status()
         if not status.state:
-            action = "waiting for resources" if state == "PENDING" else "starting"
-            self.journal.state("preparing", message=f"{action} on the cluster")
+            if state == "PENDING":
+                self.journal.state("preparing", message="waiting for resources on the cluster")
+            else:
+                self.journal.state("preparing", message="starting on the cluster")
         elif status.state in ("preparing", "running"):
             self.journal.repeat(status)
 

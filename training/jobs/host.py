@@ -50,6 +50,7 @@ FLAGS = (
 )  # fmt: skip
 VALUED_FLAGS = ("--directml", "--oneapi-device-selector", "--reserve-vram", "--default-device")
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 2_000
+MOST_SAMPLES = 8  # sample pictures of a step, each drawn at 1, 2 and 4 steps
 LOOK = 0.5  # seconds between looks at a job that a prompt waits for
 _stores: dict[Path, Store] = {}
 waiting: list[str] = []
@@ -62,9 +63,11 @@ def store() -> Store:
     return _stores.setdefault(folder, Store(folder))
 
 
-def start(order: Order) -> tuple[str, bool, Spec]:
+def start(order: Order, workflow: Any = None) -> tuple[str, bool, Spec]:
     """Queues a job and makes sure that a supervisor runs; -> (its id, whether it is new, its
     settings).
+
+    workflow: the graph that ordered it, as ComfyUI saves graphs; None for an order over HTTP.
 
     Raises ValueError for a name that ComfyUI does not list, a path outside its folders, a device
     that does not exist, or a LoRA's name that is taken.
@@ -74,7 +77,10 @@ def start(order: Order) -> tuple[str, bool, Spec]:
     spec = _spec(order, jobs.folder.parent / "banks")
     name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
     text = disk.json_text(json.dumps(asdict(order), indent=1, ensure_ascii=False))
-    made, is_new = jobs.create(spec, name, device, count, order.policy, _visible(device), text)
+    graph = disk.json_text(json.dumps(workflow, ensure_ascii=False)) if workflow else ""
+    made, is_new = jobs.create(
+        spec, name, device, count, order.policy, _visible(device), text, graph
+    )
     work()
     return made, is_new, spec
 
@@ -240,6 +246,7 @@ def _spec(order: Order, banks: Path) -> Spec:
         output=str(inside(_loras(), order.name)),
         banks=str(banks),
         data=_data(order.data),
+        sample_prompts=_prompts(order.sample_prompts, "sample prompts", MOST_SAMPLES),
         **settings,
     )
 
@@ -255,14 +262,20 @@ def _data(order: DataOrder) -> Data:
     kind = "pictures" if order.kind == "pictures" else "prompts"
     if order.kind != "prompts":
         return Data(kind=kind, path=_input(order.path), **shared(order, Data))
-    prompts = tuple(line.strip() for line in order.prompts.splitlines() if line.strip())
-    longest = max(map(len, prompts), default=0)
-    if len(prompts) > MOST_PROMPTS or longest > LONGEST_PROMPT:
-        raise ValueError(
-            f"There are {len(prompts)} prompts, the longest of {longest} characters; at most "
-            f"{MOST_PROMPTS} of {LONGEST_PROMPT} are allowed here. Use a prompt file."
-        )
+    prompts = _prompts(order.prompts, "prompts", MOST_PROMPTS, " Use a prompt file.")
     return Data(kind=kind, prompts=prompts, **shared(order, Data))
+
+
+def _prompts(text: str, what: str, most: int, remedy: str = "") -> tuple[str, ...]:
+    """The prompts of a text, one a line."""
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    longest = max(map(len, prompts), default=0)
+    if len(prompts) > most or longest > LONGEST_PROMPT:
+        raise ValueError(
+            f"There are {len(prompts)} {what}, the longest of {longest} characters; at most "
+            f"{most} of {LONGEST_PROMPT} are allowed here.{remedy}"
+        )
+    return prompts
 
 
 def lora(name: str) -> dict[str, Any]:

@@ -121,6 +121,13 @@ class Order:
         widget={"optional": True},
     )
 
+    sample_prompts: str = setting(
+        "One prompt per line for the sample pictures, at most 8. Leave it empty to use the first "
+        "four prompts or captions of the data.",
+        "",
+        widget={"multiline": True, "optional": True},
+    )
+
     def __post_init__(self) -> None:
         check(self)
 

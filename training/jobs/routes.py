@@ -31,7 +31,7 @@ from .metrics import read
 from .order import DataOrder, Order
 from .records import Attempt, Result
 from .states import ACTIVE
-from .store import ORDER, Busy
+from .store import ORDER, WORKFLOW, Busy
 
 log = logging.getLogger("lcm_lora")
 LARGEST = 1 << 20  # bytes of a request
@@ -195,8 +195,17 @@ def job(request: web.Request) -> dict[str, Any]:
         "prompts": prompts(drawn[-1]) if drawn else [],
         "checkpoints": checkpoints.steps(store.checkpoints(described.id)),
         "order": order | {"steps": described.steps} if order else None,
+        "workflow": (path / WORKFLOW).is_file(),
         "result": made if described.state == "done" else None,
     }
+
+
+def workflow(request: web.Request) -> web.Response:
+    """The graph that ordered the job."""
+    file = _path(request) / WORKFLOW
+    if not file.is_file():
+        return _error(404, "The job keeps no workflow: it was not ordered by a graph.")
+    return web.Response(body=file.read_bytes(), content_type="application/json")
 
 
 def job_log(request: web.Request) -> dict[str, Any]:
@@ -321,6 +330,7 @@ READS: dict[str, Handler] = {
     "jobs": jobs,
     "jobs/{id}": job,
     "jobs/{id}/log": job_log,
+    "jobs/{id}/workflow": workflow,
     "jobs/{id}/metrics": metrics,
     "jobs/{id}/samples/{name}": samples,
     "lora": lora,

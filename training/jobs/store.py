@@ -27,6 +27,7 @@ from .states import ACTIVE
 
 CHANGED = ".changed"
 ORDER = "order.json"
+WORKFLOW = "workflow.json"
 SETTLED = 5.0  # seconds without a change; some file systems keep times in whole seconds
 LONGEST = 20.0  # seconds to wait for another process's change
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -73,6 +74,7 @@ class Store:
         policy: str = "share",
         visible: str = "",
         order: str = "",
+        workflow: str = "",
     ) -> tuple[str, bool]:
         """Queues a job; -> (its id, whether it is new).
 
@@ -81,8 +83,9 @@ class Store:
         LoRA exists, or another job will make it, and the spec does not allow overwriting.
 
         Args:
-            name: the LoRA's name, as loaders show it without its suffix. order: what the user
-                ordered, as JSON, to be shown again. The rest: see Control.
+            name: the LoRA's name, as loaders show it without its suffix. order, workflow: what the
+                user ordered, and the graph that it came from, as JSON to be shown again. The rest:
+                see Control.
         """
         text = spec.to_json()
         key = _key(device, processes, text)
@@ -108,8 +111,9 @@ class Store:
             )
             with disk.whole_folder(self.folder / identifier) as new:
                 (new / Outline.FILE).write_text(text, encoding="utf-8")
-                if order:
-                    (new / ORDER).write_text(order, encoding="utf-8")
+                for file, text_of_user in ((ORDER, order), (WORKFLOW, workflow)):
+                    if text_of_user:
+                        (new / file).write_text(text_of_user, encoding="utf-8")
                 (new / Control.FILE).write_text(control.to_json(), encoding="utf-8")
             return identifier, True
 
