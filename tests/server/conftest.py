@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 
 import pytest
-from lcm_lora.tests.server.ground import Ground
+from lcm_lora.tests.server.ground import Ground, end_jobs
 from lcm_lora.tests.server.pages import new_page
 
 
@@ -12,6 +12,7 @@ def server(tmp_path_factory, host_folder):
     from lcm_lora.dev import in_process
     from lcm_lora.dev.server import Server
     from lcm_lora.dev.toy import assemble, stand_ins
+    from lcm_lora.training.jobs.store import Store
 
     local = tmp_path_factory.mktemp("server")
     in_process.enter(host_folder, local / "in-process")
@@ -20,6 +21,7 @@ def server(tmp_path_factory, host_folder):
     stand_ins.lay_out(running.base)
     with running:
         yield running
+        end_jobs(Store(running.base / "user" / "__lcm_lora" / "jobs"))
 
 
 @pytest.fixture(scope="session")

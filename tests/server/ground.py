@@ -32,6 +32,21 @@ def done(store, job: str, seconds: float) -> bool:
     return state == "done"
 
 
+def kill_supervisors(store) -> None:
+    for process in processes.of_job("supervisor"):
+        if str(store.folder) in process.cmdline():
+            process.kill()
+
+
+def end_jobs(store) -> None:
+    """Ends all jobs at once. They would go on after their server has ended."""
+    for job in store.jobs():
+        store.ask(job.id, "stop")
+    kill_supervisors(store)
+    for job in store.jobs():
+        processes.end(job.id, kill=True)
+
+
 class Ground:
     """A user folder with the toy, a server, and functions that kill what runs there."""
 
@@ -62,11 +77,7 @@ class Ground:
         return done(self.store, job, seconds)
 
     def end_jobs(self) -> None:
-        for job in self.store.jobs():
-            self.store.ask(job.id, "stop")
-        self.kill("supervisor", "")
-        for job in self.store.jobs():
-            processes.end(job.id, kill=True)
+        end_jobs(self.store)
 
     def clear(self) -> None:
         """Ends and deletes all jobs."""
@@ -91,6 +102,4 @@ class Ground:
         elif victim == "trainer":
             processes.end(job, kill=True)
         else:
-            for process in processes.of_job("supervisor"):
-                if str(self.store.folder) in process.cmdline():
-                    process.kill()
+            kill_supervisors(self.store)

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
-from lcm_lora.training.jobs.order import LENGTHS, DataOrder, Order
+from lcm_lora.training.jobs.order import LENGTHS, DataOrder, Order, again
 from lcm_lora.training.schema import build, declared, schema, shared
 from lcm_lora.training.spec import Data, Spec, StyleLoRA, read
 
@@ -129,6 +129,15 @@ def test_a_length_sets_the_steps_and_limits_what_is_drawn():
     assert few.data.count == 8
     best = replace(order, length="best").with_length()
     assert (best.steps, best.data.count) == (4000, 600)
+
+
+def test_an_order_comes_back_with_the_steps_that_its_job_has_now():
+    order = asdict(Order(checkpoint="a.safetensors", name="b", steps=7, length="try"))
+    assert again(order, 200) == order
+    longer = again(order, 300)  # it was trained on
+    assert (longer["length"], longer["steps"], longer["data"]["count"]) == ("custom", 300, 250)
+    old = {name: value for name, value in order.items() if name != "length"}
+    assert again(old, 9) == old | {"steps": 9}
 
 
 def test_the_help_of_length_tells_what_each_sets():

@@ -6,6 +6,7 @@ Settings that are a Spec's own are declared in training/spec.py and named here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..schema import check, same, setting
 from ..spec import Data, Spec
@@ -139,3 +140,16 @@ class Order:
         count = min(self.data.count, chosen.drawn or self.data.count)
         data = replace(self.data, count=count)
         return replace(self, data=data, steps=chosen.steps, length=CUSTOM)
+
+
+def again(order: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The order, as a job's folder keeps it, for a job of so many steps: a job that was trained on
+    has more than its length says."""
+    chosen = LENGTHS.get(order.get("length", CUSTOM))
+    if chosen is None:
+        return order | {"steps": steps}
+    if chosen.steps == steps:
+        return order
+    count = min(order["data"]["count"], chosen.drawn or order["data"]["count"])
+    data = order["data"] | {"count": count}
+    return order | {"data": data, "steps": steps, "length": CUSTOM}

@@ -28,7 +28,7 @@ from . import host
 from .beside import Beside
 from .job import Job, NoJob
 from .metrics import read
-from .order import DataOrder, Order
+from .order import DataOrder, Order, again
 from .records import Attempt, Result
 from .states import ACTIVE
 from .store import ORDER, WORKFLOW, Busy
@@ -194,7 +194,7 @@ def job(request: web.Request) -> dict[str, Any]:
         ],
         "prompts": prompts(drawn[-1]) if drawn else [],
         "checkpoints": checkpoints.steps(store.checkpoints(described.id)),
-        "order": order | {"steps": described.steps} if order else None,
+        "order": again(order, described.steps) if order else None,
         "workflow": (path / WORKFLOW).is_file(),
         "result": made if described.state == "done" else None,
     }
