@@ -10,10 +10,10 @@ from comfy_api.v0_0_2 import io
 from ..lora.family import choose, made_for
 from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
-from ..samplers.families import DEFAULT, FAMILIES
-from ..samplers.host import patch_sampling, record
+from ..samplers.families import FAMILIES
+from ..samplers.host import offered, patch_sampling, record
 from .host import lora_names, lora_path, weight_input
-from .texts import acceleration, of_load, said
+from .texts import acceleration, of_load, of_sampling, said
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -85,10 +85,10 @@ class LCMLoRALoader(io.ComfyNode):
         cls, model: ModelPatcher, lora_name: str, strength: float, family: str
     ) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
-        family, why = choose(family, vector.metadata, lora_name, FAMILIES, DEFAULT)
+        family, why = choose(family, vector.metadata, lora_name, *offered(model))
         made = made_for(vector.metadata, lora_name, family)
         loaded, _, coverage = apply(model, None, vector, strength, 0.0)
         record(model, loaded, acceleration(vector.source, made, strength))
-        return io.NodeOutput(
-            patch_sampling(loaded, family), ui=said(*of_load(coverage, family, why))
-        )
+        sampled = patch_sampling(loaded, family)
+        lines = [*of_load(coverage, family, why), *of_sampling(sampled, strength)]
+        return io.NodeOutput(sampled, ui=said(*lines))

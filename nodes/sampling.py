@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..samplers import host
 from ..samplers.families import DEFAULT, FAMILIES
-from .texts import of_family, of_run, said
+from .texts import of_family, of_run, of_sampling, said
 
 CATEGORY = "LCM-LoRA"
 
@@ -56,8 +56,9 @@ class LCMModelSampling(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, family: str = DEFAULT) -> io.NodeOutput:
         chosen = host.auto_family(model) if family == "auto" else family
-        lines = of_family(model, family, chosen)
-        return io.NodeOutput(host.patch_sampling(model, chosen), ui=said(*lines))
+        patched = host.patch_sampling(model, chosen)
+        lines = [*of_family(model, family, chosen), *of_sampling(patched)]
+        return io.NodeOutput(patched, ui=said(*lines))
 
 
 class LCMSchedule(io.ComfyNode):
@@ -242,4 +243,4 @@ class LCMKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         run = host.Run(seed, steps, cfg, denoise, None if eta < 0 else eta, noise_device)
         made = host.sample(model, run, positive, negative, latent)
-        return io.NodeOutput(made, ui=said(*of_run(model, run)))
+        return io.NodeOutput(made, ui=said(*of_run(model, run, positive)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
 from .consistency import consistency
-from .families import DEFAULT, FAMILIES, ORIGIN_STEPS, Family
+from .families import DEFAULT, DEFAULT_FLOW, FAMILIES, ORIGIN_STEPS, Family
 from .guidance_embedding import refuse_guidance_embedding
-from .lcm import kept_noise, lcm
+from .lcm import Shares, kept_noise, lcm
 from .noise import picture_noise, picture_numbers
 from .report import Acceleration, Applied, Line, ran, warnings
-from .timesteps import parse, timesteps
+from .timesteps import parse, parse_sigmas, refuse_ascent, times, timesteps
 
 APPLIED = "lcm_lora"  # where a MODEL carries an Applied, which its clones keep
+UNDER = "lcm_lora_under"  # where a flow model's sampling object keeps the one that it replaces
+HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # an empty latent may have them
 
 
 class LCMSampling(ms.ModelSamplingDiscrete):
@@ -114,9 +118,54 @@ def sampling_class(own: torch.nn.Module, model_name: str) -> type[LCMSampling]:
     kind = ", ".join(base.__name__ for base in type(own).__bases__)
     raise ValueError(
         f"LCM sampling needs a model with a table of noise levels and eps, v or x0 prediction "
-        f"(Stable Diffusion 1, 2, XL and relatives). This MODEL is a {model_name}, which samples "
-        f"with {kind}. Use a sampler made for it."
+        f"(Stable Diffusion 1, 2, XL and relatives), or a flow model (SD3, Flux, Qwen-Image, Wan "
+        f"and relatives). This MODEL is a {model_name}, which samples with {kind}. Use a sampler "
+        "made for it."
     )
+
+
+def is_flow(sampling: torch.nn.Module) -> bool:
+    """Whether a sampling object is of a flow model: noise and picture are mixed along a line.
+
+    Cosmos is one in another scale: x divided by 1 - sigma, and a sigma of t / (1 - t).
+    """
+    kinds = (ms.CONST, ms.COSMOS_RFLOW)
+    return isinstance(sampling, kinds) and not isinstance(sampling, ms.IMG_TO_IMG_FLOW)
+
+
+def shares(sampling: torch.nn.Module, sigmas: torch.Tensor) -> Shares:
+    """alpha and beta at each of `sigmas` [N], read off how the host itself mixes the two."""
+    none, all_ = torch.zeros_like(sigmas), torch.ones_like(sigmas)
+    alphas = sampling.noise_scaling(sigmas, none, all_)
+    return alphas.tolist(), sampling.noise_scaling(sigmas, all_, none).tolist()
+
+
+def shifted(sampling: torch.nn.Module, time: float) -> float:
+    """The sigma of a time in (0, 1] of a flow model, with the model's own shift.
+
+    The host calls this map sigma(), and its map from a sigma to the network's input timestep(). In
+    its flow classes these two are not inverse, so that neither is ever used for the other.
+    """
+    return float(sampling.sigma(time * getattr(sampling, "multiplier", 1)))
+
+
+def native(sampling: torch.nn.Module, sigma: float) -> float:
+    """A sigma of the line from 0 to 1 in the scale of the flow model."""
+    return sigma if isinstance(sampling, ms.CONST) else shifted(sampling, sigma)
+
+
+def earlier(sampling: torch.nn.Module, sigmas: torch.Tensor, eta: float) -> torch.Tensor:
+    """The sigmas at (1 - eta) of the network's time; a time that is a timestep is rounded down.
+
+    The time of a flow model is its sigma on the line from 0 to 1. Where TCD is extended to flow
+    models, this is our choice: no author has one.
+    """
+    if isinstance(sampling, ms.CONST):
+        return sigmas * (1 - eta)
+    if is_flow(sampling):
+        line = sigmas / (sigmas + 1) * (1 - eta)
+        return line / (1 - line)
+    return sampling.sigma(torch.floor((1 - eta) * sampling.timestep(sigmas).float()))
 
 
 def full_table(sampling: ms.ModelSamplingDiscrete) -> torch.Tensor:
@@ -132,8 +181,8 @@ def file_of(model: ModelPatcher) -> Path | None:
     return Path(arguments[0]) if arguments and isinstance(arguments[0], str) else None
 
 
-def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
-    """The sampling object of a MODEL, with all its timesteps.
+def own_sampling(model: ModelPatcher) -> torch.nn.Module:
+    """The sampling object of a MODEL, with all its timesteps, or its own shift.
 
     Raises:
         ValueError: the model has no discrete schedule, or ComfyUI dropped its guidance embedding.
@@ -141,6 +190,8 @@ def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
     if (file := file_of(model)) is not None:
         refuse_guidance_embedding(file)  # ComfyUI drops that weight silently
     own = model.get_model_object("model_sampling")
+    if is_flow(own):
+        return own.__dict__.get(UNDER, own)
     sampling_class(own, type(model.model).__name__)
     if len(full_table(own)) != own.num_timesteps:
         # ComfyUI's own lcm patch keeps 50 sigmas and forgets v-prediction. Look below it.
@@ -159,22 +210,74 @@ def patch_sampling(model: ModelPatcher, family: str = DEFAULT) -> ModelPatcher:
     """A clone of MODEL, with the same weights, that samples as `family` was distilled.
 
     Raises:
-        ValueError: the family is unknown, or `own_sampling` raises it.
+        ValueError: the family is unknown or not of this kind of model, or `own_sampling` raises it.
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
-    own = own_sampling(model)
-    kind = sampling_class(own, type(model.model).__name__)
+    return _set(model, FAMILIES[family])
+
+
+def _set(model: ModelPatcher, family: Family) -> ModelPatcher:
+    own, name = own_sampling(model), type(model.model).__name__
+    if family.name not in families_of(own):
+        raise ValueError(
+            f"The family {family.name!r} is for {'flow' if family.flow else 'Stable Diffusion'} "
+            f"models, and this MODEL is {_kind(own, name)}. Choose one of "
+            f"{', '.join(families_of(own))}, or load the LoRA on the model it was made for."
+        )
     patched = model.clone()
-    patched.add_object_patch(
-        "model_sampling", kind(model.model.model_config, own, FAMILIES[family])
-    )
+    if is_flow(own):
+        sampling = flow_sampling(own, family)
+    else:
+        sampling = sampling_class(own, name)(model.model.model_config, own, family)
+    patched.add_object_patch("model_sampling", sampling)
     return patched
 
 
-def family_of(sampling: ms.ModelSamplingDiscrete) -> Family:
-    """The family that a MODEL's sampling object is set for, or the default."""
-    return sampling.family if isinstance(sampling, LCMSampling) else FAMILIES[DEFAULT]
+def flow_sampling(own: torch.nn.Module, family: Family) -> torch.nn.Module:
+    """A flow model's own sampling object, with the shift of `family` if the family has one.
+
+    Nothing else has to change: the host's scheduler `simple` finds the family's sigmas.
+    """
+    sampling = copy.deepcopy(own)
+    if family.shift is not None:
+        if isinstance(own, ms.ModelSamplingFlux):  # whose shift is a logarithm
+            sampling.set_parameters(shift=math.log(family.shift))
+        elif isinstance(own, ms.ModelSamplingDiscreteFlow):
+            sampling.set_parameters(shift=family.shift, multiplier=own.multiplier)
+        else:
+            raise ValueError(
+                f"The family {family.name!r} sets a shift of {family.shift:g}, and this MODEL "
+                f"samples with {type(own).__bases__[0].__name__}, which has none. Choose "
+                f"{DEFAULT_FLOW} or {DEFAULT}."
+            )
+    sampling.family = family
+    sampling.__dict__[UNDER] = own  # not an attribute, which would make it a part of the module
+    return sampling
+
+
+def families_of(sampling: torch.nn.Module) -> list[str]:
+    """The families that a model with this sampling object can be sampled as."""
+    flow = is_flow(sampling)
+    return [name for name, each in FAMILIES.items() if (each.flow if flow else each.tables)]
+
+
+def _kind(sampling: torch.nn.Module, model_name: str) -> str:
+    return f"a {'flow' if is_flow(sampling) else 'Stable Diffusion'} model ({model_name})"
+
+
+def offered(model: ModelPatcher) -> tuple[list[str], str, str]:
+    """(the families that a MODEL can be sampled as, that of a LoRA which names none, what the MODEL
+    is, for a message)."""
+    own = own_sampling(model)
+    default = DEFAULT_FLOW if is_flow(own) else DEFAULT
+    return families_of(own), default, _kind(own, type(model.model).__name__)
+
+
+def set_family(sampling: torch.nn.Module) -> Family | None:
+    """The family that a MODEL's sampling object is set for. None if it is not set by this pack."""
+    family = getattr(sampling, "family", None)
+    return family if isinstance(family, Family) else None
 
 
 def applied_to(model: ModelPatcher) -> Applied:
@@ -204,9 +307,13 @@ def family_for(model: ModelPatcher) -> Family:
         ValueError: the sampling is not set and the accelerations have no single family.
     """
     sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, LCMSampling):
-        return sampling.family
-    return FAMILIES[applied_to(model).family()]
+    if family := set_family(sampling):
+        return family
+    family = FAMILIES[applied_to(model).family(*offered(model))]
+    if is_flow(sampling) and "model_sampling" in model.object_patches:
+        # The user has chosen a shift after the LoRA, with a node of the host.
+        return replace(family, shift=None, lists=())
+    return family
 
 
 def auto_family(model: ModelPatcher) -> str:
@@ -216,7 +323,9 @@ def auto_family(model: ModelPatcher) -> str:
         ValueError: the accelerations have no single family.
     """
     applied = applied_to(model)
-    return applied.family() if applied.accelerations else family_for(model).name
+    if not applied.accelerations:
+        return family_for(model).name
+    return applied.family(*offered(model))
 
 
 def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
@@ -226,10 +335,13 @@ def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
     """
     applied, family = applied_to(model), family_for(model)
     others = fast or _patches(model) > applied.patches or bool(model.injections)
-    table = full_table(own_sampling(model))
-    timesteps = family.timesteps(run.steps, run.denoise, len(table))
-    found = warnings(applied, others, run.steps, run.cfg)
-    return [*found, ran(family.name, timesteps, run.cfg)]
+    own = own_sampling(model)
+    if is_flow(own):
+        shown = [f"{sigma:.3g}" for sigma in schedule(model, run.steps, run.denoise)[:-1].tolist()]
+    else:
+        shown = [str(t) for t in family.timesteps(run.steps, run.denoise, len(full_table(own)))]
+    found = warnings(applied, others, run.steps, run.cfg, family.cfg)
+    return [*found, ran(family.name, shown, run.cfg)]
 
 
 def schedule(
@@ -242,12 +354,17 @@ def schedule(
     """SIGMAS at the exact timesteps of the MODEL's family, then 0: float32 [N + 1] on the CPU.
 
     origin_steps: any number but 50 replaces the family's grid by an LCM grid with that many points.
-    timesteps_text: a user's list, which replaces the grid, steps and strength.
+    timesteps_text: a user's list, which replaces the grid, steps and strength. For a flow model it
+        is one of sigmas.
 
     Raises:
         ValueError: the list is not valid, or the numbers do not fit together.
     """
-    table = full_table(own_sampling(model)).float().cpu()
+    own = own_sampling(model)
+    if is_flow(own):
+        sigmas = _flow_sigmas(model, steps, strength, origin_steps, timesteps_text)
+        return torch.tensor([*sigmas, 0.0])
+    table = full_table(own).float().cpu()
     if timesteps_text.strip():
         t = parse(timesteps_text, len(table))
     elif origin_steps != ORIGIN_STEPS:
@@ -257,11 +374,36 @@ def schedule(
     return torch.cat([table[t], torch.zeros(1)])
 
 
+def _flow_sigmas(
+    model: ModelPatcher, steps: int, strength: float, origin_steps: int, text: str
+) -> list[float]:
+    sampling = _prepared(model).get_model_object("model_sampling")
+    family = sampling.family
+    listed = parse_sigmas(text) if text.strip() else None
+    if listed is None and origin_steps == ORIGIN_STEPS:
+        listed = family.listed(steps, strength)
+    if listed is not None:
+        return [native(sampling, sigma) for sigma in listed]
+    if origin_steps != ORIGIN_STEPS:
+        chosen = times(steps, strength, origin_steps)
+    else:
+        chosen = family.times(steps, strength)
+    return [shifted(sampling, time) for time in chosen]
+
+
+def _prepared(model: ModelPatcher) -> ModelPatcher:
+    """The MODEL with its sampling set."""
+    if set_family(model.get_model_object("model_sampling")):
+        return model
+    return _set(model, family_for(model))
+
+
 class FewStepSampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that starts from pure noise at any timestep if the latent is empty.
 
     ComfyUI does so at the last timestep only. At any other it adds noise to the latent. If that is
-    empty, the variance is less than 1 (VP scale), which DMD2's single step at 399 needs.
+    empty, the variance is less than 1 (VP scale), which DMD2's single step at 399 needs. A flow
+    model's noise is as large as its sigma says, wherever it starts.
     """
 
     def sample(
@@ -275,7 +417,8 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        if latent_image is not None and not self.max_denoise(model_wrap, sigmas):
+        exploding = isinstance(model_wrap.inner_model.model_sampling, ms.EPS)  # or v or x0
+        if exploding and latent_image is not None and not self.max_denoise(model_wrap, sigmas):
             empty = ~latent_image.flatten(1).any(1).view(-1, *[1] * (noise.ndim - 1))
             noise = torch.where(empty, noise * (1 + sigmas[0] ** -2).sqrt(), noise)
         return super().sample(
@@ -318,12 +461,16 @@ def sample_lcm_exact(
     extra_args = extra_args or {}
     network = model.inner_model.inner_model
     sampling = network.model_sampling
-    sampling_class(sampling, type(network).__name__)
+    if not is_flow(sampling):
+        sampling_class(sampling, type(network).__name__)
     if eta is None:
-        eta = family_of(sampling).eta
+        default = DEFAULT_FLOW if is_flow(sampling) else DEFAULT
+        eta = (set_family(sampling) or FAMILIES[default]).eta
     noise = picture_noise(x, extra_args.get("seed") or 0, batch_index, noise_device)
     on_cpu = sigmas.cpu()  # the only moment that waits for the device before the loop
-    kept = kept_noise(on_cpu, eta, sampling.timestep, sampling.sigma)
+    refuse_ascent(on_cpu.tolist())
+    kept = kept_noise(on_cpu, eta, partial(earlier, sampling), partial(shares, sampling))
+    signals, levels = shares(sampling, on_cpu)
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
         def tick(state: dict[str, Any]) -> None:
@@ -331,8 +478,10 @@ def sample_lcm_exact(
             if callback is not None:
                 callback(state)
 
-        levels = on_cpu.tolist()
-        return lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept, levels=levels)
+        return lcm(
+            model, x, sigmas, extra_args, tick,
+            noise=noise, kept=kept, levels=levels, signals=signals,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -366,12 +515,10 @@ def sample(
     Raises:
         ValueError: steps and denoise do not fit together, or the model cannot be sampled like this.
     """
-    if not isinstance(model.get_model_object("model_sampling"), LCMSampling):
-        model = patch_sampling(model, family_for(model).name)
+    model = _prepared(model)
     sigmas = schedule(model, run.steps, run.denoise)
-    image = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial")
-    )
+    hints = {name: latent[name] for name in HINTS if name in latent}  # 0.16.3 has the first only
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
     batch_index = picture_numbers(latent.get("batch_index"), len(image))
     samples = comfy.sample.sample_custom(
         model,
@@ -387,5 +534,4 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=run.seed,
     )
-    hints = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent only
-    return {**{k: v for k, v in latent.items() if k not in hints}, "samples": samples}
+    return {**{k: v for k, v in latent.items() if k not in HINTS}, "samples": samples}
