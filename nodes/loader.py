@@ -27,7 +27,8 @@ class LCMLoRALoader(io.ComfyNode):
                 "Applies an LCM-LoRA, or a TCD, DMD2, Hyper-SD, PCM or Lightning LoRA, to a model "
                 "and sets the model's sampling for it, so that 1 to 8 steps at cfg 1 to 2 give "
                 "finished pictures. Use it with LCM KSampler. An LCM-LoRA also works with the "
-                "KSampler node (sampler lcm, scheduler simple)."
+                "KSampler node (sampler lcm, scheduler simple). A flow model (Flux, Qwen-Image, "
+                "Wan) is sampled as the authors of its LoRA do."
             ),
             search_aliases=[
                 "lcm",
@@ -41,6 +42,9 @@ class LCMLoRALoader(io.ComfyNode):
                 "hyper-sd",
                 "pcm",
                 "lightning",
+                "qwen lightning",
+                "flux turbo",
+                "wan lightning",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's model."),
@@ -64,7 +68,7 @@ class LCMLoRALoader(io.ComfyNode):
                     tooltip=(
                         "How the LoRA was distilled. This sets the timesteps and the noise. auto "
                         "reads the file's metadata, then its name. If neither names a family, it "
-                        "uses lcm. The node shows the choice."
+                        "uses lcm, or flow for a flow model. The node shows the choice."
                     ),
                 ),
             ],

@@ -92,7 +92,8 @@ class LCMLoRAStack(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "How the few-step LoRA was distilled, as in Load LCM-LoRA. auto reads the "
-                        "file's metadata, then its name. If neither names a family, it uses lcm."
+                        "file's metadata, then its name. If neither names a family, it uses lcm, "
+                        "or flow for a flow model."
                     ),
                 ),
                 io.DynamicCombo.Input(
