@@ -124,7 +124,7 @@ def sampling_class(own: torch.nn.Module, model_name: str) -> type[LCMSampling]:
     )
 
 
-def is_flow(sampling: torch.nn.Module) -> bool:
+def is_flow(sampling: Any) -> bool:
     """Whether a sampling object is of a flow model: noise and picture are mixed along a line.
 
     Cosmos is one in another scale: x divided by 1 - sigma, and a sigma of t / (1 - t).
@@ -133,14 +133,14 @@ def is_flow(sampling: torch.nn.Module) -> bool:
     return isinstance(sampling, kinds) and not isinstance(sampling, ms.IMG_TO_IMG_FLOW)
 
 
-def shares(sampling: torch.nn.Module, sigmas: torch.Tensor) -> Shares:
+def shares(sampling: Any, sigmas: torch.Tensor) -> Shares:
     """alpha and beta at each of `sigmas` [N], read off how the host itself mixes the two."""
     none, all_ = torch.zeros_like(sigmas), torch.ones_like(sigmas)
     alphas = sampling.noise_scaling(sigmas, none, all_)
     return alphas.tolist(), sampling.noise_scaling(sigmas, all_, none).tolist()
 
 
-def shifted(sampling: torch.nn.Module, time: float) -> float:
+def shifted(sampling: Any, time: float) -> float:
     """The sigma of a time in (0, 1] of a flow model, with the model's own shift.
 
     The host calls this map sigma(), and its map from a sigma to the network's input timestep(). In
@@ -149,12 +149,12 @@ def shifted(sampling: torch.nn.Module, time: float) -> float:
     return float(sampling.sigma(time * getattr(sampling, "multiplier", 1)))
 
 
-def native(sampling: torch.nn.Module, sigma: float) -> float:
+def native(sampling: Any, sigma: float) -> float:
     """A sigma of the line from 0 to 1 in the scale of the flow model."""
     return sigma if isinstance(sampling, ms.CONST) else shifted(sampling, sigma)
 
 
-def earlier(sampling: torch.nn.Module, sigmas: torch.Tensor, eta: float) -> torch.Tensor:
+def earlier(sampling: Any, sigmas: torch.Tensor, eta: float) -> torch.Tensor:
     """The sigmas at (1 - eta) of the network's time; a time that is a timestep is rounded down.
 
     The time of a flow model is its sigma on the line from 0 to 1. Where TCD is extended to flow
@@ -181,7 +181,7 @@ def file_of(model: ModelPatcher) -> Path | None:
     return Path(arguments[0]) if arguments and isinstance(arguments[0], str) else None
 
 
-def own_sampling(model: ModelPatcher) -> torch.nn.Module:
+def own_sampling(model: ModelPatcher) -> Any:
     """The sampling object of a MODEL, with all its timesteps, or its own shift.
 
     Raises:
@@ -234,7 +234,7 @@ def _set(model: ModelPatcher, family: Family) -> ModelPatcher:
     return patched
 
 
-def flow_sampling(own: torch.nn.Module, family: Family) -> torch.nn.Module:
+def flow_sampling(own: Any, family: Family) -> Any:
     """A flow model's own sampling object, with the shift of `family` if the family has one.
 
     Nothing else has to change: the host's scheduler `simple` finds the family's sigmas.
@@ -256,13 +256,13 @@ def flow_sampling(own: torch.nn.Module, family: Family) -> torch.nn.Module:
     return sampling
 
 
-def families_of(sampling: torch.nn.Module) -> list[str]:
+def families_of(sampling: Any) -> list[str]:
     """The families that a model with this sampling object can be sampled as."""
     flow = is_flow(sampling)
     return [name for name, each in FAMILIES.items() if (each.flow if flow else each.tables)]
 
 
-def _kind(sampling: torch.nn.Module, model_name: str) -> str:
+def _kind(sampling: Any, model_name: str) -> str:
     return f"a {'flow' if is_flow(sampling) else 'Stable Diffusion'} model ({model_name})"
 
 
@@ -274,7 +274,7 @@ def offered(model: ModelPatcher) -> tuple[list[str], str, str]:
     return families_of(own), default, _kind(own, type(model.model).__name__)
 
 
-def set_family(sampling: torch.nn.Module) -> Family | None:
+def set_family(sampling: Any) -> Family | None:
     """The family that a MODEL's sampling object is set for. None if it is not set by this pack."""
     family = getattr(sampling, "family", None)
     return family if isinstance(family, Family) else None

@@ -41,18 +41,32 @@ NETWORKS = {
     },
 }  # fmt: skip
 IMAGES = ("SD3", "Flux")  # the others draw videos of one frame or more
-SCALES = {"SD3": (1.5305, 0.0609), "Flux": (0.3611, 0.1159)}
+
+
+def _model(name: str, seed: int, **changes):
+    import comfy.supported_models
+
+    settings = NETWORKS[name] | changes | {"dtype": torch.float32}
+    config = getattr(comfy.supported_models, name)(settings)
+    config.manual_cast_dtype = None
+    model = config.get_model({})
+    randomise(model.diffusion_model, seed)
+    return model
+
+
+def sd3_network(width: int, pooled: int) -> torch.nn.Module:
+    """A random SD3 network for a text of other widths than WIDTH and POOLED."""
+    text = {"in_features": width, "out_features": 128}
+    embedder = {"target": "torch.nn.Linear", "params": text}
+    changes = {"context_embedder_config": embedder, "adm_in_channels": pooled}
+    return _model("SD3", 0, **changes).diffusion_model
 
 
 def build(name: str, seed: int = 0):
     """A ModelPatcher around a random network of the host's class `name`."""
     import comfy.model_patcher
-    import comfy.supported_models
 
-    config = getattr(comfy.supported_models, name)(NETWORKS[name] | {"dtype": torch.float32})
-    config.manual_cast_dtype = None
-    model = config.get_model({})
-    randomise(model.diffusion_model, seed)
+    model = _model(name, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
