@@ -52,6 +52,8 @@ _LCM = re.compile(r"(?<![a-z0-9])lcm(?:[-_ ]?like)?(?![a-z])", re.IGNORECASE)
 _STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 # But not PCM's smallcfg, nor lightx2v's cfg_step_distill, which needs none.
 _CFG = re.compile(r"(?<![a-z])(?:normal)?cfg(?![a-z])(?!.*distill)", re.IGNORECASE)
+# What full models are called that draw in a few steps: sd_turbo, flux1-schnell, flux-2-klein.
+_FEW_STEP = re.compile(r"turbo|schnell|klein|lightning|distill|(?<![a-z])fast", re.IGNORECASE)
 # Why a family is chosen, as the node shows it.
 CHOSEN = "chosen on this node"
 UNNAMED = "the default: neither the file's metadata nor its name says otherwise"
@@ -126,6 +128,11 @@ def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, tuple[str
         if families or _LCM.search(text):
             return SEVERAL.join(families) or "lcm", where
     return "", ("", "")
+
+
+def few_step_model(name: str) -> bool:
+    """Whether the name of a model's file says that it draws in a few steps by itself."""
+    return bool(family_named({}, name)[0] or _FEW_STEP.search(name))
 
 
 def _signed(signs: Mapping[str, re.Pattern[str]], text: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 
 from ..lora.architecture import DOUBT
-from ..lora.family import MadeFor, family_named
+from ..lora.family import MadeFor, few_step_model
 from ..lora.host import Coverage
 from ..samplers import host
 from ..samplers.families import FAMILIES
@@ -105,7 +105,7 @@ def of_run(
 ) -> list[Line]:
     """What is wrong with a run of LCM KSampler, and what it did. positive: its conditioning."""
     file = host.file_of(model)
-    fast = file is not None and bool(family_named({}, file.name)[0])
+    fast = file is not None and few_step_model(file.name)
     return [*guidance_other(host.family_for(model), positive), *host.report(model, run, fast=fast)]
 
 

@@ -10,6 +10,7 @@ from lcm_lora.lora.family import (
     IN_NAME,
     STEPS,
     family_named,
+    few_step_model,
     joined,
     made_for,
     recorded,
@@ -136,6 +137,23 @@ def test_a_sum_says_what_its_accelerations_were_made_for():
 def test_what_a_sum_says(families, expected):
     metadata = [{FAMILY: family} if family else {"ss_tag": "x"} for family in families]
     assert joined(metadata) == ({FAMILY: expected} if expected else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        ("z_image_turbo_bf16.safetensors", True),
+        ("flux1-schnell-fp8.safetensors", True),
+        ("flux-2-klein-4b-fp8.safetensors", True),
+        ("hidream_i1_fast_fp8.safetensors", True),
+        ("dreamshaper_8LCM.safetensors", False),
+        ("dmd2_sdxl_4step_unet.safetensors", True),
+        ("qwen_image_fp8_e4m3fn.safetensors", False),
+        ("breakfast_v1.safetensors", False),
+    ],
+)
+def test_full_models_of_a_few_steps(name, few):
+    assert few_step_model(name) == few
 
 
 def test_what_we_distil_is_known():
