@@ -6,6 +6,7 @@ import pytest
 import torch
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.noise import picture_noise
+from lcm_lora.tests.host import tiny_flow
 from lcm_lora.tests.host.random_unet import build, patched
 from torch.overrides import TorchFunctionMode
 
@@ -75,6 +76,27 @@ def test_a_run_leaves_nothing_on_the_cpu(family, prediction):
     result, waited = run(family, prediction)
     assert result.is_meta and result.shape == (2, 4, 8, 8)
     assert waited == 1
+
+
+@pytest.mark.parametrize("name", tiny_flow.NETWORKS)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_a_run_of_a_flow_model_leaves_nothing_on_the_cpu(name, eta):
+    from lcm_lora.samplers.host import sample_lcm_exact
+
+    sampling = patched(tiny_flow.build(name), "flow").get_model_object("model_sampling")
+
+    def model(x, sigma, **_):
+        return sampling.calculate_denoised(sigma, x * 0.5, x)
+
+    model.inner_model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=sampling))
+    x = torch.empty(tiny_flow.shape(name, 2), device="meta")
+    with ReadBack() as read:
+        result = sample_lcm_exact(
+            model, x, torch.empty(5, device="meta"), {"seed": 1}, disable=True,
+            eta=eta, noise_device="cpu", batch_index=None,
+        )  # fmt: skip
+    assert result.is_meta and result.shape == x.shape
+    assert read.count == 1
 
 
 @pytest.mark.parametrize("left", ["sigmas", "context", "weights"])
