@@ -414,9 +414,10 @@ def flow_classes() -> list[str]:
 def test_every_class_is_sampled_with_its_own_shift_and_scale(name):
     """With the host's own model object, whose network is left out: what is tested needs none."""
     import comfy.model_patcher
+    import comfy.samplers
     import comfy.supported_models
-    from lcm_lora.samplers.host import earlier, shares
     from lcm_lora.samplers.lcm import kept_noise
+    from lcm_lora.samplers.process.host import earlier, shares
 
     kind = getattr(comfy.supported_models, name, None)
     if kind is None:
@@ -436,8 +437,6 @@ def test_every_class_is_sampled_with_its_own_shift_and_scale(name):
         if name.startswith("Cosmos"):
             assert sigmas.tolist() == pytest.approx([80, 3, 1, 1 / 3, 0])
         else:
-            import comfy.samplers
-
             simple = comfy.samplers.calculate_sigmas(sampling, "simple", 4)
             torch.testing.assert_close(sigmas, simple, rtol=1e-5, atol=1e-6)
     # What the host mixes at each level is what we take it for, so a step has the exact variance.
@@ -446,10 +445,19 @@ def test_every_class_is_sampled_with_its_own_shift_and_scale(name):
     for sigma, alpha, beta in zip(sigmas, alphas, betas, strict=True):
         mixed = sampling.noise_scaling(sigma, eps.clone(), x0.clone())
         torch.testing.assert_close(mixed, alpha * x0 + beta * eps)
+    line = sigmas / (1 + sigmas) if name.startswith("Cosmos") else sigmas
     for eta in (0.0, 0.3, 1.0):
         held = kept_noise(
             sigmas, eta, lambda s, eta: earlier(sampling, s, eta), lambda s: shares(sampling, s)
         )
-        assert all(0 <= kept <= beta for kept, beta in zip(held, betas[1:], strict=True))
-        assert held == pytest.approx(betas[1:]) or eta > 0
-        assert not any(held) or eta < 1
+        # The noise of the time (1 - eta) t', as large as it is beside the picture's share at t'.
+        low = (1 - eta) * line[1:]
+        scale = getattr(sampling, "noise_scale", 1.0)
+        expected = scale * low / (1 - low) * torch.tensor(alphas[1:])
+        assert held == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
+    if not name.startswith("Cosmos"):  # a family's shift, and the network's time as it was
+        turbo = patched(model, "qwen-lightning")
+        assert schedule(turbo) == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
+        torch.testing.assert_close(sampling_of(turbo).timestep(sigmas), sampling.timestep(sigmas))
+        simple = comfy.samplers.calculate_sigmas(sampling_of(turbo), "simple", 4)
+        assert simple.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
