@@ -27,10 +27,33 @@ _SIGNS = {
         "lightning": r"(?:sdxl[-_ ]?lightning|lightning[-_ ]?\d+[-_ ]?step)",
     }.items()
 }
+# Those of flow models have the model's name in theirs. They are looked for first, because what
+# SD's are called may be a part of it: Qwen-Image-Lightning-4steps.
+_FLOW_SIGNS = {
+    family: re.compile(rf"(?<![a-z0-9]){sign}", re.IGNORECASE)
+    for family, sign in {
+        "qwen-lightning": r"qwen.*lightning",
+        "qwen-turbo": r"wuli.*turbo(?![a-z])",
+        "flux2-turbo": r"flux[-_. ]?2(?!\d).*turbo(?![a-z])",
+        "flux-turbo": r"flux.*turbo[-_ ]?alpha",
+        "hyper-flux": r"hyper[-_ ]?flux",
+        "hyper-sd3": r"hyper[-_ ]?sd3(?!\d)",
+        "pcm-sd3": r"pcm(?=.*deterministic)(?!.*shift[-_ ]?1(?!\d))",
+        "pcm-sd3-shift1": r"pcm(?=.*deterministic).*shift[-_ ]?1(?!\d)",
+        "pcm-sd3-stochastic": r"p[cd]m.*stochastic",  # its card spells it pdm
+        "tdm-sd3": r"(?:sd3.*tdm|tdm.*sd3)",
+        "wan-lightning": r"wan(?![a-z]).*(?:lightning|lightx2v)",
+        "rcm": r"rcm(?![a-z])",
+        "scfm": r"scfm(?![a-z])",
+    }.items()
+}
 _LCM = re.compile(r"(?<![a-z0-9])lcm(?:[-_ ]?like)?(?![a-z])", re.IGNORECASE)
 
 _STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
-_CFG = re.compile(r"(?<![a-z])(?:normal)?cfg(?![a-z])", re.IGNORECASE)  # but not PCM's smallcfg
+# But not PCM's smallcfg, nor lightx2v's cfg_step_distill, which needs none.
+_CFG = re.compile(r"(?<![a-z])(?:normal)?cfg(?![a-z])(?!.*distill)", re.IGNORECASE)
+# What full models are called that draw in a few steps: sd_turbo, flux1-schnell, flux-2-klein.
+_FEW_STEP = re.compile(r"turbo|schnell|klein|lightning|distill|(?<![a-z])fast", re.IGNORECASE)
 # Why a family is chosen, as the node shows it.
 CHOSEN = "chosen on this node"
 UNNAMED = "the default: neither the file's metadata nor its name says otherwise"
@@ -61,12 +84,18 @@ class MadeFor:
 
 
 def choose(
-    wanted: str, metadata: Mapping[str, str], name: str, families: Collection[str], default: str
+    wanted: str,
+    metadata: Mapping[str, str],
+    name: str,
+    families: Collection[str],
+    default: str,
+    kind: str = "this model",
 ) -> tuple[str, tuple[str, str]]:
     """(the family to sample as, (why, what {what} stands for in it)).
 
     wanted: what the user chose; "auto" reads the file. name: the file's name, with its folders.
-    families: those that can be sampled. default: the family of a file that names none.
+    families: those that can be sampled. default: the family of a file that names none. kind: of the
+    model, for the message.
 
     Raises:
         ValueError: the file names several families, or one that cannot be sampled.
@@ -78,7 +107,8 @@ def choose(
         return default, (UNNAMED, "")
     if family not in families:
         raise ValueError(
-            f"{name} cannot be sampled as {family!r}, which comes {where.format(what=what)}. "
+            f"{name} on {kind} cannot be sampled as {family!r}, which comes "
+            f"{where.format(what=what)}. "
             f"Expected one of {', '.join(families)}. Choose the family on the node."
         )
     return family, (where, what)
@@ -93,11 +123,20 @@ def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, tuple[str
     if metadata.get(FAMILY):
         return metadata[FAMILY], (IN_METADATA, FAMILY)
     for text, where in _places(metadata, name):
-        families = [family for family, sign in _SIGNS.items() if sign.search(text)]
+        families = _signed(_FLOW_SIGNS, text) or _signed(_SIGNS, text)
         # "lcm" counts only without another sign: the sampler and this pack have it in their names.
         if families or _LCM.search(text):
             return SEVERAL.join(families) or "lcm", where
     return "", ("", "")
+
+
+def few_step_model(name: str) -> bool:
+    """Whether the name of a model's file says that it draws in a few steps by itself."""
+    return bool(family_named({}, name)[0] or _FEW_STEP.search(name))
+
+
+def _signed(signs: Mapping[str, re.Pattern[str]], text: str) -> list[str]:
+    return [family for family, sign in signs.items() if sign.search(text)]
 
 
 def _places(metadata: Mapping[str, str], name: str) -> list[tuple[str, tuple[str, str]]]:

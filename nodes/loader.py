@@ -10,10 +10,10 @@ from comfy_api.v0_0_2 import io
 from ..lora.family import choose, made_for
 from ..lora.formats.files import fingerprint, read
 from ..lora.host import apply
-from ..samplers.families import DEFAULT, FAMILIES
-from ..samplers.host import patch_sampling, record
+from ..samplers.families import FAMILIES
+from ..samplers.host import offered, patch_sampling, record
 from .host import lora_names, lora_path, weight_input
-from .texts import acceleration, of_load, said
+from .texts import acceleration, of_load, of_sampling, said
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -27,7 +27,8 @@ class LCMLoRALoader(io.ComfyNode):
                 "Applies an LCM-LoRA, or a TCD, DMD2, Hyper-SD, PCM or Lightning LoRA, to a model "
                 "and sets the model's sampling for it, so that 1 to 8 steps at cfg 1 to 2 give "
                 "finished pictures. Use it with LCM KSampler. An LCM-LoRA also works with the "
-                "KSampler node (sampler lcm, scheduler simple)."
+                "KSampler node (sampler lcm, scheduler simple). A flow model (Flux, Qwen-Image, "
+                "Wan) is sampled as the authors of its LoRA do."
             ),
             search_aliases=[
                 "lcm",
@@ -41,6 +42,9 @@ class LCMLoRALoader(io.ComfyNode):
                 "hyper-sd",
                 "pcm",
                 "lightning",
+                "qwen lightning",
+                "flux turbo",
+                "wan lightning",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint's model."),
@@ -64,7 +68,7 @@ class LCMLoRALoader(io.ComfyNode):
                     tooltip=(
                         "How the LoRA was distilled. This sets the timesteps and the noise. auto "
                         "reads the file's metadata, then its name. If neither names a family, it "
-                        "uses lcm. The node shows the choice."
+                        "uses lcm, or flow for a flow model. The node shows the choice."
                     ),
                 ),
             ],
@@ -85,10 +89,10 @@ class LCMLoRALoader(io.ComfyNode):
         cls, model: ModelPatcher, lora_name: str, strength: float, family: str
     ) -> io.NodeOutput:
         vector = read(lora_path(lora_name))
-        family, why = choose(family, vector.metadata, lora_name, FAMILIES, DEFAULT)
+        family, why = choose(family, vector.metadata, lora_name, *offered(model))
         made = made_for(vector.metadata, lora_name, family)
         loaded, _, coverage = apply(model, None, vector, strength, 0.0)
         record(model, loaded, acceleration(vector.source, made, strength))
-        return io.NodeOutput(
-            patch_sampling(loaded, family), ui=said(*of_load(coverage, family, why))
-        )
+        sampled = patch_sampling(loaded, family)
+        lines = [*of_load(coverage, family, why), *of_sampling(sampled, strength)]
+        return io.NodeOutput(sampled, ui=said(*lines))

@@ -19,10 +19,10 @@ from ..lora.formats.files import fingerprint, read, read_named
 from ..lora.formats.wire import LoraModel, to_wire
 from ..lora.host import Coverage, apply
 from ..lora.stack import added
-from ..samplers.families import DEFAULT, FAMILIES
-from ..samplers.host import patch_sampling, record
+from ..samplers.families import FAMILIES
+from ..samplers.host import offered, patch_sampling, record
 from .host import lora_names, lora_path, weight_input
-from .texts import acceleration, of_rows, said
+from .texts import acceleration, of_rows, of_sampling, said
 
 MOST_ROWS = 8
 NONE = "None"
@@ -92,7 +92,8 @@ class LCMLoRAStack(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "How the few-step LoRA was distilled, as in Load LCM-LoRA. auto reads the "
-                        "file's metadata, then its name. If neither names a family, it uses lcm."
+                        "file's metadata, then its name. If neither names a family, it uses lcm, "
+                        "or flow for a flow model."
                     ),
                 ),
                 io.DynamicCombo.Input(
@@ -148,7 +149,7 @@ class LCMLoRAStack(io.ComfyNode):
     ) -> io.NodeOutput:
         path = lora_path(lora_name)
         fast = read(path)
-        family, why = choose(family, fast.metadata, lora_name, FAMILIES, DEFAULT)
+        family, why = choose(family, fast.metadata, lora_name, *offered(model))
         made = made_for(fast.metadata, lora_name, family)
         metadata = {**fast.metadata, **(made.metadata() if made else {})}
         fast = replace(fast, metadata=metadata, sha256=sha256(path))
@@ -163,13 +164,15 @@ class LCMLoRAStack(io.ComfyNode):
             coverages.append(coverage)
         total, report = _total(vectors, rows)
         weights = [row.weights for row in rows]
+        model = patch_sampling(model, family)
         texts = of_rows(list(zip(coverages, weights, strict=True)), family, why)
+        texts += of_sampling(model, strength)
         info = [
             _info(vector, row, coverage)
             for vector, row, coverage in zip(vectors, rows, coverages, strict=True)
         ]
         return io.NodeOutput(
-            patch_sampling(model, family),
+            model,
             clip,
             total,
             "\n\n".join([*info, report]),

@@ -9,9 +9,15 @@ from comfy_api.v0_0_2 import io
 
 from ..samplers import host
 from ..samplers.families import DEFAULT, FAMILIES
-from .texts import of_family, of_run, said
+from .texts import of_family, of_run, of_sampling, said
 
 CATEGORY = "LCM-LoRA"
+# auto was the last one before there were families of flow models.
+FAMILY_CHOICES = [
+    *(name for name, family in FAMILIES.items() if family.tables),
+    "auto",
+    *(name for name, family in FAMILIES.items() if not family.tables),
+]
 
 
 class LCMModelSampling(io.ComfyNode):
@@ -29,7 +35,8 @@ class LCMModelSampling(io.ComfyNode):
                 "prediction type (eps, v or x0) and noise levels. Load LCM-LoRA does this "
                 "already; use this node after other LoRA loaders. In ComfyUI's KSampler, choose "
                 "sampler lcm and scheduler simple. For TCD, DMD2, Hyper-SD, PCM and Lightning "
-                "models, choose auto or their family."
+                "models, choose auto or their family. A flow model (Flux, Qwen-Image, Wan) keeps "
+                "its own shift, unless its family has another."
             ),
             search_aliases=[
                 "lcm", "ModelSamplingDiscrete", "consistency", "model sampling", "tcd", "dmd2",
@@ -37,10 +44,11 @@ class LCMModelSampling(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA applied."
+                    "model", tooltip="A Stable Diffusion 1, 2 or XL model with an LCM-LoRA "
+                    "applied, or a flow model with a few-step LoRA."
                 ),
                 io.Combo.Input(
-                    "family", options=[*FAMILIES, "auto"], default=DEFAULT, optional=True,
+                    "family", options=FAMILY_CHOICES, default=DEFAULT, optional=True,
                     tooltip="How the LoRA or the full model was distilled. LCM Schedule, LCM "
                     "Sampler and LCM KSampler follow it. auto takes the family of the LoRA from "
                     "Apply LoRA Vector.",
@@ -56,8 +64,9 @@ class LCMModelSampling(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, family: str = DEFAULT) -> io.NodeOutput:
         chosen = host.auto_family(model) if family == "auto" else family
-        lines = of_family(model, family, chosen)
-        return io.NodeOutput(host.patch_sampling(model, chosen), ui=said(*lines))
+        patched = host.patch_sampling(model, chosen)
+        lines = [*of_family(model, family, chosen), *of_sampling(patched)]
+        return io.NodeOutput(patched, ui=said(*lines))
 
 
 class LCMSchedule(io.ComfyNode):
@@ -73,7 +82,8 @@ class LCMSchedule(io.ComfyNode):
                 "Gives the noise levels of a few-step run for SamplerCustom and "
                 "SamplerCustomAdvanced, at exactly the timesteps the LCM-LoRA was distilled on. "
                 "With 4 steps, an LCM uses the timesteps 999, 759, 499, 259; a MODEL of another "
-                "family uses the timesteps of that family."
+                "family uses the timesteps of that family. For a flow model (Flux, Qwen-Image, "
+                "Wan), the sigmas are shifted as its family needs."
             ),
             search_aliases=["lcm", "sigmas", "scheduler", "timesteps", "few steps"],
             inputs=[
@@ -98,7 +108,8 @@ class LCMSchedule(io.ComfyNode):
                 io.String.Input(
                     "timesteps", default="", optional=True, advanced=True,
                     tooltip='Your own descending list, such as "999, 749, 499, 249". It '
-                    "replaces steps, strength and origin_steps. Leave it empty to use those.",
+                    "replaces steps, strength and origin_steps. Leave it empty to use those. For a "
+                    'flow model it is a list of sigmas, such as "1, 0.9, 0.75, 0.5".',
                 ),
             ],
             outputs=[
@@ -242,4 +253,4 @@ class LCMKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         run = host.Run(seed, steps, cfg, denoise, None if eta < 0 else eta, noise_device)
         made = host.sample(model, run, positive, negative, latent)
-        return io.NodeOutput(made, ui=said(*of_run(model, run)))
+        return io.NodeOutput(made, ui=said(*of_run(model, run, positive)))

@@ -8,10 +8,11 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 
 from ..lora.architecture import DOUBT
-from ..lora.family import MadeFor, family_named
+from ..lora.family import MadeFor, few_step_model
 from ..lora.host import Coverage
 from ..samplers import host
-from ..samplers.report import Acceleration, Line
+from ..samplers.families import FAMILIES
+from ..samplers.report import Acceleration, Line, guidance_other, origin_of
 from ..training.jobs.job import Job
 from ..training.spec import Spec
 
@@ -85,10 +86,27 @@ def of_family(model: ModelPatcher, wanted: str, family: str) -> list[Line]:
     return []
 
 
-def of_run(model: ModelPatcher, run: host.Run) -> list[Line]:
-    """What is wrong with a run of LCM KSampler, and what it did."""
+def of_sampling(model: ModelPatcher, strength: float | None = None) -> list[Line]:
+    """Where the sigmas of a flow model that was set for a family come from, and whether the
+    strength of its LoRA is another than it is made for. Nothing for other models."""
+    family = host.family_for(model)
+    if not host.is_flow(host.own_sampling(model)):
+        return []
+    lines = [origin_of(family)]
+    if strength not in (None, 0.0, family.weight) and family.weight != 1:
+        values = {"family": family.name, "weight": f"{family.weight:g}"}
+        text = "{family} is made for strength {weight}: set strength to that."
+        lines.append(Line(text, values, warning=True))
+    return lines
+
+
+def of_run(
+    model: ModelPatcher, run: host.Run, positive: Sequence[Sequence[Any]] = ()
+) -> list[Line]:
+    """What is wrong with a run of LCM KSampler, and what it did. positive: its conditioning."""
     file = host.file_of(model)
-    return host.report(model, run, fast=file is not None and bool(family_named({}, file.name)[0]))
+    fast = file is not None and few_step_model(file.name)
+    return [*guidance_other(host.family_for(model), positive), *host.report(model, run, fast=fast)]
 
 
 def of_order(spec: Spec) -> Line:
@@ -146,4 +164,6 @@ def acceleration(source: str, made: MadeFor | None, strength: float) -> Accelera
     if made is None or strength <= 0:
         return None
     name = source.removesuffix(".safetensors")
-    return Acceleration(name, made.families, made.steps, made.cfg)
+    known = [FAMILIES[each].steps for each in made.families if each in FAMILIES]
+    steps = made.steps or tuple(sorted({number for numbers in known for number in numbers}))
+    return Acceleration(name, made.families, steps, made.cfg)

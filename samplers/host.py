@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,111 +18,28 @@ from comfy import model_sampling as ms
 from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
-from .consistency import consistency
-from .families import DEFAULT, FAMILIES, ORIGIN_STEPS, Family
+from .families import DEFAULT, DEFAULT_FLOW, FAMILIES, ORIGIN_STEPS, Family
 from .guidance_embedding import refuse_guidance_embedding
 from .lcm import kept_noise, lcm
 from .noise import picture_noise, picture_numbers
+from .process.host import (
+    UNDER,
+    earlier,
+    families_of,
+    flow_sampling,
+    full_table,
+    is_flow,
+    native,
+    sampling_class,
+    set_family,
+    shares,
+    shifted,
+)
 from .report import Acceleration, Applied, Line, ran, warnings
-from .timesteps import parse, timesteps
+from .timesteps import parse, parse_sigmas, refuse_ascent, times, timesteps
 
 APPLIED = "lcm_lora"  # where a MODEL carries an Applied, which its clones keep
-
-
-class LCMSampling(ms.ModelSamplingDiscrete):
-    """The model's own noise schedule, with the grid and the boundary of a family.
-
-    `sigmas`, from which ComfyUI's schedulers choose, holds the family's grid only. The scheduler
-    `simple` therefore finds the reference timesteps. timestep() and sigma() use `table`, which has
-    one sigma for each timestep. They are exact on the table and interpolate geometrically between
-    its points, so the network gets the right (perhaps fractional) timestep for any sigma.
-    """
-
-    table: torch.Tensor
-
-    def __init__(self, model_config: Any, own: ms.ModelSamplingDiscrete, family: Family):
-        """own: the model's sampling object so far, whose schedule this one takes over."""
-        super().__init__(model_config, zsnr=own.zsnr)
-        table = full_table(own).float()
-        self.family = family
-        self.num_timesteps = len(table)
-        self.sigma_data = own.sigma_data
-        self.register_buffer("table", table)
-        self.set_sigmas(table[family.grid(len(table))])
-        self._tables = {table.device: table}
-
-    def _table_on(self, device: torch.device) -> torch.Tensor:
-        """The table on `device`. It is kept, because a copy at each step would stall the device."""
-        if device not in self._tables:
-            self._tables[device] = self.table.to(device)
-        return self._tables[device]
-
-    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The float timestep of each sigma, clamped to the table's ends."""
-        table = self._table_on(sigma.device)
-        sigma = sigma.float().clamp(table[0], table[-1])
-        above = torch.searchsorted(table, sigma).clamp(min=1)
-        low, high = table[above - 1], table[above]
-        # The quotient of equal logarithms is exactly 1, so points of the table stay whole numbers.
-        return (above - 1) + (sigma / low).log() / (high / low).log()
-
-    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The sigma of each timestep, a number of any type that may have a fraction."""
-        table = self._table_on(timestep.device)
-        t = timestep.float().clamp(0, len(table) - 1)
-        low = t.floor().long()
-        ratio = table[t.ceil().long()] / table[low]
-        return table[low] * ratio ** (t - low)
-
-    def calculate_denoised(
-        self, sigma: torch.Tensor, model_output: torch.Tensor, model_input: torch.Tensor
-    ) -> torch.Tensor:
-        """f(z, t) for ComfyUI's x = z sqrt(1 + sigma^2), or x0 for a family without the boundary.
-        The prediction type is the model's own."""
-        x0 = super().calculate_denoised(sigma, model_output, model_input)
-        if not self.family.boundary:
-            return x0
-        scale = ms.reshape_sigma(sigma, model_input.ndim).square().add(1).rsqrt()
-        return consistency(model_input * scale, x0, self.timestep(sigma))
-
-
-class LCMSamplingEps(LCMSampling, ms.EPS):
-    """For a network that predicts the noise."""
-
-
-class LCMSamplingV(LCMSampling, ms.V_PREDICTION):
-    """For a network that predicts the velocity."""
-
-
-class LCMSamplingX0(LCMSampling, ms.X0):
-    """For a network that predicts the clean latent."""
-
-
-def sampling_class(own: torch.nn.Module, model_name: str) -> type[LCMSampling]:
-    """Our class for the prediction type of a model's sampling object.
-
-    Raises:
-        ValueError: the model has no discrete schedule with eps, v or x0 prediction.
-    """
-    foreign = (ms.ModelSamplingDiscreteEDM, ms.StableCascadeSampling, ms.EDM, ms.IMG_TO_IMG)
-    if isinstance(own, ms.ModelSamplingDiscrete) and not isinstance(own, foreign):
-        if isinstance(own, ms.V_PREDICTION):
-            return LCMSamplingV
-        if isinstance(own, ms.X0):
-            return LCMSamplingX0
-        if isinstance(own, ms.EPS):
-            return LCMSamplingEps
-    kind = ", ".join(base.__name__ for base in type(own).__bases__)
-    raise ValueError(
-        f"LCM sampling needs a model with a table of noise levels and eps, v or x0 prediction "
-        f"(Stable Diffusion 1, 2, XL and relatives). This MODEL is a {model_name}, which samples "
-        f"with {kind}. Use a sampler made for it."
-    )
-
-
-def full_table(sampling: ms.ModelSamplingDiscrete) -> torch.Tensor:
-    """The sigmas of all training timesteps, ascending."""
-    return sampling.table if isinstance(sampling, LCMSampling) else sampling.sigmas
+HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # an empty latent may have them
 
 
 def file_of(model: ModelPatcher) -> Path | None:
@@ -132,8 +50,8 @@ def file_of(model: ModelPatcher) -> Path | None:
     return Path(arguments[0]) if arguments and isinstance(arguments[0], str) else None
 
 
-def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
-    """The sampling object of a MODEL, with all its timesteps.
+def own_sampling(model: ModelPatcher) -> Any:
+    """The sampling object of a MODEL, with all its timesteps, or its own shift.
 
     Raises:
         ValueError: the model has no discrete schedule, or ComfyUI dropped its guidance embedding.
@@ -141,6 +59,8 @@ def own_sampling(model: ModelPatcher) -> ms.ModelSamplingDiscrete:
     if (file := file_of(model)) is not None:
         refuse_guidance_embedding(file)  # ComfyUI drops that weight silently
     own = model.get_model_object("model_sampling")
+    if is_flow(own):
+        return own.__dict__.get(UNDER, own)
     sampling_class(own, type(model.model).__name__)
     if len(full_table(own)) != own.num_timesteps:
         # ComfyUI's own lcm patch keeps 50 sigmas and forgets v-prediction. Look below it.
@@ -159,22 +79,40 @@ def patch_sampling(model: ModelPatcher, family: str = DEFAULT) -> ModelPatcher:
     """A clone of MODEL, with the same weights, that samples as `family` was distilled.
 
     Raises:
-        ValueError: the family is unknown, or `own_sampling` raises it.
+        ValueError: the family is unknown or not of this kind of model, or `own_sampling` raises it.
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
-    own = own_sampling(model)
-    kind = sampling_class(own, type(model.model).__name__)
+    return _set(model, FAMILIES[family])
+
+
+def _set(model: ModelPatcher, family: Family) -> ModelPatcher:
+    own, name = own_sampling(model), type(model.model).__name__
+    if family.name not in families_of(own):
+        raise ValueError(
+            f"The family {family.name!r} is for {'flow' if family.flow else 'Stable Diffusion'} "
+            f"models, and this MODEL is {_kind(own, name)}. Choose one of "
+            f"{', '.join(families_of(own))}, or load the LoRA on the model it was made for."
+        )
     patched = model.clone()
-    patched.add_object_patch(
-        "model_sampling", kind(model.model.model_config, own, FAMILIES[family])
-    )
+    if is_flow(own):
+        sampling = flow_sampling(own, family)
+    else:
+        sampling = sampling_class(own, name)(model.model.model_config, own, family)
+    patched.add_object_patch("model_sampling", sampling)
     return patched
 
 
-def family_of(sampling: ms.ModelSamplingDiscrete) -> Family:
-    """The family that a MODEL's sampling object is set for, or the default."""
-    return sampling.family if isinstance(sampling, LCMSampling) else FAMILIES[DEFAULT]
+def _kind(sampling: Any, model_name: str) -> str:
+    return f"a {'flow' if is_flow(sampling) else 'Stable Diffusion'} model ({model_name})"
+
+
+def offered(model: ModelPatcher) -> tuple[list[str], str, str]:
+    """(the families that a MODEL can be sampled as, that of a LoRA which names none, what the MODEL
+    is, for a message)."""
+    own = own_sampling(model)
+    default = DEFAULT_FLOW if is_flow(own) else DEFAULT
+    return families_of(own), default, _kind(own, type(model.model).__name__)
 
 
 def applied_to(model: ModelPatcher) -> Applied:
@@ -204,9 +142,13 @@ def family_for(model: ModelPatcher) -> Family:
         ValueError: the sampling is not set and the accelerations have no single family.
     """
     sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, LCMSampling):
-        return sampling.family
-    return FAMILIES[applied_to(model).family()]
+    if family := set_family(sampling):
+        return family
+    family = FAMILIES[applied_to(model).family(*offered(model))]
+    if is_flow(sampling) and "model_sampling" in model.object_patches:
+        # The user has chosen a shift after the LoRA, with a node of the host.
+        return replace(family, shift=None, lists=())
+    return family
 
 
 def auto_family(model: ModelPatcher) -> str:
@@ -216,7 +158,9 @@ def auto_family(model: ModelPatcher) -> str:
         ValueError: the accelerations have no single family.
     """
     applied = applied_to(model)
-    return applied.family() if applied.accelerations else family_for(model).name
+    if not applied.accelerations:
+        return family_for(model).name
+    return applied.family(*offered(model))
 
 
 def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
@@ -226,10 +170,13 @@ def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
     """
     applied, family = applied_to(model), family_for(model)
     others = fast or _patches(model) > applied.patches or bool(model.injections)
-    table = full_table(own_sampling(model))
-    timesteps = family.timesteps(run.steps, run.denoise, len(table))
-    found = warnings(applied, others, run.steps, run.cfg)
-    return [*found, ran(family.name, timesteps, run.cfg)]
+    own = own_sampling(model)
+    if is_flow(own):
+        shown = [f"{sigma:.3g}" for sigma in schedule(model, run.steps, run.denoise)[:-1].tolist()]
+    else:
+        shown = [str(t) for t in family.timesteps(run.steps, run.denoise, len(full_table(own)))]
+    found = warnings(applied, others, run.steps, run.cfg, family.cfg)
+    return [*found, ran(family.name, shown, run.cfg)]
 
 
 def schedule(
@@ -242,12 +189,17 @@ def schedule(
     """SIGMAS at the exact timesteps of the MODEL's family, then 0: float32 [N + 1] on the CPU.
 
     origin_steps: any number but 50 replaces the family's grid by an LCM grid with that many points.
-    timesteps_text: a user's list, which replaces the grid, steps and strength.
+    timesteps_text: a user's list, which replaces the grid, steps and strength. For a flow model it
+        is one of sigmas.
 
     Raises:
         ValueError: the list is not valid, or the numbers do not fit together.
     """
-    table = full_table(own_sampling(model)).float().cpu()
+    own = own_sampling(model)
+    if is_flow(own):
+        sigmas = _flow_sigmas(model, steps, strength, origin_steps, timesteps_text)
+        return torch.tensor([*sigmas, 0.0])
+    table = full_table(own).float().cpu()
     if timesteps_text.strip():
         t = parse(timesteps_text, len(table))
     elif origin_steps != ORIGIN_STEPS:
@@ -257,11 +209,36 @@ def schedule(
     return torch.cat([table[t], torch.zeros(1)])
 
 
+def _flow_sigmas(
+    model: ModelPatcher, steps: int, strength: float, origin_steps: int, text: str
+) -> list[float]:
+    sampling = _prepared(model).get_model_object("model_sampling")
+    family = sampling.family
+    listed = parse_sigmas(text) if text.strip() else None
+    if listed is None and origin_steps == ORIGIN_STEPS:
+        listed = family.listed(steps, strength)
+    if listed is not None:
+        return [native(sampling, sigma) for sigma in listed]
+    if origin_steps != ORIGIN_STEPS:
+        chosen = times(steps, strength, origin_steps)
+    else:
+        chosen = family.times(steps, strength)
+    return [shifted(sampling, time) for time in chosen]
+
+
+def _prepared(model: ModelPatcher) -> ModelPatcher:
+    """The MODEL with its sampling set."""
+    if set_family(model.get_model_object("model_sampling")):
+        return model
+    return _set(model, family_for(model))
+
+
 class FewStepSampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that starts from pure noise at any timestep if the latent is empty.
 
     ComfyUI does so at the last timestep only. At any other it adds noise to the latent. If that is
-    empty, the variance is less than 1 (VP scale), which DMD2's single step at 399 needs.
+    empty, the variance is less than 1 (VP scale), which DMD2's single step at 399 needs. A flow
+    model's noise is as large as its sigma says, wherever it starts.
     """
 
     def sample(
@@ -275,7 +252,8 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        if latent_image is not None and not self.max_denoise(model_wrap, sigmas):
+        exploding = isinstance(model_wrap.inner_model.model_sampling, ms.EPS)  # or v or x0
+        if exploding and latent_image is not None and not self.max_denoise(model_wrap, sigmas):
             empty = ~latent_image.flatten(1).any(1).view(-1, *[1] * (noise.ndim - 1))
             noise = torch.where(empty, noise * (1 + sigmas[0] ** -2).sqrt(), noise)
         return super().sample(
@@ -318,12 +296,16 @@ def sample_lcm_exact(
     extra_args = extra_args or {}
     network = model.inner_model.inner_model
     sampling = network.model_sampling
-    sampling_class(sampling, type(network).__name__)
+    if not is_flow(sampling):
+        sampling_class(sampling, type(network).__name__)
     if eta is None:
-        eta = family_of(sampling).eta
+        default = DEFAULT_FLOW if is_flow(sampling) else DEFAULT
+        eta = (set_family(sampling) or FAMILIES[default]).eta
     noise = picture_noise(x, extra_args.get("seed") or 0, batch_index, noise_device)
     on_cpu = sigmas.cpu()  # the only moment that waits for the device before the loop
-    kept = kept_noise(on_cpu, eta, sampling.timestep, sampling.sigma)
+    refuse_ascent(on_cpu.tolist())
+    kept = kept_noise(on_cpu, eta, partial(earlier, sampling), partial(shares, sampling))
+    signals, levels = shares(sampling, on_cpu)
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
         def tick(state: dict[str, Any]) -> None:
@@ -331,8 +313,10 @@ def sample_lcm_exact(
             if callback is not None:
                 callback(state)
 
-        levels = on_cpu.tolist()
-        return lcm(model, x, sigmas, extra_args, tick, noise=noise, kept=kept, levels=levels)
+        return lcm(
+            model, x, sigmas, extra_args, tick,
+            noise=noise, kept=kept, levels=levels, signals=signals,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -366,12 +350,10 @@ def sample(
     Raises:
         ValueError: steps and denoise do not fit together, or the model cannot be sampled like this.
     """
-    if not isinstance(model.get_model_object("model_sampling"), LCMSampling):
-        model = patch_sampling(model, family_for(model).name)
+    model = _prepared(model)
     sigmas = schedule(model, run.steps, run.denoise)
-    image = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial")
-    )
+    hints = {name: latent[name] for name in HINTS if name in latent}  # 0.16.3 has the first only
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
     batch_index = picture_numbers(latent.get("batch_index"), len(image))
     samples = comfy.sample.sample_custom(
         model,
@@ -387,5 +369,4 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=run.seed,
     )
-    hints = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty latent only
-    return {**{k: v for k, v in latent.items() if k not in hints}, "samples": samples}
+    return {**{k: v for k, v in latent.items() if k not in HINTS}, "samples": samples}

@@ -1,4 +1,8 @@
-"""The few-step sampling loop, in the scale x = x0 + sigma eps (VE)."""
+"""The few-step sampling loop, in the scale of the model at hand: x = alpha x0 + beta eps.
+
+Stable Diffusion's is alpha = 1 and beta = sigma (VE) in ComfyUI, and a flow model's is
+alpha = 1 - sigma and beta = sigma, so that alpha is 0 in its pure noise: nothing is divided by it.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,30 @@ from typing import Any
 
 import torch
 
+Shares = tuple[list[float], list[float]]
+"""(alpha, beta) of some noise levels: how much of the picture and of the noise x consists of."""
+
+
+def variance_exploding(sigmas: torch.Tensor) -> Shares:
+    """The shares of x = x0 + sigma eps."""
+    return [1.0] * len(sigmas), sigmas.tolist()
+
 
 def kept_noise(
     sigmas: torch.Tensor,
     eta: float,
-    timestep: Callable[[torch.Tensor], torch.Tensor],
-    sigma: Callable[[torch.Tensor], torch.Tensor],
+    earlier: Callable[[torch.Tensor, float], torch.Tensor],
+    shares: Callable[[torch.Tensor], Shares] = variance_exploding,
 ) -> list[float]:
     """The standard deviation of the predicted noise that each step keeps: one number per step.
 
-    eta is the gamma of TCD (arXiv 2402.19159, section 3.3). A step to timestep t' goes to
-    s = floor((1 - eta) t') with the predicted noise, and from there to t' with fresh noise, so it
-    keeps sigma(s). eta 0 keeps all of it; 1 keeps none, which is LCM.
+    eta is the gamma of TCD (arXiv 2402.19159, section 3.3). A step to the time t' goes to
+    s = (1 - eta) t' with the predicted noise, and from there to t' with fresh noise. On the way the
+    picture's share goes from alpha(s) to alpha(t'), and the noise's with it, so the step keeps
+    beta(s) alpha(t') / alpha(s). eta 0 keeps all of it; 1 keeps none, which is LCM.
 
-    sigmas: [N + 1], descending; they are read, which waits for any device but the CPU. timestep,
-    sigma: the model's maps between the two.
+    sigmas: [N + 1], descending; they are read, which waits for any device but the CPU.
+    earlier(sigmas, eta): the sigmas of these s. shares: of the model.
 
     Raises:
         ValueError: eta is outside [0, 1].
@@ -31,14 +44,14 @@ def kept_noise(
         raise ValueError(
             f"eta must be between 0 (deterministic) and 1 (all noise fresh), found {eta:g}."
         )
-    targets = sigmas[1:].tolist()
     # Both ends are exact for every schedule; rounding t' down would leave a little of either noise.
-    if eta == 1 or not targets:
-        return [0.0] * len(targets)
+    if eta == 1 or len(sigmas) < 2:
+        return [0.0] * len(sigmas[1:])
+    alphas, betas = shares(sigmas[1:])
     if eta == 0:
-        return targets
-    s = torch.floor((1 - eta) * timestep(sigmas[1:]).float())
-    return [min(kept, to) for kept, to in zip(sigma(s).tolist(), targets, strict=True)]
+        return betas
+    between = zip(*shares(earlier(sigmas[1:], eta)), alphas, betas, strict=True)
+    return [min(b * to_alpha / a, to_beta) for a, b, to_alpha, to_beta in between]
 
 
 @torch.no_grad()
@@ -52,12 +65,13 @@ def lcm(
     noise: Callable[[int], torch.Tensor],
     kept: Sequence[float] | None = None,
     levels: Sequence[float] | None = None,
+    signals: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """LCM multistep sampling (arXiv 2310.04378, algorithm 3): one network call per step.
 
-    Each step denoises x and goes to the next level sigma' with
-    x <- x0 + kept_i eps + sqrt(sigma'^2 - kept_i^2) z, which has exactly that level's variance.
-    eps = (x - x0) / sigma is the predicted noise, and z is fresh noise.
+    Each step denoises x and goes to the next level's alpha' and beta' with
+    x <- alpha' x0 + kept_i eps + sqrt(beta'^2 - kept_i^2) z, which has exactly that level's
+    variance. eps = (x - alpha x0) / beta is the predicted noise, and z is fresh noise.
 
     Args:
         model: (x, sigma [B], **extra_args) -> x0.
@@ -66,16 +80,21 @@ def lcm(
         callback: gets each step's state, in the form of k-diffusion.
         noise: the fresh noise of step i, as x.
         kept: see kept_noise; None keeps none.
-        levels: the numbers of sigmas; None reads them, which waits for the device.
+        levels: the beta of each of sigmas; None takes sigmas, and reads them, which waits for the
+            device.
+        signals: the alpha of each of sigmas; None is 1 everywhere.
     """
     extra_args = extra_args or {}
     levels = sigmas.tolist() if levels is None else levels  # not in the loop: reading waits
+    signals = signals or [1.0] * len(levels)
     kept = kept or [0.0] * len(levels)
     for i, (level, target) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         x0 = model(x, sigmas[i].repeat(len(x)), **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
         fresh = math.sqrt(max(target**2 - kept[i] ** 2, 0.0))
-        carried = x0 + (x - x0) * (kept[i] / level) if kept[i] > 0 else x0
+        carried = x0 * signals[i + 1]
+        if kept[i] > 0:
+            carried = carried + (x - x0 * signals[i]) * (kept[i] / level)
         x = carried + noise(i) * fresh if fresh > 0 else carried
     return x

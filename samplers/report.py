@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
 from typing import Any, NamedTuple
 
-from .families import DEFAULT, FAMILIES
+from .families import DEFAULT, FAMILIES, Family
 
 MOST_CFG = 2.0  # above it, guidance on top of the distilled guidance burns the colours
 MOST_STEPS = 8  # above it, more steps of a LoRA that names no number of its own hardly help
@@ -64,25 +64,29 @@ class Applied:
         """The families of all accelerations, sorted."""
         return sorted({name for lora in self.accelerations for name in lora.families})
 
-    def family(self) -> str:
-        """The family to sample as; DEFAULT if there is no acceleration.
+    def family(
+        self, possible: Collection[str] = FAMILIES, default: str = DEFAULT, kind: str = "a model"
+    ) -> str:
+        """The family to sample as; `default` if there is no acceleration.
+
+        possible: those that the MODEL can be sampled as. kind: what it is.
 
         Raises:
-            ValueError: there are several families, or one that cannot be sampled.
+            ValueError: there are several families, or one that is not possible.
         """
-        names = self.families() or [DEFAULT]
-        if len(names) > 1 or names[0] not in FAMILIES:
+        names = self.families() or [default]
+        if len(names) > 1 or names[0] not in possible:
             sources = "; ".join(lora.source for lora in self.accelerations)
             raise ValueError(
-                f"The MODEL cannot be sampled as {' + '.join(names)!r}, the family of its LoRAs "
-                f"({sources}). Expected one of {', '.join(FAMILIES)}. Choose the family in LCM "
-                "Model Sampling."
+                f"The MODEL, {kind}, cannot be sampled as {' + '.join(names)!r}, the family of its "
+                f"LoRAs ({sources}). Expected one of {', '.join(possible)}. Choose the family in "
+                "LCM Model Sampling."
             )
         return names[0]
 
 
-def ran(family: str, timesteps: Sequence[int], cfg: float) -> Line:
-    """What a run did: its family, timesteps and guidance."""
+def ran(family: str, timesteps: Sequence[object], cfg: float) -> Line:
+    """What a run did: its family, its timesteps (or a flow model's sigmas) and guidance."""
     shown = list(map(str, timesteps))
     if len(shown) > TIMESTEPS_SHOWN:
         half = TIMESTEPS_SHOWN // 2
@@ -101,17 +105,41 @@ def ran(family: str, timesteps: Sequence[int], cfg: float) -> Line:
     return Line("{family}, {steps} steps: {timesteps}; cfg {cfg}", values)
 
 
-def warnings(applied: Applied, others: bool, steps: int, cfg: float) -> list[Line]:
+def origin_of(family: Family) -> Line:
+    """Where the sigmas of a flow model come from that is sampled as `family`."""
+    if family.lists:
+        counts = ", ".join(str(len(each)) for each in family.lists)
+        text = "at steps {known}, the sigmas that its authors list"
+        return Line(text, {"known": counts})
+    if family.shift is not None:
+        return Line("shift {shift}, as its authors sample", {"shift": f"{family.shift:g}"})
+    return Line("the model's own shift: {family} has no other", {"family": family.name})
+
+
+def guidance_other(family: Family, positive: Sequence[Sequence[Any]]) -> list[Line]:
+    """A warning if the conditioning [[text, options], ...] carries another guidance for the
+    network's own input than the family is made for. One that carries none has the host's: 3.5."""
+    given = next((part[1]["guidance"] for part in positive if "guidance" in part[1]), None)
+    if family.guidance is None or given in (None, family.guidance):
+        return []
+    values = {"family": family.name, "made": f"{family.guidance:g}", "found": f"{given:g}"}
+    text = "{family} is made for guidance {made}, and the prompt has {found}: change FluxGuidance."
+    return [Line(text, values, warning=True)]
+
+
+def warnings(
+    applied: Applied, others: bool, steps: int, cfg: float, guided: bool = False
+) -> list[Line]:
     """What is wrong with a run, each with the remedy.
 
     others: whether the MODEL may be accelerated by what this pack does not know: the LoRA of
-    another loader, or the checkpoint itself.
+    another loader, or the checkpoint itself. guided: whether its family needs guidance.
     """
     found = []
     if not applied.accelerations and not others:
         text = "No acceleration LoRA on the MODEL: add Load LCM-LoRA after the checkpoint."
         found.append(Line(text, warning=True))
-    if cfg > MOST_CFG and not any(lora.cfg for lora in applied.accelerations):
+    if cfg > MOST_CFG and not guided and not any(lora.cfg for lora in applied.accelerations):
         values = {"cfg": f"{cfg:g}"}
         found.append(Line("cfg {cfg} burns the colours: use 1 to 2.", values, warning=True))
     made = [lora for lora in applied.accelerations if lora.steps]

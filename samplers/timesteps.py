@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 
 def of_family(
@@ -97,6 +98,24 @@ def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # 
     return [round(kept - i * stride) - 1 for i in range(steps)]
 
 
+def times(steps: int, strength: float = 1.0, origin_steps: int | None = None) -> list[float]:
+    """`steps` times of a flow model, descending from `strength`: 1, 0.75, 0.5, 0.25 for 4.
+
+    This is what ComfyUI's scheduler `simple` and the pipelines of diffusers start from; the model
+    shifts them. origin_steps: the points of the grid that they are taken from, with the gaps of
+    `timesteps`; None divides the range into equal parts.
+
+    Raises:
+        ValueError: the kept grid has fewer points than `steps`.
+    """
+    _check_steps(steps)
+    _check_strength(strength)
+    if origin_steps is not None:
+        chosen = timesteps(steps, strength, origin_steps, origin_steps)
+        return [(t + 1) / origin_steps for t in chosen]
+    return [strength * (1 - i / steps) for i in range(steps)]
+
+
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}.")
@@ -121,6 +140,47 @@ def _remedy(steps: int, origin_steps: int, room: int) -> str:
     return f"Use {fewer}a strength (denoise) of at least {percent / 100:g}."
 
 
+def parse_sigmas(text: str) -> list[float]:
+    """A user's own list for a flow model, "1, 0.9, 0.75, 0.5": strictly descending, from at most 1.
+    A 0 at the end may be there or not.
+
+    Raises:
+        ValueError: an entry is wrong; the message names the first.
+    """
+    example = 'Expected a descending list of sigmas such as "1, 0.9, 0.75, 0.5".'
+    numbers: list[float] = []
+    for word in _words(text):
+        try:
+            sigma = float(word)
+        except ValueError:
+            raise ValueError(f"Sigmas must be numbers, found {word!r}. {example}") from None
+        if not 0 <= sigma <= 1:
+            raise ValueError(
+                f"A flow model's sigmas go from 1 down to 0, found {word}; timesteps from 999 down "
+                f"are for Stable Diffusion. {example}"
+            )
+        if numbers and sigma >= numbers[-1]:
+            raise ValueError(f"Sigmas must descend, found {word} after {numbers[-1]:g}. {example}")
+        numbers.append(sigma)
+    if not any(numbers):
+        raise ValueError(f"The list has no sigma above 0. {example}")
+    return numbers if numbers[-1] else numbers[:-1]
+
+
+def refuse_ascent(sigmas: Sequence[float]) -> None:
+    """Raises ValueError if a list of sigmas ascends, which no sampling run does."""
+    for before, after in zip(sigmas, sigmas[1:], strict=False):
+        if after > before:
+            raise ValueError(
+                f"A run goes from noise to the picture, so its sigmas descend; these SIGMAS have "
+                f"{after:g} after {before:g}. Take them from LCM Schedule, or turn them round."
+            )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[\s,;]+", text) if word]
+
+
 def parse(text: str, T: int = 1000) -> list[int]:  # noqa: N803
     """A user's own list, "999, 759, 499, 259": whole numbers from T - 1 to 0, strictly descending.
 
@@ -130,7 +190,7 @@ def parse(text: str, T: int = 1000) -> list[int]:  # noqa: N803
         ValueError: an entry is wrong; the message names the first.
     """
     example = 'Expected a descending list such as "999, 759, 499, 259".'
-    words = [word for word in re.split(r"[\s,;]+", text) if word]
+    words = _words(text)
     if not words:
         raise ValueError(f"The list of timesteps is empty. {example}")
     numbers: list[int] = []

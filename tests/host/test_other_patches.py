@@ -143,7 +143,7 @@ def mean_of(first, second, ratio: float = 0.25):
 
 def test_a_merge_keeps_the_sampling_of_its_first_model():
     """As with every patch of a MODEL; weights are merged whichever side ours is on."""
-    from lcm_lora.samplers.host import LCMSampling
+    from lcm_lora.samplers.process.host import LCMSampling
 
     first, second = build("v", seed=0), build("v", seed=1)
     by_hand = mean_of(first, second)

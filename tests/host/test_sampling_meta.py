@@ -6,10 +6,13 @@ import pytest
 import torch
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.noise import picture_noise
+from lcm_lora.tests.host import tiny_flow
 from lcm_lora.tests.host.random_unet import build, patched
 from torch.overrides import TorchFunctionMode
 
 pytestmark = pytest.mark.usefixtures("comfy")
+
+TABLES = [name for name, family in FAMILIES.items() if family.tables]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +60,7 @@ def run(family: str, prediction: str, eta: float | None = None, left: str = ""):
     context = torch.empty(2, 77, 64, device="cpu" if left == "context" else "meta")
     model = model_of(family, prediction, context, unet)
     x = torch.empty(2, 4, 8, 8, device="meta")
-    sigmas = torch.empty(5, device="cpu" if left == "sigmas" else "meta")
+    sigmas = torch.arange(4.0, -1.0, -1.0).to("cpu" if left == "sigmas" else "meta")
     with torch.no_grad(), ReadBack() as read:
         result = sample_lcm_exact(
             model, x, sigmas, {"seed": 1}, disable=True,
@@ -67,12 +70,33 @@ def run(family: str, prediction: str, eta: float | None = None, left: str = ""):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TABLES)
 def test_a_run_leaves_nothing_on_the_cpu(family, prediction):
     """Noise is drawn there and taken along; the sigmas are read once, before the loop."""
     result, waited = run(family, prediction)
     assert result.is_meta and result.shape == (2, 4, 8, 8)
     assert waited == 1
+
+
+@pytest.mark.parametrize("name", tiny_flow.NETWORKS)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_a_run_of_a_flow_model_leaves_nothing_on_the_cpu(name, eta):
+    from lcm_lora.samplers.host import sample_lcm_exact
+
+    sampling = patched(tiny_flow.build(name), "flow").get_model_object("model_sampling")
+
+    def model(x, sigma, **_):
+        return sampling.calculate_denoised(sigma, x * 0.5, x)
+
+    model.inner_model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=sampling))
+    x = torch.empty(tiny_flow.shape(name, 2), device="meta")
+    with ReadBack() as read:
+        result = sample_lcm_exact(
+            model, x, torch.empty(5, device="meta"), {"seed": 1}, disable=True,
+            eta=eta, noise_device="cpu", batch_index=None,
+        )  # fmt: skip
+    assert result.is_meta and result.shape == x.shape
+    assert read.count == 1
 
 
 @pytest.mark.parametrize("left", ["sigmas", "context", "weights"])

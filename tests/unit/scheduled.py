@@ -44,12 +44,11 @@ def levels(timesteps: Sequence[int]) -> torch.Tensor:
 
 
 def kept(sigmas: torch.Tensor, eta: float) -> list[float]:
-    return kept_noise(
-        sigmas,
-        eta,
-        lambda sigma: torch.searchsorted(table(), sigma),
-        lambda t: table()[t.long()],
-    )
+    def earlier(sigmas, eta):
+        timesteps = torch.searchsorted(table(), sigmas)
+        return table()[((1 - eta) * timesteps.float()).floor().long()]
+
+    return kept_noise(sigmas, eta, earlier)
 
 
 def draws() -> Callable[..., torch.Tensor]:

@@ -10,6 +10,7 @@ from lcm_lora.lora.family import (
     IN_NAME,
     STEPS,
     family_named,
+    few_step_model,
     joined,
     made_for,
     recorded,
@@ -35,6 +36,28 @@ NAMES = {
     "pcm_sdxl_normalcfg_8step_converted.safetensors": "pcm",
     "sdxl_lightning_4step_lora.safetensors": "lightning",
     "lightning-8steps.safetensors": "lightning",
+    "Qwen-Image-Lightning-4steps-V1.0.safetensors": "qwen-lightning",
+    "Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16.safetensors": "qwen-lightning",
+    "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors": "qwen-turbo",
+    "Flux_2-Turbo-LoRA_comfyui.safetensors": "flux2-turbo",
+    "flux.2-turbo-lora.safetensors": "flux2-turbo",
+    "FLUX.1-Turbo-Alpha.safetensors": "flux-turbo",
+    "FLUX.1-Turbo-Alpha/diffusion_pytorch_model.safetensors": "flux-turbo",
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": "hyper-flux",
+    "Hyper-SD3-4steps-CFG-lora.safetensors": "hyper-sd3",
+    "pcm_deterministic_4step_shift3.safetensors": "pcm-sd3",
+    "pcm_deterministic_2step_shift1.safetensors": "pcm-sd3-shift1",
+    "pdm_stochastic_shift3.safetensors": "pcm-sd3-stochastic",
+    "pcm_stochastic_shift3.safetensors": "pcm-sd3-stochastic",
+    "sd3_tdm_lora.safetensors": "tdm-sd3",
+    "Wan2.2-Lightning_T2V-v1.1-A14B-4steps-lora_HIGH_fp16.safetensors": "wan-lightning",
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": "wan-lightning",
+    "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors": "wan-lightning",
+    "Wan_2_1_T2V_14B_480p_rCM_lora_average_rank_83_bf16.safetensors": "rcm",
+    "flux_scfm_8step.safetensors": "scfm",
+    "swan lightning strikes.safetensors": "",
+    "qwen_anime_style.safetensors": "",
+    "flux2_turbulence_16.safetensors": "",
     "pytorch_lora_weights.safetensors": "",
     "lightning strikes.safetensors": "",
     "hyper-detail.safetensors": "",
@@ -76,6 +99,9 @@ def test_a_name_of_two_is_neither():
         ("pcm_sd15_smallcfg_2step_converted.safetensors", (2,), False),
         ("lcm/my_lcm-000500-steps.safetensors", (), False),  # of training
         ("sdxl_lightning_4step/lora.safetensors", (4,), False),
+        ("Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16.safetensors", (8,), False),
+        ("Hyper-SD3-4steps-CFG-lora.safetensors", (4,), True),
+        ("Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors", (), False),
     ],
 )
 def test_what_a_name_says_of_steps_and_cfg(name, steps, cfg):
@@ -111,6 +137,23 @@ def test_a_sum_says_what_its_accelerations_were_made_for():
 def test_what_a_sum_says(families, expected):
     metadata = [{FAMILY: family} if family else {"ss_tag": "x"} for family in families]
     assert joined(metadata) == ({FAMILY: expected} if expected else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        ("z_image_turbo_bf16.safetensors", True),
+        ("flux1-schnell-fp8.safetensors", True),
+        ("flux-2-klein-4b-fp8.safetensors", True),
+        ("hidream_i1_fast_fp8.safetensors", True),
+        ("dreamshaper_8LCM.safetensors", False),
+        ("dmd2_sdxl_4step_unet.safetensors", True),
+        ("qwen_image_fp8_e4m3fn.safetensors", False),
+        ("breakfast_v1.safetensors", False),
+    ],
+)
+def test_full_models_of_a_few_steps(name, few):
+    assert few_step_model(name) == few
 
 
 def test_what_we_distil_is_known():

@@ -169,7 +169,7 @@ def few_steps(
         return consistency(z, x0, now) if family.boundary else x0
 
     kept = kept_noise(
-        sigmas[:-1], family.eta, lambda _: t[1:], lambda rounded: levels[rounded.long()]
+        sigmas[:-1], family.eta, lambda _, eta: levels[((1 - eta) * t[1:].float()).floor().long()]
     )
     return lcm(
         denoised, start / schedule.alpha(t[:1]), sigmas,

@@ -1,0 +1,1 @@
+"""How ComfyUI's models mix picture and noise, and at which levels."""
