@@ -102,7 +102,7 @@ async function wantNotified(isWanted) {
 function openDistillation() {
   // The pack's folder, which may have any name: this file is /extensions/FOLDER/jobs.js.
   const folder = new URL(".", import.meta.url).pathname.split("/").at(-2);
-  return openTemplate("Distil an LCM-LoRA", api.apiURL(`/workflow_templates/${folder}/Distil_an_LCM-LoRA.json`));
+  return openTemplate("Distil an LCM-LoRA", api.apiURL(`/workflow_templates/${folder}/Distil an LCM-LoRA.json`));
 }
 
 app.registerExtension({

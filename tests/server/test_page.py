@@ -28,7 +28,7 @@ def show_tab(page) -> None:
 
 def distil(page, subject, name, steps) -> None:
     """Opens the shipped workflow, fits it to the toy, and queues it."""
-    open_template(page, subject, "Distil_an_LCM-LoRA")
+    open_template(page, subject, "Distil an LCM-LoRA")
     page.evaluate(
         """([checkpoint, name, steps]) => {
             const set = (type, values) => {
@@ -80,7 +80,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
     )
     pictured(page, "done")
 
-    open_template(page, subject, "LCM-LoRA_text_to_image")
+    open_template(page, subject, "1 Text to image (SD1.5)")
     row.locator('[data-action="use in graph"]').click()
     page.wait_for_function(
         "app.graph.nodes.find((node) => node.type === 'LCMLoRALoader').widgets[0].value"
@@ -250,7 +250,7 @@ def test_it_speaks_the_language_of_the_front_end(page, client):
         opened(page, client)
         page.evaluate(
             f"""async () => {{
-                const answer = await fetch('{TEMPLATES}/Distil_an_LCM-LoRA.json');
+                const answer = await fetch('{TEMPLATES}/Distil an LCM-LoRA.json');
                 await app.loadGraphData(await answer.json(), true, true, 'korean');
             }}"""
         )

@@ -11,7 +11,7 @@ from lcm_lora.lora.family import CHOSEN, IN_METADATA, IN_NAME, UNNAMED
 from lcm_lora.lora.formats.facts import LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+LANGUAGES = sorted(path.parent.name for path in (ROOT / "locales").glob("*/commands.json"))
 PAGE = "".join(
     path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.*js"))
     if path.name != "words.mjs"
