@@ -104,6 +104,12 @@ def test_the_languages_are_served(client):
         assert served[language]["commands"]["lcm_lora_jobs"]["label"]
 
 
+def test_the_nodes_that_beginners_need_are_among_the_essentials(client):
+    nodes = client.get("/object_info")
+    essential = {name for name in GOLDEN if nodes[name].get("essentials_category")}
+    assert essential == {"LCMLoRALoader", "LCMLoRAStack", "LCMKSampler"}
+
+
 def test_the_workflows_are_offered_as_templates(client):
     offered = client.get("/workflow_templates")["lcm-lora"]
     shipped = {path.stem for path in (ROOT / "workflows").glob("*.json")}
