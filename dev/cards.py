@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .demo import DISTIL, LIVE, TEXT_TO_IMAGE, WITH_STYLE, fitted, reseed
+from .demo import DISTIL, LIVE, TEXT_TO_IMAGE, TEXT_TO_IMAGE_XL, WITH_STYLE, fitted, reseed
 from .sheet import Graph, Subject
 from .toy import stand_ins
 
@@ -70,16 +70,16 @@ def first_pass(prompt: Prompt) -> Prompt:
 STYLED = "a photo of a tiger on an orange background", "a photo of a strawberry on white polka dots"
 CARDS = {
     WITH_STYLE: Card(STYLED, without_styles),
-    "Combine_three_vectors_and_save": Card(STYLED[::-1], without_styles),
+    "Merge three LoRAs into one (SDXL)": Card(STYLED[::-1], without_styles),
     # The network never saw pictures of 192 pixels, so it repeats parts; these two gain by it.
-    "Hires_fix": Card(
+    "Hires fix": Card(
         ("a photo of a castle on a pink background", "a photo of a sunflower on a blue background"),
         first_pass,
     ),
-    "Image_to_image_in_four_steps": Card(
+    "Image to image": Card(
         ("a photo of a tiger on a yellow background", "a photo of a bear on purple checks")
     ),
-    "Inpaint_in_four_steps": Card(
+    "Inpainting": Card(
         ("a photo of a panda on a teal background", "a photo of a rabbit on a teal background")
     ),
 }
@@ -92,10 +92,12 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
     ControlNet shows one result: the demo model's ControlNet has random weights, so there is nothing
     to compare.
     """
-    if name == TEXT_TO_IMAGE:
+    if name in (TEXT_TO_IMAGE, TEXT_TO_IMAGE_XL):
+        half = len(GALLERY) // 2
+        captions = GALLERY[:half] if name == TEXT_TO_IMAGE else GALLERY[half:]
         results = [
             draw(f"{name} {i + 1}", fitted(workflow, replace(subject, captions=(caption,))))[0]
-            for i, caption in enumerate(GALLERY[:9])
+            for i, caption in enumerate(captions)
         ]
         return grid(results, 3, 128)
     if name == LIVE:

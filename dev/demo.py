@@ -19,11 +19,12 @@ from .workflow import to_api
 
 log = logging.getLogger("lcm_lora")
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
-# Without spaces, which the front end's address ?template=... does not take.
-TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
-WITH_STYLE = "LCM-LoRA_with_a_style_LoRA"
-DISTIL = "Distil_an_LCM-LoRA"
-LIVE = "Live_painting"
+# A file's name is the title of its card. Those with a number come first in a sorted list.
+TEXT_TO_IMAGE = "1 Text to image (SD1.5)"
+TEXT_TO_IMAGE_XL = "2 Text to image (SDXL)"
+WITH_STYLE = "3 Text to image with a style (SDXL)"
+DISTIL = "Distil an LCM-LoRA"
+LIVE = "Live painting"
 
 
 class Bar:

@@ -23,6 +23,7 @@ class LCMLoRALoader(io.ComfyNode):
             node_id="LCMLoRALoader",
             display_name="Load LCM-LoRA",
             category="LCM-LoRA",
+            essentials_category="Image Generation",
             description=(
                 "Applies an LCM-LoRA, or a TCD, DMD2, Hyper-SD, PCM or Lightning LoRA, to a model "
                 "and sets the model's sampling for it, so that 1 to 8 steps at cfg 1 to 2 give "

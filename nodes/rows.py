@@ -54,6 +54,7 @@ class LCMLoRAStack(io.ComfyNode):
             node_id="LCMLoRAStack",
             display_name="Few-step LoRA Stack",
             category="LCM-LoRA",
+            essentials_category="Image Generation",
             description=(
                 "Applies an LCM-LoRA, or another few-step LoRA, and up to 8 styles to a model, and "
                 "sets the model's sampling for it: Load LCM-LoRA and a LoRA loader for each style "

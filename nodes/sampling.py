@@ -182,6 +182,7 @@ class LCMKSampler(io.ComfyNode):
             node_id="LCMKSampler",
             display_name="LCM KSampler",
             category=CATEGORY,
+            essentials_category="Image Generation",
             description=(
                 "Samples a picture in 1 to 8 steps, with the noise schedule, timesteps and sampler "
                 "that an LCM-LoRA needs. It follows the family (LCM, TCD, DMD2, ...) of a MODEL "

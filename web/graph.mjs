@@ -2,7 +2,8 @@
 import { app } from "../../scripts/app.js";
 import { say } from "./words.mjs";
 
-const LOADER = "LCMLoRALoader", CHECKPOINT = "CheckpointLoaderSimple";
+export const CHECKPOINT = "CheckpointLoaderSimple";
+const LOADER = "LCMLoRALoader";
 const GAP = 40;
 
 const ofType = (type) => app.canvas.graph.nodes.filter((node) => node.type === type);
@@ -74,6 +75,34 @@ function placed(last) {
     only.connect(only.outputs.findIndex(({ type }) => type === "MODEL"), node, input);
   }
   return node;
+}
+
+const modelOutput = (node) => node.outputs.findIndex(({ type }) => type === "MODEL");
+const toTheRightOf = (node) => [node.pos[0] + node.size[0] + GAP, node.pos[1]];
+
+/** Adds a Load LCM-LoRA between a checkpoint and all that its MODEL went to. */
+export function addLoader(checkpoint) {
+  const node = place(LOADER, toTheRightOf(checkpoint)), from = modelOutput(checkpoint);
+  const links = (checkpoint.outputs[from].links ?? []).map((id) => checkpoint.graph.getLink(id));
+  const ends = links.map(({ target_id, target_slot }) => [target_id, target_slot]);
+  for (const [id, slot] of ends) {
+    node.connect(modelOutput(node), checkpoint.graph.getNodeById(id), slot);
+  }
+  checkpoint.connect(from, node, node.inputs.findIndex(({ type }) => type === "MODEL"));
+  present([node]);
+}
+
+/** Adds the nodes that distil a checkpoint, below its loader. */
+export function distilFrom(checkpoint) {
+  const [x, y] = checkpoint.pos;
+  const source = place("LCMDistillData", [x, y + checkpoint.size[1] + 2 * GAP]);
+  const node = place("LCMDistill", toTheRightOf(source));
+  const chosen = checkpoint.widgets.find(({ name }) => name === "ckpt_name");
+  set(source, "auto_resolution", true);
+  set(node, "checkpoint", chosen.value);
+  set(node, "length", "good");
+  source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));
+  present([source, node]);
 }
 
 /** The nodes of a graph and of the subgraphs in it. */

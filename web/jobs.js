@@ -7,6 +7,7 @@ import { giveProgress, listenToChanges, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
 import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
+import { checkpointItems, isNotified, offers, wantNotified } from "./offers.mjs";
 import { Panel } from "./panel.mjs";
 import { keepRows, rowItems } from "./rows.mjs";
 import { giveText, listenToNodes } from "./texts.mjs";
@@ -15,7 +16,6 @@ import { say, speak } from "./words.mjs";
 const EVENT = "lcm_lora.jobs";
 const POLL = 5000; // milliseconds, should the server's events get lost
 const TAB = "lcm-lora-jobs";
-const NOTIFY = "lcm-lora.notify"; // in the browser's storage
 
 const state = { jobs: [], running: 0, total: 0, error: "" };
 let panel = null;
@@ -100,27 +100,15 @@ function notify(job, title, body) {
   } catch {} // browsers of phones have the name, and refuse
 }
 
-const isNotified = () => localStorage.getItem(NOTIFY) === "yes" && window.Notification?.permission === "granted";
-
-/** Turns notifications on or off; -> whether they are on. The browser asks the user first. */
-async function wantNotified(isWanted) {
-  const isAllowed = isWanted && (await Notification.requestPermission()) === "granted";
-  localStorage.setItem(NOTIFY, isAllowed ? "yes" : "no");
-  return isAllowed;
-}
-
 function openDistillation() {
   // The pack's folder, which may have any name: this file is /extensions/FOLDER/jobs.js.
   const folder = new URL(".", import.meta.url).pathname.split("/").at(-2);
-  return openTemplate("Distil an LCM-LoRA", api.apiURL(`/workflow_templates/${folder}/Distil_an_LCM-LoRA.json`));
+  return openTemplate("Distil an LCM-LoRA", api.apiURL(`/workflow_templates/${folder}/Distil an LCM-LoRA.json`));
 }
 
 app.registerExtension({
   name: "lcmlora.jobs",
-  commands: [{
-    id: "lcm_lora.jobs", label: "Show the LCM-LoRA jobs", icon: "pi pi-bolt",
-    function: () => app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`),
-  }],
+  ...offers(TAB, openDistillation),
   beforeRegisterNodeDef(nodeType, definition) {
     giveText(nodeType, definition);
     giveProgress(nodeType, definition, call, refresh);
@@ -128,7 +116,7 @@ app.registerExtension({
   nodeCreated: keepRows,
   getNodeMenuItems(node) {
     listen();
-    return [...rowItems(node), ...infoItems(node, call)];
+    return [...rowItems(node), ...infoItems(node, call), ...checkpointItems(node)];
   },
   setup() {
     listen();

@@ -39,11 +39,7 @@ export class Panel {
   }
 
   async notify() {
-    const isWanted = this.notified.checked;
-    this.notified.checked = await this.server.wantNotified(isWanted);
-    if (isWanted && !this.notified.checked) {
-      this.server.toast("warn", say("LCM-LoRA jobs"), say("The browser does not allow notifications of this page: allow them in its settings."));
-    }
+    this.notified.checked = await this.server.wantNotified(this.notified.checked);
   }
 
   /** Deletes the finished jobs that are shown; asks once more in place. */

@@ -2,6 +2,8 @@
 // JSON, for a test reads it: every word of the page in every language of ../locales.
 const WORDS = {
   "ko": {
+    "Add Load LCM-LoRA": "LCM-LoRA 로드 추가",
+    "Distil an LCM-LoRA from it": "이것으로 LCM-LoRA 증류",
     "LCM-LoRA jobs": "LCM-LoRA 작업",
     "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "아직 작업이 없습니다. “LCM-LoRA 증류 (백그라운드)” 노드가 있는 그래프를 큐에 넣으세요.",
     "queued": "대기 중",
@@ -183,6 +185,8 @@ const WORDS = {
     "ended on the cluster": "클러스터에서 종료됨"
   },
   "ja": {
+    "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
+    "Distil an LCM-LoRA from it": "これからLCM-LoRAを蒸留",
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
     "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "ジョブはまだありません。「LCM-LoRAを蒸留（バックグラウンド）」ノードのあるグラフをキューに入れてください。",
     "queued": "待機中",
@@ -364,6 +368,8 @@ const WORDS = {
     "ended on the cluster": "クラスターで終了しました"
   },
   "zh": {
+    "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
+    "Distil an LCM-LoRA from it": "由此蒸馏 LCM-LoRA",
     "LCM-LoRA jobs": "LCM-LoRA 任务",
     "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "还没有任务。请将含有“蒸馏 LCM-LoRA（后台）”节点的工作流加入队列。",
     "queued": "排队中",

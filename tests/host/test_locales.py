@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
-LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
+LANGUAGES = sorted(path.parent.name for path in LOCALES.glob("*/nodeDefs.json"))
 # What is called the same everywhere.
 PROPER = {"LCM KSampler", "cfg", "eta", "clip", "CLIP"}
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -61,6 +61,13 @@ def flat(words: dict, before="") -> dict[str, str]:
 def test_there_are_languages():
     assert {"ko", "ja", "zh"} <= set(LANGUAGES)
     assert "en" not in LANGUAGES, "it would hide the schemas' words"
+
+
+def test_the_template_browser_calls_the_pack_by_its_name():
+    """It knows the folder only, which `git clone` and the registry name differently."""
+    for path in LOCALES.iterdir():
+        names = translated(path.name, "main")["templateWorkflows"]["category"]
+        assert names == dict.fromkeys(("lcm-lora", "comfyui-lcm-lora"), "LCM-LoRA"), path.name
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -26,8 +26,10 @@ def files_here(subject) -> dict[str, str]:
     return {
         "v1-5-pruned-emaonly-fp16.safetensors": subject.checkpoint,
         "lcm-lora-sdv1-5.safetensors": subject.lcm_lora,
-        "papercut_sd15.safetensors": subject.style_lora,
-        "add_detail.safetensors": subject.style_lora,
+        "sd_xl_base_1.0.safetensors": subject.checkpoint,
+        "lcm-lora-sdxl.safetensors": subject.lcm_lora,
+        "papercut.safetensors": subject.style_lora,
+        "crayons_v1_sdxl.safetensors": subject.style_lora,
     }
 
 

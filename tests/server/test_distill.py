@@ -9,7 +9,7 @@ from lcm_lora.tests.server.test_page import job, show_tab
 from lcm_lora.tests.server.test_texts import HELPERS, OPEN, OVERLAPS, TEXTS
 from lcm_lora.tests.server.test_workflows import ALL
 
-TEMPLATE = next(path for path in ALL if path.stem == "Distil_an_LCM-LoRA")
+TEMPLATE = next(path for path in ALL if path.stem == "Distil an LCM-LoRA")
 QUEUE = "async () => { await app.queuePrompt(0, 1); }"
 FITTED = """([checkpoint, name, steps]) => {
     const named = (type) => app.graph.nodes.find((node) => node.type === type);

@@ -104,7 +104,7 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
         offered = its.get("/workflow_templates")[folder]
         assert set(offered) == {path.stem for path in FOLDER.glob("*.json")}
         served(its, f"/api/workflow_templates/{folder}", FOLDER)
-        prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+        prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
         assert torch.equal(pictures(its, prompt), pictures(client, prompt))
         store = Store(clean / "user" / "__lcm_lora" / "jobs")
         job = order(its, "installed", checkpoint=subject.checkpoint, steps=3)

@@ -49,7 +49,7 @@ def beside(host_folder, server, tmp_path_factory):
 
 @pytest.fixture
 def prompt(subject):
-    return fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    return fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
 
 
 def test_all_nodes_are_listed(beside):

@@ -99,9 +99,15 @@ def test_the_help_pages_are_served(client):
 
 def test_the_languages_are_served(client):
     served = client.get("/i18n")
-    for language in (path.name for path in (ROOT / "locales").iterdir()):
+    for language in (path.parent.name for path in (ROOT / "locales").glob("*/nodeDefs.json")):
         assert GOLDEN.keys() <= served[language]["nodeDefs"].keys()
         assert served[language]["commands"]["lcm_lora_jobs"]["label"]
+
+
+def test_the_nodes_that_beginners_need_are_among_the_essentials(client):
+    nodes = client.get("/object_info")
+    essential = {name for name in GOLDEN if nodes[name].get("essentials_category")}
+    assert essential == {"LCMLoRALoader", "LCMLoRAStack", "LCMKSampler"}
 
 
 def test_the_workflows_are_offered_as_templates(client):

@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from lcm_lora.tests.server.pages import QUEUED, TEMPLATES, new_page, open_template, opened, pictured
@@ -27,7 +28,7 @@ def show_tab(page) -> None:
 
 def distil(page, subject, name, steps) -> None:
     """Opens the shipped workflow, fits it to the toy, and queues it."""
-    open_template(page, subject, "Distil_an_LCM-LoRA")
+    open_template(page, subject, "Distil an LCM-LoRA")
     page.evaluate(
         """([checkpoint, name, steps]) => {
             const set = (type, values) => {
@@ -79,7 +80,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
     )
     pictured(page, "done")
 
-    open_template(page, subject, "LCM-LoRA_text_to_image")
+    open_template(page, subject, "1 Text to image (SD1.5)")
     row.locator('[data-action="use in graph"]').click()
     page.wait_for_function(
         "app.graph.nodes.find((node) => node.type === 'LCMLoRALoader').widgets[0].value"
@@ -219,17 +220,28 @@ def test_it_fits_in_both_themes_and_on_a_phone(page):
             assert abs(words - ground) > 300, f"{theme}: words are hardly visible on the ground"
 
 
-def test_a_nodes_help_is_one_click_away(page):
-    page.evaluate("""() => {
-        app.graph.clear();
-        const sampler = LiteGraph.createNode('LCMKSampler');
-        sampler.pos = [500, 300];
-        app.graph.add(sampler);
-        app.canvas.selectNode(sampler);
-    }""")
-    page.get_by_test_id("info-button").click()
-    page.get_by_role("heading", name="What goes wrong").wait_for()  # of web/docs/LCMKSampler.md
-    pictured(page, "help")
+@pytest.mark.parametrize("language", ["en", "fr", "ja", "ko", "zh"])  # fr has no page
+def test_a_nodes_help_is_one_click_away(page, client, language):
+    docs = Path(__file__).resolve().parents[2] / "web" / "docs"
+    own = docs / "LCMKSampler" / f"{language}.md"
+    text = (own if own.is_file() else docs / "LCMKSampler.md").read_text(encoding="utf-8")
+    client.post("/settings", {"Comfy.Locale": language})
+    try:
+        opened(page, client)
+        page.evaluate("""() => {
+            app.graph.clear();
+            const sampler = LiteGraph.createNode('LCMKSampler');
+            sampler.pos = [500, 300];
+            app.graph.add(sampler);
+            app.canvas.selectNode(sampler);
+        }""")
+        page.get_by_test_id("info-button").click()
+        page.get_by_role("heading", name=re.findall("^## (.+)$", text, re.M)[-1]).wait_for()
+        pictured(page, f"help-{language}")
+        picture = page.locator("img[src$='docs/LCMKSampler.jpg']")
+        assert picture.evaluate("async (image) => (await image.decode(), image.naturalWidth)") > 0
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})
 
 
 def test_it_speaks_the_language_of_the_front_end(page, client):
@@ -238,7 +250,7 @@ def test_it_speaks_the_language_of_the_front_end(page, client):
         opened(page, client)
         page.evaluate(
             f"""async () => {{
-                const answer = await fetch('{TEMPLATES}/Distil_an_LCM-LoRA.json');
+                const answer = await fetch('{TEMPLATES}/Distil an LCM-LoRA.json');
                 await app.loadGraphData(await answer.json(), true, true, 'korean');
             }}"""
         )

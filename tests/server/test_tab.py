@@ -114,7 +114,7 @@ def test_sample_pictures_open_large_and_close_by_keyboard(tab):
     assert tab.evaluate("document.activeElement.className") == "lcm-open"
 
 
-TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
+TEXT_TO_IMAGE = "1 Text to image (SD1.5)"
 
 
 LOADERS = """() => app.graph.nodes.filter(({ type }) => type === 'LCMLoRALoader').map((node) => [

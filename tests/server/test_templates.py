@@ -33,7 +33,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
         text = text.replace(official, own)
     workflow = json.loads(text)
     kinds = page.evaluate("Object.keys(window.LiteGraph.registered_node_types)")
-    if path.stem == "Live_painting" and "Painter" not in kinds:
+    if path.stem == "Live painting" and "Painter" not in kinds:
         pytest.skip("this ComfyUI has no Painter node")
     prompt, page_nodes = page.evaluate(OPENED, [workflow, path.stem, vue])
     page.wait_for_timeout(500)  # missing files are reported a moment later
@@ -50,7 +50,7 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
         assert {name: prompt[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
     if vue:
         assert page.locator("[data-node-id]").count() >= len(expected)
-    if path.stem == "Combine_three_vectors_and_save":
+    if path.stem == "Merge three LoRAs into one (SDXL)":
         # Without a widget of its own that changes the seed, and with it the sum, at every run.
         saved, again = (
             next(node["widgets_values"] for node in nodes if node["type"] == "LCMLoRACombine")
@@ -60,9 +60,31 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
     assert not page.wrong and not page.foreign
 
 
-def test_files_that_are_missing_are_offered(page):
-    """The user has neither the checkpoint nor an LCM-LoRA."""
-    path = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
+def test_the_browser_of_templates_shows_titles_and_cards_and_opens_one(page):
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_role("dialog").get_by_text("LCM-LoRA", exact=True).click()
+    cards = page.locator("[data-testid^='template-workflow-']")
+    cards.nth(len(WORKFLOWS) - 1).wait_for()
+    # Those in view; the others load when they come into it.
+    page.wait_for_function("""() =>
+        [...document.querySelectorAll("[data-testid^='template-workflow-'] img")]
+        .filter((image) => image.naturalWidth).length >= 4""")
+    pictured(page, "templates")
+    titles = [card.locator("h3").inner_text() for card in cards.all()]
+    assert sorted(titles) == [path.stem for path in WORKFLOWS]
+    page.get_by_test_id(f"template-workflow-{WORKFLOWS[0].stem}").click()
+    page.wait_for_function("app.graph.nodes.some((node) => node.type === 'LCMKSampler')")
+    page.get_by_text(WORKFLOWS[0].stem[:15]).first.wait_for()  # its tab
+    assert not page.wrong
+
+
+@pytest.mark.parametrize(
+    ("stem", "files"),
+    [("1 Text to image (SD1.5)", 2), ("Merge three LoRAs into one (SDXL)", 4)],
+)
+def test_files_that_are_missing_are_offered(page, stem, files):
+    """The user has none of them."""
+    path = next(path for path in WORKFLOWS if path.stem == stem)
     page.evaluate(OPENED, [json.loads(path.read_text(encoding="utf-8")), path.stem, False])
     details = page.get_by_text("View details")
     # Older front ends show them at once, with their sizes.
@@ -70,6 +92,6 @@ def test_files_that_are_missing_are_offered(page):
     details.or_(offered).first.wait_for()
     if details.count():
         details.click()
-    offered.nth(1).wait_for()
-    pictured(page, "missing files")
-    assert offered.count() == 2
+    offered.nth(files - 1).wait_for()
+    pictured(page, f"missing files {files}")
+    assert offered.count() == files

@@ -8,7 +8,7 @@ import pytest
 from lcm_lora.tests.server.pages import QUEUED, files_here, new_page, opened, pictured
 from lcm_lora.tests.server.test_templates import WORKFLOWS
 
-WORKFLOW = next(path for path in WORKFLOWS if path.stem == "LCM-LoRA_text_to_image")
+WORKFLOW = next(path for path in WORKFLOWS if path.stem == "1 Text to image (SD1.5)")
 OPEN = """async ([workflow, vue]) => {
     await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
     await app.loadGraphData(workflow, true, true, 'texts');
@@ -192,7 +192,7 @@ def whole(page, count) -> None:
 def test_every_node_that_speaks_keeps_its_text(page, client, subject):
     texts_of, saved = {}, []
     for stem, prepare, count in (
-        ("Combine_three_vectors_and_save", MERGE, 7), ("Distil_an_LCM-LoRA", DISTIL, 3),
+        ("Merge three LoRAs into one (SDXL)", MERGE, 7), ("Distil an LCM-LoRA", DISTIL, 3),
     ):  # fmt: skip
         text = next(path for path in WORKFLOWS if path.stem == stem).read_text(encoding="utf-8")
         for official, own in files_here(subject).items():

@@ -1,6 +1,7 @@
 """The shipped workflows, run by a real server on the toy: the pictures show what was asked for."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 ALL = sorted(FOLDER.glob("*.json"))
-OF_TEXT = [path for path in ALL if path.stem.startswith("LCM-LoRA")]
+OF_TEXT = [path for path in ALL if "Text to image" in path.stem]
 DRAWING = [path for path in ALL if not path.stem.startswith("Distil")]
 
 
@@ -80,7 +81,7 @@ def given_picture(server) -> torch.Tensor:
 
 
 def test_image_to_image_starts_from_the_picture(client, server, subject):
-    prompt = fitted(FOLDER / "Image_to_image_in_four_steps.json", subject)
+    prompt = fitted(FOLDER / "Image to image.json", subject)
     source = given_picture(server)
     drawn = pictures(client, prompt)
     assert drawn.shape == source.shape
@@ -93,7 +94,7 @@ def test_image_to_image_starts_from_the_picture(client, server, subject):
 def test_inpainting_changes_only_the_hole(client, server, subject):
     from lcm_lora.dev.toy.stand_ins import HOLE
 
-    prompt = fitted(FOLDER / "Inpaint_in_four_steps.json", subject)
+    prompt = fitted(FOLDER / "Inpainting.json", subject)
     left, top, right, bottom = HOLE
     hole = torch.zeros(subject.size, subject.size, dtype=torch.bool)
     hole[top : bottom + 1, left : right + 1] = True
@@ -103,20 +104,20 @@ def test_inpainting_changes_only_the_hole(client, server, subject):
 
 
 def test_the_control_net_has_a_say(client, subject):
-    prompt = fitted(FOLDER / "ControlNet_in_four_steps.json", subject)
+    prompt = fitted(FOLDER / "ControlNet.json", subject)
     drawn = pictures(client, prompt)
     inputs_of(prompt, "ControlNetApplyAdvanced")["strength"] = 0.0
     plain = pictures(client, prompt)
     assert (drawn - plain).abs().mean() > 0.01
     # At strength 0 the result is that of text to image.
-    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
     assert (pictures(client, prompt) - plain).abs().max() <= 1 / 255
 
 
 def test_live_painting_follows_the_strokes(client, server, subject, judge):
     from lcm_lora.dev.toy import stand_ins
 
-    path = FOLDER / "Live_painting.json"
+    path = FOLDER / "Live painting.json"
     needs_painter(path, client)
     prompt = fitted(path, subject)
     drawn = []
@@ -133,13 +134,13 @@ def test_live_painting_follows_the_strokes(client, server, subject, judge):
 
 
 def test_hires_fix_draws_the_same_larger(client, subject, judge):
-    prompt = fitted(FOLDER / "Hires_fix.json", subject)
+    prompt = fitted(FOLDER / "Hires fix.json", subject)
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 6
     drawn = pictures(client, prompt)
     assert drawn.shape == (6, 3, 3 * subject.size // 2, 3 * subject.size // 2)
     small = torch.nn.functional.interpolate(drawn, size=(subject.size,) * 2, mode="area")
     assert as_asked(judge, small, subject) >= 0.5
-    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 6
     first = pictures(client, prompt)
     own = (small - first).abs().mean()
@@ -147,7 +148,7 @@ def test_hires_fix_draws_the_same_larger(client, subject, judge):
 
 
 def test_what_combine_saves_draws_the_same_in_the_hosts_loader(client, server, subject, judge):
-    prompt = fitted(FOLDER / "Combine_three_vectors_and_save.json", subject)
+    prompt = fitted(FOLDER / "Merge three LoRAs into one (SDXL).json", subject)
     drawn = pictures(client, prompt)
     saved = inputs_of(prompt, "LCMLoRASave")["filename"] + ".safetensors"
     assert (server.base / "models" / "loras" / saved).is_file()
@@ -182,7 +183,7 @@ def test_its_nodes_and_inputs_exist(path, client):
 
 @pytest.mark.parametrize("path", DRAWING, ids=lambda path: path.stem)
 def test_it_names_the_official_file(path):
-    assert "lcm-lora-sdv1-5.safetensors" in path.read_text(encoding="utf-8")
+    assert re.search(r'"lcm-lora-sd(v1-5|xl)\.safetensors"', path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -194,7 +195,7 @@ def test_it_has_a_picture(path):
 def test_an_interruption_leaves_the_server_ready(client, subject):
     from lcm_lora.dev.client import PromptError
 
-    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
     expected = pictures(client, prompt)
     inputs_of(prompt, "LCMKSampler").update(steps=50, seed=8)
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 32
@@ -208,14 +209,14 @@ def test_an_interruption_leaves_the_server_ready(client, subject):
     with pytest.raises(PromptError, match="interrupted"):
         client.run(prompt, on_progress=interrupt)
     assert 0 < max(shares) < 0.5
-    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
     # Two pictures, so that the host has no answer in its cache.
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 2
     assert (pictures(client, prompt)[:1] - expected).abs().max() <= 2 / 255
 
 
 def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
-    prompt = fitted(FOLDER / "LCM-LoRA_text_to_image.json", subject)
+    prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 3
     batch = pictures(client, prompt)
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 1
@@ -226,11 +227,9 @@ def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_it_says_where_its_files_come_from(path):
-    """Except for the styles, which users choose themselves."""
     for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
         values = [value for value in node.get("widgets_values") or [] if isinstance(value, str)]
         named = {value for value in values if value.endswith(".safetensors")}
-        named -= {"papercut_sd15.safetensors", "add_detail.safetensors"}
         models = node["properties"].get("models", [])
         assert {model["name"] for model in models} == named
         for model in models:

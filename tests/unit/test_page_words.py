@@ -11,7 +11,7 @@ from lcm_lora.lora.family import CHOSEN, IN_METADATA, IN_NAME, UNNAMED
 from lcm_lora.lora.formats.facts import LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+LANGUAGES = sorted(path.parent.name for path in (ROOT / "locales").glob("*/commands.json"))
 PAGE = "".join(
     path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.*js"))
     if path.name != "words.mjs"
@@ -81,7 +81,7 @@ def test_every_word_of_the_page_is_there(language):
 
 def test_the_page_does_not_count_on_the_name_of_the_packs_folder():
     # `git clone` names it comfyui-lcm-lora, the registry lcm-lora.
-    assert not re.findall(r"/(?:comfyui-)?lcm-lora/", PAGE)
+    assert not re.findall(r"/(?:comfyui-)?lcm-lora/", PAGE.replace("github.com/lcm-lora/", ""))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -92,3 +92,16 @@ def test_commands_have_names(language):
     assert commands.keys() == {name.replace(".", "_") for name, _ in declared}
     for name, label in declared:
         assert commands[name.replace(".", "_")]["label"] not in ("", label)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_settings_have_names(language):
+    path = ROOT / "locales" / language / "settings.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    declared = re.findall(r'id: "([\w.]+)", name: "([^"]+)",\s+tooltip: "([^"]+)"', PAGE)
+    assert declared
+    assert settings.keys() == {name.replace(".", "_") for name, *_ in declared}
+    for name, *english in declared:
+        words = settings[name.replace(".", "_")]
+        for text, own in zip(english, (words["name"], words["tooltip"]), strict=True):
+            assert own not in ("", text)

@@ -18,9 +18,11 @@ except ImportError:  # Python 3.10, where pytest brings it
 ROOT = Path(__file__).resolve().parents[2]
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, COMFY = METADATA["project"], METADATA["tool"]["comfy"]
-TOP = {
-    "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "locales", "lora", "nodes",
-    "pyproject.toml", "requirements.txt", "samplers", "training", "web", "workflows",
+ALONE = {
+    "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
+}  # fmt: skip
+TOP = ALONE | {
+    "locales", "lora", "nodes", "samplers", "subgraphs", "training", "web", "workflows",
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def archived() -> set[str]:
 
 def test_the_archive_holds_what_a_user_needs(archived):
     assert {path.partition("/")[0] for path in archived} == TOP
-    for folder in ("web", "locales", "workflows", "nodes", "lora", "samplers", "training"):
+    for folder in sorted(TOP - ALONE):
         assert {path for path in tracked() if path.startswith(f"{folder}/")} <= archived
     assert sum((ROOT / path).stat().st_size for path in archived) < 2_000_000
 
@@ -58,8 +60,13 @@ def test_versions_agree():
     assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     oldest = min(HOSTS, key=lambda version: [int(part) for part in version.split(".")])
     assert COMFY["requires-comfyui"] == f">={oldest}"
-    for path in (ROOT / "workflows").glob("*.json"):
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+    page = (ROOT / "web" / "offers.mjs").read_text(encoding="utf-8")
+    assert f'VERSION = "{PROJECT["version"]}"' in page
+    assert f'HOME = "{PROJECT["urls"]["Repository"]}"' in page
+    for path in [*(ROOT / "workflows").glob("*.json"), *(ROOT / "subgraphs").glob("*.json")]:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        inner = workflow.get("definitions", {}).get("subgraphs", [])
+        for node in [node for graph in (workflow, *inner) for node in graph["nodes"]]:
             properties = node["properties"]
             if node["type"].startswith("LCM"):
                 assert properties["cnr_id"] == PROJECT["name"]
