@@ -45,10 +45,17 @@ _STREAMS = {
     "attn.norm_k": "img_attn.norm.key_norm",
     "attn.norm_added_q": "txt_attn.norm.query_norm",
     "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "ff.linear_in": "img_mlp.0",
-    "ff.linear_out": "img_mlp.2",
-    "ff_context.linear_in": "txt_mlp.0",
-    "ff_context.linear_out": "txt_mlp.2",
+    **{f"ff.{name}": "img_mlp.0" for name in ("net.0.proj", "linear_in")},
+    **{f"ff.{name}": "img_mlp.2" for name in ("net.2", "linear_out")},
+    **{f"ff_context.{name}": "txt_mlp.0" for name in ("net.0.proj", "linear_in")},
+    **{f"ff_context.{name}": "txt_mlp.2" for name in ("net.2", "linear_out")},
+}
+_SINGLE_STREAM = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "proj_out": "linear2",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
 }
 _FLUX_ENDS = _TIMES | {
     "x_embedder": "img_in",
@@ -59,12 +66,9 @@ _FLUX_ENDS = _TIMES | {
 _FLUX: Table = {
     "transformer_blocks.#": ("double_blocks.#", _STREAMS | {
         "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
-        "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
-        "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
     }),
-    "single_transformer_blocks.#": ("single_blocks.#", {
-        f"{_SPLIT} proj_mlp*4": "linear1", "proj_out": "linear2", "norm.linear": "modulation.lin",
-        "attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm",
+    "single_transformer_blocks.#": ("single_blocks.#", _SINGLE_STREAM | {
+        f"{_SPLIT} proj_mlp*4": "linear1", "norm.linear": "modulation.lin",
     }),
     # A name of ComfyUI's for the first rows (USO's LoRAs).
     "diffusion_model.single_blocks.#": ("single_blocks.#", {"linear1_qkv*3 -*4": "linear1"}),
@@ -77,9 +81,9 @@ _CHROMA: Table = {
 }
 _FLUX2: Table = {
     "transformer_blocks.#": ("double_blocks.#", _STREAMS),
-    "single_transformer_blocks.#": ("single_blocks.#", {
-        "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2",
-        "attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm",
+    # ComfyUI also takes the names of the first Flux.
+    "single_transformer_blocks.#": ("single_blocks.#", _SINGLE_STREAM | {
+        f"{_SPLIT} proj_mlp*4 -*2": "linear1",
     }),
     "diffusion_model.single_blocks.#": ("single_blocks.#", {"linear1_qkv*3 -*6": "linear1"}),
     "": ("", _FLUX_ENDS),
@@ -234,6 +238,7 @@ class Transformer:
         table: diffusers' names.
         widths: of the published models; empty if any is possible.
         blocks: how many blocks of each name the published models have.
+        rows: how many times as many outputs as inputs layers have, by the ends of their paths.
     """
 
     name: str
@@ -242,6 +247,7 @@ class Transformer:
     table: Table = field(default_factory=dict, hash=False)
     widths: frozenset[int] = frozenset()
     blocks: Mapping[str, int] = field(default_factory=dict, hash=False)
+    rows: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def place(self, path: str, shape: Sequence[int]) -> Place | None:
         """The layer with a flat path in any spelling. None if this kind of model has none.
@@ -289,6 +295,7 @@ _FLUX_BLOCKS = {
     "double_blocks": 19, "single_blocks": 38, "transformer_blocks": 19,
     "single_transformer_blocks": 38,
 }  # fmt: skip
+_FLUX_ROWS = {"_linear1": 7, "_mlp_0": 4}
 _HUNYUAN_OWN = (
     *_FLUX_OWN,
     *_FLUX_MODULATION,
@@ -305,11 +312,11 @@ _NEXT_INPUTS = _pattern(r"\w+_#_attention_(?:qkv|out)", r"\w+_#_feed_forward_w[1
 TRANSFORMERS = (
     Transformer(
         "Flux", _pattern(*_FLUX_OWN, *_FLUX_MODULATION), _FLUX_INPUTS, _FLUX, frozenset({3072}),
-        _FLUX_BLOCKS,
+        _FLUX_BLOCKS, _FLUX_ROWS,
     ),
     Transformer(
         "Chroma", _pattern(*_FLUX_OWN, r"distilled_guidance_layer_\w+"), _FLUX_INPUTS,
-        _CHROMA, frozenset({3072}), _FLUX_BLOCKS,
+        _CHROMA, frozenset({3072}), _FLUX_BLOCKS, _FLUX_ROWS,
     ),
     Transformer(
         "Flux2",
@@ -322,14 +329,15 @@ TRANSFORMERS = (
             "double_blocks": 8, "single_blocks": 48, "transformer_blocks": 8,
             "single_transformer_blocks": 48,
         },
+        {"_linear1": 9, "_mlp_0": 6},
     ),
     Transformer(
         "HunyuanVideo", _pattern(*_HUNYUAN_OWN), _FLUX_INPUTS, _HUNYUAN, frozenset({3072}),
-        {"double_blocks": 20, "single_blocks": 40},
+        {"double_blocks": 20, "single_blocks": 40}, _FLUX_ROWS,
     ),
     Transformer(
         "HunyuanImage", _pattern(*_HUNYUAN_OWN), _FLUX_INPUTS, _HUNYUAN, frozenset({3584}),
-        {"double_blocks": 20, "single_blocks": 40},
+        {"double_blocks": 20, "single_blocks": 40}, _FLUX_ROWS,
     ),
     Transformer(
         "SD3",
@@ -506,7 +514,8 @@ def _fits(kind: Transformer, paths: Shapes) -> bool:
         if place is None:
             return False
         count = shape[0] if place.rows is None else place.rows[2]
-        if rows.setdefault(place.path, count) != count:
+        times = next((n for end, n in kind.rows.items() if place.path.endswith(end)), 0)
+        if rows.setdefault(place.path, count) != count or (times and count != times * shape[1]):
             return False
     return True
 
