@@ -30,18 +30,18 @@ _KINDS = (
     ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out|put_blocks_\d+_)")),
 )
 # The same of transformers, by their own paths. A layer such as Flux' linear1 is of both kinds.
-_OWN_PLACE = re.compile(r"([a-z]\w*?(?:blocks|layers|refiner))_\d+_")
+_OWN_PLACE = re.compile(r"(\w*?(?:blocks|layers|refiner))_\d+_")
 _OWN_KINDS = (
     ("attention", re.compile(r".*(_attn\d?_|attention_)")),
     ("feed_forward", re.compile(r".*(_mlp[XC]?_|_ffn?_|feed_forward_)")),
 )
 REST, TEXT = "rest", "text"
 NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
-_OWN_NAME = re.compile(r"mid_block(_\w+)?|[a-z]\w*?(blocks|layers|refiner)(_\d\w*)?")
+_OWN_NAME = re.compile(r"mid_block(_\w+)?|\w*?(blocks|layers|refiner)(_\d\w*)?")
 # The names of a vector's blocks, such as up_blocks_0_attentions_1 or double_blocks_3.
 _BLOCK = re.compile(
     rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+"
-    r"|[a-z]\w*?(?:blocks|layers|refiner)_\d+)_"
+    r"|\w*?(?:blocks|layers|refiner)_\d+)_"
 )
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 

@@ -161,3 +161,132 @@ def test_each_class_is_named_and_its_files_are_recognised(comfy, kind):
             assert made_for.fits(actual), (dialect, made_for, actual)
         _, _, coverage = apply(model, None, vector, 1.0, 0.0)
         assert coverage.taken == coverage.total and not coverage.left_over, (dialect, str(coverage))
+
+
+FULL = {"hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38}
+
+
+def _whole(kind: str, **changes) -> dict:
+    model = flow_model(kind, "meta", **changes)
+    return file_of(model, dialects(model)["kohya"], device="meta")
+
+
+def test_a_lora_of_another_architecture_is_refused_by_both_names(comfy):
+    from lcm_lora.lora.combine import exact
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+    from lcm_lora.tests.host.tiny_lora import dialects as sd_dialects
+    from lcm_lora.tests.host.tiny_lora import tiny_model
+
+    unet = tiny_model()
+    sd = parse(sd_dialects(unet)["kohya"], {}, "sd.safetensors")
+    sizes = {"Flux": FULL, "HunyuanVideo": FULL | {"depth": 20, "depth_single_blocks": 40}}
+    kinds = ("Flux", "WAN21_T2V", "LongCatImage", "HunyuanVideo")
+    vectors = {k: parse(_whole(k, **sizes.get(k, {})), {}, f"{k}.safetensors") for k in kinds}
+    flux = flow_model("Flux", "meta", **FULL)
+    for model, vector, words in (
+        (flux, sd, r"sd.safetensors was made for SD1.5 .* the model is Flux"),
+        (unet, vectors["Flux"], r"was made for Flux .* the model is SD1.5"),
+        (flow_model("QwenImage", "meta"), vectors["Flux"], r"was made for Flux .* Qwen-Image"),
+        (flow_model("QwenImage", "meta"), vectors["WAN21_T2V"], r"was made for Wan .* Qwen-Image"),
+        (flux, vectors["HunyuanVideo"], r"was made for HunyuanVideo .* the model is Flux"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            apply(model, None, vector, 1.0, 0.0)
+    with pytest.raises(ValueError, match="made for SD1.5 .* for Flux .*same architecture"):
+        exact([sd, vectors["Flux"]], [1.0, 1.0])
+    # Flux' and Chroma's blocks are alike, but for the modulation.
+    chroma = flow_model("Chroma", "meta", **FULL)
+    _, _, coverage = apply(chroma, None, vectors["Flux"], 1.0, 0.0)
+    assert coverage.doubt == ("Flux", "Chroma") and coverage.left_over
+    assert "made for Flux; on Chroma" in str(coverage)
+    assert not any("_attn_" in name for name in coverage.left_over)
+    # Files for classes that share all names with a known one are not refused.
+    _, _, coverage = apply(
+        flow_model("LongCatImage", "meta"), None, vectors["LongCatImage"], 1.0, 0.0
+    longcat = flow_model("LongCatImage", "meta")
+    _, _, coverage = apply(longcat, None, vectors["LongCatImage"], 1.0, 0.0)
+    assert coverage.taken and not coverage.doubt
+
+
+def test_a_model_of_another_size_is_named(comfy):
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+
+    vector = parse(_whole("Flux", **FULL), {}, "large.safetensors")
+    words = r"Flux \(width 3072\), but the model is Flux \(width 128\)"
+    with pytest.raises(ValueError, match=words):
+        apply(flow_model("Flux", "meta"), None, vector, 1.0, 0.0)
+
+
+def test_a_lora_for_no_known_model_says_what_the_model_is(comfy):
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+
+    up, down = torch.zeros(8, 2), torch.zeros(2, 8)
+    strange = {"lora_unet_strange_0_layer.lora_up.weight": up,
+               "lora_unet_strange_0_layer.lora_down.weight": down}  # fmt: skip
+    with pytest.raises(ValueError, match="an unknown architecture, the model is Z-Image"):
+        apply(flow_model("ZImage", "meta"), None, parse(strange, {}, "strange"), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["SD3", "Flux", "QwenImage", "ZImage", "WAN21_T2V"])
+def test_the_difference_of_two_models_is_a_lora_that_the_host_takes(comfy, kind):
+    from lcm_lora.lora.extract import extract
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.formats.wire import to_wire
+    from lcm_lora.lora.weights.host import differences
+
+    base = flow_model(kind)
+    names = dialects(base)["kohya"]
+    file = file_of(base, names)
+    distilled = by_host(base, file)
+    vector, report = extract(differences(distilled, base), 4, 0, "difference")
+    expected = parse(file, {}, "file")
+    assert vector.deltas.keys() == expected.deltas.keys()
+    for name, delta in expected.deltas.items():
+        dense = delta.matrix()
+        assert (vector.deltas[name].matrix() - dense).norm() <= 1e-4 * dense.norm(), name
+    assert_same_weights(by_host(base, to_wire(vector)), distilled, 1e-4)
+    assert "blocks attention" in report or "layers attention" in report
+
+
+def test_blocks_of_a_transformer_have_their_own_names(comfy):
+    from lcm_lora.lora.blocks import parse_weights, weighted
+    from lcm_lora.lora.formats.parse import parse
+
+    model = flow_model("Flux")
+    for dialect in ("kohya", "diffusers"):
+        lora = parse(file_of(model, dialects(model)[dialect]), {}, dialect)
+        weights = parse_weights("double_blocks_1=0.5, single_blocks=0, attention=2, rest=1")
+        weights.require_blocks(lora)
+        result = weighted(lora, weights.of(lora), "w")
+        assert result.deltas.keys() < lora.deltas.keys()
+        for name, delta in lora.deltas.items():
+            kept = result.deltas.get(name)
+            flat = name.replace(".", "_")
+            if "single_" in flat:
+                assert kept is None, name
+            else:
+                factor = (0.5 if "_blocks_1_" in flat else 1) * (2 if "attn" in flat else 1)
+                assert torch.allclose(kept.matrix(), factor * delta.matrix(), rtol=1e-5), name
+    with pytest.raises(ValueError, match="the nearest that it has are double_blocks_"):
+        parse_weights("double_blocks_7=1").require_blocks(lora)
+
+
+def test_an_acceleration_is_protected_in_a_split_weight(comfy):
+    """With all of the share, the style does nothing to the acceleration's main directions."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.protect import protected
+    from lcm_lora.lora.reduce import decomposed
+
+    model = flow_model("Flux")
+    names = dialects(model)
+    fused = parse(file_of(model, names["kohya"], rank=1, seed=1), {}, "fused")
+    split = parse(file_of(model, names["diffusers"], rank=3, seed=2), {}, "split")
+    result, report = protected(split, fused, 1.0)
+    for name in (f"lora_unet_double_blocks_{i}_txt_attn_qkv" for i in (0, 1)):
+        style = result.deltas[name].matrix()
+        main = decomposed(fused.deltas[name]).right[:1]
+        assert (style @ main.T).norm() <= 1e-4 * style.norm() and style.norm() > 1
+    assert "split" in report
