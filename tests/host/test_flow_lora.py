@@ -202,8 +202,6 @@ def test_a_lora_of_another_architecture_is_refused_by_both_names(comfy):
     assert "made for Flux; on Chroma" in str(coverage)
     assert not any("_attn_" in name for name in coverage.left_over)
     # Files for classes that share all names with a known one are not refused.
-    _, _, coverage = apply(
-        flow_model("LongCatImage", "meta"), None, vectors["LongCatImage"], 1.0, 0.0
     longcat = flow_model("LongCatImage", "meta")
     _, _, coverage = apply(longcat, None, vectors["LongCatImage"], 1.0, 0.0)
     assert coverage.taken and not coverage.doubt
@@ -290,3 +288,100 @@ def test_an_acceleration_is_protected_in_a_split_weight(comfy):
         main = decomposed(fused.deltas[name]).right[:1]
         assert (style @ main.T).norm() <= 1e-4 * style.norm() and style.norm() > 1
     assert "split" in report
+
+
+@pytest.mark.parametrize("algorithm", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_products_and_magnitudes_change_parts_of_a_weight(comfy, algorithm, dialect):
+    """LoHa and LoKr as the host applies them; DoRA as peft merges it, on the rows of the part."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.formats.wire import from_wire, to_wire
+    from lcm_lora.lora.host import apply
+
+    model = flow_model("Flux")
+    ends = ("_img_attn_qkv", "attn.to_q", "attn.to_k", "attn.to_v", "norm_out.linear")
+    names = {n: t for n, t in dialects(model)[dialect].items() if n.endswith(ends)}
+    file, merged = {}, {}
+    generator = torch.Generator().manual_seed(4)
+    there = model.model.state_dict()
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(*shape, generator=generator)
+
+    for name, target in names.items():
+        key, rows, *function = (target, None) if isinstance(target, str) else target
+        whole = there[key] if key not in merged else merged[key]
+        part = whole if rows is None else whole.narrow(*rows)
+        turn = function[0] if function else lambda weight: weight
+        out, columns = part.shape
+        if algorithm == "lokr":
+            file[f"{name}.lokr_w1"], file[f"{name}.lokr_w2"] = (
+                random(4, 4),
+                random(out // 4, columns // 4),
+            )
+        elif algorithm == "loha":
+            for i in (1, 2):
+                file[f"{name}.hada_w{i}_a"], file[f"{name}.hada_w{i}_b"] = (
+                    random(out, 2),
+                    random(2, columns),
+                )
+            file[f"{name}.alpha"] = torch.tensor(1.0)
+        else:
+            up, down, size = random(out, 2), random(2, columns), random(out, 1).abs()
+            file[f"{name}.lora_B.weight"], file[f"{name}.lora_A.weight"] = up, down
+            file[f"{name}.lora_magnitude_vector"] = size.flatten()
+            own = turn(part) + up @ down
+            merged[key] = whole.clone()
+            place = merged[key] if rows is None else merged[key].narrow(*rows)
+            place.copy_(turn(own * size / own.norm(dim=1, keepdim=True)))
+    vector = parse(file, {}, algorithm)
+    assert len(names) == len(vector.modules()) > 1
+    for one in (vector, from_wire(to_wire(vector))):
+        patched, _, coverage = apply(model, None, one, 1.0, 0.0)
+        assert coverage.taken == coverage.total, str(coverage)
+        weights = patched_weights(patched)
+        expected = merged or patched_weights(by_host(model, file))
+        assert weights.keys() == expected.keys()
+        for key, weight in expected.items():
+            assert (weights[key] - weight).norm() <= 1e-5 * weight.norm(), key
+
+
+def test_slices_change_as_pefts_own_merge_does(comfy):
+    """peft on the split layers of diffusers, whose rows are those of the host's fused ones."""
+    peft = pytest.importorskip("peft", reason="peft is a developer's package")
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+
+    model = flow_model("Flux")
+    names = dialects(model)["diffusers"]
+    there = model.model.state_dict()
+    # One name for each layer, without those whose halves diffusers swaps.
+    names = {target: name for name, target in names.items() if len(target) != 3}
+    names = {name: target for target, name in names.items()}
+    plain = torch.nn.Module()
+    for name, target in names.items():
+        key, rows = (target, None) if isinstance(target, str) else target
+        weight = there[key] if rows is None else there[key].narrow(*rows)
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.data.copy_(weight)
+        plain.add_module(name.replace(".", "_"), layer)
+    layers = [name for name, _ in plain.named_children()]
+    network = peft.LoraModel(
+        plain, {"default": peft.LoraConfig(r=3, lora_alpha=2, target_modules=layers)}, "default"
+    )
+    file = {}
+    for name in names:
+        layer = getattr(plain, name.replace(".", "_"))
+        layer.lora_B["default"].weight.data.normal_(0, 0.1)
+        file[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight.detach().clone()
+        file[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight.detach().clone()
+        file[f"{name}.alpha"] = torch.tensor(2.0)
+    network.merge_and_unload()
+    patched, _, coverage = apply(model, None, parse(file, {}, "peft"), 1.0, 0.0)
+    assert coverage.taken == coverage.total == len(names)
+    weights = patched_weights(patched)
+    for name, target in names.items():
+        key, rows = (target, None) if isinstance(target, str) else target
+        weight = weights[key] if rows is None else weights[key].narrow(*rows)
+        expected = getattr(plain, name.replace(".", "_")).weight
+        assert (weight - expected).norm() <= 1e-5 * expected.norm(), name
