@@ -479,12 +479,12 @@ def recognised(shapes: Shapes) -> tuple[tuple[Transformer, ...], int | None]:
     paths = {flat(name): tuple(shape) for name, shape in shapes.items() if len(shape) > 1}
     # Models of other kinds have embeddings of the same names.
     has_blocks = any(map(_NUMBERED.fullmatch, paths))
-    kinds = [kind for kind in TRANSFORMERS if has_blocks and _fits(kind, paths)]
+    numbers = _last_blocks(paths)
+    kinds = [kind for kind in TRANSFORMERS if has_blocks and _fits(kind, paths, numbers)]
     width = next((w for kind in kinds if (w := _width(kind, paths))), None)
     sized = [kind for kind in kinds if width in kind.widths]
     kinds = sized or kinds
     # The full depth of a published model is no accident.
-    numbers = _last_blocks(paths)
     whole = [
         kind
         for kind in kinds
@@ -504,8 +504,8 @@ def width_of(name: str, shapes: Shapes) -> int | None:
     return next((_width(kind, paths) for kind in TRANSFORMERS if kind.name == name), None)
 
 
-def _fits(kind: Transformer, paths: Shapes) -> bool:
-    numbers = _last_blocks(paths)
+def _fits(kind: Transformer, paths: Shapes, numbers: Mapping[str, int]) -> bool:
+    """Whether a kind of model has all these layers. numbers: their last blocks."""
     if any(last >= kind.blocks.get(block, last + 1) for block, last in numbers.items()):
         return False
     rows: dict[str, int] = {}

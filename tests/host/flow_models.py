@@ -186,9 +186,9 @@ def dialects(patcher) -> dict[str, dict]:
     return found
 
 
-def shape_of(patcher, target) -> tuple[int, ...]:
+def shape_of(weights, target) -> tuple[int, ...]:
     """The shape of a weight, or of a part of it."""
-    shape = tuple(patcher.model.state_dict()[weight_of(target)].shape)
+    shape = tuple(weights[weight_of(target)].shape)
     return shape if isinstance(target, str) or not target[1] else (target[1][2], *shape[1:])
 
 
@@ -196,11 +196,12 @@ def file_of(patcher, names: dict, rank: int = 2, seed: int = 1, device: str = "c
     """A LoRA with all these names. Where two name the same target, as the host's aliases do, only
     the first is in it, because a file has one spelling."""
     generator, tensors, seen = torch.Generator().manual_seed(seed), {}, set()
+    weights = patcher.model.state_dict()
     for name, target in names.items():
         if target in seen:
             continue
         seen.add(target)
-        out, columns, *kernel = shape_of(patcher, target)
+        out, columns, *kernel = shape_of(weights, target)
         if device == "meta":
             up = torch.empty(out, rank, *[1] * len(kernel), device="meta")
             down = torch.empty(rank, columns, *kernel, device="meta")
