@@ -1,10 +1,13 @@
-"""The architecture of a base model (SD1.5, SDXL, ...), recognised by layer names and shapes."""
+"""The architecture of a base model (SD1.5, Flux, ...), recognised by layer names and shapes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from .formats.module_names import is_text, is_unet
+from .formats.transformers import recognised
 
 Shapes = Mapping[str, Sequence[int]]
 """The shape of each module's change, [out, in, ...], by the module's canonical name."""
@@ -30,24 +33,47 @@ _SDXL_TYPES = {
     }.items()
 }
 
+_OR = " or "
+# Models whose LoRAs mostly fit each other.
+_KIN = {name: SDXL_TYPE for name in _SDXL_TYPES} | {"Chroma": "Flux"}
 _CROSS_ATTENTION = re.compile(r"lora_unet_.*_attn2_to_[kv]")
 _TRANSFORMER_BLOCK = re.compile(r"lora_unet_(\w+?_attentions_\d+)_transformer_blocks_(\d+)_.*")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The kind of a UNet.
+    """The kind of a model.
 
     Attributes:
-        name: for people, such as "SD1.5".
-        width: of its cross-attention: 768, 1024, 1280 or 2048.
+        name: for people, such as "SD1.5". Several, joined by "or", if the modules do not show more.
+        width: of the cross-attention of a UNet, or of the layers of a transformer. None if the
+            modules do not show it.
+        is_unet: whether it is a UNet of a Stable Diffusion type.
     """
 
     name: str
-    width: int
+    width: int | None
+    is_unet: bool = True
+
+    @property
+    def kin(self) -> frozenset[str]:
+        """The groups of related models that it may belong to."""
+        return frozenset(_KIN.get(name, name) for name in self.name.split(_OR))
+
+    def fits(self, other: Architecture) -> bool:
+        """Whether a LoRA for one may be added to the other, at least in part."""
+        widths = {self.width, other.width} - {None}
+        return len(widths) < 2 and not self.kin.isdisjoint(other.kin)
+
+    def is_surely(self, other: Architecture) -> bool:
+        """Whether `other` is one of the kinds that this may be."""
+        return other.name in self.name.split(_OR)
 
     def __str__(self) -> str:
-        return f"{self.name} (cross-attention width {self.width})"
+        if self.width is None:
+            return self.name
+        what = "cross-attention width" if self.is_unet else "width"
+        return f"{self.name} ({what} {self.width})"
 
 
 def architecture(width: int | None, depth: int | None = None) -> Architecture | None:
@@ -60,8 +86,12 @@ def architecture(width: int | None, depth: int | None = None) -> Architecture | 
 
 
 def cross_attention_width(shapes: Shapes) -> int | None:
-    """The columns of the first cross-attention key or value projection. None if there is none."""
-    widths = (s[1] for name, s in shapes.items() if _CROSS_ATTENTION.fullmatch(name) and s[1:])
+    """The columns of a UNet's first cross-attention key or value. None if there is none."""
+    widths = (
+        shape[1]
+        for name, shape in shapes.items()
+        if _CROSS_ATTENTION.fullmatch(name) and shape[1:] and is_unet(name)
+    )
     return next(widths, None)
 
 
@@ -72,6 +102,8 @@ def architecture_of(shapes: Shapes) -> Architecture | None:
     every attention is exactly as deep as in the relative. Otherwise they belong to SDXL, or to "the
     SDXL type" if they may be a part of a relative's modules.
     """
+    if not any(map(is_unet, shapes)):
+        return _transformer({name: shape for name, shape in shapes.items() if not is_text(name)})
     width = cross_attention_width(shapes)
     if width != 2048:
         return architecture(width)
@@ -90,6 +122,12 @@ def architecture_of(shapes: Shapes) -> Architecture | None:
     return Architecture("SDXL" if possible == ["SDXL"] else SDXL_TYPE, width)
 
 
+def _transformer(shapes: Shapes) -> Architecture | None:
+    kinds, width = recognised(shapes)
+    name = _OR.join(kind.name for kind in kinds)
+    return Architecture(name, width, is_unet=False) if kinds else None
+
+
 def require_one_architecture(vectors: Iterable[tuple[str, Shapes]]) -> None:
     """Raises ValueError if two vectors were made for different architectures.
 
@@ -98,7 +136,7 @@ def require_one_architecture(vectors: Iterable[tuple[str, Shapes]]) -> None:
     recognised = [(source, kind) for source, shapes in vectors if (kind := architecture_of(shapes))]
     for source, kind in recognised[1:]:
         first_source, first_kind = recognised[0]
-        if kind.width != first_kind.width:
+        if not kind.fits(first_kind):
             raise ValueError(
                 f"{first_source} was made for {first_kind} and {source} for {kind}. Only "
                 "vectors for the same architecture can be added."

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from .delta import Vector
 from .family import forgotten
 from .formats.metadata import recipe
-from .formats.module_names import UNET, in_doubt, is_text
+from .formats.module_names import UNET, in_doubt, is_text, is_unet
+from .formats.transformers import flat
+from .slices import own_paths
 
 # By how a canonical name begins, or what it contains. The first that fits counts.
 _PLACES = (
@@ -27,11 +29,20 @@ _KINDS = (
     ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_|put_blocks_\d+_1_[pn])")),
     ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out|put_blocks_\d+_)")),
 )
+# The same of transformers, by their own paths. A layer such as Flux' linear1 is of both kinds.
+_OWN_PLACE = re.compile(r"(\w*?(?:blocks|layers|refiner))_\d+_")
+_OWN_KINDS = (
+    ("attention", re.compile(r".*(_attn\d?_|attention_)")),
+    ("feed_forward", re.compile(r".*(_mlp[XC]?_|_ffn?_|feed_forward_)")),
+)
 REST, TEXT = "rest", "text"
 NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
-_OWN_NAME = re.compile(r"(down_blocks|up_blocks|mid_block)(_\w+)?")
-# The names of a vector's blocks, such as up_blocks_0_attentions_1.
-_BLOCK = re.compile(rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+)_")
+_OWN_NAME = re.compile(r"mid_block(_\w+)?|\w*?(blocks|layers|refiner)(_\d\w*)?")
+# The names of a vector's blocks, such as up_blocks_0_attentions_1 or double_blocks_3.
+_BLOCK = re.compile(
+    rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+"
+    r"|\w*?(?:blocks|layers|refiner)_\d+)_"
+)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
 PRESETS = {
@@ -48,15 +59,23 @@ PRESETS = {
 
 
 def place_of(module: str) -> str:
-    """ "input", "middle", "output", "text", or "other" for a canonical module name."""
+    """ "input", "middle", "output", "text", or "other" for a canonical module name. Of a
+    transformer, the name of the blocks: "double_blocks"."""
     if is_text(module):
         return TEXT
-    return next((name for name, pattern in _PLACES if pattern.match(module)), "other")
+    if place := next((name for name, pattern in _PLACES if pattern.match(module)), ""):
+        return place
+    match = _OWN_PLACE.match(flat(module))
+    return match[1] if match else "other"
 
 
 def kind_of(module: str) -> str:
     """ "attention", "feed_forward", "resnet" or "other" for a canonical module name."""
-    return next((name for name, pattern in _KINDS if pattern.match(module)), "other")
+    if is_text(module) or is_unet(module) or not _OWN_PLACE.match(flat(module)):
+        return next((name for name, pattern in _KINDS if pattern.match(module)), "other")
+    return next(
+        (name for name, pattern in _OWN_KINDS if pattern.match(f"_{flat(module)}_")), "other"
+    )
 
 
 def group_of(module: str) -> str:
@@ -82,15 +101,21 @@ class Weights:
         fitting = [value for name, value in self.named.items() if _fits(name, module)]
         return math.prod(fitting) if fitting else self.rest
 
-    def idle(self, modules: Collection[str]) -> list[str]:
-        """The names that fit none of the modules."""
+    def of(self, vector: Vector) -> Callable[[str], float]:
+        """The weights of a vector's modules, whose blocks have the names of the model's authors."""
+        paths = own_paths(vector)
+        return lambda module: self(paths[module])
+
+    def idle(self, vector: Vector) -> list[str]:
+        """The names that fit none of the vector's modules."""
+        modules = set(own_paths(vector).values())
         return [name for name in self.named if not any(_fits(name, module) for module in modules)]
 
     def require_blocks(self, vector: Vector) -> None:
         """Raises ValueError if a block's own name fits no module of the vector, because it may be
         misspelt. Places and kinds cannot be misspelt, and a LoRA may lack one."""
-        modules = vector.modules()
-        for name in self.idle(modules):
+        modules = own_paths(vector).values()
+        for name in self.idle(vector):
             if name not in NAMES:
                 blocks = sorted({match[1] for module in modules if (match := _BLOCK.match(module))})
                 near = get_close_matches(name, blocks, 3, 0.0)
@@ -107,8 +132,8 @@ def parse_weights(text: str) -> Weights:
     """Weights from a text such as "input=1, middle=0.5, feed_forward=0".
 
     A name is a place (input, middle, output, text), a kind (attention, feed_forward, resnet), the
-    beginning of blocks' own names (down_blocks_1, up_blocks_0_attentions_1), or `rest`, whose
-    weight is 1 if it is not in the text.
+    beginning of blocks' own names (down_blocks_1, up_blocks_0_attentions_1, double_blocks_3), or
+    `rest`, whose weight is 1 if it is not in the text.
 
     Raises:
         ValueError: an entry is not `name=number`, its name is unknown, or a name comes twice.
@@ -119,7 +144,8 @@ def parse_weights(text: str) -> Weights:
         if not _OWN_NAME.fullmatch(name) and name not in (*NAMES, REST):
             raise ValueError(
                 f"{entry!r} names no part of a model. Expected one of {', '.join(NAMES)}, {REST}, "
-                "or a block such as down_blocks_1 or up_blocks_0_attentions_1, then = and a number."
+                "or a block such as down_blocks_1, up_blocks_0_attentions_1 or double_blocks_3, "
+                "then = and a number."
             )
         if not _NUMBER.fullmatch(value) or not math.isfinite(float(value)):
             raise ValueError(

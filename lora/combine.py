@@ -12,11 +12,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .addition import stacked
 from .agree import require_finite, require_one_shape, require_sum
 from .architecture import require_one_architecture
 from .blocks import place_of
 from .compare import Grams
-from .delta import Delta, Vector, as_matrix
+from .delta import Vector, as_matrix
 from .elementwise.rule import Rule
 from .family import FAMILY, SEVERAL, joined
 from .formats.describe import left_out
@@ -42,7 +43,7 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
     terms = _terms(vectors, weights)
     deltas, grams = {}, Grams(len(terms))
     for name, holders in _holders(terms).items():
-        deltas[name] = _stack([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
+        deltas[name] = stacked([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
         ranks = [terms[i][0].deltas[name].rank for i in holders]
         inner = grams.add(place_of(name), deltas[name], holders, ranks)
         if not inner.isfinite().all():
@@ -123,7 +124,7 @@ def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
         first, *others = names
         if any(name in deltas for name in others):
             terms = [(deltas.pop(name), 1.0) for name in names if name in deltas]
-            deltas[first] = _stack(terms)
+            deltas[first] = stacked(terms)
         for part in ("diff", "diff_b"):
             if any(f"{name}.{part}" in diffs for name in others):
                 keys = [key for name in names if (key := f"{name}.{part}") in diffs]
@@ -161,26 +162,6 @@ def _holders(terms: Sequence[tuple[Vector, float]]) -> dict[str, list[int]]:
         changes += [(v, tuple(v.diffs[key].shape)) for v, _ in terms if key in v.diffs]
         require_one_shape(name, changes)
     return holders
-
-
-def _stack(parts: Sequence[tuple[Delta, float]]) -> Delta:
-    """The sum of weighted deltas as one delta with their stacked factors, in float32."""
-    plain = [(delta.plain(), weight) for delta, weight in parts]
-    # Some tools save a convolution's factors as matrices, others with the kernel. Keep the kernel.
-    columns = max((delta.down.shape[1:] for delta, _ in plain), key=len)
-    kernel = [1] * (len(columns) - 1)
-    rank = sum(delta.rank for delta, _ in plain)
-    first = plain[0][0]
-    # Written into place, because copies would cost most of the time and memory here.
-    up = first.up.new_empty(first.up.shape[0], rank, dtype=torch.float32)
-    down = first.down.new_empty(rank, math.prod(columns), dtype=torch.float32)
-    begin = 0
-    for delta, weight in plain:
-        rows = slice(begin, begin := begin + delta.rank)
-        up[:, rows] = delta.up.flatten(1)
-        up[:, rows] *= weight * delta.scale
-        down[rows] = delta.down.flatten(1)
-    return Delta(up.reshape(*up.shape, *kernel), down.reshape(rank, *columns), None, float(rank))
 
 
 def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:

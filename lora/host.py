@@ -19,6 +19,7 @@ from .formats.kinds import left_out_because
 from .formats.module_names import is_text
 from .formats.places import places
 from .formats.spelling import for_host
+from .formats.transformers import is_known
 from .formats.wire import to_wire
 from .opaque import misfit
 from .weights.host import Layers, Merge, bias_of, detect, input_scale
@@ -175,8 +176,6 @@ class _Network:
         then only log it. shapes: those of the vector, because computing them takes time.
         """
         key = _weight_of(target)
-        if not isinstance(target, str) and f"{module}.diff_b" in vector.diffs:
-            return f"ComfyUI adds no bias to a part of {key}"
         changes = [(shapes[module], target)] if module in shapes else []
         changes += [(diff.shape, place) for diff, place in _changes(vector, module, target)]
         for shape, place in changes:
@@ -186,6 +185,8 @@ class _Network:
             if reason := self.layers.unpatchable(name):
                 return reason
             actual = self._shape(place)
+            if reason := self._outside(place):
+                return reason
             if module in vector.opaque and len(shape) == 1:
                 actual = actual[:1]
             # ComfyUI reshapes, so [out, in] is as good as [out, in, 1, 1].
@@ -206,6 +207,15 @@ class _Network:
             for diff, place in _changes(vector, module, target)
         }
 
+    def _outside(self, target: Target) -> str:
+        """Why a target is no part of its weight: ComfyUI's table is for another size of model."""
+        if isinstance(target, str) or target[1] is None:
+            return ""
+        (dim, begin, size), shape = target[1], self.layers.shape(_weight_of(target))
+        if begin + size <= shape[dim]:
+            return ""
+        return f"rows {begin} to {begin + size}, the model has {shape[dim]}"
+
     def _shape(self, target: Target) -> tuple[int, ...]:
         """The shape of a weight, or of a part of it."""
         shape = self.layers.shape(_weight_of(target))
@@ -217,7 +227,11 @@ class _Network:
 
 def _changes(vector: Vector, module: str, target: Target) -> list[tuple[Tensor, Target]]:
     """The module's full differences, of its weight and its bias, each with its own target."""
-    places = (("diff", target), ("diff_b", bias_of(_weight_of(target))))
+    bias: Target = bias_of(_weight_of(target))
+    places = (
+        ("diff", target),
+        ("diff_b", bias if isinstance(target, str) else (bias, *target[1:])),
+    )
     return [
         (vector.diffs[key], place)
         for part, place in places
@@ -255,19 +269,25 @@ def _weight_of(target: Target) -> str:
 def _require_architecture(
     source: str, made_for: Architecture | None, actual: Architecture | None
 ) -> None:
-    if made_for and actual and made_for.width != actual.width:
+    if made_for and actual and not made_for.fits(actual) and _is_certain(made_for, actual):
         raise ValueError(
             f"{source} was made for {made_for}, but the model is {actual}. Choose a LoRA made for "
             f"{actual.name}, or a checkpoint of type {made_for.name}."
         )
 
 
+def _is_certain(made_for: Architecture, actual: Architecture) -> bool:
+    """Whether files for the model would be recognised. Other models share names with known ones."""
+    return made_for.is_unet or actual.is_unet or is_known(actual.name)
+
+
 def _doubt(
     made_for: Architecture | None, actual: Architecture | None
 ) -> tuple[str, str] | None:  # fmt: skip
-    if made_for and actual and made_for.name not in (actual.name, SDXL_TYPE):
-        return made_for.name, actual.name
-    return None
+    if not made_for or not actual or not _is_certain(made_for, actual):
+        return None
+    is_one = made_for.is_surely(actual) or made_for.name == SDXL_TYPE
+    return None if is_one else (made_for.name, actual.name)
 
 
 def _nothing_taken(

@@ -65,13 +65,14 @@ class LCMLoRABlocks(io.ComfyNode):
         lora = from_wire(vector)
         factors = [parse_weights(part) for part in texts]
         parse_weights(weights).require_blocks(lora)
+        of_lora = [factor.of(lora) for factor in factors]
 
         def weight(module: str) -> float:
-            return math.prod(factor(module) for factor in factors)
+            return math.prod(factor(module) for factor in of_lora)
 
         result = weighted(lora, weight, "; ".join(texts) or "all")
         # Names in presets and "text" may fit nothing, so they are only shown.
-        idle = [name for factor in factors for name in factor.idle(lora.modules())]
+        idle = [name for factor in factors for name in factor.idle(lora)]
         values = {"source": lora.source, "names": ", ".join(idle)}
         lines = [Line("{source} has no modules for {names}.", values)] if idle else []
         return io.NodeOutput(to_wire(result), ui=said(*lines))

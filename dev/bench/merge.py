@@ -1,4 +1,4 @@
-"""LoRA arithmetic on the real layers of SD1.5 and SDXL.
+"""LoRA arithmetic on the real layers of SD1.5, SDXL, Flux and Qwen-Image.
 
 The exact sum of two complete files is compared with the least that any program must do: read both
 files and write as many numbers. A reduction to rank 64 is compared with PEFT on one layer of each
@@ -34,6 +34,7 @@ from .report import Report
 from .timing import Process, Taken, take_turns, timed
 
 RANKS, WEIGHTS, REDUCED = (64, 32), (1.0, 0.8), 64
+MODELS = ("SD1.5", "SDXL", *networks.TRANSFORMERS)
 FALL = 0.7
 OURS, PEFT, SUM = "this pack", "peft, svd", "sum"
 SAFELY = "reading, and writing to the disk"
@@ -43,11 +44,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each subject")
+    parser.add_argument(
+        "--only", choices=MODELS, nargs="+", default=MODELS, help="the models whose layers to merge"
+    )
 
 
 def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
     report = Report("merge")
-    for architecture in ("SD1.5", "SDXL"):
+    for architecture in chosen.only:
         shapes = layers(architecture)
         exact_sums(report, architecture, shapes, chosen.runs)
         few = {str(shape): shape for shape in shapes.values()}
@@ -56,7 +60,12 @@ def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
 
 
 def layers(architecture: str) -> Shapes:
-    """Every layer that an LCM-LoRA changes, by ComfyUI's name, with the shape of its weight."""
+    """Every layer that an LCM-LoRA changes, by ComfyUI's name, with the shape of its weight. Of a
+    transformer, every linear layer of its blocks."""
+    if architecture in networks.TRANSFORMERS:
+        network = networks.host_transformer(architecture)
+        linear = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+        return {name: tuple(m.weight.shape) for name, m in linear.items() if "blocks." in name}
     network = networks.host_unet(networks.ARCHITECTURES[architecture], "meta")
     shapes = {name.removesuffix(".weight"): p.shape for name, p in network.named_parameters()}
     return {name: tuple(shapes[name]) for name in Adapter(network, 1, 1.0).names}

@@ -31,6 +31,16 @@ ARCHITECTURES = {
     },
 }  # fmt: skip
 
+TRANSFORMERS = {
+    "Flux": {
+        "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
+        "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19,
+        "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+        "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
+    },
+    "Qwen-Image": {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24},
+}  # fmt: skip
+
 _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
@@ -99,6 +109,17 @@ def host_unet(
     if device != "meta":
         fill(unet)
     return unet
+
+
+def host_transformer(name: str) -> nn.Module:
+    """The host's network of a name in TRANSFORMERS, without numbers."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    kind = {"Flux": Flux, "Qwen-Image": QwenImageTransformer2DModel}[name]
+    operations, meta = comfy.ops.disable_weight_init, torch.device("meta")
+    return kind(**TRANSFORMERS[name], dtype=torch.float32, device=meta, operations=operations)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def standard(vector: Vector) -> dict[str, str]:
         alphas = [delta.scale * delta.rank for delta in vector.deltas.values()]
         keys["ss_network_alpha"] = _one([f"{alpha:g}" for alpha in alphas])
     architecture = architecture_of(vector.shapes)
-    if architecture and architecture.width in _ARCHITECTURES:
+    if architecture and architecture.is_unet and architecture.width in _ARCHITECTURES:
         kohya, modelspec = _ARCHITECTURES[architecture.width]
         names = {"ss_base_model_version": kohya, "modelspec.architecture": modelspec}
         keys |= {key: _finer(vector.metadata.get(key, ""), name) for key, name in names.items()}

@@ -44,6 +44,9 @@ _UNET_ROOT = re.compile(
     r"|class_embedding|input_blocks|middle_block|output_blocks|time_embed|label_emb)(_|$)"
 )
 
+_UNET_BLOCK = re.compile(
+    r"lora_unet_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_"
+)
 _NATIVE_BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_(.+)")
 _NATIVE_RESNET = {
     "in_layers_0": "norm1",
@@ -76,6 +79,11 @@ DEEPEST_OF_ONE = 6  # transformer blocks of KOALA-1B, the deepest with one resid
 def is_text(module: str) -> bool:
     """Whether a module belongs to a text encoder, in any spelling."""
     return bool(_TEXT.match(module))
+
+
+def is_unet(module: str) -> bool:
+    """Whether a canonical name is that of a layer in a block of a Stable Diffusion type's UNet."""
+    return bool(_UNET_BLOCK.match(module))
 
 
 def canonical(module: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..architecture import has_two_text_encoders
 from ..delta import NOT_LINEAR, Delta, Opaque, Vector, as_matrix
 from ..opaque import adapters_of, opaque, with_settled_magnitudes
+from ..slices import settled
 from .key_endings import split_key, unknown_adapter
 from .kinds import not_a_plain_lora, what_it_looks_like
 from .lycoris import product
@@ -81,7 +82,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
         tuple(ignored),
         with_settled_magnitudes(others),
     )
-    return respelled(vector, has_two_text_encoders(vector.shapes))
+    return settled([respelled(vector, has_two_text_encoders(vector.shapes))])[0]
 
 
 def _modules(

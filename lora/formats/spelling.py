@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ..architecture import has_two_text_encoders
 from ..delta import Vector
+from ..slices import settled
 from .module_names import in_doubt, numbered, res_blocks, text_encoder_prefix
 from .places import host_name
 
@@ -60,7 +61,7 @@ def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
             "level of the model has. Apply them one after the other with Apply LoRA Vector, which "
             "looks at the model."
         )
-    return alike
+    return settled(alike)
 
 
 def _renamed(vector: Vector, spell: Callable[[str], str]) -> Vector:

@@ -16,16 +16,46 @@ from torch import Tensor
 from ..architecture import Architecture, architecture
 from ..delta import Opaque
 from ..extract import Layer
-from ..formats.module_names import canonical_names
+from ..formats.module_names import UNET, canonical_names
+from ..formats.transformers import width_of
 from ..opaque import merged
+
+# The architectures of ComfyUI's classes, where their names differ. Others are called as the class.
+_NAMES = {
+    "FluxInpaint": "Flux",
+    "FluxSchnell": "Flux",
+    "PixArtAlpha": "PixArt",
+    "PixArtSigma": "PixArt",
+    "HunyuanDiT1": "HunyuanDiT",
+    "HunyuanVideoI2V": "HunyuanVideo",
+    "HunyuanVideoSkyreelsI2V": "HunyuanVideo",
+    "HunyuanImage21": "HunyuanImage",
+    "ZImage": "Z-Image",
+    "QwenImage": "Qwen-Image",
+    "CosmosT2IPredict2": "Cosmos-Predict2",
+    "CosmosI2VPredict2": "Cosmos-Predict2",
+    "LTXV": "LTX-Video",
+    "Kandinsky5Image": "Kandinsky5",
+    "ErnieImage": "Ernie-Image",
+}
 
 
 def detect(model: ModelPatcher) -> Architecture | None:
-    """The architecture of a model. None if it is not a UNet of a Stable Diffusion type."""
-    config: dict[str, Any] = model.model.model_config.unet_config
-    if "num_res_blocks" not in config:
-        return None
-    return architecture(config.get("context_dim"), config["transformer_depth"][-1])
+    """The architecture of a model. None if it is a UNet of an unknown type."""
+    about = model.model.model_config
+    config: dict[str, Any] = about.unet_config
+    if "num_res_blocks" in config:
+        return architecture(config.get("context_dim"), config["transformer_depth"][-1])
+    kind = type(about).__name__
+    name = "Wan" if kind.startswith("WAN2") else _NAMES.get(kind, kind)
+    shapes = {name_of(key): tuple(t.shape) for key, t in model.model.state_dict().items()}
+    return Architecture(name, width_of(name, shapes), is_unet=False)
+
+
+def name_of(key: str) -> str:
+    """The canonical name of a layer of a transformer, by the key of its weight."""
+    path = key.removeprefix("diffusion_model.").removesuffix(".weight")
+    return UNET + path.replace(".", "_")
 
 
 class Layers:
@@ -104,7 +134,9 @@ class Merge(WeightAdapterBase):
                 parts[name] = part.to(weight.device, torch.float32)
             else:
                 alpha = part
-        change = merged(parts, alpha, weight) - weight.float()
+        # The function puts numbers in diffusers' order into the model's, and back.
+        turned = function(weight)
+        change = merged(parts, alpha, turned) - turned.float()
         weight += function((strength * change).to(weight.dtype))
         return weight
 
@@ -178,23 +210,34 @@ def differences(
     if kinds[0] != kinds[1] or kinds[1] is None:
         raise ValueError(
             f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
-            f"{kinds[1] or 'of another kind'}; expected two Stable Diffusion models of the "
-            "same architecture."
+            f"{kinds[1] or 'of another kind'}; expected two models of the same architecture."
         )
     shared = distilled.model.state_dict().keys() & base.model.state_dict().keys()
-    paths = comfy.utils.unet_to_diffusers(base.model.model_config.unet_config)
-    # Some native names have two paths, in random order, but one canonical name.
-    path_of = {native: path for path, native in paths.items() if native.endswith(".weight")}
-    for native in watch(list(path_of)):
-        (name,) = canonical_names([f"unet.{path_of[native].removesuffix('.weight')}"]).values()
-        weight = f"diffusion_model.{native}"
+    names = _layers(base)
+    for weight in watch(list(names)):
         bias = bias_of(weight)
         if weight in shared:
             yield (
-                name,
+                names[weight],
                 _difference(distilled, base, weight),
                 _difference(distilled, base, bias) if bias in shared else None,
             )
+
+
+def _layers(model: ModelPatcher) -> dict[str, str]:
+    """The canonical names of a model's layers, by the keys of their weights."""
+    config = model.model.model_config.unet_config
+    if "num_res_blocks" not in config:
+        keys = model.model.state_dict()
+        of_model = [k for k in keys if k.startswith("diffusion_model.") and k.endswith(".weight")]
+        return {key: name_of(key) for key in of_model}
+    paths = comfy.utils.unet_to_diffusers(config)
+    # Some native names have two paths, in random order, but one canonical name.
+    path_of = {native: path for path, native in paths.items() if native.endswith(".weight")}
+    names = {native: f"unet.{path.removesuffix('.weight')}" for native, path in path_of.items()}
+    return {
+        f"diffusion_model.{native}": canonical_names([name])[name] for native, name in names.items()
+    }
 
 
 def bias_of(weight: str) -> str:

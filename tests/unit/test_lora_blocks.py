@@ -95,7 +95,7 @@ def test_a_block_that_the_vector_does_not_have_is_named(name):
 def test_what_a_lora_may_lack_is_no_mistake():
     vector = Vector({DOWN: delta(0)}, source="style")
     weights = parse_weights("text=0.5, middle=0, down_blocks_1=2, up_blocks_0=1, rest=0")
-    assert weights.idle(vector.modules()) == ["text", "middle", "up_blocks_0"]
+    assert weights.idle(vector) == ["text", "middle", "up_blocks_0"]
     parse_weights("text=0.5, middle=0, down_blocks_1_attentions_0=2").require_blocks(vector)
 
 

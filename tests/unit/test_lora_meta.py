@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lcm_lora.lora.combine import _stack
+from lcm_lora.lora.addition import stacked
 from lcm_lora.lora.compare import Grams
 from lcm_lora.lora.delta import Delta
 from lcm_lora.lora.elementwise.table import RULES
@@ -24,10 +24,10 @@ def delta(rank=4, kernel=(), tucker=False) -> Delta:
 def test_deltas_are_made_of_their_factors_there(change):
     assert change.matrix().is_meta and change.matrix().shape == change.shape
     assert change.scaled(0.5).matrix().is_meta
-    stacked = _stack([(change, 0.5), (change, -1.0)])
-    assert stacked.up.is_meta and stacked.down.is_meta and stacked.rank == 8
+    total = stacked([(change, 0.5), (change, -1.0)])
+    assert total.up.is_meta and total.down.is_meta and total.rank == 8
     grams = Grams(2)
-    grams.add("input", stacked, [0, 1], [4, 4])
+    grams.add("input", total, [0, 1], [4, 4])
     assert grams.by_place["input"].is_meta
     parts = decomposed(change)
     assert parts.values.is_meta and parts.cut(3).down.is_meta

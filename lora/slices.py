@@ -1,0 +1,164 @@
+"""Vectors for transformers, with one name for each layer or part of a layer.
+
+diffusers splits layers that the authors keep as one (formats/transformers.py), so two files may
+change the same numbers under different names. A part of a layer is the whole layer's change with
+zeros in all other rows, so the sum of both is exact.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .addition import stacked
+from .delta import Delta, Vector
+from .formats.module_names import UNET, is_text, is_unet
+from .formats.transformers import Place, Transformer, flat, recognised
+
+Kinds = Sequence[Transformer]
+
+
+def own_paths(vector: Vector) -> dict[str, str]:
+    """The authors' path of the layer that each module changes, as a kohya name, by the module's
+    name. Modules of UNets, text encoders and unknown models keep their own."""
+    places = _places(vector, _kinds(vector))
+    return {name: UNET + places[name].path if name in places else name for name in vector.modules()}
+
+
+def settled(vectors: Sequence[Vector]) -> list[Vector]:
+    """The vectors, with the same name for the same layer in all of them.
+
+    Layers get kohya's names with the authors' paths, which ComfyUI knows for every model. Parts of
+    layers get diffusers' names, and become changes of the whole layer if one of the vectors changes
+    that. Several modules for one layer are added. Modules of UNets, text encoders and unknown
+    models keep their names.
+    """
+    kinds = _shared([_kinds(vector) for vector in vectors])
+    all_places = [_places(vector, k) for vector, k in zip(vectors, kinds, strict=True)]
+    whole = {
+        place.path
+        for vector, places in zip(vectors, all_places, strict=True)
+        for name, place in places.items()
+        if place.is_whole and (name in vector.deltas or f"{name}.diff" in vector.diffs)
+    }
+    spelled = _unplaced(vectors, all_places)
+    return [
+        _settled(vector, places, whole, spelled) if places or spelled else vector
+        for vector, places in zip(vectors, all_places, strict=True)
+    ]
+
+
+def _kinds(vector: Vector) -> Kinds:
+    modules = vector.modules()
+    if any(map(is_unet, modules)) or all(map(is_text, modules)):
+        return ()
+    return recognised({n: shape for n, shape in vector.shapes.items() if not is_text(n)})[0]
+
+
+def _shared(kinds: Sequence[Kinds]) -> list[Kinds]:
+    """The kinds that each vector may be for, if one vector alone does not show it."""
+    shown = [set(some) for some in kinds if some]
+    common = set.intersection(*shown) if shown else set()
+    return [[kind for kind in some if kind in common] or some for some in kinds]
+
+
+def _places(vector: Vector, kinds: Kinds) -> dict[str, Place]:
+    """What each module changes. Modules are missing if the kinds do not agree on it."""
+    shapes, places = vector.shapes, {}
+    for name in vector.modules() if kinds else ():
+        if is_text(name):
+            continue
+        # A module with a change of the bias only has as many rows as that.
+        bias = vector.diffs.get(f"{name}.diff_b")
+        shape = shapes.get(name) or (() if bias is None else tuple(bias.shape))
+        found = {kind.place(flat(name), shape) for kind in kinds}
+        if len(found) == 1 and (place := found.pop()):
+            places[name] = place
+    return places
+
+
+def _unplaced(
+    vectors: Sequence[Vector], all_places: Sequence[Mapping[str, Place]]
+) -> dict[str, str]:
+    """One spelling for each name that stays as it is, if the vectors spell it in several ways."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for vector, places in zip(vectors, all_places, strict=True):
+        for name in vector.modules() - places.keys():
+            if not is_text(name) and not is_unet(name):
+                spellings[flat(name)].add(name)
+    # Most models that ComfyUI knows take diffusers' prefix.
+    best = {path: min(names, key=_unusual) for path, names in spellings.items()}
+    return {n: best[path] for path, names in spellings.items() if len(names) > 1 for n in names}
+
+
+def _unusual(name: str) -> tuple[bool, bool, str]:
+    return not name.startswith("transformer."), not name.startswith(UNET), name
+
+
+def _settled(
+    vector: Vector, places: Mapping[str, Place], whole: set[str], spelled: Mapping[str, str]
+) -> Vector:
+    deltas: dict[str, list[Delta]] = defaultdict(list)
+    diffs: dict[str, list[Tensor]] = defaultdict(list)
+    opaque = {}
+
+    def name_of(module: str) -> str:
+        place = places.get(module)
+        if place is None:
+            return spelled.get(module, module)
+        return UNET + place.path if place.is_whole else place.name
+
+    def widened(module: str) -> Place | None:
+        """The place of a part, if another change is of its whole layer."""
+        place = places.get(module)
+        return place if place and not place.is_whole and place.path in whole else None
+
+    for module, delta in vector.deltas.items():
+        if place := widened(module):
+            plain = delta.plain()
+            wide = replace(plain, up=in_whole(plain.up, place))
+            deltas[UNET + place.path].append(wide)
+        else:
+            deltas[name_of(module)].append(delta)
+    for key, diff in vector.diffs.items():
+        module, _, part = key.rpartition(".")
+        place = places.get(module)
+        # ComfyUI's loader cannot add a bias to a part.
+        if place and not place.is_whole and (part == "diff_b" or widened(module)):
+            diffs[f"{UNET}{place.path}.{part}"].append(in_whole(diff, place))
+        else:
+            diffs[f"{name_of(module)}.{part}"].append(diff)
+    for module, parts in vector.opaque.items():
+        name = name_of(module)
+        is_taken = name in opaque or name in deltas
+        opaque[module if is_taken else name] = parts
+    return replace(
+        vector,
+        deltas={name: _sum(same) for name, same in deltas.items()},
+        diffs={
+            key: same[0] if len(same) == 1 else reduce(torch.add, [diff.float() for diff in same])
+            for key, same in diffs.items()
+        },
+        opaque=opaque,
+    )
+
+
+def _sum(same: Sequence[Delta]) -> Delta:
+    return same[0] if len(same) == 1 else stacked([(delta, 1.0) for delta in same])
+
+
+def in_whole(change: Tensor, place: Place) -> Tensor:
+    """The rows of a part, in the order of its whole layer, with zeros in all other rows."""
+    if place.swapped:
+        change = torch.cat(change.chunk(2)[::-1])
+    if place.rows is None:
+        return change
+    first, count, total = place.rows
+    whole = change.new_zeros(total, *change.shape[1:])
+    whole[first : first + count] = change
+    return whole

@@ -1,0 +1,179 @@
+"""Files of transformers at the sizes of published models, by their names and shapes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lcm_lora.lora.architecture import architecture_of
+from lcm_lora.lora.combine import exact
+from lcm_lora.lora.delta import Vector
+from lcm_lora.lora.formats.parse import parse
+from lcm_lora.lora.formats.transformers import TRANSFORMERS, Place, flat
+from lcm_lora.lora.slices import in_whole, settled
+
+Sizes = dict[str, tuple[int, int]]
+JOINT = [f"attn.{n}" for n in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")]
+JOINT += ["attn.to_out.0", "attn.to_add_out"]
+
+
+def flux(h: int = 3072, doubles: int = 19, singles: int = 38, modulation: bool = True) -> Sizes:
+    layers: Sizes = {}
+    for side in ("img", "txt"):
+        for b in range(doubles):
+            at = f"double_blocks.{b}.{side}"
+            layers |= {f"{at}_attn.qkv": (3 * h, h), f"{at}_attn.proj": (h, h)}
+            layers |= {f"{at}_mlp.0": (4 * h, h), f"{at}_mlp.2": (h, 4 * h)}
+            if modulation:
+                layers[f"{at}_mod.lin"] = 6 * h, h
+    for b in range(singles):
+        at = f"single_blocks.{b}"
+        layers |= {f"{at}.linear1": (7 * h, h), f"{at}.linear2": (h, 5 * h)}
+    return layers
+
+
+def flux_of_diffusers(h: int = 3072) -> Sizes:
+    layers: Sizes = {}
+    for b in range(19):
+        at = f"transformer_blocks.{b}"
+        layers |= {f"{at}.{name}": (h, h) for name in JOINT}
+        for side in ("ff", "ff_context"):
+            layers[f"{at}.{side}.net.0.proj"] = 4 * h, h
+            layers[f"{at}.{side}.net.2"] = h, 4 * h
+    for b in range(38):
+        at = f"single_transformer_blocks.{b}"
+        layers |= {f"{at}.attn.to_{part}": (h, h) for part in "qkv"}
+        layers |= {f"{at}.proj_mlp": (4 * h, h), f"{at}.proj_out": (h, 5 * h)}
+    return layers
+
+
+def qwen(attention_only: bool = False, h: int = 3072) -> Sizes:
+    layers: Sizes = {}
+    for b in range(60):
+        at = f"transformer_blocks.{b}"
+        layers |= {f"{at}.{name}": (h, h) for name in JOINT}
+        for side in ("img", "txt") if not attention_only else ():
+            layers[f"{at}.{side}_mlp.net.0.proj"] = 4 * h, h
+            layers[f"{at}.{side}_mlp.net.2"] = h, 4 * h
+            layers[f"{at}.{side}_mod.1"] = 6 * h, h
+    return layers
+
+
+def z_image(h: int = 3840) -> Sizes:
+    layers: Sizes = {}
+    for b in range(30):
+        layers |= {
+            f"layers.{b}.attention.{n}": (h, h) for n in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+        layers |= {f"layers.{b}.feed_forward.w{n}": (10240, h) for n in (1, 3)}
+        layers[f"layers.{b}.feed_forward.w2"] = h, 10240
+    return layers
+
+
+def wan(h: int = 5120) -> Sizes:
+    layers: Sizes = {}
+    for b in range(40):
+        for kind in ("self_attn", "cross_attn"):
+            layers |= {f"blocks.{b}.{kind}.{part}": (h, h) for part in "qkvo"}
+        layers |= {f"blocks.{b}.ffn.0": (13824, h), f"blocks.{b}.ffn.2": (h, 13824)}
+    return layers
+
+
+def read(layers: Sizes, prefix: str = "", is_flat: bool = False, source: str = "a file") -> Vector:
+    tensors = {}
+    for name, (out, columns) in layers.items():
+        module = prefix + (name.replace(".", "_") if is_flat else name)
+        tensors[f"{module}.lora_A.weight"] = torch.empty(4, columns, device="meta")
+        tensors[f"{module}.lora_B.weight"] = torch.empty(out, 4, device="meta")
+    return parse(tensors, {}, source)
+
+
+@pytest.mark.parametrize(
+    ("layers", "name", "width"),
+    [
+        (flux(), "Flux", 3072),
+        (flux(modulation=False), "Flux or Chroma", 3072),
+        (flux_of_diffusers(), "Flux or Chroma", 3072),
+        (flux(doubles=20, singles=40), "HunyuanVideo", 3072),
+        (flux(3584, 20, 40), "HunyuanImage", 3584),
+        (qwen(), "Qwen-Image", 3072),
+        (qwen(attention_only=True), "Qwen-Image", 3072),
+        (z_image(), "Z-Image", 3840),
+        (wan(), "Wan", 5120),
+        (wan(1536), "Wan", 1536),
+    ],
+)
+def test_a_file_shows_what_it_was_made_for(layers, name, width):
+    for prefix, is_flat in (("lora_unet_", True), ("diffusion_model.", False), ("", False)):
+        made_for = architecture_of(read(layers, prefix, is_flat).shapes)
+        assert (made_for.name, made_for.width) == (name, width), prefix
+
+
+def test_every_dialect_gets_the_same_names():
+    for layers in (flux_of_diffusers(), qwen(), z_image(), wan()):
+        names = {
+            frozenset(read(layers, prefix, is_flat).deltas)
+            for prefix, is_flat in (
+                ("transformer.", False), ("diffusion_model.", False), ("", False),
+                ("base_model.model.", False), ("lora_transformer_", True), ("lycoris_", True),
+                ("lora_unet_", True),
+            )
+        }  # fmt: skip
+        assert len(names) == 1
+
+
+def test_a_part_that_shows_no_architecture_is_read_with_the_other_files():
+    """The first blocks' attention may be Flux' or Qwen-Image's, so it keeps its own names."""
+    some = {name: size for name, size in flux_of_diffusers().items() if name.startswith("trans")}
+    some = {name: size for name, size in some.items() if ".1.attn." in name}
+    part = read(some, source="part")
+    assert set(part.deltas) == set(some)
+    made_for = architecture_of(part.shapes)
+    assert "Flux" in made_for.name and "Qwen-Image" in made_for.name
+    ours, _ = settled([part, read(flux(), "lora_unet_", True)])
+    assert ours.deltas["lora_unet_double_blocks_1_img_attn_qkv"].rank == 3 * 4
+    ours, _ = settled([part, read(qwen(), "transformer.")])
+    assert "lora_unet_transformer_blocks_1_attn_to_q" in ours.deltas
+    # Two such files still name the same layers.
+    both = settled([part, read(some, "transformer.")])
+    assert both[0].deltas.keys() == both[1].deltas.keys()
+    assert all(name.startswith("transformer.") for name in both[0].deltas)
+
+
+def test_files_for_two_architectures_are_not_added():
+    with pytest.raises(ValueError, match="Flux .* Qwen-Image .* same architecture"):
+        exact([read(flux()), read(qwen())], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"Wan \(width 5120\) .* Wan \(width 1536\)"):
+        exact([read(wan()), read(wan(1536))], [1.0, 1.0])
+
+
+def test_two_names_of_one_layer_in_a_file_are_added():
+    small = {"double_blocks.0.img_attn.proj": (128, 128), "single_blocks.0.linear1": (896, 128)}
+    file = {}
+    for module, (out, columns) in small.items():
+        file[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(2, columns)
+        file[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(out, 2)
+    alias = "transformer.transformer_blocks.0.attn.to_out.0"
+    file[f"{alias}.lora_A.weight"], file[f"{alias}.lora_B.weight"] = (
+        torch.randn(3, 128), torch.randn(128, 3)
+    )  # fmt: skip
+    vector = parse(file, {}, "both")
+    delta = vector.deltas["lora_unet_double_blocks_0_img_attn_proj"]
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    expected = file[f"{name}.lora_up.weight"] @ file[f"{name}.lora_down.weight"]
+    expected = expected + file[f"{alias}.lora_B.weight"] @ file[f"{alias}.lora_A.weight"]
+    assert delta.rank == 5 and torch.allclose(delta.matrix(), expected, atol=1e-5)
+    assert settled([vector])[0].deltas.keys() == vector.deltas.keys()
+
+
+def test_the_rows_of_a_part_are_put_into_the_whole():
+    change = torch.arange(1.0, 5.0)[:, None]
+    assert in_whole(change, Place("x", (2, 4, 8))).flatten().tolist() == [0, 0, 1, 2, 3, 4, 0, 0]
+    assert in_whole(change, Place("x", swapped=True)).flatten().tolist() == [3, 4, 1, 2]
+
+
+def test_parts_need_rows_that_can_be_split():
+    flux_kind = next(kind for kind in TRANSFORMERS if kind.name == "Flux")
+    path = flat("transformer.single_transformer_blocks.3.proj_mlp")
+    assert flux_kind.place(path, (512, 128)).rows == (384, 512, 896)
+    assert flux_kind.place(path, (511, 128)) is None
+    assert flux_kind.place("blocks_0_self_attn_q", (128, 128)) is None
