@@ -167,7 +167,10 @@ const WORDS = {
     "usage hint": "사용 안내",
     "Finished: {name}": "완성: {name}",
     "The LoRA after step {step}": "{step}스텝 후의 LoRA",
-    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}"
+    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}",
+    "Interrupted: {count} of {total} pictures are drawn.": "중단됨: 이미지 {total}장 중 {count}장을 그렸습니다.",
+    "{count} pictures, {columns} x {rows}": "이미지 {count}장, {columns} x {rows}",
+    "In {source}: {problem}": "{source}에서: {problem}"
   },
   "ja": {
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
@@ -335,7 +338,10 @@ const WORDS = {
     "usage hint": "使い方",
     "Finished: {name}": "完成：{name}",
     "The LoRA after step {step}": "ステップ{step}後のLoRA",
-    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}"
+    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}",
+    "Interrupted: {count} of {total} pictures are drawn.": "中断しました：{total}枚中{count}枚を描きました。",
+    "{count} pictures, {columns} x {rows}": "画像{count}枚、{columns} x {rows}",
+    "In {source}: {problem}": "{source}：{problem}"
   },
   "zh": {
     "LCM-LoRA jobs": "LCM-LoRA 任务",
@@ -503,7 +509,10 @@ const WORDS = {
     "usage hint": "使用提示",
     "Finished: {name}": "已完成：{name}",
     "The LoRA after step {step}": "第 {step} 步之后的 LoRA",
-    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}"
+    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}",
+    "Interrupted: {count} of {total} pictures are drawn.": "已中断：{total} 张图像中已绘制 {count} 张。",
+    "{count} pictures, {columns} x {rows}": "{count} 张图像，{columns} x {rows}",
+    "In {source}: {problem}": "{source} 中：{problem}"
   }
 };
 

@@ -236,7 +236,7 @@ def _problems(coverage: Coverage) -> list[Line]:
     """Each with the name of the vector."""
     values = {"source": coverage.source.removesuffix(".safetensors")}
     return [
-        Line("{source}: {problem}", values | {"problem": line}, line.warning)
+        Line("In {source}: {problem}", values | {"problem": line}, line.warning)
         for line in of_coverage(coverage)[1:]
     ]
 

@@ -245,12 +245,12 @@ def _row(number: int) -> list[io.Input]:
 
 
 def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Input:
-    def values(kind: str, tip: str = "") -> io.Input:
-        number = NUMBERS[kind]
+    def values(default: str) -> io.Input:
+        # One text for all kinds, because translations know only the input's name.
         return io.String.Input(
-            "values", default=number.example,
-            tooltip=f"{number.low:g} to {number.high:.20g}: a list such as {number.example}, or a "
-            f"range from:to:step.{tip}",
+            "values", default=default,
+            tooltip="A list such as 1, 2, 4, 8, a range from:to:step such as 0.4:1.2:0.2, or both. "
+            "For checkpoints, all or steps such as 100, 200.",
         )  # fmt: skip
 
     vector = io.Int.Input(
@@ -259,7 +259,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         "place, with weight_2.",
     )  # fmt: skip
     own = {
-        "weight": [vector, values("weight")],
+        "weight": [vector, values(NUMBERS["weight"].example)],
         "prompt": [
             io.String.Input(
                 "prompts", default="", multiline=True,
@@ -277,9 +277,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         "job checkpoint": [
             vector,
             LCMJob.Input("job", tooltip="A job from Distill LCM-LoRA."),
-            io.String.Input(
-                "values", default="all", tooltip="all, or steps such as 100, 200 or 100:500:100."
-            ),
+            values("all"),
         ],
         "settings": [
             io.String.Input(
@@ -291,7 +289,9 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
     }  # fmt: skip
     kinds = ("steps", "cfg", "weight", "prompt", "seed", "LoRA file", "denoise", "eta")
     options = [
-        io.DynamicCombo.Option(kind, [] if kind == NONE else own.get(kind) or [values(kind)])
+        io.DynamicCombo.Option(
+            kind, [] if kind == NONE else own.get(kind) or [values(NUMBERS[kind].example)]
+        )
         for kind in (*first, *kinds, "job checkpoint", "settings")
     ]
     return io.DynamicCombo.Input(name, options=options, tooltip=tooltip)
