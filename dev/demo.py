@@ -24,6 +24,7 @@ TEXT_TO_IMAGE = "LCM-LoRA_text_to_image"
 WITH_STYLE = "LCM-LoRA_with_a_style_LoRA"
 DISTIL = "Distil_an_LCM-LoRA"
 LIVE = "Live_painting"
+COMPARE = "Which_weight_how_many_steps"
 
 
 class Bar:
