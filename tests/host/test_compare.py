@@ -160,9 +160,11 @@ def test_prompts_and_seeds_are_those_of_pictures_alone(toy):
 
 
 def test_every_text_is_encoded_once_and_no_weight_of_the_model_changes(toy, monkeypatch):
+    import comfy.model_management
     import comfy.sd
 
-    asked, before = [], toy.model.model.state_dict()
+    comfy.model_management.unload_all_models()  # other tests merged LoRAs
+    asked, before = [], toy.model.model.diffusion_model.state_dict()
     before = {name: weight.clone() for name, weight in before.items()}
     encode = comfy.sd.CLIP.encode_from_tokens_scheduled
     monkeypatch.setattr(
@@ -181,7 +183,7 @@ def test_every_text_is_encoded_once_and_no_weight_of_the_model_changes(toy, monk
     pictures(toy, columns, axis("weight", "rows", vector=2, values="0:1:0.5"), model=model)
     assert len(asked) == 3
     assert not patched, "weights that are compared stay beside the layers"
-    after = toy.model.model.state_dict()
+    after = toy.model.model.diffusion_model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
@@ -216,8 +218,9 @@ def test_checkpoints_of_a_job(toy, store, job, monkeypatch):
     from lcm_lora.training.state import checkpoints
     from lcm_lora.training.state.checkpoints import Checkpoint
 
-    name = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
-    out, columns = toy.model.model.diffusion_model.get_submodule(name).weight.shape
+    layers = toy.model.model.diffusion_model.named_modules()
+    name, layer = next(pair for pair in layers if pair[0].endswith("attn2.to_k"))
+    out, columns = layer.weight.shape
     made, _ = store.create(job(), "a", "")
     for step in (3, 20):
         torch.manual_seed(step)
