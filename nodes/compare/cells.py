@@ -66,11 +66,11 @@ def cells_of(columns: Axis, rows: Axis, defaults: Changes, wired: Sequence[bool]
 
 def _cell(settings: dict[str, Any], wired: Sequence[bool]) -> Cell:
     for name in settings:
-        kind, _, number = name.partition("_")
-        if kind in OF_VECTOR and not 1 <= int(number) <= len(wired):
+        kind, _, vector = name.partition("_")
+        if kind in OF_VECTOR and not 1 <= int(vector) <= len(wired):
             raise ValueError(
-                f"{name} is of vector {number}, but the node has {len(wired)} vectors; set count "
-                f"to at least {number}."
+                f"{name} is of vector {vector}, but the node has {len(wired)} vectors; set count "
+                f"to at least {vector}."
             )
     mix = []
     for number, connected in enumerate(wired, 1):

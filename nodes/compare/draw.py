@@ -20,6 +20,7 @@ from ...lora.formats.module_names import is_text
 from ...lora.host import Coverage, apply, beside
 from ...lora.live import Live
 from ...samplers.host import family_for, record, sample, schedule
+from ...samplers.noise import picture_numbers
 from ...samplers.report import Line
 from ...training.jobs import host as jobs
 from ..host import lora_path
@@ -246,9 +247,8 @@ def _repeated(latent: dict[str, Any], count: int) -> dict[str, Any]:
     if count == 1:
         return latent
     samples = latent["samples"]
-    numbers = latent.get("batch_index")
-    numbers = range(len(samples)) if numbers is None else list(numbers)
-    more = {"batch_index": [*numbers] * count}
+    numbers = picture_numbers(latent.get("batch_index"), len(samples))
+    more: dict[str, Any] = {"batch_index": numbers * count}
     if (mask := latent.get("noise_mask")) is not None and len(mask) == len(samples):
         more["noise_mask"] = torch.cat([mask] * count)
     return {**latent, "samples": torch.cat([samples] * count), **more}

@@ -25,7 +25,8 @@ class Sheet:
         """note: what stands below the pictures. size: of a cell's picture."""
         counts = len(columns.points), len(rows.points)
         scale = min(1.0, *(MOST_PIXELS / (n * side) for n, side in zip(counts, size, strict=True)))
-        self.tile = width, height = tuple(max(1, round(scale * side)) for side in size)
+        width, height = (max(1, round(scale * side)) for side in size)
+        self.tile = width, height
         text = max(13, min(40, round(width / 13)))
         self.gap, pad = max(4, width // 40), text
         self.font, self.title_font = _font(text), _font(round(1.2 * text))
