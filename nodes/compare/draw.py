@@ -122,8 +122,10 @@ class Drawing:
             model = self._noted(model, model.clone(), source, weight)
         return model
 
+    @lru_cache(1)  # noqa: B019 (a drawing lives as long as its run)
     def _summed(self, mix: Mix) -> ModelPatcher:
-        """The MODEL with a mix, as Apply LoRA Vector adds one vector after the other."""
+        """The MODEL with a mix, as Apply LoRA Vector adds one vector after the other. It is kept
+        for the next batch, because ComfyUI would merge another one anew."""
         model = self.model
         for source, weight in mix:
             applied = apply(model, None, self.vectors[source], weight, 0.0)[0]
