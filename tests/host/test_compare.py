@@ -187,6 +187,19 @@ def test_every_text_is_encoded_once_and_no_weight_of_the_model_changes(toy, monk
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+def test_equal_weights_are_merged_once(toy, monkeypatch):
+    patched, model = [], toy.model.clone()
+    patch = type(model).patch_weight_to_device
+
+    def seen(self, key, *rest, **more):
+        patched.extend([key] if key in self.patches else [])
+        return patch(self, key, *rest, **more)
+
+    monkeypatch.setattr(type(model), "patch_weight_to_device", seen)
+    pictures(toy, axis("steps", values="1, 2, 3"), model=model, weights=(0.9, 0.7))
+    assert patched and len(patched) == len(set(patched))
+
+
 def test_files_take_the_place_of_a_vector_with_its_weight(toy, comfy):
     columns = axis("LoRA file", vector=2, files="demo-sticker-lora\ndemo-blue*")
     rows = axis("weight", "rows", vector=2, values="0.5, 1")
