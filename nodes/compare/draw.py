@@ -115,6 +115,7 @@ class Drawing:
         assert vector is not None
         return vector
 
+    @lru_cache(None)  # noqa: B019 (a drawing lives as long as its run)
     def _described(self, mix: Mix) -> ModelPatcher:
         """The MODEL, which knows the accelerations of a mix but has none of its changes."""
         model = self.model
