@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .demo import DISTIL, LIVE, TEXT_TO_IMAGE, TEXT_TO_IMAGE_XL, WITH_STYLE, fitted, reseed
+from .demo import COMPARE, DISTIL, LIVE, TEXT_TO_IMAGE, TEXT_TO_IMAGE_XL, WITH_STYLE, fitted, reseed
 from .sheet import Graph, Subject
 from .toy import stand_ins
 
@@ -90,7 +90,7 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
 
     Text to image shows nine results. Distil shows four steps without and with an LCM-LoRA.
     ControlNet shows one result: the demo model's ControlNet has random weights, so there is nothing
-    to compare.
+    to compare. Which weight, how many steps? shows its sheet.
     """
     if name in (TEXT_TO_IMAGE, TEXT_TO_IMAGE_XL):
         half = len(GALLERY) // 2
@@ -110,6 +110,9 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
         plain = draw(f"{name} before", base(subject, GALLERY[7:9], 4))
         drawn = draw(name, many(subject, GALLERY[7:9], 4))
         return grid([plain[0], drawn[0], plain[1], drawn[1]], 2, TILE, GAP)
+    if name == COMPARE:  # the last picture is the saved sheet; the node shows it too
+        (*_, path) = draw(name, fitted(workflow, replace(subject, captions=STYLED[:1])))
+        return Image.open(path).convert("RGB")
     if name not in CARDS:
         (path, *_) = draw(name, fitted(workflow, subject))
         return grid([path], 1, 2 * TILE)

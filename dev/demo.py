@@ -25,6 +25,7 @@ TEXT_TO_IMAGE_XL = "2 Text to image (SDXL)"
 WITH_STYLE = "3 Text to image with a style (SDXL)"
 DISTIL = "Distil an LCM-LoRA"
 LIVE = "Live painting"
+COMPARE = "Which weight, how many steps"
 
 
 class Bar:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from . import cards, sheet, strips
-from .demo import LIVE, WORKFLOWS, draw, toy_subject
+from .demo import COMPARE, LIVE, WORKFLOWS, draw, toy_subject
 from .environment import ROOT
 from .server import Server
 from .toy import assemble, stand_ins
@@ -57,6 +57,8 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
             else:
                 card = cards.card(name, read(name), subject, saved)
                 card.save(WORKFLOWS / f"{name}.jpg", quality=92)
+                if name == COMPARE:  # its help page shows the same
+                    card.save(PAGES / "LCMCompare.jpg", quality=88)
     return 0
 
 

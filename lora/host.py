@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .architecture import DOUBT, SDXL_TYPE, Architecture, Shapes, architecture_of
 from .combine import one_for_each
-from .delta import Vector, as_matrix
+from .delta import Delta, Vector, as_matrix
 from .formats.kinds import left_out_because
 from .formats.module_names import is_text
 from .formats.places import places
 from .formats.spelling import for_host
 from .formats.transformers import is_known
 from .formats.wire import to_wire
+from .live import fits
 from .opaque import misfit
 from .weights.host import Layers, Merge, bias_of, detect, input_scale
 
@@ -118,6 +119,29 @@ def apply(
     if left_over or doubt:
         logger.warning("%s", coverage)
     return model, clip, coverage
+
+
+def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
+    """The deltas of a vector by the model's layers, for live.py; None if the vector, apart from its
+    text encoder part, changes more than plain layers by plain deltas. `apply` says what does not
+    fit."""
+    network = _Network(model, comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
+    vector = one_for_each(for_host(vector), network.targets)
+    targets, _ = network._match(vector, {name for name in vector.modules() if not is_text(name)})
+    layers: dict[str, Delta] = {}
+    for module, target in targets.items():
+        layer, _, part = str(target).rpartition(".")
+        if (
+            not isinstance(target, str)
+            or part != "weight"
+            or vector.only([module]).diffs
+            or module not in vector.deltas
+            or input_scale(model, target) is not None
+            or not fits(model.model.get_submodule(layer), vector.deltas[module])
+        ):
+            return None
+        layers[layer] = vector.deltas[module]
+    return layers
 
 
 class _Network:

@@ -7,6 +7,7 @@ import sys
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .combine import LCMLoRACombine
+from .compare.node import LCMCompare
 from .distill import LCMDistill, LCMDistillData
 from .extract import LCMLoRAExtract
 from .jobs import LCMJobResult, LCMJobStatus
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     LCMLoRAFromStack,
     LCMLoRAToStack,
     LCMLoRAStack,
+    LCMCompare,
 ]
 
 

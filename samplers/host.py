@@ -269,14 +269,19 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
 
 
 def sampler(
-    eta: float | None = 1.0, noise_device: str = "cpu", batch_index: Sequence[int] | None = None
+    eta: float | None = 1.0,
+    noise_device: str = "cpu",
+    batch_index: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> FewStepSampler:
     """The few-step SAMPLER.
 
     eta: None takes that of the MODEL's family. batch_index: the numbers of the pictures in their
-    batch; None means 0..B-1.
+    batch; None means 0..B-1. seeds: one for each picture; None takes the run's for all.
     """
-    options = {"eta": eta, "noise_device": noise_device, "batch_index": batch_index}
+    options = {
+        "eta": eta, "noise_device": noise_device, "batch_index": batch_index, "seeds": seeds,
+    }  # fmt: skip
     return FewStepSampler(sample_lcm_exact, options)
 
 
@@ -291,6 +296,7 @@ def sample_lcm_exact(
     eta: float | None,
     noise_device: str,
     batch_index: Sequence[int] | None,
+    seeds: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """samplers/lcm.py with the signature that ComfyUI's KSAMPLER calls."""
     extra_args = extra_args or {}
@@ -301,7 +307,7 @@ def sample_lcm_exact(
     if eta is None:
         default = DEFAULT_FLOW if is_flow(sampling) else DEFAULT
         eta = (set_family(sampling) or FAMILIES[default]).eta
-    noise = picture_noise(x, extra_args.get("seed") or 0, batch_index, noise_device)
+    noise = picture_noise(x, seeds or extra_args.get("seed") or 0, batch_index, noise_device)
     on_cpu = sigmas.cpu()  # the only moment that waits for the device before the loop
     refuse_ascent(on_cpu.tolist())
     kept = kept_noise(on_cpu, eta, partial(earlier, sampling), partial(shares, sampling))
@@ -341,11 +347,23 @@ class Run:
 
 
 def sample(
-    model: ModelPatcher, run: Run, positive: list[Any], negative: list[Any], latent: dict[str, Any]
+    model: ModelPatcher,
+    run: Run,
+    positive: list[Any],
+    negative: list[Any],
+    latent: dict[str, Any],
+    *,
+    seeds: Sequence[int] | None = None,
+    callback: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Samples a LATENT with the schedule, noise and sampler of the MODEL's family.
 
     A MODEL whose sampling is not set is sampled as `family_for` says.
+
+    Args:
+        seeds: one for each picture of the latent; None takes the run's for all.
+        callback: is called after each step as ComfyUI's samplers do; None shows the step's picture
+            and the progress of this run on the node.
 
     Raises:
         ValueError: steps and denoise do not fit together, or the model cannot be sampled like this.
@@ -355,17 +373,22 @@ def sample(
     hints = {name: latent[name] for name in HINTS if name in latent}  # 0.16.3 has the first only
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
     batch_index = picture_numbers(latent.get("batch_index"), len(image))
+    if seeds is None:
+        noise = comfy.sample.prepare_noise(image, run.seed, batch_index)
+    else:
+        drawn = zip(image.split(1), seeds, batch_index, strict=True)
+        noise = torch.cat([comfy.sample.prepare_noise(one, s, [n]) for one, s, n in drawn])
     samples = comfy.sample.sample_custom(
         model,
-        comfy.sample.prepare_noise(image, run.seed, batch_index),
+        noise,
         run.cfg,
-        sampler(run.eta, run.noise_device, batch_index),
+        sampler(run.eta, run.noise_device, batch_index, seeds),
         sigmas,
         positive,
         negative,
         image,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, run.steps),
+        callback=callback or latent_preview.prepare_callback(model, run.steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=run.seed,
     )

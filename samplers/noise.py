@@ -56,12 +56,16 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
 
 
 def picture_noise(
-    like: torch.Tensor, seed: int, batch_index: Sequence[int] | None = None, device: str = "cpu"
+    like: torch.Tensor,
+    seed: int | Sequence[int],
+    batch_index: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> Callable[[int], torch.Tensor]:
     """A function that gives the standard normal noise of a step, in like's shape, dtype and device.
 
     Args:
         like: [B, ...].
+        seed: of all pictures, or B seeds.
         batch_index: the B numbers of the pictures; None means 0..B-1.
         device: where the noise is drawn. "cpu" gives the same noise on every machine; "gpu" means
             like's device, and other devices give other noise.
@@ -73,6 +77,7 @@ def picture_noise(
         raise ValueError(f"The noise device must be cpu or gpu, found {device!r}.")
     where = torch.device("cpu") if device == "cpu" else like.device
     indices = range(len(like)) if batch_index is None else batch_index
+    seeds = [seed] * len(like) if isinstance(seed, int) else seed
     try:
         generator = torch.Generator(device=where)
     except RuntimeError:  # of DirectML
@@ -82,8 +87,8 @@ def picture_noise(
 
     def draw(step: int) -> torch.Tensor:
         noise = torch.empty(like.shape, dtype=torch.float32, device=where)
-        for picture, index in zip(noise, indices, strict=True):
-            picture.normal_(generator=generator.manual_seed(picture_seed(seed, index, step)))
+        for picture, own_seed, index in zip(noise, seeds, indices, strict=True):
+            picture.normal_(generator=generator.manual_seed(picture_seed(own_seed, index, step)))
         # The cast comes after the copy, because a cast on the CPU would leave the pinned memory.
         return sent(noise, like.device).to(like.dtype)
 

@@ -3,7 +3,7 @@
 import { say } from "./words.mjs";
 
 const STACK = "LCMLoRAStack";
-const COUNTED = [STACK, "LCMLoRACombine"];
+const COUNTED = [STACK, "LCMLoRACombine", "LCMCompare"];
 const COUNT = "count";
 const FIELDS = ["on", "lora", "weight", "text_weight"];
 const MOST_ROWS = 8;

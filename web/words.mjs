@@ -182,7 +182,10 @@ const WORDS = {
     "being submitted to the cluster": "클러스터에 제출하는 중",
     "waiting for resources on the cluster": "클러스터에서 자원을 기다리는 중",
     "starting on the cluster": "클러스터에서 시작하는 중",
-    "ended on the cluster": "클러스터에서 종료됨"
+    "ended on the cluster": "클러스터에서 종료됨",
+    "Interrupted: {count} of {total} pictures are drawn.": "중단됨: 이미지 {total}장 중 {count}장을 그렸습니다.",
+    "{count} pictures, {columns} x {rows}": "이미지 {count}장, {columns} x {rows}",
+    "In {source}: {problem}": "{source}에서: {problem}"
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
@@ -365,7 +368,10 @@ const WORDS = {
     "being submitted to the cluster": "クラスターに送信中",
     "waiting for resources on the cluster": "クラスターでリソース待ち",
     "starting on the cluster": "クラスターで開始処理中",
-    "ended on the cluster": "クラスターで終了しました"
+    "ended on the cluster": "クラスターで終了しました",
+    "Interrupted: {count} of {total} pictures are drawn.": "中断しました：{total}枚中{count}枚を描きました。",
+    "{count} pictures, {columns} x {rows}": "画像{count}枚、{columns} x {rows}",
+    "In {source}: {problem}": "{source}：{problem}"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
@@ -548,7 +554,10 @@ const WORDS = {
     "being submitted to the cluster": "正在提交到集群",
     "waiting for resources on the cluster": "正在等待集群资源",
     "starting on the cluster": "正在集群上启动",
-    "ended on the cluster": "已在集群上结束"
+    "ended on the cluster": "已在集群上结束",
+    "Interrupted: {count} of {total} pictures are drawn.": "已中断：{total} 张图像中已绘制 {count} 张。",
+    "{count} pictures, {columns} x {rows}": "{count} 张图像，{columns} x {rows}",
+    "In {source}: {problem}": "{source} 中：{problem}"
   }
 };
 

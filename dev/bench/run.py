@@ -8,7 +8,7 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live")
+AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live", "weights")
 log = logging.getLogger("lcm_lora")
 
 

@@ -26,7 +26,7 @@ PLACES = re.compile(r"\{\w+\}")
 def of_nodes() -> set[str]:
     """What nodes say: the first argument of a Line, or a variable `text` that becomes one. A line
     of values alone has no words of ours."""
-    files = [*(ROOT / "nodes").glob("*.py"), ROOT / "samplers" / "report.py"]
+    files = [*(ROOT / "nodes").rglob("*.py"), ROOT / "samplers" / "report.py"]
     said = {DOUBT, CHOSEN, UNNAMED, IN_METADATA, IN_NAME}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

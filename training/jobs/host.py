@@ -178,15 +178,32 @@ def export(identifier: str, step: int) -> str:
         if mark.items() <= read(file, mapped=True).metadata.items():
             return f"{name}.safetensors"
         raise ValueError(f"{file.name} exists already and is not of this job: rename that file.")
+    write(file, of_checkpoint(identifier, step, mark), "fp16", overwrite=False)
+    return f"{name}.safetensors"
+
+
+def checkpoint_steps(identifier: str) -> list[int]:
+    """The steps of the checkpoints that a job has now. Raises NoJob."""
+    jobs = store()
+    jobs.job(identifier)
+    return checkpoints.steps(jobs.checkpoints(identifier))
+
+
+def of_checkpoint(identifier: str, step: int, metadata: dict[str, str]) -> Vector:
+    """The LoRA of one of a job's checkpoints. metadata: to add to its own.
+
+    Raises NoJob, and ValueError if there is no such checkpoint, it is damaged, or its style LoRA is
+    gone.
+    """
+    job = store().job(identifier)
     try:
-        checkpoint = checkpoints.read(jobs.checkpoints(identifier), step)
+        checkpoint = checkpoints.read(store().checkpoints(identifier), step)
     except FileNotFoundError:
-        kept = ", ".join(map(str, checkpoints.steps(jobs.checkpoints(identifier)))) or "none"
+        kept = ", ".join(map(str, checkpoint_steps(identifier))) or "none"
         raise ValueError(f"The job has no checkpoint of step {step}. It has: {kept}.") from None
     except ValueError as error:
         raise ValueError(f"{error} Choose another one.") from None
-    write(file, _vector(job, checkpoint, mark), "fp16", overwrite=False)
-    return f"{name}.safetensors"
+    return _vector(job, checkpoint, metadata)
 
 
 def _vector(job: Job, checkpoint: checkpoints.Checkpoint, metadata: dict[str, str]) -> Vector:

@@ -1,0 +1,1 @@
+"""Compare Settings: the same picture at many settings, in one sheet."""

@@ -1,0 +1,173 @@
+"""The axes of a sheet: what changes from column to column, and from row to row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from .settings import NUMBERS, Changes, Number, plain, read
+
+MOST_CELLS = 256
+
+
+class Point(NamedTuple):
+    """A column or a row: its label, and the settings that it changes."""
+
+    label: str
+    changes: Changes
+
+
+@dataclass(frozen=True)
+class Axis:
+    title: str
+    points: Sequence[Point]
+
+
+ALONE = Axis("", (Point("", {}),))  # instead of a second axis
+
+
+def of_numbers(name: str, text: str, vector: int | None = None) -> Axis:
+    """Values of a numeric setting. vector: whose, if the setting is that of a vector."""
+    setting, kind = (name, NUMBERS[name]) if vector is None else (f"{name}_{vector}", NUMBERS[name])
+    points = [Point(plain(value), {setting: value}) for value in numbers(setting, text, kind)]
+    return _checked(setting, points, kind.example)
+
+
+def of_prompts(text: str) -> Axis:
+    """A prompt in each line."""
+    lines = _lines(text)
+    return _checked("prompt", [Point(line, {"prompt": line}) for line in lines], "one a line")
+
+
+def of_files(text: str, available: Sequence[str], vector: int) -> Axis:
+    """A LoRA in each line: its name as in ComfyUI's lists, with or without ending, or a pattern
+    with * and ?, which stands for all names that fit."""
+    names: list[str] = []
+    for line in _lines(text):
+        found = [name for name in available if line in (name, name.removesuffix(".safetensors"))]
+        if not found and set(line) & set("*?"):
+            fitting = (line, f"{line}.safetensors")
+            found = [name for name in available if any(fnmatchcase(name, f) for f in fitting)]
+            found.sort(key=_natural)
+        if not found:
+            near = get_close_matches(line, available, 3, 0.3)
+            hint = f" Similar names: {', '.join(near)}." if near else ""
+            raise ValueError(f"There is no LoRA file {line!r} in ComfyUI's loras folder.{hint}")
+        names += [name for name in found if name not in names]
+    points = [Point(_stem(name), {f"lora_{vector}": name}) for name in names]
+    return _checked(f"lora_{vector}", points, "one a line, or a pattern such as my-style-*")
+
+
+def of_checkpoints(job: str, text: str, kept: Sequence[int], vector: int) -> Axis:
+    """The LoRA of a distillation job after so many steps each. text: "all", or steps."""
+    if text.strip().lower() in ("", "all"):
+        steps: Sequence[int] = kept
+    else:
+        steps = [int(v) for v in numbers("step", text, Number(0, 1e9, "100, 200", whole=True))]
+    if missing := [step for step in steps if step not in kept]:
+        has = ", ".join(map(str, kept)) or "none"
+        raise ValueError(f"The job has no checkpoint of step {missing[0]}. It has: {has}.")
+    points = [Point(str(step), {f"checkpoint_{vector}": f"{job}/{step}"}) for step in steps]
+    return _checked("the job's checkpoints", points, "all, or steps such as 100, 200", "step")
+
+
+def of_settings(text: str) -> Axis:
+    """Settings in each line, as the node's output has them."""
+    points = []
+    for line in _lines(text):
+        changes = read(line)
+        label = ", ".join(
+            value if name == "prompt" else f"{name} {_shown(name, value)}"
+            for name, value in changes.items()
+        )
+        points.append(Point(label, changes))
+    return _checked("settings", points, "one cell a line", "")
+
+
+def numbers(name: str, text: str, kind: Number) -> list[float | int]:
+    """Numbers from "1, 2, 4", from ranges such as "0.5:1:0.1" (from, to, step), or both.
+
+    Raises:
+        ValueError: a number is out of range, or a range is empty, reversed or too long.
+    """
+    values: list[float | int] = []
+    for word in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*:\s*", ":", text))):
+        parts = word.split(":")
+        try:
+            start, *rest = (Decimal(part) for part in parts)
+        except InvalidOperation:
+            raise ValueError(
+                f"{name}: {word!r} is no number; expected values such as {kind.example}, or a "
+                "range from:to:step such as 0.5:1:0.1."
+            ) from None
+        for value in _range(name, word, start, rest) if rest else [start]:
+            whole = kind.whole and value == value.to_integral_value()
+            values.append(kind.check(name, int(value) if whole else float(value)))
+    return values
+
+
+def _range(name: str, word: str, start: Decimal, rest: Sequence[Decimal]) -> Iterable[Decimal]:
+    end, step = rest[0], rest[1] if len(rest) > 1 else Decimal(1)
+    if len(rest) > 2 or not all(number.is_finite() for number in (start, end, step)):
+        raise ValueError(f"{name}: {word!r} is no range; expected from:to:step, such as 0.5:1:0.1.")
+    if step <= 0:
+        raise ValueError(f"{name}: the step of the range {word} is {step}; expected more than 0.")
+    if end < start:
+        raise ValueError(
+            f"{name}: the range {word} is empty, because it starts above its end. Write "
+            f"{end}:{start}:{step}."
+        )
+    count = int((end - start) / step) + 1
+    _limit(f"{name}: the range {word}", count)
+    return (start + number * step for number in range(count))
+
+
+def _checked(name: str, points: Sequence[Point], example: str, title: str | None = None) -> Axis:
+    """An axis of at least two different points."""
+    if len(points) < 2:
+        found = f"only {points[0].label!r}" if points else "nothing"
+        raise ValueError(
+            f"There is {found} to compare for {name}; expected at least two values ({example}). "
+            "For a single axis, set rows to none."
+        )
+    for number, point in enumerate(points):
+        if any(point.changes == before.changes for before in points[:number]):
+            raise ValueError(f"{point.label!r} comes twice for {name}; give it once.")
+    return Axis(name if title is None else title, points)
+
+
+def require_few(columns: Axis, rows: Axis) -> None:
+    """Raises ValueError if the sheet would have too many cells."""
+    count = len(columns.points) * len(rows.points)
+    _limit(f"A sheet of {len(columns.points)} x {len(rows.points)}", count)
+
+
+def _limit(what: str, count: int) -> None:
+    if count > MOST_CELLS:
+        raise ValueError(f"{what} has {count} cells; expected at most {MOST_CELLS}. Use fewer.")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _stem(name: str) -> str:
+    return re.split(r"[\\/]", name)[-1].removesuffix(".safetensors")
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return _stem(value)
+    assert isinstance(value, int | float)
+    return plain(value)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts step-900 before step-1000."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]

@@ -1,0 +1,153 @@
+"""The cells of a sheet, and which of them are drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ...samplers.host import Run
+from .axes import Axis
+from .settings import OF_VECTOR, Changes, written
+
+
+class Source(NamedTuple):
+    """Where a vector comes from: kind is "vector" (connected; name is its number), "lora" (name is
+    a file's) or "checkpoint" (name is a job's id and a step)."""
+
+    kind: str
+    name: str
+
+
+Mix = tuple[tuple[Source, float], ...]
+"""Vectors with their weights, in the order in which they are applied."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text: its settings, as `settings.read` reads them. prompt: None for the node's positive."""
+
+    run: Run
+    mix: Mix
+    prompt: str | None
+    text: str
+
+    @property
+    def added(self) -> Mix:
+        """The vectors that change something."""
+        return tuple((source, weight) for source, weight in self.mix if weight != 0)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(source for source, _ in self.mix)
+
+
+class Together(NamedTuple):
+    """Cells that are one batch, by their numbers. live: their vectors stay beside the layers."""
+
+    cells: tuple[int, ...]
+    live: bool
+
+
+def cells_of(columns: Axis, rows: Axis, defaults: Changes, wired: Sequence[bool]) -> list[Cell]:
+    """The cells, row by row.
+
+    wired: for each vector of the node, whether one is connected.
+
+    Raises:
+        ValueError: a setting is of a vector that the node does not have, or that is not connected.
+    """
+    return [
+        _cell({**defaults, **column.changes, **row.changes}, wired)
+        for row in rows.points
+        for column in columns.points
+    ]
+
+
+def _cell(settings: dict[str, Any], wired: Sequence[bool]) -> Cell:
+    for name in settings:
+        kind, _, vector = name.partition("_")
+        if kind in OF_VECTOR and not 1 <= int(vector) <= len(wired):
+            raise ValueError(
+                f"{name} is of vector {vector}, but the node has {len(wired)} vectors; set count "
+                f"to at least {vector}."
+            )
+    mix = []
+    for number, connected in enumerate(wired, 1):
+        weight, source = settings[f"weight_{number}"], Source("vector", str(number))
+        instead = [kind for kind in ("lora", "checkpoint") if f"{kind}_{number}" in settings]
+        if len(instead) == 2:
+            raise ValueError(
+                f"A cell has both lora_{number} and checkpoint_{number}; expected one."
+            )
+        if instead:
+            source = Source(instead[0], settings[f"{instead[0]}_{number}"])
+        elif not connected:
+            if weight == 0:
+                continue
+            raise ValueError(
+                f"vector_{number} is not connected. Connect a vector, compare LoRA files or "
+                "checkpoints in its place, or lower count."
+            )
+        mix.append((source, weight))
+    eta = settings["eta"]
+    run = Run(
+        settings["seed"], settings["steps"], settings["cfg"], settings["denoise"],
+        None if eta < 0 else eta,
+    )  # fmt: skip
+    return Cell(run, tuple(mix), settings.get("prompt"), written(settings))
+
+
+def together(
+    cells: Sequence[Cell],
+    most: int,
+    family: Callable[[Cell], Hashable],
+    text: Callable[[Cell], Hashable],
+    may_live: Callable[[tuple[Source, ...]], bool],
+) -> list[Together]:
+    """Which cells are one batch. Batches with the same weights follow each other, so that each sum
+    is put into the model once.
+
+    Cells of different weights are one batch with their vectors beside the layers. That is quicker
+    than to put one sum after the other into the model, unless many cells share a sum.
+
+    Args:
+        most: cells of a batch.
+        family, text: what cells of a batch must have in common beside the run's settings: the
+            family that they are sampled as, and the form of their text.
+        may_live: whether vectors can stay beside the layers.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for number, cell in enumerate(cells):
+        run = replace(cell.run, seed=0)
+        alike.setdefault((run, cell.sources, family(cell), text(cell)), []).append(number)
+    live: list[Together] = []
+    summed: dict[Mix, list[Together]] = {}
+    for numbers in alike.values():
+        of_mix: dict[Mix, list[int]] = {}
+        for number in numbers:
+            of_mix.setdefault(cells[number].added, []).append(number)
+        pool = []
+        for mix, own in of_mix.items():
+            crowded = 2 * len(own) > most or len(of_mix) == 1
+            if most > 1 and not crowded and may_live(cells[own[0]].sources):
+                pool += own
+            else:
+                summed.setdefault(mix, []).extend(Together(c, False) for c in _split(own, most))
+        if pool:
+            live += [Together(part, True) for part in _split(sorted(pool), most)]
+    # The vectors of live batches are prepared once for those that follow each other.
+    live.sort(key=lambda batch: cells[batch.cells[0]].sources)
+    return live + [batch for batches in summed.values() for batch in batches]
+
+
+def _split(numbers: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
+    """Parts of nearly one size."""
+    count = -(-len(numbers) // most)
+    ends = [round(i * len(numbers) / count) for i in range(count + 1)]
+    return (tuple(numbers[a:b]) for a, b in zip(ends, ends[1:], strict=False))
+
+
+def sources_of(cells: Iterable[Cell]) -> list[Source]:
+    """All vectors of the cells, each once."""
+    return list(dict.fromkeys(source for cell in cells for source in cell.sources))
