@@ -167,7 +167,12 @@ const WORDS = {
     "usage hint": "사용 안내",
     "Finished: {name}": "완성: {name}",
     "The LoRA after step {step}": "{step}스텝 후의 LoRA",
-    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}"
+    "{method}: {count} modules, rank {rank}": "{method}: 모듈 {count}개, 랭크 {rank}",
+    "Measured {number}: {weights}, distance {distance} of the default's": "{number}번째 측정: {weights}, 거리는 기본값의 {distance}",
+    "Interrupted; the best weights so far: {weights}": "중단됨. 지금까지 가장 좋은 가중치: {weights}",
+    "No weights are better than the default, {weights}": "기본값 {weights}보다 나은 가중치가 없습니다",
+    "{weights}: {percent} % nearer to the reference than the default": "{weights}: 기본값보다 기준에 {percent}% 더 가깝습니다",
+    "Style at {percent} %": "스타일 {percent}%"
   },
   "ja": {
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
@@ -335,7 +340,12 @@ const WORDS = {
     "usage hint": "使い方",
     "Finished: {name}": "完成：{name}",
     "The LoRA after step {step}": "ステップ{step}後のLoRA",
-    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}"
+    "{method}: {count} modules, rank {rank}": "{method}：モジュール{count}個、ランク{rank}",
+    "Measured {number}: {weights}, distance {distance} of the default's": "測定{number}回目：{weights}、距離は既定値の{distance}",
+    "Interrupted; the best weights so far: {weights}": "中断しました。これまでの最良の重み：{weights}",
+    "No weights are better than the default, {weights}": "既定値{weights}よりよい重みはありません",
+    "{weights}: {percent} % nearer to the reference than the default": "{weights}：既定値より基準に{percent}%近い",
+    "Style at {percent} %": "スタイル{percent}%"
   },
   "zh": {
     "LCM-LoRA jobs": "LCM-LoRA 任务",
@@ -503,7 +513,12 @@ const WORDS = {
     "usage hint": "使用提示",
     "Finished: {name}": "已完成：{name}",
     "The LoRA after step {step}": "第 {step} 步之后的 LoRA",
-    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}"
+    "{method}: {count} modules, rank {rank}": "{method}：{count} 个模块，秩 {rank}",
+    "Measured {number}: {weights}, distance {distance} of the default's": "第 {number} 次测量：{weights}，距离为默认值的 {distance}",
+    "Interrupted; the best weights so far: {weights}": "已中断；目前最好的权重：{weights}",
+    "No weights are better than the default, {weights}": "没有比默认值 {weights} 更好的权重",
+    "{weights}: {percent} % nearer to the reference than the default": "{weights}：比默认值更接近参考 {percent}%",
+    "Style at {percent} %": "风格 {percent}%"
   }
 };
 

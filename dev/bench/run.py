@@ -8,7 +8,9 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live")
+AREAS = (
+    "quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live", "weights",
+)  # fmt: skip
 log = logging.getLogger("lcm_lora")
 
 

@@ -61,13 +61,13 @@ def lines(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
-    reference = values["reference"]
+    reference, prompts = values["reference"], facts.plain(values["prompts_sha256"], 12)
     weights = [f"  {float(w):g} x {facts.plain(name, 80)}" for name, w in values["weights"].items()]
     made = [
         f"weights found by a search, for {int(values['steps'])} steps at cfg {values['cfg']:g}:",
         *weights,
-        f"  on {int(values['prompts'])} prompts, "
-        f"sha256 {facts.plain(values['prompts_sha256'], 12)}, against {int(reference['steps'])} steps at guidance {reference['guidance']:g}",
+        f"  on {int(values['prompts'])} prompts, sha256 {prompts}, "
+        f"against {int(reference['steps'])} steps at guidance {reference['guidance']:g}",
     ]
     if values.get("better_on_held_out") is not None:
         made.append(

@@ -138,7 +138,8 @@ def execute(model, vectors, count=1, **changes):
         styles[f"style_{number}"] = to_wire(vectors[number])
         styles[f"strength_{number}"], styles[f"weight_{number}"] = 1.0, 0.8
     inputs = {
-        "model": model, "clip": model.toy.clip, "vae": model.toy.vae, "acceleration": to_wire(vectors[0]),
+        "model": model, "clip": model.toy.clip, "vae": model.toy.vae,
+        "acceleration": to_wire(vectors[0]),
         "acceleration_weight": 1.0, "count": styles, "latent": {"samples": torch.zeros(1, 4, 8, 8)},
         "prompts": PROMPTS, "steps": 2, "budget": 16, "seed": 5, "pictures": 3,
         "reference_steps": 6, "guidance": 2.0,

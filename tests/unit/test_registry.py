@@ -20,7 +20,8 @@ METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, COMFY = METADATA["project"], METADATA["tool"]["comfy"]
 TOP = {
     "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "locales", "lora", "nodes",
-    "pyproject.toml", "requirements.txt", "samplers", "training", "web", "workflows",
+    "pyproject.toml", "requirements.txt", "samplers", "search", "training", "web",
+    "workflows",
 }  # fmt: skip
 
 
@@ -41,7 +42,16 @@ def archived() -> set[str]:
 
 def test_the_archive_holds_what_a_user_needs(archived):
     assert {path.partition("/")[0] for path in archived} == TOP
-    for folder in ("web", "locales", "workflows", "nodes", "lora", "samplers", "training"):
+    for folder in (
+        "web",
+        "locales",
+        "workflows",
+        "nodes",
+        "lora",
+        "samplers",
+        "search",
+        "training",
+    ):
         assert {path for path in tracked() if path.startswith(f"{folder}/")} <= archived
     assert sum((ROOT / path).stat().st_size for path in archived) < 2_000_000
 
