@@ -113,13 +113,12 @@ class LCMLoRACombine(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    multiline=True,
                     optional=True,
-                    advanced=True,
+                    force_input=True,
                     tooltip=(
                         "Replaces the weights above: the weights of Find LoRA Weights, or the info "
                         "of a file that it made. One line for each vector, such as "
-                        "0.8 x style.safetensors. Empty leaves the weights above."
+                        "0.8 x style.safetensors. Without it, the weights above count."
                     ),
                 ),
             ],

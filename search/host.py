@@ -138,11 +138,10 @@ class Studio:
                 "latent of the size of your pictures."
             )
         self.settings, self.tick = settings, tick
-        self.key = _key(model, clip, styles, latent, settings)
+        family = _family(acceleration)
+        self.key = _key(model, clip, styles, latent, settings) + family
         self.bare = Weighable(model, styles)
-        self.fast = Weighable(
-            sampling.patch_sampling(model, _family(acceleration)), [acceleration, *styles]
-        )
+        self.fast = Weighable(sampling.patch_sampling(model, family), [acceleration, *styles])
         samples = comfy.sample.fix_empty_latent_channels(
             model, latent["samples"][:1], latent.get("downscale_ratio_spacial")
         )

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..lora.formats.searched import SEARCH
 from .find import Found, Point, Search
-from .host import Measured, Studio, interrupted, kept
+from .host import Measured, Part, Reference, Studio, interrupted, kept
 from .objective import statistics, style_shown
 from .surface import Array
 
 PICTURES, MOST_BUDGET = 16, 200
+TINY = 1e-12
 SHOWN = 4  # pictures of each row of the sheet
 
 
@@ -159,35 +160,40 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
         stopped, found = True, run.found(stopped=True)
     taken, default = _plain(found.taken.weights), _plain(found.default.weights)
     held_out, shown, weights = None, None, taken
-    if not stopped and taken != default:
-        check = Measured(studio, beside, checked)
-        first, second = check(default), check(taken)
-        held_out = second.d_path / max(first.d_path, 1e-12) + second.d_spec / max(
-            first.d_spec, 1e-12
-        )
-        if held_out >= 2:
-            weights = default
-    first_part, count = beside[:SHOWN], 0
-    few = []
-    for part in first_part:
-        if count < SHOWN:
-            few.append(part)
-            count += len(part.numbers)
     rows = {f"{studio.settings.reference_steps} steps, styles alone": checked.latents[:SHOWN]}
-    sheet = {"default": default, "found": taken, **_edges(found)}
-    for title, at in sheet.items():
-        numbers = " + ".join(f"{weight:.2f}" for weight in at)
-        rows[f"{title}: {numbers}"] = studio.draw(at, few)[:SHOWN]
-    if not stopped:
-        plain = kept(studio, "plain" + key(order.held_out), lambda: studio.reference(beside, False))
-        effect = statistics(checked.latents), statistics(plain.latents)
-        shares = []
-        for at in (default, weights):
-            without = statistics(studio.draw((at[0], *[0.0] * (len(at) - 1)), beside))
-            shares.append(style_shown(statistics(studio.draw(at, beside)), without, *effect))
-        if None not in shares:
-            shown = shares[0], shares[1]
+    try:
+        if not stopped and taken != default:
+            check = Measured(studio, beside, checked)
+            first, second = check(default), check(taken)
+            held_out = second.d_path / max(first.d_path, TINY)
+            held_out += second.d_spec / max(first.d_spec, TINY)
+            if held_out >= 2:
+                weights = default
+        few = studio.parts(order.held_out[:SHOWN], len(order.prompts))
+        for title, at in {"default": default, "found": taken, **_edges(found)}.items():
+            numbers = " + ".join(f"{weight:.2f}" for weight in at)
+            rows[f"{title}: {numbers}"] = studio.draw(at, few)
+        if not stopped:
+            plain = kept(
+                studio, "plain" + key(order.held_out), lambda: studio.reference(beside, False)
+            )
+            shown = _shown(studio, beside, (default, weights), checked, plain)
+    except interrupted():
+        found.stopped = True
     return Outcome(found, weights, held_out, shown, rows)
+
+
+def _shown(
+    studio: Studio, parts: Sequence[Part], weights: Sequence[tuple[float, ...]], styled: Reference,
+    plain: Reference,
+) -> tuple[float, float] | None:  # fmt: skip
+    """The share of the styles' effect that few steps show, at two sets of weights."""
+    effect, shares = (statistics(styled.latents), statistics(plain.latents)), []
+    for at in weights:
+        without = statistics(studio.draw((at[0], *[0.0] * (len(at) - 1)), parts))
+        shares.append(style_shown(statistics(studio.draw(at, parts)), without, *effect))
+    first, second = shares
+    return None if first is None or second is None else (first, second)
 
 
 def _plain(weights: Array) -> tuple[float, ...]:
