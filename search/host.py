@@ -82,17 +82,23 @@ class Weighable:
     def __init__(self, model: ModelPatcher, vectors: Sequence[Vector]) -> None:
         self.model = model
         self.patches = [_added(model, vector) for vector in vectors]
+        self.last: tuple[tuple[float, ...], ModelPatcher] | None = None
 
     def at(self, weights: Sequence[float]) -> ModelPatcher:
-        """A clone with the vectors at these weights."""
+        """A clone with the vectors at these weights; for the same weights again the same one, so
+        that ComfyUI keeps it loaded."""
+        key = tuple(map(float, weights))
+        if self.last is not None and self.last[0] == key:
+            return self.last[1]
         made = self.model.clone()
-        for weight, patches in zip(weights, self.patches, strict=True):
+        for weight, patches in zip(key, self.patches, strict=True):
             if weight == 0:
                 continue
             for key, entries in patches.items():
-                scaled = [(strength * float(weight), *rest) for strength, *rest in entries]
+                scaled = [(strength * weight, *rest) for strength, *rest in entries]
                 made.patches[key] = [*made.patches.get(key, []), *scaled]
         made.patches_uuid = uuid.uuid4()  # by which ComfyUI sees that the weights differ
+        self.last = key, made
         return made
 
 

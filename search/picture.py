@@ -14,9 +14,11 @@ GROUND, AXIS, WORDS, WAY = "#1e1e1e", "#606060", "#d0d0d0", "#4a5a66"
 LOW, HIGH, DEFAULT, TAKEN = (78, 168, 222), (200, 90, 60), "#d0d0d0", "#8fd14f"
 
 
-def sheet(found: Found, names: Sequence[str], rows: Mapping[str, Sequence[Image.Image]]):
+def sheet(
+    found: Found, names: Sequence[str], rows: Mapping[str, Sequence[Image.Image]]
+) -> Image.Image:
     """The path of the search to the left, a titled row of pictures for each set of weights to the
-    right: -> Image."""
+    right."""
     tile = 192
     across = max((len(pictures) for pictures in rows.values()), default=0)
     height = max(PLOT, len(rows) * (tile + TITLE) + LEFT)

@@ -14,7 +14,7 @@ from ..lora.formats.searched import SEARCH
 from .find import Found, Point, Search
 from .host import Measured, Part, Reference, Studio, interrupted, kept
 from .objective import statistics, style_shown
-from .surface import Array
+from .surface import Array, minimizer
 
 PICTURES, MOST_BUDGET = 16, 200
 TINY = 1e-12
@@ -138,6 +138,7 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
 
     watch: is told of each measurement, with their number so far.
     """
+    minimizer()  # before the reference, which takes long
     parts = studio.parts(order.prompts, 0)
     beside = studio.parts(order.held_out, len(order.prompts))
 

@@ -7,8 +7,9 @@ quadratic of J itself (as in POUNDERS and DFO-LS, arXiv 1804.00154).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class Surface:
 
     def lowest(self, starts: Sequence[Array], low: Array, high: Array) -> Array:
         """Where the model is lowest between low and high; if it is flat, near the centre."""
-        minimize = _scipy()
+        minimize = minimizer()
         best = starts[0]
         bounds = list(zip(low, high, strict=True))
         pull = KEEP * max(self(self.centre), 0.0)
@@ -86,7 +87,8 @@ class Surface:
         return hessian
 
 
-def _scipy():  # noqa: ANN202 (a function of a library without types)
+def minimizer() -> Callable[..., Any]:
+    """`scipy.optimize.minimize`. Raises ValueError if SciPy is missing."""
     try:
         from scipy.optimize import minimize
     except ImportError as error:

@@ -109,7 +109,8 @@ def test_the_reference_is_what_comfyui_draws_in_many_steps(model, vectors):
     levels = torch.cat([schedule(work.fast.model, 6), work.sigmas]).unique().flip(0)
     seen = []
     theirs = comfy.sample.sample_custom(
-        styled, comfy.sample.prepare_noise(empty, 5, [0]), 2.0, comfy.samplers.sampler_object("ddim"),
+        styled, comfy.sample.prepare_noise(empty, 5, [0]), 2.0,
+        comfy.samplers.sampler_object("ddim"),
         levels, encoded(model, "a cat"),
         encoded(model, ""), empty, seed=5, disable_pbar=True,
         callback=lambda step, x0, x, total: seen.append(x.clone()),
