@@ -26,6 +26,7 @@ from ..lora.host import apply
 from ..samplers import host as sampling
 from ..samplers.families import DEFAULT
 from .objective import Residuals, residuals, statistics
+from .surface import Array
 
 AT_ONCE = 128 * 128  # latent points in one call: a picture of SDXL, 4 of SD1.5
 Conditioning = list[Any]
@@ -94,9 +95,9 @@ class Weighable:
         for weight, patches in zip(key, self.patches, strict=True):
             if weight == 0:
                 continue
-            for key, entries in patches.items():
+            for name, entries in patches.items():
                 scaled = [(strength * weight, *rest) for strength, *rest in entries]
-                made.patches[key] = [*made.patches.get(key, []), *scaled]
+                made.patches[name] = [*made.patches.get(name, []), *scaled]
         made.patches_uuid = uuid.uuid4()  # by which ComfyUI sees that the weights differ
         self.last = key, made
         return made
@@ -282,7 +283,8 @@ class Measured:
         self.studio, self.parts, self.reference = studio, parts, reference
         self.targets, self.wanted = reference.ends, statistics(reference.latents)
 
-    def __call__(self, weights: Sequence[float]) -> Residuals:
+    def __call__(self, weights: Sequence[float] | Array) -> Residuals:
+        weights = [float(weight) for weight in weights]
         answers = self.studio.answers(weights, self.parts, self.reference.states)
         drawn = self.studio.draw(weights, self.parts)
         if not (answers.isfinite().all() and drawn.isfinite().all()):
@@ -352,10 +354,10 @@ def _key(
         for name, delta in sorted(style.deltas.items()):
             digest.update(f"{name} {delta.scale}".encode())
             for factor in (delta.up, delta.down):
-                digest.update(factor.contiguous().view(torch.uint8).numpy())
+                digest.update(factor.contiguous().view(torch.uint8).numpy().data)
         for name, diff in sorted(style.diffs.items()):
             digest.update(name.encode())
-            digest.update(diff.contiguous().view(torch.uint8).numpy())
+            digest.update(diff.contiguous().view(torch.uint8).numpy().data)
     # The timesteps where it is kept depend on the steps.
     own = replace(settings, cfg=0.0)
     words = model.patches_uuid, clip.patcher.patches_uuid, tuple(latent["samples"].shape), own

@@ -60,9 +60,9 @@ def path(found: Found, names: Sequence[str]) -> Image.Image:
         colour = tuple(int(a + (b - a) * part) for a, b in zip(LOW, HIGH, strict=True))
         x, y = at(point.weights)
         pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-    for point, colour in ((found.default, DEFAULT), (found.taken, TAKEN)):
+    for point, ring_colour in ((found.default, DEFAULT), (found.taken, TAKEN)):
         x, y = at(point.weights)
-        pen.ellipse([x - 8, y - 8, x + 8, y + 8], outline=colour, width=2)
+        pen.ellipse([x - 8, y - 8, x + 8, y + 8], outline=ring_colour, width=2)
     pen.text((PLOT / 2, PLOT - 6), names[1][-48:], WORDS, font, anchor="md")
     pen.text((EDGE, EDGE - 8), names[0][-48:], WORDS, font, anchor="ld")
     for value in (low, high):
