@@ -353,7 +353,8 @@ def _key(
     for style in styles:
         for name, delta in sorted(style.deltas.items()):
             digest.update(f"{name} {delta.scale}".encode())
-            for factor in (delta.up, delta.down):
+            core = () if delta.mid is None else (delta.mid,)
+            for factor in (delta.up, delta.down, *core):
                 digest.update(factor.contiguous().view(torch.uint8).numpy().data)
         for name, diff in sorted(style.diffs.items()):
             digest.update(name.encode())
