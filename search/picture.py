@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .find import Found
 
-EDGE, LEFT, TITLE, PLOT = 44, 12, 26, 420
+EDGE, LEFT, TITLE, PLOT, TILE = 44, 12, 26, 420, 192
 GROUND, AXIS, WORDS, WAY = "#1e1e1e", "#606060", "#d0d0d0", "#4a5a66"
 LOW, HIGH, DEFAULT, TAKEN = (78, 168, 222), (200, 90, 60), "#d0d0d0", "#8fd14f"
 
@@ -19,7 +19,8 @@ def sheet(
 ) -> Image.Image:
     """The path of the search to the left, a titled row of pictures for each set of weights to the
     right."""
-    tile = 192
+    sides = [max(picture.size) for pictures in rows.values() for picture in pictures]
+    tile = min([TILE, *sides])
     across = max((len(pictures) for pictures in rows.values()), default=0)
     height = max(PLOT, len(rows) * (tile + TITLE) + LEFT)
     image = Image.new("RGB", (PLOT + across * (tile + 4) + 2 * LEFT, height), GROUND)
