@@ -42,8 +42,8 @@ def report(outcome: Outcome, order: Order) -> str:
     best, first = found.best, found.default
     lines += [
         "",
-        f"Of the default's distance to the reference, {best.d_path / first.d_path:.3f} remains along "
-        f"its way, {best.d_spec / max(first.d_spec, 1e-12):.3f} in its spectrum.",
+        f"Of the default's distance to the reference, {best.d_path / first.d_path:.3f} remains "
+        f"along its way, {best.d_spec / max(first.d_spec, 1e-12):.3f} in its spectrum.",
     ]
     return "\n".join(lines)
 
