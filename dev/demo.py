@@ -63,6 +63,8 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
             inputs["lora_name"] = subject.lcm_lora if official else next(styles)
         elif node["class_type"] == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = subject.captions[0]
+        elif node["class_type"] == "LCMWeightSearch" and len(subject.captions) > 1:
+            inputs["prompts"] = "\n".join(subject.captions)
         elif "width" in inputs:
             inputs["width"] = inputs["height"] = subject.size
     return prompt

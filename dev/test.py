@@ -15,7 +15,7 @@ import pytest
 from .environment import ROOT, cache, tool
 
 log = logging.getLogger("lcm_lora")
-PRODUCT = ("lora", "nodes", "samplers", "training")
+PRODUCT = ("lora", "nodes", "samplers", "search", "training")
 MYPY = "mypy==2.4.1"
 
 

@@ -14,6 +14,7 @@ from .jobs import LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
 from .rows import LCMLoRAStack
 from .sampling import LCMKSampler, LCMModelSampling, LCMSampler, LCMSchedule
+from .search import LCMWeightSearch
 from .stack import LCMLoRAFromStack, LCMLoRAToStack
 from .vectors import LCMLoRAApply, LCMLoRASave, LCMLoRAVectorLoader
 from .weigh import LCMLoRABlocks, LCMLoRAProtect
@@ -39,6 +40,7 @@ NODES: list[type[io.ComfyNode]] = [
     LCMLoRAToStack,
     LCMLoRAStack,
     LCMCompare,
+    LCMWeightSearch,
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..lora.elementwise.table import RULES
+from ..lora.formats.searched import read_weights
 from ..lora.formats.wire import from_wire, to_wire
 from ..lora.methods import METHODS, Settings, combine
 from ..samplers.report import Line
@@ -109,6 +110,17 @@ class LCMLoRACombine(io.ComfyNode):
                     advanced=True,
                     tooltip="dare, della: random seed for the values that are dropped.",
                 ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip=(
+                        "Replaces the weights above: the weights of Find LoRA Weights, or the info "
+                        "of a file that it made. One line for each vector, such as "
+                        "0.8 x style.safetensors. Without it, the weights above count."
+                    ),
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(
@@ -134,12 +146,16 @@ class LCMLoRACombine(io.ComfyNode):
         max_error: float = 0.0,
         density: float = 0.5,
         seed: int = 0,
+        weights: str = "",
     ) -> io.NodeOutput:
         settings = Settings(method, rank, keep_energy, max_error, density, seed)
         numbers = range(1, int(count["count"]) + 1)
         vectors = [from_wire(count[f"vector_{number}"]) for number in numbers]
-        weights = [count[f"weight_{number}"] for number in numbers]
-        combined, report = combine(vectors, weights, settings, device(), watched)
+        if weights.strip():
+            factors = read_weights(weights, [vector.source for vector in vectors])
+        else:
+            factors = [count[f"weight_{number}"] for number in numbers]
+        combined, report = combine(vectors, factors, settings, device(), watched)
         ranks = combined.ranks().replace(" to ", "–")
         made = {"method": method, "count": len(combined.modules()), "rank": ranks}
         line = Line("{method}: {count} modules, rank {rank}", made)

@@ -185,7 +185,12 @@ const WORDS = {
     "ended on the cluster": "클러스터에서 종료됨",
     "Interrupted: {count} of {total} pictures are drawn.": "중단됨: 이미지 {total}장 중 {count}장을 그렸습니다.",
     "{count} pictures, {columns} x {rows}": "이미지 {count}장, {columns} x {rows}",
-    "In {source}: {problem}": "{source}에서: {problem}"
+    "In {source}: {problem}": "{source}에서: {problem}",
+    "Measured {number}: {weights}, distance {distance} of the default's": "{number}번째 측정: {weights}, 거리는 기본값의 {distance}",
+    "Interrupted; the best weights so far: {weights}": "중단됨. 지금까지 가장 좋은 가중치: {weights}",
+    "No weights are better than the default, {weights}": "기본값 {weights}보다 나은 가중치가 없습니다",
+    "{weights}: {percent} % nearer to the reference than the default": "{weights}: 기본값보다 기준에 {percent}% 더 가깝습니다",
+    "Style at {percent} %": "스타일 {percent}%"
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
@@ -371,7 +376,12 @@ const WORDS = {
     "ended on the cluster": "クラスターで終了しました",
     "Interrupted: {count} of {total} pictures are drawn.": "中断しました：{total}枚中{count}枚を描きました。",
     "{count} pictures, {columns} x {rows}": "画像{count}枚、{columns} x {rows}",
-    "In {source}: {problem}": "{source}：{problem}"
+    "In {source}: {problem}": "{source}：{problem}",
+    "Measured {number}: {weights}, distance {distance} of the default's": "測定{number}回目：{weights}、距離は既定値の{distance}",
+    "Interrupted; the best weights so far: {weights}": "中断しました。これまでの最良の重み：{weights}",
+    "No weights are better than the default, {weights}": "既定値{weights}よりよい重みはありません",
+    "{weights}: {percent} % nearer to the reference than the default": "{weights}：既定値より基準に{percent}%近い",
+    "Style at {percent} %": "スタイル{percent}%"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
@@ -557,7 +567,12 @@ const WORDS = {
     "ended on the cluster": "已在集群上结束",
     "Interrupted: {count} of {total} pictures are drawn.": "已中断：{total} 张图像中已绘制 {count} 张。",
     "{count} pictures, {columns} x {rows}": "{count} 张图像，{columns} x {rows}",
-    "In {source}: {problem}": "{source} 中：{problem}"
+    "In {source}: {problem}": "{source} 中：{problem}",
+    "Measured {number}: {weights}, distance {distance} of the default's": "第 {number} 次测量：{weights}，距离为默认值的 {distance}",
+    "Interrupted; the best weights so far: {weights}": "已中断；目前最好的权重：{weights}",
+    "No weights are better than the default, {weights}": "没有比默认值 {weights} 更好的权重",
+    "{weights}: {percent} % nearer to the reference than the default": "{weights}：比默认值更接近参考 {percent}%",
+    "Style at {percent} %": "风格 {percent}%"
   }
 };
 

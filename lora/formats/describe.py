@@ -8,7 +8,7 @@ from typing import Any
 
 from ..architecture import architecture_of
 from ..delta import Vector
-from . import facts
+from . import facts, searched
 from .kinds import left_out_because
 from .metadata import METHOD, RECIPE
 from .module_names import is_text
@@ -56,6 +56,9 @@ def described(metadata: Mapping[str, str]) -> list[str]:
         except (ValueError, RecursionError):  # another program wrote it
             text = recipe
         lines.append(text if len(text) <= RECIPE_SHOWN else f"{text[:RECIPE_SHOWN]} ...")
+    if found := searched.lines(values):
+        del values[searched.SEARCH]
+        lines.append("\n".join(found))
     shown = {facts.plain(key, 80): facts.plain(value, SHOWN) for key, value in values.items()}
     return lines + facts.lines(shown)
 

@@ -22,7 +22,8 @@ ALONE = {
     "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
 }  # fmt: skip
 TOP = ALONE | {
-    "locales", "lora", "nodes", "samplers", "subgraphs", "training", "web", "workflows",
+    "locales", "lora", "nodes", "samplers", "search", "subgraphs", "training", "web",
+    "workflows",
 }  # fmt: skip
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACK = ("nodes", "lora", "samplers", "training")
+PACK = ("nodes", "lora", "samplers", "search", "training")
 FILES = [ROOT / "__init__.py", *(p for part in PACK for p in sorted((ROOT / part).rglob("*.py")))]
 
 # What each part of the pack may import from the others.
 MAY = {
-    "nodes": {"nodes", "lora", "samplers", "training"},
+    "nodes": {"nodes", "lora", "samplers", "search", "training"},
+    "search": {"search", "lora", "samplers"},
     "training": {"training", "lora", "samplers"},
     "lora": {"lora"},
     "samplers": {"samplers"},
@@ -27,6 +28,7 @@ STANDARD = sys.stdlib_module_names - {"pickle", "marshal", "shelve"}
 # What ComfyUI itself installs.
 LIBRARIES = {
     "torch", "safetensors", "numpy", "tqdm", "PIL", "psutil", "filelock", "aiohttp",
+    "scipy",
     "regex",  # with transformers, which requires it
 }  # fmt: skip
 # A program of its own, which registers the pack under this name; and one that runs on a cluster.

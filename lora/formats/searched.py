@@ -1,0 +1,79 @@
+"""Weights that Find LoRA Weights found: as text, and in a file's metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import facts
+
+SEARCH = "lcm_lora_search"
+"""The key of a search's figures in a file's metadata."""
+
+_LINE = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?) x (.+?)\s*", re.ASCII | re.I)
+
+
+def written(names: Sequence[str], weights: Sequence[float]) -> str:
+    """Weights, one a line: "0.82 x sticker.safetensors"."""
+    return "\n".join(f"{weight:g} x {name}" for weight, name in zip(weights, names, strict=True))
+
+
+def read_weights(text: str, names: Sequence[str]) -> list[float]:
+    """The weights of the vectors with these names, from the lines of `written` in a longer text.
+
+    If the names are others, the weights are taken in their order.
+
+    Raises:
+        ValueError: the text does not hold one weight for each vector.
+    """
+    found = [(match[2], float(match[1])) for line in text.splitlines()
+             if (match := _LINE.fullmatch(line))]  # fmt: skip
+    by_name = dict(found)
+    if len(set(names)) == len(names) and all(name in by_name for name in names):
+        return [by_name[name] for name in names]
+    if len(found) == len(names):
+        return [weight for _, weight in found]
+    raise ValueError(
+        f"The text of weights has {len(found)} lines such as '0.8 x name' for {len(names)} vectors "
+        f"({', '.join(names)}). Connect the weights of Find LoRA Weights, in the order of its "
+        "vectors, or leave the input empty."
+    )
+
+
+def distilled_at(metadata: Mapping[str, str]) -> float:
+    """The guidance of an acceleration's distillation: the middle, if it is a range; 0 if its
+    metadata do not name it."""
+    numbers = [
+        float(n) for n in re.findall(r"\d+(?:\.\d+)?", metadata.get("lcm_lora.guidance", ""))
+    ]
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def lines(metadata: Mapping[str, str]) -> list[str]:
+    """What a search found, for users; empty if the metadata hold none that this pack wrote."""
+    try:
+        values = json.loads(metadata.get(SEARCH, ""))
+        return _lines(values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    reference, prompts = values["reference"], facts.plain(values["prompts_sha256"], 12)
+    weights = [f"  {float(w):g} x {facts.plain(name, 80)}" for name, w in values["weights"].items()]
+    made = [
+        f"weights found by a search, for {int(values['steps'])} steps at cfg {values['cfg']:g}:",
+        *weights,
+        f"  on {int(values['prompts'])} prompts, sha256 {prompts}, "
+        f"against {int(reference['steps'])} steps at guidance {reference['guidance']:g}",
+    ]
+    if values.get("better_on_held_out") is not None:
+        made.append(
+            f"  {100 * values['better_on_held_out']:.1f} % nearer than the default on held-out "
+            "prompts"
+        )
+    if values.get("style_shown") is not None:
+        made.append(f"  style at {100 * values['style_shown']:.0f} %")
+    return made

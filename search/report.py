@@ -1,0 +1,59 @@
+"""What a search found, as text for users."""
+
+from __future__ import annotations
+
+from ..lora.formats.searched import written
+from .session import Order, Outcome
+
+NEAR_THE_EDGE = 0.01
+
+
+def report(outcome: Outcome, order: Order) -> str:
+    """What was found, how sure it is, and what to do if it cannot be trusted."""
+    found = outcome.found
+    lines = [written(order.names, outcome.weights), ""]
+    lines.append(_verdict(outcome))
+    if outcome.shown is not None:
+        default, result = (f"{100 * share:.0f} %" for share in outcome.shown)
+        lines.append(
+            f"Of the style's effect in many steps, {result} shows; at the default {default}."
+        )
+    elif not found.stopped and outcome.shown is None:
+        lines.append("In many steps the style changes nothing, so no share of it can be said.")
+    tied = {i for pair in found.tied for i in pair}
+    lines += ["", f"Equally good, measured {len(found.points)} times:"]
+    for number, (name, (least, most)) in enumerate(
+        zip(order.names, found.region.ranges(), strict=True)
+    ):
+        text = f"  {name}: {least:.2f} to {most:.2f}"
+        if number in tied:
+            text += ", not on its own"
+        elif most - least > 0.9 * (order.high - order.low):
+            text += ": it makes no difference"
+        lines.append(text)
+    for i, j in found.tied:
+        total = found.region.centre[i] + found.region.centre[j]
+        lines.append(
+            f"  {order.names[i]} and {order.names[j]}: only their sum is known, {total:.2f}"
+        )
+    for name, weight in zip(order.names, found.best.weights, strict=True):
+        if min(weight - order.low, order.high - weight) < NEAR_THE_EDGE:
+            lines.append(f"The best weight of {name} is at the end of its range: widen the range.")
+    best, first = found.best, found.default
+    lines += [
+        "",
+        f"Of the default's distance to the reference, {best.d_path / first.d_path:.3f} remains "
+        f"along its way, {best.d_spec / max(first.d_spec, 1e-12):.3f} in its spectrum.",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(outcome: Outcome) -> str:
+    if outcome.found.stopped:
+        return "Interrupted: these are the best weights so far, not checked on held-out pictures."
+    if outcome.held_out is None:
+        return "The default is as good as any other weights."
+    percent = 100 * (1 - outcome.held_out / 2)
+    if outcome.is_default:
+        return f"The default is kept: on held-out prompts, those found are {-percent:.1f} % worse."
+    return f"On held-out prompts these weights are {percent:.1f} % nearer to the reference."

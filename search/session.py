@@ -1,0 +1,236 @@
+"""A whole search: reference, search, the check on held-out pictures, and what to show of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..lora.formats.searched import SEARCH
+from .find import Found, Point, Search
+from .host import Measured, Part, Reference, Studio, interrupted, kept
+from .objective import statistics, style_shown
+from .surface import Array, minimizer
+
+PICTURES, MOST_BUDGET = 16, 200
+TINY = 1e-12
+SHOWN = 4  # pictures of each row of the sheet
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to search for.
+
+    Attributes:
+        names: of the acceleration and of the styles.
+        prompts: one for each picture to search on; `held_out` decides at the end.
+        default: the weights to begin with, and to keep if no others are better.
+        low, high: the range of all weights.
+        budget: how many weights may be measured.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    default: tuple[float, ...]
+    low: float
+    high: float
+    budget: int
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(
+                f"The range of the weights goes from {self.low:g} to {self.high:g}; expected a "
+                "lower number first and a higher one after it, such as 0 and 1.5."
+            )
+        outside = [weight for weight in self.default if not self.low <= weight <= self.high]
+        if outside:
+            raise ValueError(
+                f"The search begins at the weight {outside[0]:g}, which is outside of its range "
+                f"from {self.low:g} to {self.high:g}. Widen the range."
+            )
+        least = 2 * len(self.default) + 2
+        if not least <= self.budget <= MOST_BUDGET:
+            raise ValueError(
+                f"The budget is {self.budget}; for {len(self.default)} weights it must be between "
+                f"{least} and {MOST_BUDGET} measurements. 40 is usual."
+            )
+
+
+def split(
+    text: str, usual: Sequence[str], pictures: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The prompts to search on and the held-out ones, of a text with one a line.
+
+    usual: the prompts to take if the text is empty.
+
+    Raises:
+        ValueError: there is only one prompt, or pictures is less than 1.
+    """
+    if pictures < 1:
+        raise ValueError(f"pictures is {pictures}; expected 1 or more. {PICTURES} are usual.")
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if text.strip() and not prompts:
+        raise ValueError(
+            "The list of prompts has no prompt in it: lines that begin with # are left out. Write "
+            "one prompt on each line, or leave the list empty for the prompts of this pack."
+        )
+    prompts = prompts or list(usual)
+    if len(prompts) < 2:
+        raise ValueError(
+            f"There is only one prompt ({prompts[0][:60]!r}). The search needs at least 2, because "
+            "it checks its result on a prompt that it did not search on."
+        )
+    beside = max(1, (pictures + 1) // 2)
+    # Every third prompt is held out; the same ones again where there are too few.
+    held = prompts[1::3]
+    searched = [prompt for prompt in prompts if prompt not in held]
+    return _spread(searched, pictures), _spread(held, beside)
+
+
+def _spread(prompts: Sequence[str], count: int) -> tuple[str, ...]:
+    """`count` prompts from all over a list; each again if there are too few."""
+    if count <= len(prompts):
+        return tuple(prompts[i * len(prompts) // count] for i in range(count))
+    return tuple(prompts[i % len(prompts)] for i in range(count))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to.
+
+    Attributes:
+        weights: the result: those taken, or the default if the held-out pictures speak for it.
+        held_out: J on them at the weights taken, where the default's is 2; None if interrupted
+            before.
+        shown: (at the default, at the result) the share of the styles' effect that few steps show;
+            None if it is unknown.
+        rows: titles, and latents of pictures of held-out prompts.
+    """
+
+    found: Found
+    weights: tuple[float, ...]
+    held_out: float | None
+    shown: tuple[float, float] | None
+    rows: dict[str, Tensor]
+
+    @property
+    def is_default(self) -> bool:
+        return self.weights == tuple(map(float, self.found.default.weights))
+
+
+def calls(order: Order, steps: int, reference_steps: int) -> int:
+    """How many network calls of one picture a search makes at most."""
+    searched, held = len(order.prompts), len(order.held_out)
+    return (searched + 2 * held) * reference_steps + 2 * steps * (
+        searched * order.budget + 4 * held
+    )
+
+
+def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) -> Outcome:
+    """Runs a search. An interruption ends it with what is found by then; during the reference, or
+    a second time, it goes through.
+
+    watch: is told of each measurement, with their number so far.
+    """
+    minimizer()  # before the reference, which takes long
+    parts = studio.parts(order.prompts, 0)
+    beside = studio.parts(order.held_out, len(order.prompts))
+
+    def key(prompts: Sequence[str]) -> str:
+        return json.dumps([list(order.prompts), prompts])
+
+    styled = kept(studio, key(order.prompts), lambda: studio.reference(parts))
+    checked = kept(studio, key(order.held_out), lambda: studio.reference(beside))
+    run = Search(
+        Measured(studio, parts, styled), order.default, order.low, order.high, order.budget
+    )
+    stopped, number = False, 0
+    try:
+        for number, point in enumerate(run.steps(), 1):
+            watch(point, number)
+        found = run.found()
+    except interrupted():
+        if not number:
+            raise
+        stopped, found = True, run.found(stopped=True)
+    taken, default = _plain(found.taken.weights), _plain(found.default.weights)
+    held_out, shown, weights = None, None, taken
+    rows = {f"{studio.settings.reference_steps} steps, styles alone": checked.latents[:SHOWN]}
+    try:
+        if not stopped and taken != default:
+            check = Measured(studio, beside, checked)
+            first, second = check(default), check(taken)
+            held_out = second.d_path / max(first.d_path, TINY)
+            held_out += second.d_spec / max(first.d_spec, TINY)
+            if held_out >= 2:
+                weights = default
+        few = studio.parts(order.held_out[:SHOWN], len(order.prompts))
+        for title, at in {"default": default, "found": taken, **_edges(found)}.items():
+            numbers = " + ".join(f"{weight:.2f}" for weight in at)
+            rows[f"{title}: {numbers}"] = studio.draw(at, few)
+        if not stopped:
+            plain = kept(
+                studio, "plain" + key(order.held_out), lambda: studio.reference(beside, False)
+            )
+            shown = _shown(studio, beside, (default, weights), checked, plain)
+    except interrupted():
+        found.stopped = True
+    return Outcome(found, weights, held_out, shown, rows)
+
+
+def _shown(
+    studio: Studio, parts: Sequence[Part], weights: Sequence[tuple[float, ...]], styled: Reference,
+    plain: Reference,
+) -> tuple[float, float] | None:  # fmt: skip
+    """The share of the styles' effect that few steps show, at two sets of weights."""
+    effect, shares = (statistics(styled.latents), statistics(plain.latents)), []
+    for at in weights:
+        without = statistics(studio.draw((at[0], *[0.0] * (len(at) - 1)), parts))
+        shares.append(style_shown(statistics(studio.draw(at, parts)), without, *effect))
+    first, second = shares
+    return None if first is None or second is None else (first, second)
+
+
+def _plain(weights: Array) -> tuple[float, ...]:
+    """The weights as a user can type them: two decimals."""
+    return tuple(round(float(weight), 2) for weight in np.asarray(weights))
+
+
+def _edges(found: Found) -> dict[str, tuple[float, ...]]:
+    """The two ends of the region along the direction in which it is longest."""
+    region = found.region
+    axis = region.axes[:, 0] * region.lengths[0]
+    ends = (np.clip(region.centre + sign * axis, region.low, region.high) for sign in (-1, 1))
+    return {f"edge {number}": _plain(end) for number, end in enumerate(ends, 1)}
+
+
+def figures(outcome: Outcome, order: Order, studio: Studio) -> dict[str, str]:
+    """What a combined file's metadata keep of a search."""
+    settings = studio.settings
+    prompts = hashlib.sha256("\n".join((*order.prompts, *order.held_out)).encode()).hexdigest()
+    values = {
+        "weights": dict(zip(order.names, outcome.weights, strict=True)),
+        "steps": settings.steps, "cfg": settings.cfg, "seed": settings.seed,
+        "prompts": len({*order.prompts, *order.held_out}), "prompts_sha256": prompts,
+        "reference": {
+            "steps": settings.reference_steps, "guidance": settings.guidance,
+            "strengths": settings.strengths,
+        },
+        "measured": len(outcome.found.points),
+        "better_on_held_out": _better(outcome),
+        "style_shown": outcome.shown and round(outcome.shown[1], 3),
+    }  # fmt: skip
+    return {SEARCH: json.dumps(values)}
+
+
+def _better(outcome: Outcome) -> float | None:
+    """How much lower J is than at the default, on held-out pictures; 0 if the default was kept."""
+    if outcome.held_out is None:
+        return None
+    return round(max(0.0, 1 - outcome.held_out / 2), 3)
