@@ -37,7 +37,7 @@ _OWN_KINDS = (
 )
 REST, TEXT = "rest", "text"
 NAMES = (TEXT, *(name for name, _ in (*_PLACES, *_KINDS)))
-_OWN_NAME = re.compile(r"mid_block(_\w+)?|\w*?(blocks|layers|refiner)(_\d\w*)?")
+_OWN_NAME = re.compile(r"(mid_block|\w*?(blocks|layers|refiner))(_\w+)?")
 # The names of a vector's blocks, such as up_blocks_0_attentions_1 or double_blocks_3.
 _BLOCK = re.compile(
     rf"{UNET}((?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+"
