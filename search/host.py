@@ -24,7 +24,6 @@ from ..lora.family import recorded
 from ..lora.formats.module_names import is_text
 from ..lora.host import apply
 from ..samplers import host as sampling
-from ..samplers.families import DEFAULT
 from .objective import Residuals, residuals, statistics
 from .surface import Array
 
@@ -133,7 +132,7 @@ class Studio:
         """latent: an empty one, for its size. tick: is told of each network call for a picture."""
         known = sampling.applied_to(model)
         own = model.get_model_object("model_sampling")
-        if known.accelerations or isinstance(own, sampling.LCMSampling):
+        if known.accelerations or sampling.set_family(own):
             names = ", ".join(each.source for each in known.accelerations) or "LCM sampling"
             raise ValueError(
                 f"The MODEL has {names} already. The search adds the acceleration itself: connect "
@@ -145,7 +144,7 @@ class Studio:
                 "latent of the size of your pictures."
             )
         self.settings, self.tick = settings, tick
-        family = _family(acceleration)
+        family = _family(acceleration, sampling.offered(model)[1])
         self.key = _key(model, clip, styles, latent, settings) + family
         self.bare = Weighable(model, styles)
         self.fast = Weighable(sampling.patch_sampling(model, family), [acceleration, *styles])
@@ -301,10 +300,10 @@ def interrupted() -> type[BaseException]:
     return comfy.model_management.InterruptProcessingException
 
 
-def _family(acceleration: Vector) -> str:
+def _family(acceleration: Vector, default: str) -> str:
     made = recorded(acceleration.metadata)
     if made is None:
-        return DEFAULT
+        return default
     if len(made.families) > 1:
         raise ValueError(
             f"{acceleration.source} is an acceleration of several families "
