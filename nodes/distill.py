@@ -118,7 +118,9 @@ class LCMDistill(io.ComfyNode):
     def execute(cls, data: dict[str, Any], style_lora: str, **settings: Any) -> io.NodeOutput:
         style = "" if style_lora == NONE else style_lora
         order = {"data": data, "style_lora": style, **settings}
-        workflow = (cls.hidden.extra_pnginfo or {}).get("workflow")
+        # An order over the API has no graph, and one outside a prompt no hidden inputs.
+        more = cls.hidden.extra_pnginfo if cls.hidden else None
+        workflow = more.get("workflow") if isinstance(more, dict) else None
         job, new, spec = host.start(build(Order, order, "the order"), workflow)
         line = Line("Queued") if new else Line("This job already exists")
         shown = said(line, of_order(spec)) | {JOB: [job]}

@@ -46,7 +46,7 @@ def test_the_template_shows_its_sheet_on_the_node(browser, client, subject, vue)
         {key: previews[0][key] for key in ("filename", "subfolder", "type")}
     )
     sheet = Image.open(io.BytesIO(page.request.get(f"{client.url}/view?{query}").body()))
-    assert sheet.size[0] > 2 * (subject.size - 8) and sheet.size[1] > 4 * (subject.size - 8)
+    assert sheet.size[0] > 2 * (side - 8) and sheet.size[1] > 4 * (side - 8)
     lines = next(output["text"][0] for output in shown if "text" in output).splitlines()
     assert len(lines) == 8 and lines[-1].endswith("weight_1=1, weight_2=1.2")
     assert page.evaluate(OVERLAPS) == []
