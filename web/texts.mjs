@@ -62,6 +62,7 @@ function tell(node, lines) {
 
 /** Shows lines until the node says something else; they are not kept. */
 export function show(node, lines) {
+  const isFirst = !widgetOf(node, false);
   const widget = widgetOf(node, lines.length > 0);
   const shown = JSON.stringify(lines.map((line) => [spoken(line), line[2]]));
   if (!widget || widget.shown === shown) return; // what a user has selected stays so
@@ -73,9 +74,17 @@ export function show(node, lines) {
     return row;
   }));
   widget.element.style.visibility = lines.length ? "" : "hidden";
-  const height = node.computeSize()[1];
-  if (node.size[1] < height) node.setSize([node.size[0], height]);
+  fit(node, isFirst);
   node.setDirtyCanvas?.(true, true);
+}
+
+/** Makes room for the text. The new rendering does so itself; and when it loads a node, it makes it as
+ * high as all widgets would need, also those that it folds, so that takes room away. */
+function fit(node, isFirst) {
+  const height = node.computeSize()[1];
+  const isFolded = window.LiteGraph.vueNodesMode && !node.showAdvanced && node.widgets.some(({ options }) => options?.advanced);
+  if (!isFolded && node.size[1] < height) node.setSize([node.size[0], height]);
+  if (isFolded && isFirst && node.size[1] <= height) node.setSize([node.size[0], 0]);
 }
 
 /** The node with an id of the server's: "3", or "7:3" for node 3 inside the subgraph of node 7. */

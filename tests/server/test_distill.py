@@ -51,6 +51,7 @@ def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, vue
     if vue:
         widgets = page.locator("[data-node-id='3'] .lg-node-widget")
         assert widgets.count() == 4  # checkpoint, name, length and the text
+        assert page.evaluate("app.graph.getNodeById(3).size[1]") < 350  # with no room for others
     assert page.evaluate(OVERLAPS) == []
 
     page.evaluate(FITTED, [subject.checkpoint, f"distill/{vue}", 40])
