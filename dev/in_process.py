@@ -8,12 +8,20 @@ from pathlib import Path
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "custom_nodes", "user", "temp")
 
 
-def enter(host: Path, base: Path) -> None:
-    """Puts the host on the import path with its flags set; nothing of it is imported yet.
+_entered: Path | None = None
 
-    host: folder of ComfyUI. base: where it looks for models and writes outputs, made here.
-    Call it before anything of the host is imported: the host reads its flags on import.
+
+def enter(host: Path, base: Path) -> Path:
+    """Puts the host on the import path with its flags set; nothing of it is imported yet. -> where
+    it looks for models and writes outputs: the base of the first call in this process, because the
+    host reads its flags once.
+
+    host: folder of ComfyUI. base: is made here. Call it before anything of the host is imported.
     """
+    global _entered
+    if _entered is not None:
+        return _entered
+    _entered = base
     for folder in FOLDERS:
         (base / folder).mkdir(parents=True, exist_ok=True)
     if str(host) not in sys.path:
@@ -26,6 +34,7 @@ def enter(host: Path, base: Path) -> None:
     import comfy.cli_args  # noqa: F401 (reads sys.argv now)
 
     sys.argv = before
+    return base
 
 
 def device_flags() -> list[str]:

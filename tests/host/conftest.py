@@ -16,8 +16,7 @@ def comfy(tmp_path_factory, host_folder):
     """.host: ComfyUI's folder; .base: its base directory; .loras, .checkpoints: model folders."""
     from lcm_lora.dev import in_process
 
-    base = tmp_path_factory.mktemp("comfyui")
-    in_process.enter(host_folder, base)
+    base = in_process.enter(host_folder, tmp_path_factory.mktemp("comfyui"))
     models = base / "models"
     return SimpleNamespace(
         host=host_folder, base=base, loras=models / "loras", checkpoints=models / "checkpoints"

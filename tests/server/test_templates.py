@@ -84,6 +84,7 @@ def test_the_browser_of_templates_shows_titles_and_cards_and_opens_one(page):
 )
 def test_files_that_are_missing_are_offered(page, stem, files):
     """The user has none of them."""
+    page.keyboard.press("Escape")  # older front ends may still offer those of another workflow
     path = next(path for path in WORKFLOWS if path.stem == stem)
     page.evaluate(OPENED, [json.loads(path.read_text(encoding="utf-8")), path.stem, False])
     details = page.get_by_text("View details")
