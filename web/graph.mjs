@@ -131,7 +131,14 @@ export function orderOf(node) {
   return { ...order, style_lora: order.style_lora === "none" ? "" : order.style_lora, data: { ...data, kind, path } };
 }
 
-/** Puts the settings of an order into new nodes for its data and for the distillation. */
+/** The name of a copy: my-lora becomes my-lora-2, and that my-lora-3. */
+function nextName(name) {
+  const [, stem, number] = /^(.*?)(?:-(\d{1,4}))?$/.exec(name);
+  return `${stem}-${number ? Number(number) + 1 : 2}`;
+}
+
+/** Puts the settings of an order into new nodes for its data and for the distillation. The LoRA gets
+ * a name of its own, for that of the order is taken. */
 export async function edit({ data, ...order }) {
   await app.refreshComboInNodes?.();
   const source = place("LCMDistillData", middle());
@@ -142,7 +149,7 @@ export async function edit({ data, ...order }) {
   set(source, "resolution", data.resolution);
   set(source, "auto_resolution", Boolean(data.auto_resolution)); // older orders have none
   const node = place("LCMDistill", [source.pos[0] + source.size[0] + GAP, source.pos[1]]);
-  for (const [name, value] of Object.entries({ ...order, style_lora: order.style_lora || "none" })) set(node, name, value);
+  for (const [name, value] of Object.entries({ ...order, name: nextName(order.name), style_lora: order.style_lora || "none" })) set(node, name, value);
   source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));
   present([source, node]);
 }

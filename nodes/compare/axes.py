@@ -78,12 +78,18 @@ def of_checkpoints(job: str, text: str, kept: Sequence[int], vector: int) -> Axi
 
 def of_settings(text: str) -> Axis:
     """Settings in each line, as the node's output has them."""
+    given = [read(line) for line in _lines(text)]
+    # What is the same in all lines is not worth a place in each label.
+    common = {
+        name for name in (given[0] if given else {})
+        if all(name in changes and changes[name] == given[0][name] for changes in given)
+    }  # fmt: skip
     points = []
-    for line in _lines(text):
-        changes = read(line)
+    for changes in given:
         label = ", ".join(
             value if name == "prompt" else f"{name} {_shown(name, value)}"
             for name, value in changes.items()
+            if name not in common or len(given) == 1
         )
         points.append(Point(label, changes))
     return _checked("settings", points, "one cell a line", "")
@@ -141,8 +147,15 @@ def _checked(name: str, points: Sequence[Point], example: str, title: str | None
     return Axis(name if title is None else title, points)
 
 
-def require_few(columns: Axis, rows: Axis) -> None:
-    """Raises ValueError if the sheet would have too many cells."""
+def require_crossed(columns: Axis, rows: Axis) -> None:
+    """Raises ValueError if both axes change the same setting, or if the sheet would have too many
+    cells."""
+    changed = [{n for p in axis.points for n in p.changes} for axis in (columns, rows)]
+    if both := sorted(changed[0] & changed[1]):
+        raise ValueError(
+            f"columns and rows both change {', '.join(both)}. Set rows to none, or compare another "
+            "setting in one of them."
+        )
     count = len(columns.points) * len(rows.points)
     _limit(f"A sheet of {len(columns.points)} x {len(rows.points)}", count)
 

@@ -168,7 +168,7 @@ class LCMCompare(io.ComfyNode):
         negative: list[Any] | None = None,
     ) -> io.NodeOutput:
         across, down = _axis_of(columns, "columns"), _axis_of(rows, "rows")
-        axes.require_few(across, down)
+        axes.require_crossed(across, down)
         numbers = range(1, int(count["count"]) + 1)
         given = [count.get(f"vector_{number}") for number in numbers]
         wired = [None if tensors is None else from_wire(tensors) for tensors in given]

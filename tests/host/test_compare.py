@@ -372,6 +372,11 @@ def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
         (axis("cfg", values="1, 2"), {"negative": None}, "negative is not connected"),
         (axis("steps", values="2, 8"), {"denoise": 0.1}, "8 steps do not fit"),
         (axis("LoRA file", vector=2, files="gone"), {}, "no LoRA file 'gone'"),
+        (
+            axis("settings", lines="steps=4, weight_2=1\nsteps=4, weight_2=0"),
+            {"rows": axis("weight", "rows", vector=2, values="0, 1")},
+            "both change weight_2. Set rows to none",
+        ),
         (axis("settings", lines="steps=4\nstep=5"), {}, "no setting 'step'"),
         (axis("settings", lines="steps=4\ncfg"), {}, "'cfg' is no setting"),
         (axis("settings", lines="steps=4\nweight_3=1"), {}, "the node has 2 vectors"),

@@ -190,7 +190,7 @@ def test_a_jobs_settings_come_back_into_the_graph(tab, ground, subject):
     )
     assert {
         "source": "pictures", "source.folder": "pictures", "source.crops": 3, "source.flip": False,
-        "resolution": 128, "auto_resolution": True, "name": "edit/me", **chosen,
+        "resolution": 128, "auto_resolution": True, "name": "edit/me-2", **chosen,
         "style_lora": "none", "checkpoint": ground.subject.checkpoint,
     }.items() <= values.items()  # fmt: skip
     assert tab.evaluate(OVERLAPS) == 0

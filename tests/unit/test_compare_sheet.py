@@ -59,6 +59,13 @@ def test_settings_read_as_they_were_written(settings):
     assert read(written(settings)) == settings
 
 
+def test_labels_of_settings_show_what_differs():
+    lines = "steps=4, cfg=1, weight_2=0.4\nsteps=4, cfg=1.5, weight_2=0.8"
+    assert [point.label for point in of_settings(lines).points] == [
+        "cfg 1, weight_2 0.4", "cfg 1.5, weight_2 0.8",
+    ]  # fmt: skip
+
+
 def test_settings_that_a_person_writes():
     assert read(" steps = 4,cfg=2 ,prompt=a fox, seed=3,") == {
         "steps": 4, "cfg": 2, "prompt": "a fox", "seed": 3,
