@@ -325,6 +325,12 @@ def sample_lcm_exact(
         )  # fmt: skip
 
 
+def fitted(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
+    """The samples of a LATENT; an empty one with the channels and the scale that the MODEL has."""
+    hints = {name: latent[name] for name in HINTS if name in latent}  # 0.16.3 has the first only
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
+
+
 @dataclass(frozen=True)
 class Run:
     """The settings of a sampling run.
@@ -370,8 +376,7 @@ def sample(
     """
     model = _prepared(model)
     sigmas = schedule(model, run.steps, run.denoise)
-    hints = {name: latent[name] for name in HINTS if name in latent}  # 0.16.3 has the first only
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
+    image = fitted(model, latent)
     batch_index = picture_numbers(latent.get("batch_index"), len(image))
     if seeds is None:
         noise = comfy.sample.prepare_noise(image, run.seed, batch_index)

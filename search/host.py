@@ -7,6 +7,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import comfy.model_management
@@ -24,11 +25,11 @@ from ..lora.family import recorded
 from ..lora.formats.module_names import is_text
 from ..lora.host import apply
 from ..samplers import host as sampling
+from ..samplers.conditioning import Conditioning, form, joined
 from .objective import Residuals, residuals, statistics
 from .surface import Array
 
 AT_ONCE = 128 * 128  # latent points in one call: a picture of SDXL, 4 of SD1.5
-Conditioning = list[Any]
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class Studio:
         tick: Callable[[int], None],
     ) -> None:
         """latent: an empty one, for its size. tick: is told of each network call for a picture."""
-        known = sampling.applied_to(model)
+        accelerations = sampling.applied_to(model).accelerations
         own = model.get_model_object("model_sampling")
-        if known.accelerations or sampling.set_family(own):
-            names = ", ".join(each.source for each in known.accelerations) or "LCM sampling"
+        if accelerations or sampling.set_family(own):
+            names = ", ".join(lora.source for lora in accelerations) or "LCM sampling"
             raise ValueError(
                 f"The MODEL has {names} already. The search adds the acceleration itself: connect "
                 "the MODEL of the checkpoint loader."
@@ -148,10 +149,7 @@ class Studio:
         self.key = _key(model, clip, styles, latent, settings) + family
         self.bare = Weighable(model, styles)
         self.fast = Weighable(sampling.patch_sampling(model, family), [acceleration, *styles])
-        samples = comfy.sample.fix_empty_latent_channels(
-            model, latent["samples"][:1], latent.get("downscale_ratio_spacial")
-        )
-        self.empty = samples
+        self.empty = sampling.fitted(model, latent)[:1]
         for style, strength in zip(styles, settings.strengths, strict=True):
             if any(map(is_text, style.modules())):
                 clip = apply(model, clip, style, 0.0, strength)[1]
@@ -161,15 +159,14 @@ class Studio:
 
     def parts(self, prompts: Sequence[str], first: int) -> list[Part]:
         """The pictures of prompts, one each. first: the number of the first one."""
-        texts = [self._encode(prompt) for prompt in prompts]
-        count = max(1, AT_ONCE // self.empty.shape[-2:].numel())
-        made: list[Part] = []
-        for number, text in enumerate(texts, first):
-            last = made[-1] if made else None
-            if last and len(last.numbers) < count and (both := _together(last.positive, text)):
-                made[-1] = Part(both, (*last.numbers, number))
-            else:
-                made.append(Part(text, (number,)))
+        most = max(1, AT_ONCE // self.empty.shape[-2:].numel())
+        encoded = [(number, self._encode(prompt)) for number, prompt in enumerate(prompts, first)]
+        made = []
+        for _, alike in groupby(encoded, key=lambda item: form(item[1])):
+            group = list(alike)
+            for begin in range(0, len(group), most):
+                numbers, texts = zip(*group[begin : begin + most], strict=True)
+                made.append(Part(joined(texts) if len(texts) > 1 else texts[0], numbers))
         return made
 
     def reference(self, parts: Sequence[Part], styled: bool = True) -> Reference:
@@ -216,7 +213,7 @@ class Studio:
 
     def answers(self, weights: Sequence[float], parts: Sequence[Part], states: Tensor) -> Tensor:
         """What the network answers in one call at each of the reference's states."""
-        model, found, begin = self.fast.at(weights), [], 0
+        model, answers, begin = self.fast.at(weights), [], 0
         for part in parts:
             at = states[begin : (begin := begin + len(part.numbers))]
 
@@ -228,11 +225,11 @@ class Studio:
                 for k, level in enumerate(levels[:-1]):
                     made.append(network(at[:, k].to(x), level.repeat(len(x)), **extra_args))
                     self.tick(len(x))
-                found.append(torch.stack(made, 1).float().cpu())
+                answers.append(torch.stack(made, 1).float().cpu())
                 return x
 
             self._run(model, part, call, self.sigmas, self.settings.cfg)
-        return torch.cat(found)
+        return torch.cat(answers)
 
     def draw(self, weights: Sequence[float], parts: Sequence[Part]) -> Tensor:
         """The few-step pictures, as LCM KSampler draws them."""
@@ -240,8 +237,8 @@ class Studio:
         run = sampling.Run(settings.seed, settings.steps, settings.cfg)
         for part in parts:
             size = len(part.numbers)
-            latent = {"samples": self.empty.repeat(size, *[1] * (self.empty.ndim - 1))}
-            latent["batch_index"] = list(part.numbers)
+            samples = self.empty.repeat(size, *[1] * (self.empty.ndim - 1))
+            latent = {"samples": samples, "batch_index": list(part.numbers)}
             made = sampling.sample(model, run, part.positive, self.negative, latent)
             drawn.append(made["samples"].float().cpu())
             self.tick(size * settings.steps)
@@ -310,20 +307,6 @@ def _family(acceleration: Vector, default: str) -> str:
             f"({', '.join(made.families)}); the search needs one that is sampled in one way."
         )
     return made.families[0]
-
-
-def _together(one: Conditioning, other: Conditioning) -> Conditioning | None:
-    """Two texts as a batch; None if their encodings differ in shape or hold more than tensors."""
-    if len(one) != 1 or len(other) != 1 or one[0][1].keys() != other[0][1].keys():
-        return None
-    pairs = {key: (value, other[0][1][key]) for key, value in one[0][1].items()}
-    pairs = {key: pair for key, pair in pairs.items() if pair != (None, None)}
-    pairs[""] = one[0][0], other[0][0]
-    for a, b in pairs.values():
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape[1:] != b.shape[1:]:
-            return None
-    joined = {key: torch.cat(pair) for key, pair in pairs.items()}
-    return [[joined.pop(""), {**dict.fromkeys(one[0][1]), **joined}]]
 
 
 _KEPT: dict[str, tuple[Any, Any]] = {}

@@ -29,7 +29,7 @@ from ..toy import assemble, learn, sprites, world
 from ..toy.command import DISTILLED, write_pictures
 from . import quality, subjects
 from .distill_quality import distil
-from .report import Report
+from .report import Report, chosen_parts
 
 log = logging.getLogger("lcm_lora")
 PARTS = ("steps", "checkpoints", "style", "rank", "data")
@@ -46,9 +46,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
-    wanted = chosen.parts.split(",")
-    if unknown := sorted(set(wanted) - set(PARTS)):
-        raise SystemExit(f"--parts: unknown {', '.join(unknown)}; expected {', '.join(PARTS)}.")
+    wanted = chosen_parts(chosen.parts, PARTS)
     bench = Bench(chosen, checkpoint)
     for part in wanted:
         getattr(bench, part)()

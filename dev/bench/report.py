@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,11 @@ class Report:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def chosen_parts(text: str, parts: Sequence[str]) -> list[str]:
+    """The parts that the option --parts names, with commas. Ends the program for an unknown one."""
+    wanted = text.split(",")
+    if unknown := sorted(set(wanted) - set(parts)):
+        raise SystemExit(f"--parts: unknown {', '.join(unknown)}; expected {', '.join(parts)}.")
+    return wanted

@@ -27,7 +27,7 @@ from ...search.objective import statistics
 from ..toy import assemble, world
 from ..toy.command import DISTILLED
 from . import grids, quality, subjects
-from .report import Report
+from .report import Report, chosen_parts
 
 PARTS = ("plants", "styles", "grids")
 PAPER = (1.0, 0.8)  # of the acceleration and of the style
@@ -48,9 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
-    wanted = chosen.parts.split(",")
-    if unknown := sorted(set(wanted) - set(PARTS)):
-        raise SystemExit(f"--parts: unknown {', '.join(unknown)}; expected {', '.join(PARTS)}.")
+    wanted = chosen_parts(chosen.parts, PARTS)
     bench = Bench(chosen, checkpoint)
     for part in wanted:
         getattr(bench, part)()

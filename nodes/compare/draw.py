@@ -19,6 +19,7 @@ from ...lora.formats.files import read_named
 from ...lora.formats.module_names import is_text
 from ...lora.host import Coverage, apply, beside
 from ...lora.live import Live
+from ...samplers.conditioning import Conditioning, form, joined
 from ...samplers.host import family_for, record, sample, schedule
 from ...samplers.noise import picture_numbers
 from ...samplers.report import Line
@@ -28,7 +29,6 @@ from ..texts import acceleration, of_coverage, of_run
 from .cells import Cell, Mix, Source, Together, sources_of, together
 
 MOST_TOGETHER = 8  # pictures of a batch; more hardly gain time, and take memory
-Conditioning = list[Any]
 Watch = Callable[[int], None]
 """Is called with the steps that are done, of all pictures together."""
 
@@ -214,26 +214,14 @@ class Drawing:
     def _form(self, cell: Cell) -> Hashable:
         """Is equal for cells whose texts can be one batch."""
         text = self._positive(cell)
-        if cell.prompt is None or len(text) != 1:
-            return id(text)
-        encoded, more = text[0]
-        return (encoded.shape, *sorted((key, _form(value)) for key, value in more.items()))
+        return id(text) if cell.prompt is None else form(text)
 
     def _positives(self, cells: Sequence[Cell]) -> Conditioning:
         texts = [self._positive(cell) for cell in cells]
         if all(text is texts[0] for text in texts):
             return texts[0]
         each = len(self.latent["samples"])
-        repeated = [text[0] for text in texts for _ in range(each)]
-        more = {
-            key: torch.cat([text[1][key] for text in repeated]) if torch.is_tensor(value) else value
-            for key, value in repeated[0][1].items()
-        }
-        return [[torch.cat([text[0] for text in repeated]), more]]
-
-
-def _form(value: Any) -> Any:
-    return str(value.shape if torch.is_tensor(value) else value)
+        return joined([text for text in texts for _ in range(each)])
 
 
 def _problems(coverage: Coverage) -> list[Line]:
