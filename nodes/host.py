@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from comfy_execution.utils import get_executing_context
 
 from ..lora.formats.filenames import inside, offered
 from ..samplers.report import Line
+
+interruptions: Counter[str] = Counter()
+"""How often a run of a node was interrupted that then gave what it had, by the node's id. A node
+has it in its fingerprint, for ComfyUI would keep those outputs as if they were complete."""
 
 
 def lora_names() -> list[str]:

@@ -25,7 +25,7 @@ from ..search.picture import sheet
 from ..search.report import report
 from ..search.session import PICTURES, Order, Outcome, calls, figures, search, split
 from ..training.data.sources import PROMPTS, read_prompts
-from .host import show, weight_input
+from .host import interruptions, show, weight_input
 from .texts import said
 
 MOST_STYLES = 5
@@ -144,6 +144,10 @@ class LCMWeightSearch(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return interruptions["LCMWeightSearch"]
+
+    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
@@ -177,6 +181,7 @@ class LCMWeightSearch(io.ComfyNode):
         bar = comfy.utils.ProgressBar(calls(order, steps, reference_steps))
         studio = Studio(model, clip, vectors[0], vectors[1:], latent, settings, bar.update)
         outcome = search(studio, order, _show)
+        interruptions["LCMWeightSearch"] += outcome.found.stopped
         combined = _sum(vectors, outcome.weights, strengths)
         made = {**combined.metadata, **figures(outcome, order, studio)}
         text = report(outcome, order)
@@ -226,7 +231,7 @@ def _show(point: Point, number: int) -> None:
 def _lines(outcome: Outcome) -> list[Line]:
     """The result on the node."""
     values = {"weights": " + ".join(f"{weight:g}" for weight in outcome.weights)}
-    if outcome.found.stopped:
+    if outcome.found.stopped and outcome.held_out is None:
         return [Line("Interrupted; the best weights so far: {weights}", values, warning=True)]
     if outcome.is_default:
         lines = [Line("No weights are better than the default, {weights}", values)]

@@ -85,12 +85,12 @@ class Search:
             best = self.best
             low = np.maximum(self.low, best.weights - radius)
             high = np.minimum(self.high, best.weights + radius)
+            if best.j < SMALL / 100:
+                return
             surface = self.surface(best.weights)
             lowest = sorted(self.points, key=lambda point: point.j)[:3]
             there = surface.lowest([p.weights for p in lowest], low, high)
             step = float(np.abs(there - best.weights).max())
-            if best.j < SMALL / 100:
-                return
             gain = best.j - surface(there)
             if step < NEAR or radius < NEAR or gain < WORTH * best.j:
                 if polished:
@@ -122,6 +122,8 @@ class Search:
                 weights = flat.nearest(self.default)
                 if np.abs(weights - self.best.weights).max() < NEAR:
                     region, taken = flat, self.best
+                    break
+                if len(self.points) >= self.budget:
                     break
                 point = self._add(weights)
                 if self._is_equal(point):
@@ -156,7 +158,7 @@ class Search:
                         break
                 else:
                     continue
-                if not self._is_equal(self._add(there)):
+                if len(self.points) >= self.budget or not self._is_equal(self._add(there)):
                     continue
             region = region.without(axis)
         return region
@@ -169,7 +171,7 @@ class Search:
             point = self.default.copy()
             for k in (i, j):
                 point[k] += REACH if point[k] + REACH <= self.high[k] else -REACH
-            yield point
+            yield np.clip(point, self.low, self.high)
 
     def _around(self, centre: Array, reach: float) -> Iterator[Array]:
         for i in range(len(centre)):

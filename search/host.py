@@ -29,6 +29,7 @@ from ..samplers.conditioning import Conditioning, form, joined
 from .objective import Residuals, residuals, statistics
 from .surface import Array
 
+Patches = dict[str, list[Any]]
 AT_ONCE = 128 * 128  # latent points in one call: a picture of SDXL, 4 of SD1.5
 
 
@@ -77,12 +78,11 @@ class Reference:
 
 
 class Weighable:
-    """A MODEL to which vectors are added with any weights. Each is matched to the MODEL only once;
-    ComfyUI adds up the products of the factors where it loads the weights."""
+    """A MODEL to which vectors are added with any weights: ComfyUI adds up the products of the
+    factors where it loads the weights. patches: those of each vector, as `_added` makes them."""
 
-    def __init__(self, model: ModelPatcher, vectors: Sequence[Vector]) -> None:
-        self.model = model
-        self.patches = [_added(model, vector) for vector in vectors]
+    def __init__(self, model: ModelPatcher, patches: Sequence[Patches]) -> None:
+        self.model, self.patches = model, patches
         self.last: tuple[tuple[float, ...], ModelPatcher] | None = None
 
     def at(self, weights: Sequence[float]) -> ModelPatcher:
@@ -103,7 +103,8 @@ class Weighable:
         return made
 
 
-def _added(model: ModelPatcher, vector: Vector) -> dict[str, list[Any]]:
+def _added(model: ModelPatcher, vector: Vector) -> Patches:
+    """The patches of a vector at weight 1, by their keys."""
     require_sum(vector)
     after = apply(model, None, vector, 1.0, 0.0)[0]
     return {
@@ -146,9 +147,11 @@ class Studio:
             )
         self.settings, self.tick = settings, tick
         family = _family(acceleration, sampling.offered(model)[1])
-        self.key = _key(model, clip, styles, latent, settings) + family
-        self.bare = Weighable(model, styles)
-        self.fast = Weighable(sampling.patch_sampling(model, family), [acceleration, *styles])
+        self.key = _key(styles, latent, settings) + family
+        self.owners = model, clip
+        fast, *patches = (_added(model, vector) for vector in (acceleration, *styles))
+        self.bare = Weighable(model, patches)
+        self.fast = Weighable(sampling.patch_sampling(model, family), [fast, *patches])
         self.empty = sampling.fitted(model, latent)[:1]
         for style, strength in zip(styles, settings.strengths, strict=True):
             if any(map(is_text, style.modules())):
@@ -239,9 +242,11 @@ class Studio:
             size = len(part.numbers)
             samples = self.empty.repeat(size, *[1] * (self.empty.ndim - 1))
             latent = {"samples": samples, "batch_index": list(part.numbers)}
-            made = sampling.sample(model, run, part.positive, self.negative, latent)
+            made = sampling.sample(
+                model, run, part.positive, self.negative, latent,
+                callback=lambda *_, size=size: self.tick(size),
+            )  # fmt: skip
             drawn.append(made["samples"].float().cpu())
-            self.tick(size * settings.steps)
         return torch.cat(drawn)
 
     def _run(
@@ -309,28 +314,26 @@ def _family(acceleration: Vector, default: str) -> str:
     return made.families[0]
 
 
-_KEPT: dict[str, tuple[Any, Any]] = {}
-"""The last references by their keys, each with a weak reference to the network it belongs to."""
+_KEPT: dict[str, tuple[list[weakref.ref[Any]], Any]] = {}
+"""The last references by their keys, each with weak references to the MODEL and CLIP it is of."""
 
 
 def kept(studio: Studio, name: str, make: Callable[[], Any]) -> Any:
-    """A reference that is drawn only once, for as long as the model is loaded and nothing that it
-    depends on changes."""
-    key, network = f"{studio.key} {name}", studio.bare.model.model
-    if key in _KEPT and _KEPT[key][0]() is network:
-        return _KEPT[key][1]
+    """A reference that is drawn only once, for as long as ComfyUI keeps this MODEL and CLIP and
+    nothing else changes that it depends on."""
+    key = f"{studio.key} {name}"
+    owners, reference = _KEPT.get(key, ([], None))
+    if owners and all(ref() is own for ref, own in zip(owners, studio.owners, strict=True)):
+        return reference
     made = make()
     for old in [k for k in _KEPT if not k.startswith(studio.key)]:
         del _KEPT[old]
-    _KEPT[key] = weakref.ref(network), made
+    _KEPT[key] = [weakref.ref(own) for own in studio.owners], made
     return made
 
 
-def _key(
-    model: ModelPatcher, clip: CLIP, styles: Sequence[Vector], latent: dict[str, Any],
-    settings: Settings,
-) -> str:  # fmt: skip
-    """Changes with anything that a reference depends on."""
+def _key(styles: Sequence[Vector], latent: dict[str, Any], settings: Settings) -> str:
+    """Changes with anything that a reference depends on, apart from the MODEL and the CLIP."""
     digest = hashlib.sha256()
     for style in styles:
         for name, delta in sorted(style.deltas.items()):
@@ -343,5 +346,5 @@ def _key(
             digest.update(diff.contiguous().view(torch.uint8).numpy().data)
     # The timesteps where it is kept depend on the steps.
     own = replace(settings, cfg=0.0)
-    words = model.patches_uuid, clip.patcher.patches_uuid, tuple(latent["samples"].shape), own
+    words = tuple(latent["samples"].shape), own
     return digest.hexdigest() + repr(words)

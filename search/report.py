@@ -15,11 +15,9 @@ def report(outcome: Outcome, order: Order) -> str:
     lines.append(_verdict(outcome))
     if outcome.shown is not None:
         default, result = (f"{100 * share:.0f} %" for share in outcome.shown)
-        lines.append(
-            f"Of the style's effect in many steps, {result} shows; at the default {default}."
-        )
-    elif not found.stopped and outcome.shown is None:
-        lines.append("In many steps the style changes nothing, so no share of it can be said.")
+        lines.append(f"{result} of the style's full effect shows; {default} at the default.")
+    elif not found.stopped:
+        lines.append("Even in many steps the style has no effect, so its share cannot be measured.")
     tied = {i for pair in found.tied for i in pair}
     lines += ["", f"Equally good, measured {len(found.points)} times:"]
     for number, (name, (least, most)) in enumerate(
@@ -27,33 +25,36 @@ def report(outcome: Outcome, order: Order) -> str:
     ):
         text = f"  {name}: {least:.2f} to {most:.2f}"
         if number in tied:
-            text += ", not on its own"
+            text += ", only together with the other (see below)"
         elif most - least > 0.9 * (order.high - order.low):
             text += ": it makes no difference"
         lines.append(text)
     for i, j in found.tied:
         total = found.region.centre[i] + found.region.centre[j]
         lines.append(
-            f"  {order.names[i]} and {order.names[j]}: only their sum is known, {total:.2f}"
+            f"  {order.names[i]} and {order.names[j]}: only their sum matters, {total:.2f}"
         )
     for name, weight in zip(order.names, found.best.weights, strict=True):
         if min(weight - order.low, order.high - weight) < NEAR_THE_EDGE:
             lines.append(f"The best weight of {name} is at the end of its range: widen the range.")
-    best, first = found.best, found.default
+    best = found.best  # its distances are in units of the default's
     lines += [
         "",
-        f"Of the default's distance to the reference, {best.d_path / first.d_path:.3f} remains "
-        f"along its way, {best.d_spec / max(first.d_spec, 1e-12):.3f} in its spectrum.",
+        f"At the best weights measured, the distance to the reference is {best.d_path:.3f} of the "
+        f"default's along its path, and {best.d_spec:.3f} in the spectrum.",
     ]
     return "\n".join(lines)
 
 
 def _verdict(outcome: Outcome) -> str:
-    if outcome.found.stopped:
+    if outcome.found.stopped and outcome.held_out is None:
         return "Interrupted: these are the best weights so far, not checked on held-out pictures."
     if outcome.held_out is None:
         return "The default is as good as any other weights."
     percent = 100 * (1 - outcome.held_out / 2)
     if outcome.is_default:
-        return f"The default is kept: on held-out prompts, those found are {-percent:.1f} % worse."
+        return (
+            f"The default is kept: on held-out prompts, the weights that the search found are "
+            f"{-percent:.1f} % worse."
+        )
     return f"On held-out prompts these weights are {percent:.1f} % nearer to the reference."

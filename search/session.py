@@ -133,8 +133,8 @@ def calls(order: Order, steps: int, reference_steps: int) -> int:
 
 
 def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) -> Outcome:
-    """Runs a search. An interruption ends it with what is found by then; during the reference, or
-    a second time, it goes through.
+    """Runs a search. An interruption ends it with what is found by then, but goes through during
+    the reference and the first measurement. A second one ends only the check and the pictures.
 
     watch: is told of each measurement, with their number so far.
     """
@@ -159,7 +159,9 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
         if not number:
             raise
         stopped, found = True, run.found(stopped=True)
-    taken, default = _plain(found.taken.weights), _plain(found.default.weights)
+    taken, default = _plain(found.taken.weights), tuple(map(float, found.default.weights))
+    if taken == _plain(found.default.weights):
+        taken = default
     held_out, shown, weights = None, None, taken
     rows = {f"{studio.settings.reference_steps} steps, styles alone": checked.latents[:SHOWN]}
     try:
@@ -215,7 +217,7 @@ def figures(outcome: Outcome, order: Order, studio: Studio) -> dict[str, str]:
     settings = studio.settings
     prompts = hashlib.sha256("\n".join((*order.prompts, *order.held_out)).encode()).hexdigest()
     values = {
-        "weights": dict(zip(order.names, outcome.weights, strict=True)),
+        "weights": list(zip(order.names, outcome.weights, strict=True)),  # names may be equal
         "steps": settings.steps, "cfg": settings.cfg, "seed": settings.seed,
         "prompts": len({*order.prompts, *order.held_out}), "prompts_sha256": prompts,
         "reference": {

@@ -1,9 +1,9 @@
-// The rows of Few-step LoRA Stack and of Combine LoRA Vectors. The front end makes all rows anew when
+// The rows of Few-step LoRA Stack, Combine LoRA Vectors, Compare Settings and Find LoRA Weights. The front end makes all rows anew when
 // their number changes, so their values are kept here; and the menu of a stack moves its rows.
 import { say } from "./words.mjs";
 
 const STACK = "LCMLoRAStack";
-const COUNTED = [STACK, "LCMLoRACombine", "LCMCompare"];
+const COUNTED = [STACK, "LCMLoRACombine", "LCMCompare", "LCMWeightSearch"];
 const COUNT = "count";
 const FIELDS = ["on", "lora", "weight", "text_weight"];
 const MOST_ROWS = 8;

@@ -23,7 +23,7 @@ def written(names: Sequence[str], weights: Sequence[float]) -> str:
 def read_weights(text: str, names: Sequence[str]) -> list[float]:
     """The weights of the vectors with these names, from the lines of `written` in a longer text.
 
-    If the names are others, the weights are taken in their order.
+    If no name is that of a vector, or names are equal, the weights are taken in their order.
 
     Raises:
         ValueError: the text does not hold one weight for each vector.
@@ -33,12 +33,13 @@ def read_weights(text: str, names: Sequence[str]) -> list[float]:
     by_name = dict(found)
     if len(set(names)) == len(names) and all(name in by_name for name in names):
         return [by_name[name] for name in names]
-    if len(found) == len(names):
+    in_order = by_name.keys().isdisjoint(names) or [name for name, _ in found] == list(names)
+    if len(found) == len(names) and in_order:
         return [weight for _, weight in found]
     raise ValueError(
-        f"The text of weights has {len(found)} lines such as '0.8 x name' for {len(names)} vectors "
-        f"({', '.join(names)}). Connect the weights of Find LoRA Weights, in the order of its "
-        "vectors, or leave the input empty."
+        f"weights has {len(found)} lines such as '0.8 x name' ({', '.join(by_name) or 'none'}), "
+        f"but the vectors are {', '.join(names)}. Connect the weights that Find LoRA Weights gave "
+        "for these vectors, or leave the input empty."
     )
 
 
@@ -56,13 +57,13 @@ def lines(metadata: Mapping[str, str]) -> list[str]:
     try:
         values = json.loads(metadata.get(SEARCH, ""))
         return _lines(values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return []
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
     reference, prompts = values["reference"], facts.plain(values["prompts_sha256"], 12)
-    weights = [f"  {float(w):g} x {facts.plain(name, 80)}" for name, w in values["weights"].items()]
+    weights = [f"  {float(w):g} x {facts.plain(name, 80)}" for name, w in values["weights"]]
     made = [
         f"weights found by a search, for {int(values['steps'])} steps at cfg {values['cfg']:g}:",
         *weights,

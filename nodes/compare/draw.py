@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import comfy.model_management
@@ -64,6 +64,9 @@ class Drawing:
                 "as an empty one."
             )
         self._negative = negative
+        self._models: dict[Mix, ModelPatcher] = {}
+        self._sum: tuple[Mix, ModelPatcher] | None = None
+        self._encoder: tuple[Mix, CLIP] | None = None
         self.vectors = {source: self._read(source) for source in sources_of(cells)}
         text_used = clip if any(cell.prompt is not None for cell in cells) else None
         self.coverages = [
@@ -96,8 +99,9 @@ class Drawing:
     def pictures(self, watch: Watch) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of a cell, its pictures [B, H, W, 3] in 0..1), as they are drawn. Raises what
         ComfyUI raises when the user interrupts."""
-        for cell in self.cells:
-            self._positive(cell)  # all texts first, so that their encoder is loaded once
+        # All texts first, so that their encoder is loaded once, and one mix after the other.
+        for cell in sorted(self.cells, key=lambda cell: repr(cell.added)):
+            self._positive(cell)
         done = 0
         for batch in self.batches:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -115,23 +119,25 @@ class Drawing:
         assert vector is not None
         return vector
 
-    @lru_cache(None)  # noqa: B019 (a drawing lives as long as its run)
     def _described(self, mix: Mix) -> ModelPatcher:
         """The MODEL, which knows the accelerations of a mix but has none of its changes."""
-        model = self.model
-        for source, weight in mix:
-            model = self._noted(model, model.clone(), source, weight)
-        return model
+        if mix not in self._models:
+            model = self.model
+            for source, weight in mix:
+                model = self._noted(model, model.clone(), source, weight)
+            self._models[mix] = model
+        return self._models[mix]
 
-    @lru_cache(1)  # noqa: B019 (a drawing lives as long as its run)
     def _summed(self, mix: Mix) -> ModelPatcher:
         """The MODEL with a mix, as Apply LoRA Vector adds one vector after the other. It is kept
         for the next batch, because ComfyUI would merge another one anew."""
-        model = self.model
-        for source, weight in mix:
-            applied = apply(model, None, self.vectors[source], weight, 0.0)[0]
-            model = self._noted(model, applied, source, weight)
-        return model
+        if self._sum is None or self._sum[0] != mix:
+            model = self.model
+            for source, weight in mix:
+                applied = apply(model, None, self.vectors[source], weight, 0.0)[0]
+                model = self._noted(model, applied, source, weight)
+            self._sum = mix, model
+        return self._sum[1]
 
     def _noted(
         self, before: ModelPatcher, after: ModelPatcher, source: Source, weight: float
@@ -203,13 +209,14 @@ class Drawing:
             self._texts[cell.prompt, mix] = clip.encode_from_tokens_scheduled(tokens)
         return self._texts[cell.prompt, mix]
 
-    @lru_cache(1)  # noqa: B019 (a drawing lives as long as its run)
     def _with_texts(self, mix: Mix) -> CLIP:
-        clip = self.clip
-        for source, weight in mix:
-            clip = apply(self.model, clip, self.vectors[source], 0.0, weight)[1]
-        assert clip is not None
-        return clip
+        if self._encoder is None or self._encoder[0] != mix:
+            clip = self.clip
+            for source, weight in mix:
+                clip = apply(self.model, clip, self.vectors[source], 0.0, weight)[1]
+            assert clip is not None
+            self._encoder = mix, clip
+        return self._encoder[1]
 
     def _form(self, cell: Cell) -> Hashable:
         """Is equal for cells whose texts can be one batch."""

@@ -20,7 +20,7 @@ from ...lora.formats.wire import from_wire
 from ...samplers.report import Line
 from ...training.jobs import host as jobs
 from ..distill import LCMJob
-from ..host import lora_names, lora_path, weight_input
+from ..host import interruptions, lora_names, lora_path, weight_input
 from ..texts import said
 from . import axes
 from .axes import ALONE, Axis
@@ -33,7 +33,6 @@ MOST_VECTORS = 8
 NONE = "none"
 PREVIEW = 768  # pixels of the longer side
 NUMERIC = ("steps", "cfg", "weight", "denoise", "eta", "seed")
-_interrupted = 0  # runs that were; ComfyUI would keep their outputs as if they were complete
 
 
 class LCMCompare(io.ComfyNode):
@@ -139,11 +138,14 @@ class LCMCompare(io.ComfyNode):
     def fingerprint_inputs(
         cls, columns: dict[str, Any], rows: dict[str, Any], **_: Any
     ) -> list[Any]:
-        seen: list[Any] = [_interrupted]
+        seen: list[Any] = [interruptions["LCMCompare"]]
         for given in (columns, rows):
-            if given.get("files"):
+            if given.get("files") or given.get("lines"):
                 axis = _axis_of(given, "columns" if "columns" in given else "rows")
-                names = [name for point in axis.points for name in point.changes.values()]
+                names = [
+                    value for point in axis.points for name, value in point.changes.items()
+                    if name.startswith("lora_")
+                ]  # fmt: skip
                 seen += [fingerprint(lora_path(name)) for name in names]
             if "job" in given:
                 seen.append(float("nan"))  # it may have other checkpoints now
@@ -195,7 +197,6 @@ class Result(NamedTuple):
 def drawn(drawing: Drawing, columns: Axis, rows: Axis, note: str) -> Result:
     """Draws all cells, and shows the sheet so far on the node. After an interruption, the result
     has the cells that are drawn; without any, the interruption goes on."""
-    global _interrupted
     cells = drawing.cells
     bar = comfy.utils.ProgressBar(sum(cell.run.steps for cell in cells))
     pictures: dict[int, torch.Tensor] = {}
@@ -212,7 +213,7 @@ def drawn(drawing: Drawing, columns: Axis, rows: Axis, note: str) -> Result:
     except InterruptProcessingException:
         if sheet is None:
             raise
-        _interrupted += 1
+        interruptions["LCMCompare"] += 1
         text = "Interrupted: {count} of {total} pictures are drawn."
         lines.append(Line(text, {"count": len(pictures), "total": len(cells)}, warning=True))
     assert sheet is not None
@@ -336,7 +337,7 @@ def _note(
     parts = []
     for name, value in defaults.items():
         kind, _, number = name.partition("_")
-        if name in changed or (kind in ("denoise", "eta") and value in (1.0, -1.0)):
+        if name in changed or (kind, value) in (("denoise", 1.0), ("eta", -1.0)):
             continue
         vector = wired[int(number) - 1] if number else None
         parts.append(f"{_name(vector) if vector else name} {plain(value)}")

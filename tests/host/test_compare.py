@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +121,23 @@ def test_denoise_and_eta_are_bit_for_bit_what_the_nodes_draw(toy):
     ):
         alone = one_by_one(toy, denoise=denoise, eta=eta, latent=picture)
         assert torch.equal(pair, alone)
+
+
+def test_nothing_of_a_run_is_kept_when_it_has_ended(toy, monkeypatch):
+    """Its models, texts and factors would fill the memory."""
+    from lcm_lora.nodes.compare import node
+
+    drawings = []
+
+    class Watched(node.Drawing):
+        def __init__(self, *given):
+            super().__init__(*given)
+            drawings.append(weakref.ref(self))
+
+    monkeypatch.setattr(node, "Drawing", Watched)
+    pictures(toy, axis("weight", vector=1, values="0.5, 1"))
+    gc.collect()
+    assert [drawing() for drawing in drawings] == [None]
 
 
 def test_weights_that_are_drawn_together_equal_weights_one_by_one(toy):

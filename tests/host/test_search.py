@@ -167,7 +167,7 @@ def test_the_node(model, vectors, tmp_path):
     for name, delta in wanted.deltas.items():
         torch.testing.assert_close(found.deltas[name].matrix(), delta.matrix())
     figures = json.loads(found.metadata[SEARCH])
-    assert list(figures["weights"].values()) == numbers
+    assert [weight for _, weight in figures["weights"]] == numbers
     assert figures["steps"] == 2 and len(figures["prompts_sha256"]) == 64
     path = tmp_path / "found.safetensors"
     files.write(path, found, "fp32", False)
@@ -192,6 +192,15 @@ def test_the_reference_is_drawn_once(model, vectors, monkeypatch):
     assert first == len(drawn) == 3
     execute(model, vectors, seed=78)
     assert len(drawn) == 6
+    # Another encoding or another way to call the network leaves the patches as they are.
+    clip, guided = model.toy.clip.clone(), model.clone()
+    clip.clip_layer(-2)
+    guided.set_model_sampler_cfg_function(lambda args: args["uncond"])
+    execute(model, vectors, seed=78, clip=clip)
+    assert len(drawn) == 9
+    guided.toy = model.toy
+    execute(guided, vectors, seed=78)
+    assert len(drawn) == 12
 
 
 def test_an_interruption_returns_what_is_found(model, vectors, monkeypatch):
@@ -203,7 +212,9 @@ def test_an_interruption_returns_what_is_found(model, vectors, monkeypatch):
         search, "_show",
         lambda point, number: management.interrupt_current_processing(number == 4),
     )  # fmt: skip
+    before = search.LCMWeightSearch.fingerprint_inputs()
     output = execute(model, vectors, seed=79)
+    assert search.LCMWeightSearch.fingerprint_inputs() != before  # so that it runs again
     assert "Interrupted" in output.result[2]
     assert output.result[3].shape[-1] == 3 and output.result[0]
 

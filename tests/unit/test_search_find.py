@@ -99,6 +99,20 @@ def test_a_search_that_is_stopped_knows_its_best():
     assert found.best.j == min(point.j for point in found.points)
 
 
+@pytest.mark.parametrize("budget", [6, 8, 12])
+def test_no_more_is_measured_than_the_budget_allows(budget):
+    search = Search(Process(7).against((1.2, 1.2), blurred=True), PAPER, 0.0, 2.0, budget)
+    list(search.steps())
+    assert len(search.found().points) <= budget
+
+
+def test_every_measurement_is_in_a_narrow_range():
+    search = Search(Process(4).against((1.0, 1.0)), (1.0, 1.0), 0.9, 1.1, 40)
+    list(search.steps())
+    weights = np.array([point.weights for point in search.found().points])
+    assert weights.min() >= 0.9 and weights.max() <= 1.1
+
+
 def test_it_needs_fewer_measurements_than_scipys_own_search():
     """COBYQA of SciPy, from the same start to the same precision."""
     minimize = pytest.importorskip("scipy", "1.14").optimize.minimize
