@@ -90,7 +90,7 @@ def of_sampling(model: ModelPatcher, strength: float | None = None) -> list[Line
     """Where the sigmas of a flow model that was set for a family come from, and whether the
     strength of its LoRA is another than it is made for. Nothing for other models."""
     family = host.family_for(model)
-    if not host.is_flow(host.own_sampling(model)):
+    if not host.is_flow(model.get_model_object("model_sampling")):
         return []
     lines = [origin_of(family)]
     if strength not in (None, 0.0, family.weight) and family.weight != 1:

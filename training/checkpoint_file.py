@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -38,6 +39,10 @@ class CheckpointFile:
     @classmethod
     def read(cls, path: Path) -> CheckpointFile:
         """Raises ValueError if it is no safetensors file, or none of the known architectures."""
+        return _read(path, path.stat().st_mtime_ns)
+
+    @classmethod
+    def _parse(cls, path: Path) -> CheckpointFile:
         try:
             with safe_open(path, framework="pt") as file:
                 shapes = {
@@ -71,6 +76,11 @@ class CheckpointFile:
             for name, shape in layers.items()
             if len(shape) > 1 and TARGETS.search(name)
         )
+
+
+@lru_cache(maxsize=16)  # a page asks for estimates while the user types
+def _read(path: Path, _changed: int) -> CheckpointFile:
+    return CheckpointFile._parse(path)
 
 
 def _is_cross(name: str, shape: tuple[int, ...]) -> bool:

@@ -48,7 +48,9 @@ def detect(model: ModelPatcher) -> Architecture | None:
         return architecture(config.get("context_dim"), config["transformer_depth"][-1])
     kind = type(about).__name__
     name = "Wan" if kind.startswith("WAN2") else _NAMES.get(kind, kind)
-    shapes = {name_of(key): tuple(t.shape) for key, t in model.model.state_dict().items()}
+    layers = Layers(model)
+    weights = [key for key in layers.stored if key.endswith(".weight")]
+    shapes = {name_of(key): layers.shape(key) for key in weights}
     return Architecture(name, width_of(name, shapes), is_unet=False)
 
 

@@ -389,3 +389,16 @@ def test_slices_change_as_pefts_own_merge_does(comfy):
         weight = weights[key] if rows is None else weights[key].narrow(*rows)
         expected = getattr(plain, name.replace(".", "_")).weight
         assert (weight - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_the_width_of_a_packed_model_is_that_of_its_layers(comfy):
+    """nvfp4 keeps two numbers in a byte, and the state dict has the bytes."""
+    from lcm_lora.lora.weights.host import detect
+
+    model = flow_model("Flux")
+    before = detect(model)
+    for layer in model.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bytes_ = torch.zeros(layer.out_features, layer.in_features // 2, dtype=torch.uint8)
+            layer.weight = torch.nn.Parameter(bytes_, requires_grad=False)
+    assert detect(model) == before and before.width == 128

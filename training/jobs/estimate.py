@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -172,11 +171,6 @@ def _prompts(path: str) -> list[str]:
 def _checkpoint(path: str) -> CheckpointFile | None:
     """None if the file is gone or does not tell its architecture."""
     try:
-        return _read(path, Path(path).stat().st_mtime_ns)
+        return CheckpointFile.read(Path(path))
     except (OSError, ValueError):
         return None
-
-
-@lru_cache(maxsize=16)
-def _read(path: str, _changed: int) -> CheckpointFile:
-    return CheckpointFile.read(Path(path))

@@ -23,6 +23,10 @@ class Length:
     steps: int
     drawn: int | None = None
 
+    def pictures(self, count: int) -> int:
+        """How many pictures are drawn where the user asks for `count`."""
+        return min(count, self.drawn or count)
+
 
 # good is what the demo model was measured with (docs/measured.md), best what the paper took. From
 # prompts, with the calls of docs/distillation.md, try takes 0.22 times as long as good, best 2.7.
@@ -137,8 +141,7 @@ class Order:
         chosen = LENGTHS.get(self.length)
         if chosen is None:
             return self
-        count = min(self.data.count, chosen.drawn or self.data.count)
-        data = replace(self.data, count=count)
+        data = replace(self.data, count=chosen.pictures(self.data.count))
         return replace(self, data=data, steps=chosen.steps, length=CUSTOM)
 
 
@@ -150,6 +153,5 @@ def again(order: dict[str, Any], steps: int) -> dict[str, Any]:
         return order | {"steps": steps}
     if chosen.steps == steps:
         return order
-    count = min(order["data"]["count"], chosen.drawn or order["data"]["count"])
-    data = order["data"] | {"count": count}
+    data = order["data"] | {"count": chosen.pictures(order["data"]["count"])}
     return order | {"data": data, "steps": steps, "length": CUSTOM}
