@@ -54,13 +54,16 @@ class LCMLoRALoader(io.ComfyNode):
                     options=lora_names(),
                     tooltip=(
                         "The LCM-LoRA, or another few-step LoRA, for this model's architecture "
-                        "(SD1.5, SDXL, SSD-1B). An SD1.5, SD2 or SDXL LoRA is refused on a model "
-                        "of another of the three. Between SDXL and its relatives (SSD-1B, Vega, "
-                        "KOALA), the LoRA is applied as far as it fits, with a warning."
+                        "(SD1.5, SDXL, SSD-1B, or a flow model). An SD1.5, SD2 or SDXL LoRA is "
+                        "refused on a model of another of the three. Between SDXL and its "
+                        "relatives (SSD-1B, Vega, KOALA), the LoRA is applied as far as it fits, "
+                        "with a warning."
                     ),
                 ),
                 weight_input(
-                    "strength", "Weight of the LoRA. 1 is what it was trained for; 0 leaves it out."
+                    "strength",
+                    "Weight of the LoRA. Most are made for 1; the node warns if this one is not. "
+                    "0 leaves it out.",
                 ),
                 io.Combo.Input(
                     "family",

@@ -85,7 +85,7 @@ class LCMLoRAStack(io.ComfyNode):
                 ),
                 weight_input(
                     "strength",
-                    "Weight of the few-step LoRA. 1 is what it was trained for; 0 leaves it out.",
+                    "Weight of the few-step LoRA. Most are made for 1; 0 leaves it out.",
                 ),
                 io.Combo.Input(
                     "family",

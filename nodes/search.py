@@ -90,12 +90,12 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "budget", default=40, min=1, max=200,
-                    tooltip="At most so many sets of weights are measured. Two weights need about "
+                    tooltip="The most sets of weights to measure. Two weights need about "
                     "15, six about 40.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                    tooltip="Of all noise. All weights are measured with the same noise.",
+                    tooltip="Seed of all noise. All weights are measured with the same noise.",
                 ),
                 io.Int.Input(
                     "pictures", default=PICTURES, min=1, max=256, advanced=True,
@@ -116,7 +116,8 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 io.String.Input(
                     "negative", default="", advanced=True,
-                    tooltip="Negative prompt of the reference.",
+                    tooltip="Negative prompt of the reference, and of the few-step pictures if cfg "
+                    "is not 1.",
                 ),
                 weight_input("lowest", "The lowest weight to try.", 0.0),
                 weight_input("highest", "The highest weight to try.", 1.5),
@@ -199,8 +200,8 @@ def _row(number: int) -> list[io.Input]:
         io.LoraModel.Input(f"style_{number}", tooltip=f"The vector of style {number}."),
         weight_input(
             f"strength_{number}",
-            f"The strength of style {number} that you want: at it, the reference is drawn without "
-            "the LCM-LoRA.",
+            f"How strong you want style {number} to be. The reference is drawn at this strength, "
+            "without the LCM-LoRA.",
         ),
         weight_input(
             f"weight_{number}",

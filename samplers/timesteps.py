@@ -173,7 +173,7 @@ def refuse_ascent(sigmas: Sequence[float]) -> None:
         if after > before:
             raise ValueError(
                 f"A run goes from noise to the picture, so its sigmas descend; these SIGMAS have "
-                f"{after:g} after {before:g}. Take them from LCM Schedule, or turn them round."
+                f"{after:g} after {before:g}. Take them from LCM Schedule, or reverse them."
             )
 
 

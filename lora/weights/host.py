@@ -211,8 +211,9 @@ def differences(
     kinds = detect(distilled), detect(base)
     if kinds[0] != kinds[1] or kinds[1] is None:
         raise ValueError(
-            f"The distilled model is {kinds[0] or 'of another kind'} and the base model is "
-            f"{kinds[1] or 'of another kind'}; expected two models of the same architecture."
+            f"The distilled model is {kinds[0] or 'of an unknown architecture'} and the base model "
+            f"is {kinds[1] or 'of an unknown architecture'}; expected two models of the same "
+            "architecture."
         )
     shared = distilled.model.state_dict().keys() & base.model.state_dict().keys()
     names = _layers(base)

@@ -108,7 +108,7 @@ def numbers(name: str, text: str, kind: Number) -> list[float | int]:
             start, *rest = (Decimal(part) for part in parts)
         except InvalidOperation:
             raise ValueError(
-                f"{name}: {word!r} is no number; expected values such as {kind.example}, or a "
+                f"{name}: {word!r} is not a number; expected values such as {kind.example}, or a "
                 "range from:to:step such as 0.5:1:0.1."
             ) from None
         for value in _range(name, word, start, rest) if rest else [start]:
@@ -120,7 +120,9 @@ def numbers(name: str, text: str, kind: Number) -> list[float | int]:
 def _range(name: str, word: str, start: Decimal, rest: Sequence[Decimal]) -> Iterable[Decimal]:
     end, step = rest[0], rest[1] if len(rest) > 1 else Decimal(1)
     if len(rest) > 2 or not all(number.is_finite() for number in (start, end, step)):
-        raise ValueError(f"{name}: {word!r} is no range; expected from:to:step, such as 0.5:1:0.1.")
+        raise ValueError(
+            f"{name}: {word!r} is not a range; expected from:to:step, such as 0.5:1:0.1."
+        )
     if step <= 0:
         raise ValueError(f"{name}: the step of the range {word} is {step}; expected more than 0.")
     if end < start:
@@ -143,7 +145,7 @@ def _checked(name: str, points: Sequence[Point], example: str, title: str | None
         )
     for number, point in enumerate(points):
         if any(point.changes == before.changes for before in points[:number]):
-            raise ValueError(f"{point.label!r} comes twice for {name}; give it once.")
+            raise ValueError(f"{point.label!r} appears twice in {name}; list it once.")
     return Axis(name if title is None else title, points)
 
 

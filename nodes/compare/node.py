@@ -51,8 +51,8 @@ class LCMCompare(io.ComfyNode):
                 "Draws the same picture at many settings and puts the pictures in one labelled "
                 "sheet: steps, cfg, weights of LoRAs, prompts, seeds, LoRA files or the "
                 "checkpoints of a distillation job, one in columns and another in rows. All "
-                "pictures begin with the same noise. Each equals what LCM KSampler draws with its "
-                "settings."
+                "pictures start from the same noise, unless seeds are compared. Each matches what "
+                "LCM KSampler draws with the same settings, up to rounding."
             ),
             search_aliases=[
                 "xy plot", "xyz plot", "grid", "contact sheet", "sweep", "compare weights",
@@ -95,7 +95,7 @@ class LCMCompare(io.ComfyNode):
                 _axis("rows", [NONE], "What changes from row to row. none gives a single row."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Of all pictures, unless seeds are compared.",
+                    tooltip="Seed of all pictures, unless seeds are compared.",
                 ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=50,

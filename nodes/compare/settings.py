@@ -69,7 +69,7 @@ def read(line: str) -> dict[str, Any]:
     """The settings of a line that `written` wrote, or of a part of it.
 
     Raises:
-        ValueError: a name is unknown or comes twice, or a value is not of its kind.
+        ValueError: a name is unknown or appears twice, or a value is not of its kind.
     """
     settings: dict[str, Any] = {}
     at = 0
@@ -77,12 +77,12 @@ def read(line: str) -> dict[str, Any]:
         entry = _ENTRY.match(line, at)
         if entry is None:
             raise ValueError(
-                f"{line[at:].strip()[:60]!r} is no setting; expected a name, = and a value, such "
-                'as steps=4 or prompt="a fox".'
+                f"{line[at:].strip()[:60]!r} is not a setting; expected a name, = and a value, "
+                'such as steps=4 or prompt="a fox".'
             )
         name, value = entry.groups()
         if name in settings:
-            raise ValueError(f"{name} comes twice in {line.strip()[:60]!r}; expected one value.")
+            raise ValueError(f"{name} appears twice in {line.strip()[:60]!r}; expected one value.")
         settings[name] = _value(name, value)
         at = entry.end()
     return settings

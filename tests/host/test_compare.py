@@ -376,10 +376,10 @@ def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
     [
         (axis("steps", values=""), {}, "nothing to compare for steps.*1, 2, 4, 8"),
         (axis("steps", values="4"), {}, "only '4'.*at least two.*rows to none"),
-        (axis("steps", values="4, 4"), {}, "'4' comes twice"),
+        (axis("steps", values="4, 4"), {}, "'4' appears twice"),
         (axis("steps", values="0, 4"), {}, "steps is 0; expected a number from 1 to 50"),
         (axis("steps", values="1.5, 4"), {}, "steps is 1.5; expected a whole number"),
-        (axis("cfg", values="1, x"), {}, "'x' is no number"),
+        (axis("cfg", values="1, x"), {}, "'x' is not a number"),
         (axis("weight", vector=2, values="1:0:0.1"), {}, "starts above its end. Write 0:1:0.1"),
         (axis("weight", vector=2, values="0:1:0"), {}, "step of the range .* is 0"),
         (axis("weight", vector=3, values="0, 1"), {}, "vector 3, but the node has 2.*count"),
@@ -397,7 +397,7 @@ def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
             "both change weight_2. Set rows to none",
         ),
         (axis("settings", lines="steps=4\nstep=5"), {}, "no setting 'step'"),
-        (axis("settings", lines="steps=4\ncfg"), {}, "'cfg' is no setting"),
+        (axis("settings", lines="steps=4\ncfg"), {}, "'cfg' is not a setting"),
         (axis("settings", lines="steps=4\nweight_3=1"), {}, "the node has 2 vectors"),
     ],
 )

@@ -72,7 +72,7 @@ def test_settings_that_a_person_writes():
     }  # fmt: skip
     axis = of_settings('steps=4, lora_2="x/style.safetensors"\nprompt="a fox"')
     assert [point.label for point in axis.points] == ["steps 4, lora_2 style", "a fox"]
-    with pytest.raises(ValueError, match="steps comes twice"):
+    with pytest.raises(ValueError, match="steps appears twice"):
         read("steps=4, steps=5")
     for line in ("steps=many", "steps=51", "weight_x=1", "weight=1", "=4", "cfg=nan"):
         with pytest.raises(ValueError, match="expected"):

@@ -245,5 +245,5 @@ def test_a_list_of_sigmas():
 
 def test_sigmas_that_ascend_are_refused():
     refuse_ascent([14.6, 2.0, 2.0, 0.0])
-    with pytest.raises(ValueError, match=r"descend; these SIGMAS have 0.75 after 0.5.*turn them"):
+    with pytest.raises(ValueError, match=r"descend; these SIGMAS have 0.75 after 0.5.*reverse"):
         refuse_ascent([1.0, 0.5, 0.75, 0.0])
