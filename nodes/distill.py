@@ -22,6 +22,7 @@ LCMData = io.Custom("LCM_DATA")
 LCMJob = io.Custom("LCM_JOB")
 NONE = "none"
 CHOICES = ("checkpoint", "data", "name", "length")  # of every user; the host folds the rest
+LORAS = ("style_lora", "start_from")  # a file from ComfyUI's list, or NONE
 JOB = "lcm_lora_job"  # in the node's output; web/progress.mjs reads it
 
 
@@ -115,9 +116,9 @@ class LCMDistill(io.ComfyNode):
         return float("nan")  # a job may have been deleted, or its LoRA, since the last time
 
     @classmethod
-    def execute(cls, data: dict[str, Any], style_lora: str, **settings: Any) -> io.NodeOutput:
-        style = "" if style_lora == NONE else style_lora
-        order = {"data": data, "style_lora": style, **settings}
+    def execute(cls, data: dict[str, Any], **settings: Any) -> io.NodeOutput:
+        order = {"data": data, **settings}
+        order |= {name: "" for name in LORAS if settings.get(name) == NONE}
         # An order over the API has no graph, and one outside a prompt no hidden inputs.
         more = cls.hidden.extra_pnginfo if cls.hidden else None
         workflow = more.get("workflow") if isinstance(more, dict) else None
@@ -133,7 +134,7 @@ def _order_input(name: str) -> io.Input:
     if name == "checkpoint":
         return _input(Order, name, checkpoint_names())
     folded: dict[str, Any] = {} if name in CHOICES else {"advanced": True}
-    if name == "style_lora":
+    if name in LORAS:
         return _input(Order, name, [NONE, *lora_names()], default=NONE, **folded)
     return _input(Order, name, **folded)
 

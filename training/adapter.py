@@ -93,7 +93,7 @@ class Adapter(nn.Module):
         network.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
         self.on = True
-        self.alpha = float(alpha)
+        self.rank, self.alpha = rank, float(alpha)
         # Names of submodules may not contain dots, so the layers are a list beside their names.
         self.names: list[str] = []
         self.layers = nn.ModuleList()
@@ -149,6 +149,11 @@ class Adapter(nn.Module):
         finally:
             for low in layers:
                 low.cast = None
+
+    @property
+    def scale(self) -> float:
+        """What every layer's product is multiplied by."""
+        return self.alpha / self.rank
 
     def detach(self) -> None:
         """Removes the layers from the network."""

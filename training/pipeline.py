@@ -23,6 +23,7 @@ from .memory import keep_freed
 from .plan import plan
 from .ranks import Ranks
 from .spec import Spec
+from .start import start_from
 from .state import checkpoints
 from .state.journal import Journal
 from .state.loop import Run
@@ -60,6 +61,8 @@ class Pipeline:
             teacher = self.load_teacher()
             source = self.read_data(teacher)
             adapter = Adapter(teacher.network, self.spec.rank, self.spec.lora_alpha, self.spec.seed)
+            if self.spec.start_from:
+                start_from(adapter, teacher, Path(self.spec.start_from))
             if dry_run:
                 print(plan(self.spec, teacher, adapter, len(source)))  # noqa: T201 (asked for)
                 return

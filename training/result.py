@@ -18,6 +18,7 @@ from .spec import Spec
 from .teacher import Teacher
 
 VERSION = "1"
+STYLES = "lcm_lora.style_loras"  # in its metadata: [[name, strength], ...] of the baked-in styles
 MADE = "result.safetensors"  # in the job's folder, until it has been moved into place
 
 
@@ -26,6 +27,9 @@ def metadata(
 ) -> dict[str, str]:  # fmt: skip
     """How the LoRA was made. files.write adds what follows from its tensors (base model, rank)."""
     styles = [[disk.shown(Path(lora.path).name), lora.strength] for lora in spec.loras]
+    start = (
+        {"lcm_lora.start_from": disk.shown(Path(spec.start_from).name)} if spec.start_from else {}
+    )
     return {
         "ss_sd_model_name": disk.shown(Path(spec.checkpoint).name),
         "ss_new_sd_model_hash": base_hash,
@@ -39,7 +43,8 @@ def metadata(
         "lcm_lora.resolution": str(spec.resolution),
         "lcm_lora.batch": str(spec.batch),
         "lcm_lora.bank": bank,
-        "lcm_lora.style_loras": json.dumps(styles),
+        STYLES: json.dumps(styles),
+        **start,
     }
 
 

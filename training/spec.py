@@ -13,6 +13,8 @@ from pathlib import Path
 from . import disk
 from .schema import build, check, declared, setting
 
+LATER = ("start_from",)  # settings that spec.json holds only if they are set
+
 
 @dataclass(frozen=True)
 class Data:
@@ -180,6 +182,14 @@ class Spec:
         least=1,
         widget={"max": 64, "optional": True},
     )
+    start_from: str = setting(
+        "A LoRA to start from instead of from nothing: the official LCM-LoRA of this architecture, "
+        "or one that you distilled. The job fits it to the checkpoint. It is brought to this job's "
+        "rank.",
+        "",
+        is_path=True,
+        widget={"optional": True},
+    )
 
     def __post_init__(self) -> None:
         for name in ("host", "checkpoint", "output", "banks"):
@@ -197,8 +207,16 @@ class Spec:
         return self.alpha or float(self.rank)
 
     def to_json(self) -> str:
-        """Valid Unicode, from which `read` builds an equal Spec whatever bytes the paths have."""
-        return disk.json_text(json.dumps(asdict(self), indent=1, ensure_ascii=False)) + "\n"
+        """Valid Unicode, from which `read` builds an equal Spec whatever bytes the paths have.
+
+        A job is found again by the hash of this text. So a setting that came later is in it only
+        if it is set: the jobs of earlier versions keep their hashes.
+        """
+        settings = asdict(self)
+        for name in LATER:
+            if settings[name] == declared(Spec)[name].default:
+                del settings[name]
+        return disk.json_text(json.dumps(settings, indent=1, ensure_ascii=False)) + "\n"
 
 
 def read(path: Path) -> Spec:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora.delta import Vector
+from ..lora.delta import Delta, Vector
 from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
 from ..samplers.transfer import sent
@@ -269,6 +269,25 @@ class Teacher:
         management.free_memory(1e30, patcher.load_device, others)
         management.soft_empty_cache()
         management.load_models_gpu([self._patcher], force_full_load=True)
+
+    def layers(self, vector: Vector) -> dict[str, Delta]:
+        """A LoRA's deltas by the names of the network's layers. A text encoder part is left out.
+
+        Raises ValueError if the network does not take all of it, or if it is no plain LoRA.
+        """
+        from ..lora.host import apply, beside
+
+        coverage = apply(self._patcher, None, vector, 1.0, 0.0)[2]
+        if coverage.left_over:
+            raise ValueError(f"start_from: {coverage} Start from a LoRA of the same architecture.")
+        deltas = beside(self._patcher, vector)
+        if deltas is None:
+            kinds = vector.opaque_kinds or "other changes than low-rank factors"
+            raise ValueError(
+                f"start_from: {vector.source} contains {kinds}, which a training cannot go on "
+                "from. Start from a plain LoRA."
+            )
+        return {name.removeprefix("diffusion_model."): delta for name, delta in deltas.items()}
 
     def unmatched(self, path: Path) -> list[str]:
         """Modules of a LoRA file, in kohya names, that ComfyUI does not map onto this network."""

@@ -113,6 +113,9 @@ export function* allNodes(graph = app.rootGraph ?? app.graph) {
   }
 }
 
+/** Inputs of the distillation that choose a LoRA file, or "none" where an order has "". */
+const LORAS = ["style_lora", "start_from"];
+
 /** The values of a node's own inputs. */
 function valuesOf(node) {
   const { required = {}, optional = {} } = node.constructor.nodeData?.input ?? {};
@@ -128,7 +131,8 @@ export function orderOf(node) {
   const { source: kind, ...rest } = valuesOf(source), order = valuesOf(node);
   const { file, folder, ...data } = Object.fromEntries(Object.entries(rest).map(([name, value]) => [name.replace("source.", ""), value]));
   const path = file ?? folder ?? "";
-  return { ...order, style_lora: order.style_lora === "none" ? "" : order.style_lora, data: { ...data, kind, path } };
+  const files = LORAS.map((name) => [name, order[name] === "none" ? "" : order[name] ?? ""]);
+  return { ...order, ...Object.fromEntries(files), data: { ...data, kind, path } };
 }
 
 /** The name of a copy: my-lora becomes my-lora-2, and that my-lora-3. */
@@ -149,7 +153,9 @@ export async function edit({ data, ...order }) {
   set(source, "resolution", data.resolution);
   set(source, "auto_resolution", Boolean(data.auto_resolution)); // older orders have none
   const node = place("LCMDistill", [source.pos[0] + source.size[0] + GAP, source.pos[1]]);
-  for (const [name, value] of Object.entries({ ...order, name: nextName(order.name), style_lora: order.style_lora || "none" })) set(node, name, value);
+  const files = LORAS.map((name) => [name, order[name] || "none"]); // older orders lack some
+  const values = { ...order, ...Object.fromEntries(files), name: nextName(order.name) };
+  for (const [name, value] of Object.entries(values)) set(node, name, value);
   source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));
   present([source, node]);
 }

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "nodes.json"
-OF_FILES = re.compile(r"lora_name|checkpoint|style_lora|lora_\d+")
+OF_FILES = re.compile(r"lora_name|checkpoint|style_lora|start_from|lora_\d+")
 
 
 def described(item) -> dict:

@@ -159,6 +159,21 @@ def test_a_baked_in_style_is_in_the_file(job):
     assert json.loads(metadata["lcm_lora.style_loras"]) == [[assemble.STICKER_LORA, 0.8]]
 
 
+def test_a_job_goes_on_from_a_lora(job, comfy):
+    from lcm_lora.dev.toy import assemble
+
+    start = assemble.lora(assemble.LCM_LORA)
+    spec = job("fitted", start_from=str(start), steps=1, rank=24, lr=1e-6)
+    made, began = files.read(done(spec)), files.read(start)
+    assert made.metadata["lcm_lora.start_from"] == start.name
+    # The start has the names of diffusers, the result the host's own.
+    norms = [
+        sorted(float(delta.matrix().norm()) for delta in vector.deltas.values())
+        for vector in (made, began)
+    ]
+    torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-2, atol=1e-3)
+
+
 def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
     from lcm_lora.dev.toy import assemble
     from lcm_lora.lora.formats.wire import from_wire

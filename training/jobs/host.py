@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,8 @@ def _spec(order: Order, banks: Path) -> Spec:
     if order.style_lora:
         styles = (StyleLoRA(_listed("loras", order.style_lora), order.style_strength),)
     order = order.with_length()
+    if order.start_from:
+        order = replace(order, start_from=_listed("loras", order.start_from))
     checkpoint = _listed("checkpoints", order.checkpoint)
     settings = shared(order, Spec) | shared(order.data, Spec) | {"guidance": (order.guidance,)}
     if order.data.auto_resolution:

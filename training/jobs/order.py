@@ -132,6 +132,7 @@ class Order:
         "",
         widget={"multiline": True, "optional": True},
     )
+    start_from: str = same(Spec, "start_from")
 
     def __post_init__(self) -> None:
         check(self)
