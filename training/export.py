@@ -11,13 +11,16 @@ from ..lora.combine import exact
 from ..lora.delta import Vector
 from ..lora.family import FAMILY, STEPS
 from ..lora.formats.parse import parse
+from .objectives.table import family_of
 from .spec import Spec
 
 
 def family_metadata(spec: Spec) -> dict[str, str]:
     """How a sampler must sample the LoRA of a job."""
     made_for = {STEPS: str(spec.phases)} if spec.objective == "phased" else {}
-    return {FAMILY: spec.objective, **made_for}
+    family = family_of(spec)
+    trained = {} if spec.objective == family else {"lcm_lora.objective": spec.objective}
+    return {FAMILY: family, **trained, **made_for}
 
 
 def vector(

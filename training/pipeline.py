@@ -20,6 +20,7 @@ from .data.captioned import summary
 from .device_lock import wait_for_device
 from .jobs.processes import MARK
 from .memory import keep_freed
+from .objectives.table import family_of
 from .plan import plan
 from .ranks import Ranks
 from .spec import Spec
@@ -133,7 +134,7 @@ class Pipeline:
     ) -> None:
         spec = self.spec
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
-        needed = checkpoints.room(parameters, spec.keep)
+        needed = checkpoints.room(parameters, spec.keep, spec.objective)
         if spec.passes > 1:  # the teacher's steps are kept, in float32
             needed += 4 * len(source) * teacher.latent_shape(spec.resolution).numel()
         written = _bytes_in(self.job / "checkpoints", self.job / answers.FOLDER)
@@ -145,7 +146,7 @@ class Pipeline:
         if not (self.ranks.first and spec.sample_every):
             return None
         prompts = spec.sample_prompts or tuple(dict.fromkeys(source.captions()))[:4]
-        return Samples(self.job, teacher, prompts, spec.resolution, spec.seed, spec.objective)
+        return Samples(self.job, teacher, prompts, spec.resolution, spec.seed, family_of(spec))
 
     def hash_inputs(self) -> tuple[str, list[str]]:
         """The sha256 of the checkpoint, and of each style LoRA."""

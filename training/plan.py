@@ -13,8 +13,9 @@ from .data.bank import square_sizes, together
 from .memory import give_back, is_out_of_memory, recompute_blocks
 from .objectives.batch import Batch
 from .objectives.solver import teacher_step
-from .objectives.table import loss_of
+from .objectives.table import consistency_passes, forward_passes, loss_of
 from .spec import Spec
+from .state.checkpoints import size
 from .state.progress import Progress, use_less_memory
 from .teacher import Teacher
 
@@ -25,7 +26,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     """The plan as text. It runs a step with random latents twice, the first time to warm up."""
     parameters = sum(p.numel() for p in adapter.parameters())
     network = sum(p.numel() * p.element_size() for p in teacher.network.parameters())
-    checkpoint = 12 * parameters  # the layers and AdamW's two moments, float32
+    checkpoint = size(parameters, spec.objective)
     progress = Progress.first(spec)
     if progress.recompute:
         recompute_blocks(teacher.network)
@@ -38,6 +39,9 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
             f"2 network calls a step (target; student), and one more ({TEACHER}) in one of "
             f"{spec.passes} passes over the bank"
         )
+    if spec.objective == "dmd":
+        seconds *= forward_passes(spec) / consistency_passes(spec)
+        calls += ", and steps of distribution matching, whose time follows from their calls"
     count = progress.micro_batch
     measured = f", {count} pictures at a time" if count < spec.batch else ""
     measured += ", blocks computed again in backward" if progress.recompute else ""

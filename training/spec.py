@@ -117,9 +117,11 @@ class Spec:
     objective: str = setting(
         "What the LoRA learns. lcm: to jump to the picture from any timestep, for 1 to 8 steps. "
         "phased: to imitate the teacher in exactly 4 steps without fresh noise; this is better at "
-        "4 steps and worse at any other number.",
+        "4 steps and worse at any other number. dmd (experimental): first as lcm, then to draw "
+        "pictures as likely as the checkpoint's in 1, 2 and 4 steps; a step costs more time and "
+        "memory.",
         "lcm",
-        choices=("lcm", "phased"),
+        choices=("lcm", "phased", "dmd"),
         widget={"optional": True},
     )
     phases: int = setting('Segments of the objective "phased".', 4, least=1, most=50)

@@ -337,6 +337,52 @@ def test_a_finish_waits_for_the_first_step(teacher, latents, toy_checkpoint, tmp
         adapter.detach()
 
 
+def test_distribution_matching_goes_on_with_the_same_bits(
+    teacher, latents, toy_checkpoint, tmp_path
+):
+    """Paused in the consistency part, while the fake score learns alone, after a step of matching
+    and after an anchor: factors, average, fake score and optimiser are those of an unbroken run."""
+    from lcm_lora.training.state import checkpoints
+    from lcm_lora.training.state.loop import Run
+
+    def run(name, pauses):
+        spec = spec_of(tmp_path / name, toy_checkpoint, objective="dmd", steps=20, batch=1)
+        hooks = {m: len(m._forward_hooks) for m in teacher.network.modules()}
+        for pause in (*pauses, None):
+            adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+            try:
+                made = Run(
+                    spec, tmp_path / name, teacher, adapter, latents, Ranks(), None, None,
+                    lambda: "pause" if pause is not None and made.step >= pause else "",  # noqa: B023
+                )  # fmt: skip
+                assert made.train() == ("done" if pause is None else "pause")
+            finally:
+                adapter.detach()
+            assert hooks == {m: len(m._forward_hooks) for m in teacher.network.modules()}
+        made.save()
+        written = checkpoints.newest(made.folder)
+        return made, adapter.state(), written
+
+    whole, result, expected = run("whole", ())
+    assert (whole.gradients.begins, whole.gradients.judges_from) == (10, 11)
+    for name, tensor in result.items():  # the file gets the average
+        assert torch.equal(tensor, expected.adapter[name])
+        assert not torch.equal(tensor, expected.more[f"student.{name}"]) or not tensor.any()
+    _, again, resumed = run("broken", (5, 11, 12, 13, 18))
+    assert resumed.more.keys() == expected.more.keys()
+    for part in ("adapter", "optimiser", "more"):
+        ours, theirs = getattr(resumed, part), getattr(expected, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+    assert all(torch.equal(again[name], result[name]) for name in result)
+
+
+def test_micro_batches_match_as_the_batch_does(trained, tmp_path):
+    changes = {"objective": "dmd", "steps": 14}
+    (_, at_once), (_, parts) = trained(**changes), trained(**changes, micro_batch=1)
+    assert (moved(parts) - moved(at_once)).norm() < 2e-2 * moved(at_once).norm()
+
+
 def test_phased_trains_as_well(trained):
     (_, phased), (_, lcm) = trained(objective="phased", phases=4), trained()
     assert moved(phased).isfinite().all() and moved(phased).abs().max() > 1e-4
@@ -357,11 +403,11 @@ def test_warm_up_and_decay():
 def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
     """2 steps a pass: with 3 passes, steps 0 to 5 need the teacher twice, and 6 and 7 twice."""
     from lcm_lora.training.data import answers
-    from lcm_lora.training.state import loop
+    from lcm_lora.training.state import gradients
 
     asked = []
-    ask = loop.teacher_step
-    monkeypatch.setattr(loop, "teacher_step", lambda *batch: asked.append(1) or ask(*batch))
+    ask = gradients.teacher_step
+    monkeypatch.setattr(gradients, "teacher_step", lambda *batch: asked.append(1) or ask(*batch))
     _, reusing = trained(steps=8, passes=3)
     assert len(asked) == 4
     monkeypatch.setattr(answers.Answers, "read", lambda *_: None)
@@ -372,7 +418,9 @@ def test_kept_answers_of_the_teacher_are_those_it_gives(trained, monkeypatch):
 
 def test_answers_of_earlier_passes_go(trained):
     run, _ = trained(steps=7, passes=3)
-    assert sorted(file.name for file in run.answers.folder.iterdir()) == ["0-6.safetensors"]
+    assert sorted(file.name for file in run.gradients.answers.folder.iterdir()) == [
+        "0-6.safetensors"
+    ]
 
 
 @pytest.fixture

@@ -174,6 +174,24 @@ def test_a_job_goes_on_from_a_lora(job, comfy):
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-2, atol=1e-3)
 
 
+def test_a_job_matches_distributions(job, comfy):
+    from lcm_lora.dev.toy import assemble
+    from safetensors.torch import load_file
+
+    start = str(assemble.lora(assemble.LCM_LORA))
+    spec = job("matched", objective="dmd", start_from=start, steps=10, rank=24, sample_every=10)
+    made = files.read(done(spec))
+    metadata = made.metadata
+    assert metadata["lcm_lora.family"] == "lcm" and metadata["lcm_lora.objective"] == "dmd"
+    folder = spec.parent / "checkpoints" / "step-00000010"
+    average, more = (load_file(folder / f"{n}.safetensors") for n in ("adapter", "objective"))
+    assert more.keys() == {f"{kind}.{name}" for kind in ("fake", "student") for name in average}
+    kept = export.vector(average, 24.0, {}, "average")
+    for name, delta in kept.deltas.items():
+        torch.testing.assert_close(made.deltas[name].matrix(), delta.matrix(), rtol=5e-3, atol=1e-4)
+    assert (spec.parent / "samples" / "step-00000010.png").exists()
+
+
 def test_the_newest_checkpoints_lora_has_the_style_too(job, tmp_path, monkeypatch):
     from lcm_lora.dev.toy import assemble
     from lcm_lora.lora.formats.wire import from_wire

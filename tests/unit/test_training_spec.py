@@ -57,7 +57,7 @@ def test_only_the_paths_are_needed(tmp_path):
         ({"guidance": [8, 3]}, "guidance must be one number from 1 to 30"),
         ({"guidance": []}, "guidance must be one number from 1 to 30"),
         ({"guidance": 0.5}, "guidance must be one number from 1 to 30"),
-        ({"objective": "gan"}, "objective must be one of lcm, phased, found 'gan'"),
+        ({"objective": "gan"}, "objective must be one of lcm, phased, dmd, found 'gan'"),
         ({"resolution": 100}, "resolution must be from 64 to 4096 and a multiple of 8"),
         ({"output": "/o.pt"}, "output must end in .safetensors"),
         ({"output": "o.safetensors"}, "output must be an absolute path"),
@@ -114,7 +114,7 @@ def test_the_schema_of_an_order_has_the_limits_of_its_settings():
     properties = schema(Order)["properties"]
     assert properties["steps"].items() >= {"type": "integer", "minimum": 1, "default": 1000}.items()
     assert properties["lr"]["exclusiveMinimum"] == 0 and properties["lr"]["maximum"] == 1
-    assert properties["objective"]["enum"] == ["lcm", "phased"]
+    assert properties["objective"]["enum"] == ["lcm", "phased", "dmd"]
     assert properties["data"]["$ref"] == "#/components/schemas/DataOrder"
     assert schema(Order)["required"] == ["checkpoint", "name"]
     assert schema(DataOrder)["properties"]["resolution"]["multipleOf"] == 8

@@ -7,7 +7,7 @@ two processes draw together what one would draw alone, and the micro-batch chang
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -60,6 +60,34 @@ class Shuffle:
 def mean_guidance(guidance: Sequence[float]) -> float:
     """The middle of the range that `draw` takes cfg from."""
     return sum(guidance) / len(guidance)
+
+
+RUNS = (1, 2, 4)  # sampling steps that distribution matching trains for
+LOWEST, HIGHEST = 20, 979  # timesteps of what it draws, noised again (arXiv 2311.18828, 3.3)
+
+
+def run(seed: int, step: int, timesteps: Callable[[int], list[int]]) -> list[int]:
+    """The timesteps of a run of the sampler up to the call that a step of distribution matching
+    trains; the same for all pictures. timesteps(n): those of a run of n steps."""
+    generator = torch.Generator().manual_seed(picture_seed(seed, step, 1 << 41))
+    steps = RUNS[int(torch.randint(len(RUNS), (), generator=generator))]
+    call = int(torch.randint(steps, (), generator=generator))
+    return timesteps(steps)[: call + 1]
+
+
+def matching(
+    seed: int, step: int, places: Sequence[int], shape: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of objectives.dmd.Draws for the pictures at these places, on the CPU."""
+    noise = torch.empty(len(places), max(RUNS) + 2, *shape)
+    tau = torch.empty(len(places), 2, dtype=torch.int64)
+    generator = torch.Generator()
+    for i, place in enumerate(places):
+        generator.manual_seed(picture_seed(seed, place, step))
+        tau[i].random_(LOWEST, HIGHEST + 1, generator=generator)
+        noise[i].normal_(generator=generator)
+    run, eps = noise.split([max(RUNS), 2], 1)
+    return run, eps, tau
 
 
 def draw(

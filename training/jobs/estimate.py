@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint_file import CheckpointFile
 from ..data.sources import read_prompts
+from ..objectives.table import forward_passes
 from ..spec import Spec, read
 from ..state.checkpoints import room
 from ..teacher import SHRINK
@@ -18,9 +19,6 @@ from .job import Job
 from .store import Store
 
 MEASURED, ESTIMATED, UNKNOWN = "measured", "estimated", "unknown"
-# In forward passes, as docs/distillation.md counts them: the teacher's two, target, student, and
-# the backward pass.
-TEACHER, OTHERS = 2.0, 3.15
 # Bytes of one step with one picture at full size and rank 64: python3 dev bench fullsize.
 PEAKS = {"SD1.5": 4.7e9, "SDXL": 9.2e9}
 TEXT_TOKENS, CHANNELS = 77, 4
@@ -79,9 +77,9 @@ def estimate(spec: Spec, device: str, processes: int, store: Store) -> Estimate:
     if earlier:
         basis = (same or earlier)[0]
         # Forward passes of this resolution a second.
-        pace = basis.samples_per_second * _passes(basis.spec)
+        pace = basis.samples_per_second * forward_passes(basis.spec)
         pace *= (basis.spec.resolution / spec.resolution) ** 2
-        training = spec.steps * spec.batch * processes * _passes(spec) / pace
+        training = spec.steps * spec.batch * processes * forward_passes(spec) / pace
         time = MEASURED if same else ESTIMATED
         has_bank = any(_bank(job.spec) == _bank(spec) for job in earlier)
         drawing = 0.0 if has_bank else drawn * 2 * spec.data.draw_steps / pace
@@ -134,11 +132,6 @@ def _bank(spec: Spec) -> tuple[Any, ...]:
     return spec.checkpoint, spec.data, spec.resolution, spec.guidance, spec.seed, spec.loras
 
 
-def _passes(spec: Spec) -> float:
-    """Forward passes that a picture of a step costs."""
-    return TEACHER / spec.passes + OTHERS
-
-
 def _memory(
     spec: Spec, file: CheckpointFile | None, same: list[Earlier]
 ) -> tuple[float | None, str]:
@@ -153,7 +146,7 @@ def _disk(spec: Spec, file: CheckpointFile | None, drawn: int) -> float | None:
     if file is None:
         return None
     parameters = file.lora_parameters(spec.rank)
-    needed = room(parameters, spec.keep) + 2 * parameters
+    needed = room(parameters, spec.keep, spec.objective) + 2 * parameters
     latent = CHANNELS * (spec.resolution // SHRINK) ** 2
     text = TEXT_TOKENS * file.width + (POOLED if file.width == 2048 else 0)
     texts = min(drawn, len(spec.data.prompts or _prompts(spec.data.path))) if drawn else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -14,12 +15,49 @@ from .solver import Network, Schedule
 
 Loss = Callable[[Network, Schedule, Batch, torch.Tensor], torch.Tensor]
 
-OBJECTIVES: dict[str, Callable[[Spec], Loss]] = {
-    "lcm": lambda spec: lcm.loss,
-    "phased": lambda spec: partial(phased.loss, phases=spec.phases),
+# Forward passes that a picture of a step costs, as docs/distillation.md counts them. Of the
+# consistency losses: the teacher's two; target, student, and its backward pass.
+TEACHER, OTHERS = 2.0, 3.15
+# Of distribution matching: the way to a call of the sampler (on average), student, teacher, fake
+# score twice, and two backward passes.
+MATCHING = 0.67 + 1 + 2 + 2 + 2 * 1.15
+
+
+class Objective(NamedTuple):
+    """consistency: the loss on the teacher's solver steps; of "dmd", its first part and its anchor.
+    family: how its LoRAs are sampled, see samplers/families.py.
+    """
+
+    consistency: Callable[[Spec], Loss]
+    family: str
+
+
+OBJECTIVES = {
+    "lcm": Objective(lambda spec: lcm.loss, "lcm"),
+    "phased": Objective(lambda spec: partial(phased.loss, phases=spec.phases), "phased"),
+    "dmd": Objective(lambda spec: lcm.loss, "lcm"),
 }
 
 
 def loss_of(spec: Spec) -> Loss:
     """The job's loss(network, schedule, batch, z_s) -> scalar."""
-    return OBJECTIVES[spec.objective](spec)
+    return OBJECTIVES[spec.objective].consistency(spec)
+
+
+def family_of(spec: Spec) -> str:
+    """The name of the family that the job's LoRA belongs to."""
+    return OBJECTIVES[spec.objective].family
+
+
+def forward_passes(spec: Spec) -> float:
+    """The mean over the job's steps of what a picture costs, in forward passes."""
+    consistency = consistency_passes(spec)
+    if spec.objective != "dmd":
+        return consistency
+    both = (consistency + MATCHING) / 2  # in turn
+    return both if spec.start_from else (consistency + both) / 2
+
+
+def consistency_passes(spec: Spec) -> float:
+    """What a picture costs in a step of the consistency loss, in forward passes."""
+    return TEACHER / spec.passes + OTHERS

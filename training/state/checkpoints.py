@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from .. import disk, tensors
 
 log = logging.getLogger("lcm_lora")
 MANIFEST = "manifest.json"
+MORE = "objective.safetensors"  # only if the objective has more tensors
 BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and AdamW's two moments in float32
+MATCHING_BYTES = 2 * BYTES_A_PARAMETER + 4  # the same of the fake score, and the average
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,24 @@ class Checkpoint:
     Attributes:
         adapter: as Adapter.state gives it. optimiser: as `flat` gives it.
         state: the fields of progress.Progress, in JSON.
+        more: further tensors of the objective, if it has any.
     """
 
     step: int
     adapter: dict[str, torch.Tensor]
     optimiser: dict[str, torch.Tensor]
     state: dict[str, Any]
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def room(parameters: int, keep: int) -> int:
+def room(parameters: int, keep: int, objective: str) -> int:
     """Bytes of a job's checkpoints: the last `keep`, the best one, and the one being written."""
-    return BYTES_A_PARAMETER * parameters * (keep + 2)
+    return size(parameters, objective) * (keep + 2)
+
+
+def size(parameters: int, objective: str) -> int:
+    """Bytes of a checkpoint of an adapter with so many parameters."""
+    return parameters * (MATCHING_BYTES if objective == "dmd" else BYTES_A_PARAMETER)
 
 
 def flat(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -68,6 +77,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     with disk.whole_folder(path) as new:
         tensors.save(new / "adapter.safetensors", checkpoint.adapter)
         tensors.save(new / "optimiser.safetensors", checkpoint.optimiser)
+        if checkpoint.more:
+            tensors.save(new / MORE, checkpoint.more)
         state = {"step": checkpoint.step, **checkpoint.state}
         (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {
@@ -109,6 +120,7 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(
         state.pop("step"), load_file(path / "adapter.safetensors"),
         load_file(path / "optimiser.safetensors"), state,
+        load_file(path / MORE) if (path / MORE).exists() else {},
     )  # fmt: skip
 
 

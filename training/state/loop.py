@@ -11,24 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ...samplers.transfer import sent
 from .. import disk
 from ..adapter import Adapter
 from ..data import draws
-from ..data.answers import Answers, folder
-from ..data.bank import Bank, Tensors
+from ..data.bank import Bank
 from ..memory import compile_blocks, give_back, is_out_of_memory, memory, recompute_blocks
-from ..objectives.batch import Batch
-from ..objectives.solver import teacher_step
-from ..objectives.table import loss_of
 from ..ranks import Ranks
 from ..spec import Spec
 from ..teacher import Teacher
 from ..waiting import ACTIONS, Action
 from . import checkpoints
 from .journal import Journal
+from .matching import gradients_of
 from .progress import (
     GROWTH,
     Means,
@@ -53,22 +48,6 @@ class Interrupted(Exception):
     """An action was asked for between two calls of the network. What was begun is not counted."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some pictures of a step's batch on the CPU, as the bank and data/draws.py give them.
-
-    places: which of this process's part of the batch they are.
-    """
-
-    places: slice
-    latents: torch.Tensor
-    eps: torch.Tensor
-    index: torch.Tensor
-    cfg: torch.Tensor
-    texts: Tensors
-    sizes: torch.Tensor
-
-
 @dataclass
 class Run:
     """One process's part of a training.
@@ -91,24 +70,18 @@ class Run:
     def __post_init__(self) -> None:
         spec = self.spec
         self.folder = self.job / "checkpoints"
-        self.loss = loss_of(spec)
-        self.parameters = list(self.adapter.parameters())
+        self.gradients = gradients_of(
+            spec, self.job, self.teacher, self.adapter, self.bank, self.ranks
+        )
         # Fused into one kernel on CUDA; on the CPU that would change the order of rounding.
         fused = self.teacher.device.type == "cuda" or None
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused
-        )
-        self.shuffle = draws.Shuffle(self.bank.shapes, spec.batch * self.ranks.world, spec.seed)
+        groups = [{"params": group} for group in self.gradients.groups]
+        self.optimiser = torch.optim.AdamW(groups, lr=spec.lr, weight_decay=0.0, fused=fused)
         self.half = self.teacher.dtype == torch.float16
         self.progress = Progress.first(spec, self.half)
         self.means, self.pace = Means(), Pace()
         self._interrupted: Action = ""
         self._draws: float | None = None  # calls that are left of the sampling under way
-        self._read: tuple[tuple[int, int], list[_Part]] | None = None
-        self.answers = None
-        if spec.passes > 1:
-            kept = folder(self.job, spec, self.bank.folder.name, self.ranks.world)
-            self.answers = Answers(kept, self.ranks.rank)
 
     def train(self) -> str:
         """Trains to the last step, or until something is asked; -> "done", "pause" or "finish".
@@ -125,9 +98,13 @@ class Run:
             self.journal.state("running", "training", **figures)
         self.teacher.before_call = self._before_call
         try:
-            return self._train()
+            action = self._train()
+            if action != "pause":
+                self.adapter.restore(self.gradients.result())
+            return action
         finally:
             self.teacher.before_call = lambda: None
+            self.gradients.close()
 
     def _train(self) -> str:
         begun, before = time.monotonic(), self.progress.seconds
@@ -182,11 +159,14 @@ class Run:
         """One optimiser step; -> (loss, gradient norm before clipping), over all processes."""
         while True:
             try:
-                total = self.add_gradients()
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                at_a_time, scale = self.progress.micro_batch, self.progress.scale
+                self.optimiser.zero_grad()
+                total = self.gradients.add(self.step, at_a_time, scale)
+                parameters = (p for group in self.gradients.groups for p in group)
+                gradients = [p.grad for p in parameters if p.grad is not None]
                 self.ranks.mean_([total, *gradients])
                 if self.step + 1 < self.spec.steps:
-                    self.parts(self.step + 1)  # while the device computes this step
+                    self.gradients.parts(self.step + 1, at_a_time)  # while the device computes
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -197,71 +177,16 @@ class Run:
             use_less_memory(self.progress, self.spec, self.teacher.network)
         if self.progress.scale != 1:
             torch._foreach_div_(gradients, self.progress.scale)
-        clipped = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        before = self.gradients.limit(self.step).to(total.device)
         # The only moment of a step that waits for the device.
-        loss, norm = torch.stack([total, clipped]).tolist()
+        loss, norm = torch.stack([total, before]).tolist()
         if self._is_finite(loss, norm):
-            for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate(self.spec, self.step)
+            rates = self.gradients.rates(self.step)
+            for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate(self.spec, self.step)
             self.optimiser.step()
+            self.gradients.after(self.step)
         return loss, norm
-
-    def add_gradients(self) -> torch.Tensor:
-        """Adds up the gradients of this process's part of the batch; -> its mean loss, float32."""
-        self.optimiser.zero_grad()
-        spec, teacher = self.spec, self.teacher
-        step = self.shuffle.original(self.step, spec.passes)
-        answers = self.answers.read(step) if self.answers else None
-        total, new_answers = torch.zeros((), device=teacher.device), []
-        # torch.compile joins the casts with other kernels, where they cost nothing.
-        dtype = torch.float32 if spec.compile else teacher.dtype
-        for part in self.parts(self.step):
-            batch = self.batch(part)
-            if answers is None:
-                z_s = teacher_step(teacher, self.adapter, teacher.schedule, batch)
-                new_answers.append(z_s)
-            else:
-                z_s = sent(answers[part.places], teacher.device)
-            share = len(part.latents) / spec.batch
-            with self.adapter.cast(dtype):
-                loss = self.loss(teacher, teacher.schedule, batch, z_s) * share
-                (loss * self.progress.scale).backward()
-            total += loss.detach()
-        if self.answers and answers is None:
-            self.answers.write(step, torch.cat(new_answers))
-            if step % (spec.passes * self.shuffle.per_epoch) == 0:
-                self.answers.forget_before(step)
-        return total
-
-    def parts(self, step: int) -> list[_Part]:
-        """This process's pictures of step `step` (0, 1, ...), as many at a time as memory allows.
-        The last ones are kept, so that they can be read before their step begins."""
-        size = self.progress.micro_batch
-        if self._read is None or self._read[0] != (step, size):
-            starts = range(0, self.spec.batch, size)
-            places = [slice(start, min(start + size, self.spec.batch)) for start in starts]
-            original = self.shuffle.original(step, self.spec.passes)
-            self._read = (step, size), [self._part(original, place) for place in places]
-        return self._read[1]
-
-    def _part(self, step: int, places: slice) -> _Part:
-        """The pictures at these places of this process's part of the batch, with the noise,
-        timesteps and guidance of their places in the whole batch."""
-        spec, first = self.spec, self.ranks.rank * self.spec.batch
-        numbers = range(first + places.start, first + places.stop)
-        rows = self.shuffle.rows(step)
-        latents, texts, sizes = self.bank.batch([rows[number] for number in numbers])
-        drawn = draws.draw(spec.seed, step, numbers, latents.shape[1:], spec.guidance)
-        return _Part(places, latents, *drawn, texts, sizes)
-
-    def batch(self, part: _Part) -> Batch:
-        """A part as the objectives take it, on the device."""
-        device = self.teacher.device
-        cond, uncond = self.teacher.conditions(part.texts, part.sizes)
-        z0, eps, index, cfg = (
-            sent(x, device) for x in (part.latents, part.eps, part.index, part.cfg)
-        )
-        return Batch(z0, eps, index, cond, uncond, cfg)
 
     def _is_finite(self, loss: float, norm: float) -> bool:
         """Whether the step may be taken. Raises Diverged if a smaller scale cannot help."""
@@ -332,7 +257,8 @@ class Run:
         if self.samples is not None:
             cfg = draws.mean_guidance(self.spec.guidance)
             try:
-                errors = self.samples.draw(self.adapter, self.step, cfg, self._counter())
+                with self.gradients.shown():
+                    errors = self.samples.draw(self.adapter, self.step, cfg, self._counter())
                 if self.journal is not None:
                     self.journal.metrics(step=self.step, endpoint_error=errors)
                 log.info("step %d: endpoint error %s", self.step, errors)
@@ -380,8 +306,8 @@ class Run:
         self.note("saving")
         if self.ranks.first:
             checkpoint = checkpoints.Checkpoint(
-                self.step, self.adapter.state(), checkpoints.flat(self.optimiser),
-                vars(self.progress).copy(),
+                self.step, self.gradients.result(), checkpoints.flat(self.optimiser),
+                vars(self.progress).copy(), self.gradients.more(),
             )  # fmt: skip
             checkpoints.save(self.folder, checkpoint)
             checkpoints.prune(self.folder, self.spec.keep, self.progress.best_step)
@@ -395,7 +321,7 @@ class Run:
             disk.clear_torn(self.folder)
         checkpoint = checkpoints.newest(self.folder)
         if checkpoint is not None:
-            self.adapter.restore(checkpoint.adapter)
+            self.gradients.restore(checkpoint.adapter, checkpoint.more)
             checkpoints.restore(self.optimiser, checkpoint.optimiser)
             self.progress = Progress(**checkpoint.state)
             self.step = checkpoint.step
@@ -406,7 +332,7 @@ class Run:
     def take_back_best(self) -> None:
         """Returns to the adapter with the smallest error, whose step the result then names."""
         best = checkpoints.read(self.folder, self.progress.best_step or 0)
-        self.adapter.restore(best.adapter)
+        self.gradients.restore(best.adapter, best.more)
         self.step = best.step
         log.info("no improvement since step %d: ending early", best.step)
 

@@ -38,16 +38,16 @@ CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # a sampling, if there are the 
 class Samples:
     """Pictures at 1, 2 and 4 steps from fixed noise, and their distance to the teacher's pictures.
 
-    They are sampled as the finished file will be, as its objective requires. The teacher's 50-step
+    They are sampled as the finished file will be, as its family requires. The teacher's 50-step
     latents are drawn once and kept in the job's folder. side: of the pictures, in pixels.
     """
 
     def __init__(
         self, job: Path, teacher: Teacher, prompts: tuple[str, ...], side: int, seed: int,
-        objective: str,
+        family: str,
     ):  # fmt: skip
         self.folder, self.teacher, self.side, self.seed = job / "samples", teacher, side, seed
-        self.family, self.prompts = FAMILIES[objective], prompts
+        self.family, self.prompts = FAMILIES[family], prompts
         self.texts = [teacher.text(prompt) for prompt in prompts]
         self._drawn: Drawn = lambda calls: None
 
