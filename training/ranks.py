@@ -21,14 +21,21 @@ class Ranks:
     def join(cls, on_cpu: bool = False) -> Ranks:
         """Reads torchrun's environment. on_cpu: whether the job trains on the CPU despite CUDA.
 
-        Tensors on CUDA are exchanged with NCCL if it is available, all others with gloo.
+        Tensors on CUDA are exchanged with NCCL if it is available, all others with gloo. Raises
+        ValueError if there are fewer GPUs than processes, because two cannot share one.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
         on_cuda = torch.cuda.is_available() and not on_cpu
         if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= count:
+                raise ValueError(
+                    f"Process {number + 1} of this machine has no GPU of its own: PyTorch sees "
+                    f"{count}. Start at most {count}, with --nproc-per-node {count}."
+                )
+            torch.cuda.set_device(number)
         nccl = on_cuda and dist.is_nccl_available()  # builds for Windows do not have it
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         # Long, because one process may draw a bank or samples while the others wait.

@@ -93,10 +93,11 @@ class Bench:
         for seed in self.seeds:
             low, high = np.array([0.6, 0.3]), np.array([1.3, 1.2])
             goal = tuple(np.random.default_rng(seed).uniform(low, high))
-            plain = self.studio([vector(STYLES["sticker"])], 4, seed, reference_steps=8)
+            small = {"reference_steps": 8, "latent": (4, 8, 8)}  # linear at every size
+            plain = self.studio([vector(STYLES["sticker"])], 4, seed, **small)
             at = (goal[0], 0.0) if case == "a style of zeros" else goal
             measure = planted(plain, at, self.captions(seed, 6))
-            other = self.studio(styles, 4, seed, reference_steps=8, fast=fast)
+            other = self.studio(styles, 4, seed, **small, fast=fast)
             measure.studio = other
             found, count = searched(measure, default)
             best = found.best.weights if where else found.taken.weights
@@ -179,10 +180,10 @@ class Bench:
 
     def studio(
         self, styles: Sequence[Vector], steps: int, seed: int, reference_steps: int,
-        fast: Vector | None = None,
+        fast: Vector | None = None, latent: tuple[int, ...] = subjects.LATENT,
     ) -> Studio:  # fmt: skip
         settings = Settings(steps, 1.0, seed, reference_steps, DISTILLED, "", (1.0,) * len(styles))
-        empty = {"samples": torch.zeros(1, *subjects.LATENT)}
+        empty = {"samples": torch.zeros(1, *latent)}
         return Studio(
             self.toy.base, self.toy.clip, fast or self.lcm, styles, empty, settings, lambda _: None
         )

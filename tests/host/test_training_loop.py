@@ -539,6 +539,19 @@ def test_it_goes_on_with_less_when_a_cards_memory_runs_out(trained, teacher):
 
 
 @pytest.mark.gpu
+def test_blocks_compiled_for_the_device_learn_what_plain_ones_learn(trained, teacher):
+    forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
+    _, plain = trained(steps=2)
+    try:
+        _, compiled = trained(steps=2, compile=True)
+    finally:
+        restore(forwards)
+        torch._dynamo.reset()
+    difference = moved(compiled) - moved(plain)
+    assert difference.norm() < 2e-2 * moved(plain).norm()
+
+
+@pytest.mark.gpu
 def test_a_pause_while_the_device_computes_loses_nothing(
     trained, teacher, latents, toy_checkpoint, tmp_path
 ):

@@ -420,6 +420,19 @@ def test_two_nodes_are_one_process_with_twice_the_batch(job, steps):
     assert losses[0][0] != losses[0][-1]
 
 
+@pytest.mark.gpu
+def test_more_processes_than_gpus_are_refused(job):
+    import torch
+
+    count = torch.cuda.device_count()
+    spec = job("crowd", steps=1)
+    run = start(
+        spec, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count + 1)
+    )
+    assert run.wait(timeout=300) != 0
+    assert f"has no GPU of its own: PyTorch sees {count}" in (spec.parent / "log.txt").read_text()
+
+
 @pytest.fixture
 def failing(monkeypatch):
     """failing(spec) -> the message of a job that must fail, run in this process."""
