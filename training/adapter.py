@@ -23,6 +23,8 @@ TARGETS = re.compile(
     r"|in_layers\.2|out_layers\.3|skip_connection|emb_layers\.1"  # residual blocks
     r"|^input_blocks\.\d+\.0\.op|^output_blocks\.\d+\.\d+\.conv)$"  # down- and upsamplers
 )
+# Of transformers: every linear layer of their blocks but the modulation, which sees no picture.
+OF_BLOCKS = re.compile(r"blocks\.\d+\.(?!.*(adaLN_modulation|modulation))")
 
 
 class LowRank(nn.Module):
@@ -82,11 +84,15 @@ def _cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Te
 class Adapter(nn.Module):
     """LoRA layers on every target layer of `network`, which is frozen. It is on at first.
 
-    rank, alpha: of every layer; the delta is up @ down * alpha / rank. Raises ValueError if the
+    rank, alpha: of every layer; the delta is up @ down * alpha / rank. targets: is found in the
+    names of the layers that are trained. Raises ValueError if the
     network has no target layer, or if the rank is below 1 or above the full rank of a layer.
     """
 
-    def __init__(self, network: nn.Module, rank: int = 64, alpha: float = 64.0, seed: int = 0):
+    def __init__(
+        self, network: nn.Module, rank: int = 64, alpha: float = 64.0, seed: int = 0,
+        targets: re.Pattern[str] = TARGETS,
+    ):  # fmt: skip
         super().__init__()
         if rank < 1:
             raise ValueError(f"A LoRA's rank must be at least 1, found {rank}.")
@@ -99,7 +105,7 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleList()
         self._hooks = []
         for name, layer in network.named_modules():
-            if not (isinstance(layer, nn.Linear | nn.Conv2d) and TARGETS.search(name)):
+            if not (isinstance(layer, nn.Linear | nn.Conv2d) and targets.search(name)):
                 continue
             full = min(len(layer.weight), layer.weight[0].numel())
             if rank > full:
@@ -114,7 +120,7 @@ class Adapter(nn.Module):
         if not self.names:
             raise ValueError(
                 f"{type(network).__name__} has none of the layers that an LCM-LoRA trains: "
-                "expected the UNet of Stable Diffusion 1, 2 or XL."
+                "expected the UNet of Stable Diffusion 1, 2 or XL, or the transformer of SD3."
             )
 
     def _hook(self, low: LowRank) -> Callable[..., torch.Tensor | None]:

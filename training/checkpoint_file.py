@@ -12,10 +12,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..lora.architecture import architecture
-from .adapter import TARGETS
+from .adapter import OF_BLOCKS, TARGETS
 
 NETWORK = "model.diffusion_model."
 _CROSS_ATTENTION = re.compile(r".*attn2\.to_k\.weight")
+_OF_SD3 = "joint_blocks.0.x_block.attn.qkv.weight"
 _DOWN = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.(\d+)\..*")
 # By it, ComfyUI tells SD2 with v prediction (768 pixels) from SD2-base (512).
 _OF_V_PREDICTION = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -28,7 +29,7 @@ class CheckpointFile:
 
     Attributes:
         architecture: "SD1.5", "SDXL", ... resolution: the side in pixels that it is made for.
-        width: of its cross-attention. shapes: of the network's weights, by their names in it.
+        width: of its text features. shapes: of the network's weights, by their names in it.
     """
 
     architecture: str
@@ -50,12 +51,14 @@ class CheckpointFile:
                     for key in file.keys()
                     if key.startswith(NETWORK)
                 }
+                if _OF_SD3 in shapes:
+                    return cls("SD3", 1024, shapes["context_embedder.weight"][1], shapes)
                 width = next((s[1] for n, s in shapes.items() if _is_cross(n, s)), None)
                 kind = architecture(width, _deepest(shapes))
                 if width is None or kind is None:
                     raise ValueError(
                         f"The architecture of {path.name} is not known: expected SD1.5, SD2, SDXL, "
-                        "SSD-1B, Segmind Vega or KOALA."
+                        "SSD-1B, Segmind Vega, KOALA or SD3."
                     )
                 side = {768: 512, 1024: 512}.get(width, 1024)
                 if width == 1024 and _OF_V_PREDICTION in shapes:
@@ -68,13 +71,25 @@ class CheckpointFile:
             ) from error
         return cls(kind.name, side, width, shapes)
 
+    @property
+    def latent_channels(self) -> int:
+        return 16 if self.architecture == "SD3" else 4
+
+    @property
+    def text_numbers(self) -> int:
+        """How many numbers a short caption's embeddings are."""
+        if self.architecture == "SD3":
+            return 154 * self.width + 2048
+        return 77 * self.width + (1280 if self.width == 2048 else 0)
+
     def lora_parameters(self, rank: int) -> int:
         """Of a LoRA on all its target layers."""
         layers = {name.removesuffix(".weight"): shape for name, shape in self.shapes.items()}
+        targets = OF_BLOCKS if self.architecture == "SD3" else TARGETS
         return sum(
             rank * (shape[0] + prod(shape[1:]))
             for name, shape in layers.items()
-            if len(shape) > 1 and TARGETS.search(name)
+            if len(shape) > 1 and targets.search(name)
         )
 
 

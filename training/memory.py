@@ -88,11 +88,11 @@ def memory(device: torch.device) -> int:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The UNet's residual and transformer blocks, each recomputed or compiled as a whole.
+    """The blocks of a UNet or a transformer, each recomputed or compiled as a whole.
 
     Raises ValueError if there are none, because otherwise neither would happen.
     """
-    kinds = {"ResBlock", "SpatialTransformer"}
+    kinds = {"ResBlock", "SpatialTransformer", "JointBlock"}
     blocks = [
         module for module in network.modules()
         if kinds & {base.__name__ for base in type(module).__mro__}
@@ -100,18 +100,21 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
     if not blocks:
         raise ValueError(
             f"{type(network).__name__} has no block that can be recomputed or compiled: expected "
-            f"ComfyUI's {' and '.join(sorted(kinds))}. Set checkpointing to off and compile to "
+            f"ComfyUI's {', '.join(sorted(kinds))}. Set checkpointing to off and compile to "
             "false."
         )
     return blocks
 
 
-def recompute_blocks(network: nn.Module) -> None:
+def recompute_blocks(network: nn.Module) -> Callable[[], None]:
     """Gradient checkpointing (arXiv 1604.06174) by block. The adapter must be on at backward.
+    -> a function that undoes it.
 
     Raises ValueError if the network has no such blocks.
     """
-    for block in _blocks(network):
+    blocks = _blocks(network)
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
         forward = block.forward
 
         def again(*args: Any, _forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
@@ -123,6 +126,15 @@ def recompute_blocks(network: nn.Module) -> None:
             )
 
         block.forward = again
+
+    def undo() -> None:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+    return undo
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:

@@ -18,6 +18,8 @@ from .adapter import Adapter
 from .data import answers, bank, sources
 from .data.captioned import summary
 from .device_lock import wait_for_device
+from .gradient_check import require_right_gradients
+from .host import enter, free_memory, load_teacher
 from .jobs.processes import MARK
 from .memory import keep_freed
 from .objectives.table import family_of
@@ -29,7 +31,7 @@ from .state import checkpoints
 from .state.journal import Journal
 from .state.loop import Run
 from .state.samples import Samples
-from .teacher import Teacher, enter, free_memory
+from .teacher import FLOW, Teacher
 
 log = logging.getLogger("lcm_lora")
 LISTED = 1000  # unused files that the log names
@@ -61,7 +63,10 @@ class Pipeline:
             self.report("preparing", "", steps=self.spec.steps)
             teacher = self.load_teacher()
             source = self.read_data(teacher)
-            adapter = Adapter(teacher.network, self.spec.rank, self.spec.lora_alpha, self.spec.seed)
+            adapter = Adapter(
+                teacher.network, self.spec.rank, self.spec.lora_alpha, self.spec.seed,
+                teacher.targets,
+            )  # fmt: skip
             if self.spec.start_from:
                 start_from(adapter, teacher, Path(self.spec.start_from))
             if dry_run:
@@ -114,7 +119,7 @@ class Pipeline:
         checkpoint = Path(spec.checkpoint)
         waiting.for_memory(checkpoint, free_memory, self.journal, self.request)
         self.report("preparing", "", "loading the checkpoint")
-        teacher = Teacher.load(checkpoint, spec.precision, spec.loras, spec.embeddings)
+        teacher = load_teacher(checkpoint, spec.precision, spec.loras, spec.embeddings)
         if from_queue and teacher.device.type == "cpu" and hasattr(os, "nice"):
             os.nice(NICE)
         return teacher
@@ -199,6 +204,8 @@ class Pipeline:
         notes: tuple[str, ...],
     ) -> Run | None:  # fmt: skip
         """Trains to the end; None if the job was paused."""
+        if teacher.prediction == FLOW:
+            require_right_gradients(teacher, adapter)
         run = Run(
             self.spec, self.job, teacher, adapter, rows, self.ranks, self.journal, samples,
             self.request,

@@ -47,7 +47,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     measured += ", blocks computed again in backward" if progress.recompute else ""
     lines = [
         f"teacher: {Path(spec.checkpoint).name}, {teacher.architecture}, "
-        f"{teacher.schedule.prediction} prediction, {network / 1e9:.2f} GB as "
+        f"{teacher.prediction} prediction, {network / 1e9:.2f} GB as "
         f"{str(teacher.dtype).removeprefix('torch.')} on {teacher.device}",
         f"LoRA: {len(adapter.names)} modules of rank {spec.rank}, {parameters / 1e6:.2f} M "
         f"parameters, a file of {2 * parameters / 1e6:.1f} MB",

@@ -38,7 +38,7 @@ def metadata(
         "lcm_lora.version": VERSION,
         **family_metadata(spec),
         "lcm_lora.base_family": teacher.architecture,
-        "lcm_lora.prediction": teacher.schedule.prediction,
+        "lcm_lora.prediction": teacher.prediction,
         "lcm_lora.guidance": " to ".join(f"{w:g}" for w in spec.guidance),
         "lcm_lora.resolution": str(spec.resolution),
         "lcm_lora.batch": str(spec.batch),

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import commands
-from . import distill_quality, engine, networks, reference
+from . import distill_quality, engine, networks, reference, scaling
 from .report import Report
 from .step import Case
 from .timing import Process, Turns, take_turns
@@ -26,6 +26,7 @@ OURS, REFERENCE = "ours", "reference"
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", action="store_true", help="distil the toy and judge it")
+    parser.add_argument("--scaling", action="store_true", help="two processes against one")
     parser.add_argument("--steps", type=int, default=6, help="counted steps of each subject")
     parser.add_argument("--side", type=int, default=32, help="of the latents; 64 is 512 pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -35,6 +36,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     if chosen.quality:
         return distill_quality.run(chosen, checkpoint)
+    if chosen.scaling:
+        return scaling.run(checkpoint)
     case = new_case(commands.LOCAL / "distill-cost", "SD1.5", chosen.side)
     turns, start = compare(case, chosen.steps, chosen.threads)
     return report(turns, start, f"SD1.5 {8 * chosen.side}px")

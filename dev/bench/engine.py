@@ -11,12 +11,13 @@ from torch import nn
 
 from ...training.adapter import Adapter
 from ...training.data.bank import Bank, Row, build
+from ...training.host import enter
 from ...training.memory import keep_freed, recompute_blocks
 from ...training.objectives.solver import Schedule
 from ...training.ranks import Ranks
 from ...training.spec import Spec
 from ...training.state.loop import Run
-from ...training.teacher import DTYPES, Teacher, enter
+from ...training.teacher import DTYPES, Teacher
 from . import networks
 from .step import CFG, PICTURES, SEED, Case, Clock, Step, alphas_cumprod, start_factor
 

@@ -24,22 +24,22 @@ def no_checkpoint(kind, good):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("kind", ["empty", "zeros", "page", "cut"])
 def test_a_file_that_is_no_checkpoint_is_called_so(comfy, toy_checkpoint, tmp_path, kind, suffix):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     file = tmp_path / f"a{suffix}"
     file.write_bytes(no_checkpoint(kind, toy_checkpoint))
     with pytest.raises(ValueError, match=f"a{suffix} is not a checkpoint that ComfyUI can load"):
-        Teacher.load(file)
+        load_teacher(file)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_tensors_of_something_else_are_no_checkpoint(comfy, tmp_path, suffix):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     file, tensors = tmp_path / f"a{suffix}", {"a": torch.zeros(3)}
     save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
     with pytest.raises(ValueError, match="is not a checkpoint that ComfyUI can load"):
-        Teacher.load(file)
+        load_teacher(file)
 
 
 class SafetensorError(Exception):
@@ -64,27 +64,27 @@ def test_what_the_machine_or_the_host_does_is_not_the_files_fault(
     comfy, toy_checkpoint, monkeypatch, error
 ):
     import comfy.sd
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", fails)
     with pytest.raises(type(error)) as raised:
-        Teacher.load(toy_checkpoint)
+        load_teacher(toy_checkpoint)
     assert raised.value is error
 
 
 def test_a_host_whose_loader_has_changed_is_not_the_files_fault(comfy, toy_checkpoint, monkeypatch):
     import comfy.sd
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     def renamed(ckpt_path, embedding_directory=None, model_options=None, no_dynamic=False):
         pass
 
     monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", renamed)
     with pytest.raises(TypeError, match="disable_dynamic"):
-        Teacher.load(toy_checkpoint)
+        load_teacher(toy_checkpoint)
 
 
 ENTERED = """
@@ -92,7 +92,7 @@ import json, sys, types
 from pathlib import Path
 package = sys.modules["lcm_lora"] = types.ModuleType("lcm_lora")
 package.__path__ = [sys.argv[1]]
-from lcm_lora.training.teacher import enter
+from lcm_lora.training.host import enter
 enter(Path(sys.argv[2]), tuple(sys.argv[3:]))
 from comfy.cli_args import args
 print(json.dumps([args.cpu, args.directml, sorted(map(str, args.fast)), args.force_fp32]))

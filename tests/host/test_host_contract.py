@@ -1,7 +1,8 @@
 """What we use of the host beside its API of nodes: a test sees it change before users do.
 
 A row names a function and the call of it that we make; see lora/host.py, samplers/host.py,
-training/teacher.py, training/jobs/ and nodes/. Run it with each host that is supported.
+training/host.py, training/teacher.py, training/flow.py, training/jobs/ and nodes/. Run it with each
+host that is supported.
 """
 
 import ast
@@ -125,11 +126,11 @@ def test_our_sampler_takes_what_the_host_gives(comfy):
 
 def test_every_flag_that_a_job_gets_is_one_of_the_hosts(comfy):
     from comfy.cli_args import parser
-    from lcm_lora.training import teacher
+    from lcm_lora.training import host as trainer
     from lcm_lora.training.jobs import host
 
-    ours = {*host.FLAGS, *host.VALUED_FLAGS, *teacher._NO_DEVICE, *teacher._NO_BACKWARD}
-    ours |= teacher._ATTENTION
+    ours = {*host.FLAGS, *host.VALUED_FLAGS, *trainer._NO_DEVICE, *trainer._NO_BACKWARD}
+    ours |= trainer._ATTENTION
     assert ours - parser._option_string_actions.keys() == set()
     valued = {flag for flag in host.FLAGS if parser._option_string_actions[flag].nargs != 0}
     assert valued == set()

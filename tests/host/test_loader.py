@@ -169,7 +169,7 @@ def test_a_full_lcm_with_a_guidance_embedding_is_refused(comfy, path):
     import comfy.sd
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from lcm_lora.nodes.sampling import LCMKSampler, LCMModelSampling, LCMSchedule
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     unet = UNetModel(**UNET, dtype=torch.float16, operations=comfy.ops.disable_weight_init)
     weights = {
@@ -191,14 +191,14 @@ def test_a_full_lcm_with_a_guidance_embedding_is_refused(comfy, path):
         lambda: LCMModelSampling.execute(full.clone()),
         lambda: LCMKSampler.execute(full, 0, 4, 1.0, [], [], {}, 1.0),
         lambda: LCMSchedule.execute(full, 4, 1.0, 50),
-        lambda: Teacher.load(file),
+        lambda: load_teacher(file),
     ):
         with pytest.raises(ValueError, match=r"full.safetensors is a full LCM .*cond_proj"):
             call()
     broken = path.with_name("broken.safetensors")
     broken.write_bytes(b"\xff" * 1000)
     with pytest.raises(ValueError, match="broken.safetensors is not a checkpoint"):
-        Teacher.load(broken)
+        load_teacher(broken)
 
 
 def test_a_bad_file_is_explained(model, path):

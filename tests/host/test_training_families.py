@@ -92,10 +92,10 @@ def load_and_train(checkpoint, tmp_path):
     from lcm_lora.tests.unit.toy_network import a_step
     from lcm_lora.training.adapter import Adapter
     from lcm_lora.training.export import vector
+    from lcm_lora.training.host import load_teacher
     from lcm_lora.training.objectives import lcm
-    from lcm_lora.training.teacher import Teacher
 
-    teacher = Teacher.load(checkpoint, "fp32")
+    teacher = load_teacher(checkpoint, "fp32")
     adapter = Adapter(teacher.network, 2, 2.0)
     texts = teacher.text("a photo of a bag")
     about = {name: value[None] for name, value in texts.items()}
@@ -155,12 +155,13 @@ def test_half_precision_gives_nearly_the_same_step(comfy, toy_checkpoint, precis
     """Student and target are close, so that bfloat16's rounding shows in their difference."""
     from lcm_lora.tests.unit.toy_network import a_step
     from lcm_lora.training.adapter import Adapter
+    from lcm_lora.training.host import load_teacher
     from lcm_lora.training.objectives import lcm
-    from lcm_lora.training.teacher import DTYPES, Teacher
+    from lcm_lora.training.teacher import DTYPES
 
     results = {}
     for dtype in ("fp32", precision):
-        teacher = Teacher.load(toy_checkpoint, dtype)
+        teacher = load_teacher(toy_checkpoint, dtype)
         assert next(teacher.network.parameters()).dtype == DTYPES[dtype]
         adapter = Adapter(teacher.network, 4, 4.0)
         about = {name: value[None] for name, value in teacher.text("a photo of a bag").items()}
@@ -183,11 +184,11 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
     import comfy.sd
     import comfy.utils
     from lcm_lora.dev.toy import assemble
+    from lcm_lora.training.host import load_teacher
     from lcm_lora.training.spec import StyleLoRA
-    from lcm_lora.training.teacher import Teacher
 
     style = StyleLoRA(str(assemble.lora(assemble.STICKER_LORA)), 0.8)
-    teacher = Teacher.load(toy_checkpoint, "fp32", (style,))
+    teacher = load_teacher(toy_checkpoint, "fp32", (style,))
     parameters = dict(teacher.network.named_parameters())
     model = comfy.sd.load_checkpoint_guess_config(
         str(toy_checkpoint), model_options={"dtype": torch.float32}
@@ -205,12 +206,12 @@ def test_a_style_lora_is_baked_in_as_the_host_would_add_it(comfy, toy_checkpoint
 
 
 def test_a_caption_may_name_an_embedding(comfy, toy_checkpoint, tmp_path):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     second = tmp_path / "second"
     second.mkdir()
     save_file({"emb_params": torch.randn(2, 768)}, second / "mine.safetensors")
-    with_it = Teacher.load(toy_checkpoint, embeddings=(str(tmp_path), str(second)))
+    with_it = load_teacher(toy_checkpoint, embeddings=(str(tmp_path), str(second)))
     context = with_it.text("a photo, embedding:mine")["context"]
     assert context.isfinite().all()
     assert not torch.equal(context, with_it.text("a photo,")["context"])
@@ -220,7 +221,7 @@ def test_a_caption_may_name_an_embedding(comfy, toy_checkpoint, tmp_path):
 def test_a_model_with_more_channels_is_refused_with_the_reason(
     comfy, toy_checkpoint, tmp_path, channels
 ):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     tensors = load_file(toy_checkpoint)
     first = "model.diffusion_model.input_blocks.0.0.weight"
@@ -228,14 +229,14 @@ def test_a_model_with_more_channels_is_refused_with_the_reason(
     path = tmp_path / "inpainting.safetensors"
     save_file(tensors, path)
     with pytest.raises(ValueError, match=f"takes {channels} latent channels.*base model"):
-        Teacher.load(path)
+        load_teacher(path)
     path.unlink()
 
 
 def test_a_checkpoint_without_its_encoders_is_refused(comfy, toy_checkpoint, tmp_path):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
     path = tmp_path / "unet-only.safetensors"
     save_file(unet(ONE), path)
     with pytest.raises(ValueError, match="network, text encoder and VAE in one file"):
-        Teacher.load(path)
+        load_teacher(path)

@@ -28,9 +28,9 @@ def spec_of(base, checkpoint, **changes) -> Spec:
 
 @pytest.fixture(scope="module")
 def teacher(comfy, toy_checkpoint):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
-    return Teacher.load(Path(toy_checkpoint))
+    return load_teacher(Path(toy_checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -474,9 +474,9 @@ def test_sample_pictures_get_the_noise_that_the_objective_wants(
 
 @pytest.fixture(params=["bf16", "fp16"])
 def half_teacher(comfy, toy_checkpoint, request):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
-    return Teacher.load(Path(toy_checkpoint), request.param)
+    return load_teacher(Path(toy_checkpoint), request.param)
 
 
 @pytest.mark.gpu

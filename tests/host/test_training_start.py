@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 @pytest.fixture(scope="module")
 def teacher(comfy, toy_checkpoint):
-    from lcm_lora.training.teacher import Teacher
+    from lcm_lora.training.host import load_teacher
 
-    return Teacher.load(Path(toy_checkpoint))
+    return load_teacher(Path(toy_checkpoint))
 
 
 @pytest.fixture(scope="module")

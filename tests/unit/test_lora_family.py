@@ -16,6 +16,7 @@ from lcm_lora.lora.family import (
     recorded,
 )
 from lcm_lora.samplers.families import FAMILIES
+from lcm_lora.training.objectives.table import OBJECTIVES
 from lcm_lora.training.schema import declared
 from lcm_lora.training.spec import Spec
 
@@ -157,4 +158,5 @@ def test_full_models_of_a_few_steps(name, few):
 
 
 def test_what_we_distil_is_known():
-    assert set(declared(Spec)["objective"].setting.choices) <= FAMILIES.keys()
+    assert set(declared(Spec)["objective"].setting.choices) == OBJECTIVES.keys()
+    assert {objective.family for objective in OBJECTIVES.values()} <= FAMILIES.keys()

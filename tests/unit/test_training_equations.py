@@ -8,7 +8,7 @@ from lcm_lora.tests.unit.toy_network import a_step
 from lcm_lora.training.adapter import Adapter
 from lcm_lora.training.objectives import lcm, phased
 from lcm_lora.training.objectives.lcm import pseudo_huber
-from lcm_lora.training.objectives.solver import Schedule
+from lcm_lora.training.objectives.solver import Line, Schedule
 from torch import nn
 from torch.func import functional_call
 
@@ -119,6 +119,64 @@ def test_a_step_equals_the_equations(loss, prediction, monkeypatch):
     expected[2].backward()
 
     pairs = [*zip((*met, our_loss), expected, strict=True)]
+    for layer, (up, down) in zip(adapter.layers, factors.values(), strict=True):
+        pairs += [(layer.up.grad, up.grad), (layer.down.grad, down.grad)]
+    for ours, theirs in pairs:
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
+def test_a_step_on_a_flow_model_equals_the_equations():
+    """LCM on the line x = (1 - sigma) x0 + sigma eps, for a network whose answer is a velocity."""
+    torch.manual_seed(0)
+    velocity = Network().double()
+    plain = copy.deepcopy(velocity)
+    adapter = Adapter(velocity, RANK, ALPHA).double()
+    for layer in adapter.layers:
+        nn.init.normal_(layer.up, std=0.3)
+    times = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    sigmas = 3 * times / (1 + 2 * times)
+
+    def at(t):
+        return sigmas[t][:, None, None, None]
+
+    def network(z, t, context):  # as ComfyUI's apply_model answers
+        return z - at(t) * velocity(z, t, context)
+
+    index = torch.tensor([0, 0, 1, 7, 12, 13, 25, 38, 49])
+    z0, noise = torch.randn(2, len(index), 4, 4, 4, dtype=torch.float64)
+    c, no_c = torch.randn(2, len(index), 5, 8, dtype=torch.float64)
+    cfg = torch.linspace(1, 9, len(index), dtype=torch.float64)[:, None, None, None]
+    loss = a_step(
+        lcm.loss, network, adapter, Line(sigmas), z0, noise, index, {"context": c},
+        {"context": no_c}, cfg,
+    )  # fmt: skip
+    loss.backward()
+
+    factors = {
+        f"{name}.weight": (up.clone().requires_grad_(), down.clone().requires_grad_())
+        for name, up, down in adapter.tensors()
+    }
+    merged = {
+        name: plain.get_parameter(name)
+        + torch.einsum("or,r...->o...", up.flatten(1), down) * ALPHA / RANK
+        for name, (up, down) in factors.items()
+    }
+
+    def v(z, t, context, weights):
+        return functional_call(plain, weights, (z, t, context))
+
+    t = 20 * index + 19
+    s = torch.where(t == 19, 0, t - 20)
+    x_t = (1 - at(t)) * z0 + at(t) * noise
+    with torch.no_grad():
+        uncond = v(x_t, t, no_c, {})
+        guided = uncond + cfg * (v(x_t, t, c, {}) - uncond)
+        x_s = x_t + (at(s) - at(t)) * guided
+        target = x_s - at(s) * v(x_s, s, c, merged)
+    student = x_t - at(t) * v(x_t, t, c, merged)
+    expected = (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+    expected.backward()
+    pairs = [(loss, expected)]
     for layer, (up, down) in zip(adapter.layers, factors.values(), strict=True):
         pairs += [(layer.up.grad, up.grad), (layer.down.grad, down.grad)]
     for ours, theirs in pairs:

@@ -20,6 +20,7 @@ def test_tensors_of_either_kind_have_a_way(monkeypatch, cuda, nccl, on_cpu, back
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     joined = lambda kind, **_: chosen.append(kind)  # noqa: E731

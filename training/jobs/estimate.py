@@ -21,8 +21,6 @@ from .store import Store
 MEASURED, ESTIMATED, UNKNOWN = "measured", "estimated", "unknown"
 # Bytes of one step with one picture at full size and rank 64: python3 dev bench fullsize.
 PEAKS = {"SD1.5": 4.7e9, "SDXL": 9.2e9}
-TEXT_TOKENS, CHANNELS = 77, 4
-POOLED = 1280  # SDXL's second text feature
 EARLIER = 20  # the newest jobs are enough
 
 
@@ -147,11 +145,10 @@ def _disk(spec: Spec, file: CheckpointFile | None, drawn: int) -> float | None:
         return None
     parameters = file.lora_parameters(spec.rank)
     needed = room(parameters, spec.keep, spec.objective) + 2 * parameters
-    latent = CHANNELS * (spec.resolution // SHRINK) ** 2
-    text = TEXT_TOKENS * file.width + (POOLED if file.width == 2048 else 0)
+    latent = file.latent_channels * (spec.resolution // SHRINK) ** 2
     texts = min(drawn, len(spec.data.prompts or _prompts(spec.data.path))) if drawn else 0
     kept = 4 * drawn * latent if spec.passes > 1 else 0
-    return needed + 2 * (drawn * latent + texts * text) + kept
+    return needed + 2 * (drawn * latent + texts * file.text_numbers) + kept
 
 
 def _prompts(path: str) -> list[str]:

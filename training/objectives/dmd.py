@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...samplers.consistency import consistency
 from ..adapter import Adapter
 from .batch import Batch, Inputs
-from .solver import Network, Schedule, predict_guided
+from .solver import Network, Process, predict_guided
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Pair:
     """
 
     network: Network
-    schedule: Schedule
+    schedule: Process
     student: Adapter
     fake: Adapter
     dtype: torch.dtype = torch.float32
@@ -100,7 +99,7 @@ class Pair:
 
 @torch.no_grad()
 def arrive(
-    network: Network, schedule: Schedule, noise: torch.Tensor, timesteps: list[int], cond: Inputs
+    network: Network, schedule: Process, noise: torch.Tensor, timesteps: list[int], cond: Inputs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(z [B, C, H, W], t int64 [B]) where the LCM sampler calls the network at the last of these
     timesteps, in a run from pure noise at the first. noise: as Draws.run.
@@ -115,11 +114,11 @@ def arrive(
 
 
 def drawn(
-    network: Network, schedule: Schedule, z: torch.Tensor, t: torch.Tensor, cond: Inputs
+    network: Network, schedule: Process, z: torch.Tensor, t: torch.Tensor, cond: Inputs
 ) -> torch.Tensor:
     """The student's picture x [B, C, H, W] at (z, t)."""
     x0, _ = schedule.predict(network, z, t, cond)
-    return consistency(z, x0, t.to(x0.dtype))
+    return schedule.consistency(z, x0, t)
 
 
 def direction(x: torch.Tensor, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ...samplers.consistency import consistency
 from .batch import Batch
-from .solver import Network, Schedule
+from .solver import Network, Process
 
 
-def loss(network: Network, schedule: Schedule, batch: Batch, z_s: torch.Tensor) -> torch.Tensor:
+def loss(network: Network, schedule: Process, batch: Batch, z_s: torch.Tensor) -> torch.Tensor:
     """The consistency loss (equation 9), a scalar: f(z_t, t) should equal f(z_s, s).
 
     f leaps from any timestep to the clean latent. z_s: where the teacher's solver step leads from
@@ -21,9 +20,9 @@ def loss(network: Network, schedule: Schedule, batch: Batch, z_s: torch.Tensor) 
     z_t = schedule.noised(batch.z0, batch.eps, t)
     with torch.no_grad():
         x0, _ = schedule.predict(network, z_s, s, batch.cond)
-        target = consistency(z_s, x0, s.to(x0.dtype))
+        target = schedule.consistency(z_s, x0, s)
     x0, _ = schedule.predict(network, z_t, t, batch.cond)
-    return pseudo_huber(consistency(z_t, x0, t.to(x0.dtype)), target)
+    return pseudo_huber(schedule.consistency(z_t, x0, t), target)
 
 
 def pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, c: float = 0.001) -> torch.Tensor:

@@ -13,11 +13,11 @@ from ...samplers.families import ORIGIN_STEPS
 from ...samplers.timesteps import timesteps
 from .batch import Batch, table
 from .lcm import pseudo_huber
-from .solver import Network, Schedule
+from .solver import Network, Process
 
 
 def loss(
-    network: Network, schedule: Schedule, batch: Batch, z_s: torch.Tensor, phases: int = 4
+    network: Network, schedule: Process, batch: Batch, z_s: torch.Tensor, phases: int = 4
 ) -> torch.Tensor:
     """The phased consistency loss, a scalar: f(z_t, t) should equal f(z_s, s).
 

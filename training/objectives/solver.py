@@ -1,4 +1,4 @@
-"""The model's noise schedule, the guided teacher, and the DDIM solver on the distillation grid."""
+"""How a model mixes noise, the guided teacher, and the DDIM solver on the distillation grid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...samplers.consistency import x0_and_eps
+from ...samplers.consistency import consistency, x0_and_eps
 from ..adapter import Adapter
 from .batch import Batch, Inputs
 
@@ -15,38 +15,89 @@ Network = Callable[..., torch.Tensor]
 """network(z [B, C, H, W], t int64 [B], **inputs) -> raw output [B, C, H, W]."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What a model was trained with: `alphas_cumprod` [1000] and its prediction type.
+class Process:
+    """How a model mixes picture and noise at timesteps 0..999: z = alpha(t) x0 + sigma(t) eps."""
 
-    The table is float32, or float64 to check equations; latents and losses take its precision.
+    prediction: str
 
-    prediction: "eps", "v" or "x0". ComfyUI's sigmas give alphas_cumprod = 1 / (1 + sigma^2).
-    """
-
-    alphas_cumprod: torch.Tensor
-    prediction: str = "eps"
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tables, which latents and losses take: float32, or float64 in checks."""
+        raise NotImplementedError
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
-        """sqrt(alphas_cumprod[t]), ready to multiply latents: [B] -> [B, 1, 1, 1]."""
-        return self.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        """The picture's share, ready to multiply latents: int64 [B] -> [B, 1, 1, 1]."""
+        raise NotImplementedError
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """sqrt(1 - alphas_cumprod[t]): [B] -> [B, 1, 1, 1]."""
-        return (1 - self.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        """The noise's share: int64 [B] -> [B, 1, 1, 1]."""
+        raise NotImplementedError
 
     def noised(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """z_t = alpha_t x0 + sigma_t eps, in float32 (VP scale)."""
+        """z_t = alpha_t x0 + sigma_t eps, in float32."""
         return self.alpha(t) * x0 + self.sigma(t) * eps
 
     def predict(
         self, network: Network, z: torch.Tensor, t: torch.Tensor, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (x0, eps) that a network predicts at (z, t): [B, C, H, W] in the table's dtype."""
-        output, dtype = network(z, t, **inputs), self.alphas_cumprod.dtype
+        """The (x0, eps) that a network predicts at (z, t): [B, C, H, W] in the tables' dtype."""
+        output = network(z, t, **inputs)
         return x0_and_eps(
-            output.to(dtype), z.to(dtype), self.alpha(t), self.sigma(t), self.prediction
+            output.to(self.dtype), z.to(self.dtype), self.alpha(t), self.sigma(t), self.prediction
         )
+
+    def consistency(self, z: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """f(z, t), the student's clean latent, where the network predicts x0: [B, C, H, W]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Schedule(Process):
+    """Of Stable Diffusion: `alphas_cumprod` [1000] and a prediction type, "eps", "v" or "x0".
+
+    alpha^2 + sigma^2 = 1. ComfyUI's sigmas give alphas_cumprod = 1 / (1 + sigma^2).
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction: str = "eps"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.alphas_cumprod.dtype
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return self.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return (1 - self.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+
+    def consistency(self, z: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return consistency(z, x0, t.to(x0.dtype))
+
+
+@dataclass(frozen=True)
+class Line(Process):
+    """Of a flow model: alpha + sigma = 1. sigmas: [1000], ascending to 1, with the model's shift.
+
+    ComfyUI turns the velocity eps - x0 that the network predicts into x0 before we see it.
+    """
+
+    sigmas: torch.Tensor
+    prediction: str = "x0"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sigmas.dtype
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return (1 - self.sigmas[t]).view(-1, 1, 1, 1)
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return self.sigmas[t].view(-1, 1, 1, 1)
+
+    def consistency(self, z: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x0 itself, as flow models are sampled. At t = 0 a little noise is left for it to take."""
+        return x0
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float | torch.Tensor) -> torch.Tensor:
@@ -58,7 +109,7 @@ def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float | torch.Tensor) 
 
 
 def predict_guided(
-    network: Network, schedule: Schedule, z: torch.Tensor, t: torch.Tensor,
+    network: Network, schedule: Process, z: torch.Tensor, t: torch.Tensor,
     cond: Inputs, uncond: Inputs, cfg: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The guided (x0, eps) of a network at (z, t), both [B, C, H, W] float32.
@@ -74,7 +125,7 @@ def predict_guided(
 
 @torch.no_grad()
 def teacher_step(
-    network: Network, adapter: Adapter, schedule: Schedule, batch: Batch
+    network: Network, adapter: Adapter, schedule: Process, batch: Batch
 ) -> torch.Tensor:
     """z_s [B, C, H, W]: a guided DDIM step from z_t at batch.t to batch.s (arXiv 2310.04378,
     algorithm 1). The teacher is the network with the adapter off."""
@@ -87,7 +138,7 @@ def teacher_step(
 
 @torch.no_grad()
 def ddim(
-    network: Network, schedule: Schedule, noise: torch.Tensor, steps: int,
+    network: Network, schedule: Process, noise: torch.Tensor, steps: int,
     cond: Inputs, uncond: Inputs, cfg: float, between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # fmt: skip
     """`steps` guided DDIM steps from noise [B, C, H, W] at t = 999 to the clean latent.

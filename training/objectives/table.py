@@ -11,9 +11,9 @@ import torch
 from ..spec import Spec
 from . import lcm, phased
 from .batch import Batch
-from .solver import Network, Schedule
+from .solver import Network, Process
 
-Loss = Callable[[Network, Schedule, Batch, torch.Tensor], torch.Tensor]
+Loss = Callable[[Network, Process, Batch, torch.Tensor], torch.Tensor]
 
 # Forward passes that a picture of a step costs, as docs/distillation.md counts them. Of the
 # consistency losses: the teacher's two; target, student, and its backward pass.

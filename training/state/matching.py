@@ -37,7 +37,9 @@ class Matching(Consistency):
         self, spec: Spec, job: Path, teacher: Teacher, adapter: Adapter, bank: Bank, ranks: Ranks
     ):
         super().__init__(spec, job, teacher, adapter, bank, ranks)
-        self.fake = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed + 1)
+        self.fake = Adapter(
+            teacher.network, spec.rank, spec.lora_alpha, spec.seed + 1, teacher.targets
+        )
         self.fake.on = False
         self.pair = Pair(teacher, teacher.schedule, adapter, self.fake, self.dtype)
         self.groups.append(list(self.fake.parameters()))

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ...samplers.consistency import consistency
 from ...samplers.families import FAMILIES, Family
-from ...samplers.lcm import kept_noise, lcm
+from ...samplers.lcm import Shares, kept_noise, lcm, variance_exploding
 from ...samplers.noise import picture_noise
 from ..adapter import Adapter
 from ..data.bank import Tensors, square_sizes, together
 from ..memory import in_parts
-from ..objectives.solver import Network, Schedule, ddim
+from ..objectives.solver import Network, Process, Schedule, ddim
 from ..teacher import Teacher
 from ..tensors import save
 from . import sheets
@@ -149,7 +148,7 @@ class Samples:
 
 
 def few_steps(
-    network: Network, schedule: Schedule, noise: Noise, steps: int, cond: Tensors, family: Family
+    network: Network, schedule: Process, noise: Noise, steps: int, cond: Tensors, family: Family
 ) -> torch.Tensor:
     """Clean latents [B, C, h, w] of a network, sampled as its family requires (samplers/lcm.py).
 
@@ -157,21 +156,37 @@ def few_steps(
     """
     start, timesteps = noise(0), family.timesteps(steps)
     t = torch.tensor(timesteps, device=start.device)
-    # samplers/lcm.py works in ComfyUI's scale x = z / alpha, whose noise level is sigma / alpha.
-    levels = (1 / schedule.alphas_cumprod - 1).sqrt()
+    # samplers/lcm.py works in ComfyUI's scale: a flow model's own, or else x = z / alpha, whose
+    # noise level is sigma / alpha.
+    if isinstance(schedule, Schedule):
+        levels, shares = (1 / schedule.alphas_cumprod - 1).sqrt(), variance_exploding
+        scale = schedule.alpha
+    else:
+        levels, shares = schedule.sigma(torch.arange(1000, device=t.device)).flatten(), _line
+        scale = _unscaled
     sigmas = torch.cat([levels[t], torch.zeros(1, device=start.device)])
     remaining = iter(timesteps)
 
     def denoised(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         now = torch.full((len(x),), next(remaining), device=x.device)
-        z = schedule.alpha(now) * x
+        z = scale(now) * x
         x0, _ = schedule.predict(network, z, now, cond)
-        return consistency(z, x0, now) if family.boundary else x0
+        return schedule.consistency(z, x0, now) if family.boundary else x0
 
     kept = kept_noise(
-        sigmas[:-1], family.eta, lambda _, eta: levels[((1 - eta) * t[1:].float()).floor().long()]
-    )
-    return lcm(
-        denoised, start / schedule.alpha(t[:1]), sigmas,
-        noise=lambda step: noise(step + 1), kept=[*kept, 0.0],
+        sigmas[:-1], family.eta,
+        lambda _, eta: levels[((1 - eta) * t[1:].float()).floor().long()], shares,
     )  # fmt: skip
+    return lcm(
+        denoised, start / scale(t[:1]), sigmas,
+        noise=lambda step: noise(step + 1), kept=[*kept, 0.0], signals=shares(sigmas)[0],
+    )  # fmt: skip
+
+
+def _unscaled(t: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(t), 1, 1, 1, device=t.device)
+
+
+def _line(sigmas: torch.Tensor) -> Shares:
+    """The shares of a flow model's x = (1 - sigma) x0 + sigma eps."""
+    return (1 - sigmas).tolist(), sigmas.tolist()
