@@ -57,12 +57,12 @@ export class Details {
   tell({ settings, checkpoint, created, changed }, { columns: names, rows }) {
     const last = (name) => rows.at(-1)?.[names.indexOf(name)];
     const short = (value) => number(value, { maximumSignificantDigits: 3 });
-    const { rank, batch, lr, guidance, resolution, objective, data } = settings;
+    const { rank, batch, lr, guidance, resolution, objective, data, start_from: start } = settings;
     const kind = data?.kind === "pictures" ? say("pictures") : say("prompts");
     const facts = [
       [say("checkpoint"), checkpoint],
       [say("data"), data?.kind === "pictures" ? kind : `${kind}, ${number(data?.count ?? 0)}`],
-      [say("objective"), objective], [say("rank"), rank], [say("batch size"), batch],
+      [say("objective"), objective], [say("starts from"), start], [say("rank"), rank], [say("batch size"), batch],
       [say("guidance"), [guidance].flat().join("–")], [say("learning rate"), lr], [say("resolution"), resolution],
       [say("queued at"), date(created)], [say("last change"), date(changed)],
       [say("pictures a second"), last("samples_per_second"), short],

@@ -190,7 +190,8 @@ const WORDS = {
     "Interrupted; the best weights so far: {weights}": "중단됨. 지금까지 가장 좋은 가중치: {weights}",
     "No weights are better than the default, {weights}": "기본값 {weights}보다 나은 가중치가 없습니다",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}: 기본값보다 기준에 {percent}% 더 가깝습니다",
-    "Style at {percent} %": "스타일 {percent}%"
+    "Style at {percent} %": "스타일 {percent}%",
+    "starts from": "시작 LoRA"
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
@@ -381,7 +382,8 @@ const WORDS = {
     "Interrupted; the best weights so far: {weights}": "中断しました。これまでの最良の重み：{weights}",
     "No weights are better than the default, {weights}": "既定値{weights}よりよい重みはありません",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}：既定値より基準に{percent}%近い",
-    "Style at {percent} %": "スタイル{percent}%"
+    "Style at {percent} %": "スタイル{percent}%",
+    "starts from": "開始LoRA"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
@@ -572,7 +574,8 @@ const WORDS = {
     "Interrupted; the best weights so far: {weights}": "已中断；目前最好的权重：{weights}",
     "No weights are better than the default, {weights}": "没有比默认值 {weights} 更好的权重",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}：比默认值更接近参考 {percent}%",
-    "Style at {percent} %": "风格 {percent}%"
+    "Style at {percent} %": "风格 {percent}%",
+    "starts from": "起始 LoRA"
   }
 };
 

@@ -352,6 +352,8 @@ def _settings(spec: dict[str, Any]) -> dict[str, Any]:
     """The job's settings without the server's paths."""
     hidden = ("host", "host_flags", "checkpoint", "output", "banks", "embeddings", "loras", "data")
     shown = {name: value for name, value in spec.items() if name not in hidden}
+    if isinstance(start := shown.pop("start_from", None), str):
+        shown["start_from"] = Path(start).name
     data = spec.get("data")
     items = data.items() if isinstance(data, dict) else ()
     return shown | {"data": {name: value for name, value in items if name != "path"}}
