@@ -23,6 +23,11 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 TEXT_TO_IMAGE = "1 Text to image (SD1.5)"
 TEXT_TO_IMAGE_XL = "2 Text to image (SDXL)"
 WITH_STYLE = "3 Text to image with a style (SDXL)"
+# The demo model is no flow model, so it draws none of these.
+FLOW = (
+    "4 Text to image with a style (Qwen-Image)", "5 Text to image with a style (Z-Image)",
+    "6 Text to image with a style (Flux)",
+)  # fmt: skip
 DISTIL = "Distil an LCM-LoRA"
 LIVE = "Live painting"
 COMPARE = "Which weight, how many steps"
