@@ -63,9 +63,12 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
         if node["class_type"] == "CheckpointLoaderSimple":
             inputs["ckpt_name"] = subject.checkpoint
         elif "lora_name" in inputs:
-            # The official LCM-LoRA is named so in all workflows; any other one is a style.
-            official = inputs["lora_name"].startswith("lcm-lora")
+            # The official LCM-LoRA is named so in all workflows; any other one is a style, except
+            # for a stack's, whose styles are in its rows.
+            stack = node["class_type"] == "LCMLoRAStack"
+            official = stack or inputs["lora_name"].startswith("lcm-lora")
             inputs["lora_name"] = subject.lcm_lora if official else next(styles)
+            inputs |= {name: next(styles) for name in inputs if name.startswith("count.lora_")}
         elif node["class_type"] == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = subject.captions[0]
         elif node["class_type"] == "LCMWeightSearch" and len(subject.captions) > 1:
