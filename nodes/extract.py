@@ -58,5 +58,5 @@ class LCMLoRAExtract(io.ComfyNode):
         )
         # A LoRA of a small model, or of a part of it, may not show what it is for.
         if architecture := detect(base):
-            vector = replace(vector, metadata=vector.metadata | of_transformer(architecture))
+            vector = replace(vector, metadata={**vector.metadata, **of_transformer(architecture)})
         return io.NodeOutput(to_wire(vector), report)

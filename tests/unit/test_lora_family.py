@@ -9,11 +9,14 @@ from lcm_lora.lora.family import (
     IN_METADATA,
     IN_NAME,
     STEPS,
+    WEIGHT,
     family_named,
     few_step_model,
+    forgotten,
     joined,
     made_for,
     recorded,
+    scaled,
 )
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.training.schema import declared
@@ -158,3 +161,16 @@ def test_full_models_of_a_few_steps(name, few):
 
 def test_what_we_distil_is_known():
     assert set(declared(Spec)["objective"].setting.choices) <= FAMILIES.keys()
+
+
+def test_the_weight_of_an_acceleration_in_a_sum():
+    hyper = {FAMILY: "hyper-flux", STEPS: "8"}
+    part = scaled(hyper | {"ss_tag": "x"}, 0.125)
+    assert part == hyper | {"ss_tag": "x", WEIGHT: "0.125"}
+    assert recorded(scaled(part, 8.0)) == recorded(hyper)
+    assert scaled({"ss_tag": "x"}, 0.5) == {"ss_tag": "x"}
+    assert joined([part, {"ss_tag": "x"}]) == hyper | {WEIGHT: "0.125"}
+    assert WEIGHT not in joined([part, hyper])  # no strength is right for both
+    for written in ("half", "-1", "0", "nan", "inf"):  # by another program
+        assert recorded(hyper | {WEIGHT: written}).weight == 1
+    assert forgotten(part) == {"ss_tag": "x"}
