@@ -13,7 +13,17 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .demo import COMPARE, DISTIL, LIVE, TEXT_TO_IMAGE, TEXT_TO_IMAGE_XL, WITH_STYLE, fitted, reseed
+from .demo import (
+    COMPARE,
+    DISTIL,
+    FLOW,
+    LIVE,
+    TEXT_TO_IMAGE,
+    TEXT_TO_IMAGE_XL,
+    WITH_STYLE,
+    fitted,
+    reseed,
+)
 from .sheet import Graph, Subject
 from .toy import stand_ins
 
@@ -68,8 +78,14 @@ def first_pass(prompt: Prompt) -> Prompt:
 
 
 STYLED = "a photo of a tiger on an orange background", "a photo of a strawberry on white polka dots"
+OF_FLOW = (
+    ("a photo of a fox on pink polka dots", "a photo of a crown on a teal background"),
+    ("a photo of a robot on yellow rays", "a photo of a mushroom on a purple background"),
+    ("a photo of an owl on a green background", "a photo of a cupcake on blue rays"),
+)
 CARDS = {
     WITH_STYLE: Card(STYLED, without_styles),
+    **{name: Card(captions, without_styles) for name, captions in zip(FLOW, OF_FLOW, strict=True)},
     "Merge three LoRAs into one (SDXL)": Card(STYLED[::-1], without_styles),
     # The network never saw pictures of 192 pixels, so it repeats parts; these two gain by it.
     "Hires fix": Card(
@@ -85,10 +101,16 @@ CARDS = {
 }
 
 
+def drawn_by(name: str) -> str:
+    """The template whose workflow the demo model draws for this template's card."""
+    return WITH_STYLE if name in FLOW else name
+
+
 def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image:
     """The card of a template.
 
-    Text to image shows nine results. Distil shows four steps without and with an LCM-LoRA.
+    workflow: that of `drawn_by`. Text to image shows nine results. Distil shows four steps without
+    and with an LCM-LoRA.
     ControlNet shows one result: the demo model's ControlNet has random weights, so there is nothing
     to compare. Which weight, how many steps? shows its sheet.
     """

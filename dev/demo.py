@@ -23,6 +23,11 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 TEXT_TO_IMAGE = "1 Text to image (SD1.5)"
 TEXT_TO_IMAGE_XL = "2 Text to image (SDXL)"
 WITH_STYLE = "3 Text to image with a style (SDXL)"
+# The demo model is no flow model, so it draws none of these.
+FLOW = (
+    "4 Text to image with a style (Qwen-Image)", "5 Text to image with a style (Z-Image)",
+    "6 Text to image with a style (Flux)",
+)  # fmt: skip
 DISTIL = "Distil an LCM-LoRA"
 LIVE = "Live painting"
 COMPARE = "Which weight, how many steps"
@@ -58,9 +63,12 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
         if node["class_type"] == "CheckpointLoaderSimple":
             inputs["ckpt_name"] = subject.checkpoint
         elif "lora_name" in inputs:
-            # The official LCM-LoRA is named so in all workflows; any other one is a style.
-            official = inputs["lora_name"].startswith("lcm-lora")
+            # The official LCM-LoRA is named so in all workflows; any other one is a style, except
+            # for a stack's, whose styles are in its rows.
+            stack = node["class_type"] == "LCMLoRAStack"
+            official = stack or inputs["lora_name"].startswith("lcm-lora")
             inputs["lora_name"] = subject.lcm_lora if official else next(styles)
+            inputs |= {name: next(styles) for name in inputs if name.startswith("count.lora_")}
         elif node["class_type"] == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = subject.captions[0]
         elif node["class_type"] == "LCMWeightSearch" and len(subject.captions) > 1:

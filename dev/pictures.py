@@ -55,7 +55,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
             elif name in DRAWN:
                 DRAWN[name](subject, saved).save(DOCS / f"{name}.jpg", quality=85)
             else:
-                card = cards.card(name, read(name), subject, saved)
+                card = cards.card(name, read(cards.drawn_by(name)), subject, saved)
                 card.save(WORKFLOWS / f"{name}.jpg", quality=92)
                 if name == COMPARE:  # its help page shows the same
                     card.save(PAGES / "LCMCompare.jpg", quality=88)

@@ -33,7 +33,7 @@ _SDXL_TYPES = {
     }.items()
 }
 
-_OR = " or "
+OR = " or "
 # Models whose LoRAs mostly fit each other.
 _KIN = {name: SDXL_TYPE for name in _SDXL_TYPES} | {"Chroma": "Flux"}
 _CROSS_ATTENTION = re.compile(r"lora_unet_.*_attn2_to_[kv]")
@@ -58,7 +58,7 @@ class Architecture:
     @property
     def kin(self) -> frozenset[str]:
         """The groups of related models that it may belong to."""
-        return frozenset(_KIN.get(name, name) for name in self.name.split(_OR))
+        return frozenset(_KIN.get(name, name) for name in self.name.split(OR))
 
     def fits(self, other: Architecture) -> bool:
         """Whether a LoRA for one may be added to the other, at least in part."""
@@ -67,7 +67,7 @@ class Architecture:
 
     def is_surely(self, other: Architecture) -> bool:
         """Whether `other` is one of the kinds that this may be."""
-        return other.name in self.name.split(_OR)
+        return other.name in self.name.split(OR)
 
     def __str__(self) -> str:
         if self.width is None:
@@ -124,7 +124,7 @@ def architecture_of(shapes: Shapes) -> Architecture | None:
 
 def _transformer(shapes: Shapes) -> Architecture | None:
     kinds, width = recognised(shapes)
-    name = _OR.join(kind.name for kind in kinds)
+    name = OR.join(kind.name for kind in kinds)
     return Architecture(name, width, is_unet=False) if kinds else None
 
 

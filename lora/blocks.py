@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from .delta import Vector
-from .family import forgotten
+from .family import forgotten, scaled
 from .formats.metadata import recipe
 from .formats.module_names import UNET, in_doubt, is_text, is_unet
 from .formats.transformers import flat
@@ -182,8 +182,11 @@ def weighted(vector: Vector, weight: Callable[[str], float], description: str) -
         raise ValueError(f"No module of {vector.source} has a weight other than 0.")
     metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {description}")}
     # An acceleration works in the UNet. Without positive weights there, the vector is not one.
-    if not any(value > 0 for name, value in weights.items() if place_of(name) != TEXT):
+    in_unet = {value for name, value in weights.items() if place_of(name) != TEXT}
+    if not any(value > 0 for value in in_unet):
         metadata = forgotten(metadata)
+    elif len(in_unet) == 1:
+        metadata = scaled(metadata, *in_unet)
     diffs = {key: (diff, weights[key.rpartition(".")[0]]) for key, diff in vector.diffs.items()}
     return replace(
         vector,

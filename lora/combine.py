@@ -19,7 +19,7 @@ from .blocks import place_of
 from .compare import Grams
 from .delta import Vector, as_matrix
 from .elementwise.rule import Rule
-from .family import FAMILY, SEVERAL, joined
+from .family import FAMILY, SEVERAL, joined, scaled
 from .formats.describe import left_out
 from .formats.metadata import agreed, recipe
 from .formats.spelling import in_one_spelling
@@ -178,7 +178,7 @@ def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
     """What all vectors share, the family of the accelerations among them, and the recipe."""
     vectors = [vector for vector, _ in terms]
-    family = joined([vector.metadata for vector, weight in terms if weight > 0])
+    family = joined([scaled(vector.metadata, weight) for vector, weight in terms if weight > 0])
     return agreed(vectors) | family | recipe(terms, method)
 
 

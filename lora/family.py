@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 # This pack's key in a file's header: the name of a family, or several if they are added up.
 FAMILY = "lcm_lora.family"
 SEVERAL = " + "
 STEPS = "lcm_lora.made_for_steps"  # the sampling steps that it was made for: "4" or "2, 4"
 CFG = "lcm_lora.made_for_cfg"  # "1" if it was made for guidance in sampling
+WEIGHT = "lcm_lora.acceleration_weight"  # of the one acceleration in a sum, if it is not 1
 
 _TITLES = ("modelspec.title", "ss_output_name")  # where other trainers keep a file's first name
 _ONE_STEP = r".*(?<!\d)1[-_ ]?step"
@@ -69,17 +71,21 @@ class MadeFor:
         families: their names; several for a sum of several accelerations.
         steps: the numbers of sampling steps; empty if nothing names them.
         cfg: whether it was made for guidance in sampling.
+        weight: that it has in this vector already, as a part of a sum.
     """
 
     families: tuple[str, ...]
     steps: tuple[int, ...]
     cfg: bool
+    weight: float = 1.0
 
     def metadata(self) -> dict[str, str]:
         """The keys that record it in a file."""
         keys = {FAMILY: SEVERAL.join(self.families)}
         if self.steps:
             keys[STEPS] = ", ".join(map(str, self.steps))
+        if self.weight != 1:
+            keys[WEIGHT] = f"{self.weight:g}"
         return keys | ({CFG: "1"} if self.cfg else {})
 
 
@@ -158,7 +164,7 @@ def made_for(metadata: Mapping[str, str], name: str, family: str = "") -> MadeFo
     if STEPS not in metadata and family != "hyper-sd-1step":  # which is for 1 to 8 steps
         steps = next((tuple(map(int, n)) for text in texts if (n := _STEPS.findall(text))), ())
     cfg = CFG in metadata or any(map(_CFG.search, texts))
-    return MadeFor(tuple(family.split(SEVERAL)), steps, cfg)
+    return MadeFor(tuple(family.split(SEVERAL)), steps, cfg, _weight(metadata))
 
 
 def recorded(metadata: Mapping[str, str]) -> MadeFor | None:
@@ -167,16 +173,35 @@ def recorded(metadata: Mapping[str, str]) -> MadeFor | None:
     if not metadata.get(FAMILY):
         return None
     families = tuple(metadata[FAMILY].split(SEVERAL))
-    return MadeFor(families, _numbers(metadata.get(STEPS, "")), CFG in metadata)
+    steps = _numbers(metadata.get(STEPS, ""))
+    return MadeFor(families, steps, CFG in metadata, _weight(metadata))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
 
 
+def _weight(metadata: Mapping[str, str]) -> float:
+    """The weight of an acceleration in a sum; 1 if nothing, or nothing that can be, says it."""
+    try:
+        weight = float(metadata.get(WEIGHT, 1.0))
+    except ValueError:  # another program wrote it
+        return 1.0
+    return weight if 0 < weight < inf else 1.0
+
+
+def scaled(metadata: Mapping[str, str], weight: float) -> dict[str, str]:
+    """The metadata of a vector times `weight`, which is above 0."""
+    made = recorded(metadata)
+    if made is None or weight == 1:
+        return dict(metadata)
+    return forgotten(metadata) | replace(made, weight=made.weight * weight).metadata()
+
+
 def forgotten(metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata without what says that a LoRA is an acceleration."""
-    return {key: value for key, value in metadata.items() if key not in (FAMILY, STEPS, CFG)}
+    ours = (FAMILY, STEPS, CFG, WEIGHT)
+    return {key: value for key, value in metadata.items() if key not in ours}
 
 
 def joined(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -187,4 +212,5 @@ def joined(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
     if not families:
         return {}
     cfg = any(made.cfg for made in parts)
-    return MadeFor(tuple(sorted(families)), tuple(sorted(steps)), cfg).metadata()
+    weight = parts[0].weight if len(parts) == 1 else 1.0
+    return MadeFor(tuple(sorted(families)), tuple(sorted(steps)), cfg, weight).metadata()

@@ -83,15 +83,16 @@ def apply(
         ValueError: the vector was made for another architecture, or none of its modules fits.
     """
     model, clip = model.clone(), clip.clone() if clip is not None else None
-    made_for, actual = architecture_of(vector.shapes), detect(model)
+    layers = Layers(model)
+    made_for, actual = architecture_of(vector.shapes), detect(model, layers)
     networks = []
     if strength_model != 0:
         _require_architecture(vector.source, made_for, actual)
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
-        networks.append(_Network(model, keys, strength_model))
+        networks.append(_Network(layers, keys, strength_model))
     if clip is not None and strength_clip != 0:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-        networks.append(_Network(clip.patcher, keys, strength_clip))
+        networks.append(_Network(Layers(clip.patcher), keys, strength_clip))
 
     vector = for_host(vector)
     for network in networks:
@@ -125,7 +126,7 @@ def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
     """The deltas of a vector by the model's layers, for live.py; None if the vector, apart from its
     text encoder part, changes more than plain layers by plain deltas. `apply` says what does not
     fit."""
-    network = _Network(model, comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
+    network = _Network(Layers(model), comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
     vector = one_for_each(for_host(vector), network.targets)
     targets, _ = network._match(vector, {name for name in vector.modules() if not is_text(name)})
     layers: dict[str, Delta] = {}
@@ -150,10 +151,10 @@ class _Network:
     targets: what each module changes, by all names that a vector may use for the module.
     """
 
-    def __init__(self, patcher: ModelPatcher, keys: Mapping[str, Target], strength: float):
+    def __init__(self, layers: Layers, keys: Mapping[str, Target], strength: float):
         """keys: ComfyUI's own map from module names to targets."""
-        self.patcher, self.strength = patcher, strength
-        self.targets, self.layers = places(keys), Layers(patcher)
+        self.patcher, self.layers, self.strength = layers.patcher, layers, strength
+        self.targets = places(keys)
 
     def patch(
         self, vector: Vector, sums: dict[str, Tensor], modules: Collection[str]
@@ -170,7 +171,8 @@ class _Network:
                 del targets[module]
         # Added one kind after the other, because one weight may have several kinds.
         for kind in (patches, self._diffs(vector, targets), _merges(vector, targets)):
-            self.patcher.add_patches(_on_scaled_inputs(kind, self.patcher), self.strength)
+            if kind:  # or the host makes a state dict for nothing
+                self.patcher.add_patches(_on_scaled_inputs(kind, self.patcher), self.strength)
         return targets.keys(), reasons
 
     def _match(

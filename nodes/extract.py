@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 from ..lora.extract import extract
+from ..lora.formats.metadata import of_transformer
 from ..lora.formats.wire import to_wire
-from ..lora.weights.host import differences
+from ..lora.weights.host import detect, differences
 from .host import device, watched
 
 SEED = 0
@@ -53,4 +56,7 @@ class LCMLoRAExtract(io.ComfyNode):
         vector, report = extract(
             differences(distilled, base, watched), rank, SEED, "distilled - base", device()
         )
+        # A LoRA of a small model, or of a part of it, may not show what it is for.
+        if architecture := detect(base):
+            vector = replace(vector, metadata={**vector.metadata, **of_transformer(architecture)})
         return io.NodeOutput(to_wire(vector), report)

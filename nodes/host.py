@@ -58,8 +58,9 @@ def watched(names: Sequence[str]) -> Iterator[str]:
 
 
 def weight_input(name: str, tooltip: str, default: float = 1.0) -> io.Float.Input:
-    """An input for the weight or strength of a LoRA."""
-    return io.Float.Input(name, default=default, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
+    """An input for the weight or strength of a LoRA. The page shows and keeps as many decimals as
+    the step has, and some few-step LoRAs are made for 0.125."""
+    return io.Float.Input(name, default=default, min=-10.0, max=10.0, step=0.005, tooltip=tooltip)
 
 
 def show(lines: Sequence[Line]) -> None:

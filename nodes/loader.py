@@ -98,5 +98,5 @@ class LCMLoRALoader(io.ComfyNode):
         loaded, _, coverage = apply(model, None, vector, strength, 0.0)
         record(model, loaded, acceleration(vector.source, made, strength))
         sampled = patch_sampling(loaded, family)
-        lines = [*of_load(coverage, family, why), *of_sampling(sampled, strength)]
+        lines = [*of_load(coverage, family, why), *of_sampling(sampled, strength, made)]
         return io.NodeOutput(sampled, ui=said(*lines))

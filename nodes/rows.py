@@ -167,7 +167,7 @@ class LCMLoRAStack(io.ComfyNode):
         weights = [row.weights for row in rows]
         model = patch_sampling(model, family)
         texts = of_rows(list(zip(coverages, weights, strict=True)), family, why)
-        texts += of_sampling(model, strength)
+        texts += of_sampling(model, strength, made)
         info = [
             _info(vector, row, coverage)
             for vector, row, coverage in zip(vectors, rows, coverages, strict=True)

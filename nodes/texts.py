@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isclose
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -86,15 +87,22 @@ def of_family(model: ModelPatcher, wanted: str, family: str) -> list[Line]:
     return []
 
 
-def of_sampling(model: ModelPatcher, strength: float | None = None) -> list[Line]:
+def of_sampling(
+    model: ModelPatcher, strength: float = 0.0, made: MadeFor | None = None
+) -> list[Line]:  # fmt: skip
     """Where the sigmas of a flow model that was set for a family come from, and whether the
-    strength of its LoRA is another than it is made for. Nothing for other models."""
+    strength of its LoRA is another than it is made for. Nothing for other models.
+
+    strength: 0 if there is no LoRA. made: what it was made for.
+    """
     family = host.family_for(model)
     if not host.is_flow(model.get_model_object("model_sampling")):
         return []
     lines = [origin_of(family)]
-    if strength not in (None, 0.0, family.weight) and family.weight != 1:
-        values = {"family": family.name, "weight": f"{family.weight:g}"}
+    # A merged file has a weight of its acceleration in it.
+    right = family.weight / (made.weight if made else 1.0)
+    if strength and family.weight != 1 and not isclose(strength, right, rel_tol=0.01):
+        values = {"family": family.name, "weight": f"{right:g}"}
         text = "{family} is made for strength {weight}: set strength to that."
         lines.append(Line(text, values, warning=True))
     return lines

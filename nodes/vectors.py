@@ -29,7 +29,8 @@ class LCMLoRAVectorLoader(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Reads a LoRA file without applying it, so that you can combine it with others. "
-                "It reads kohya, diffusers/PEFT, OneTrainer and native ComfyUI key names."
+                "It reads kohya, diffusers/PEFT, OneTrainer, SimpleTuner and native ComfyUI key "
+                "names."
             ),
             search_aliases=["load lora", "lora vector", "lora model", "read lora"],
             inputs=[
@@ -39,7 +40,8 @@ class LCMLoRAVectorLoader(io.ComfyNode):
             ],
             outputs=[
                 io.LoraModel.Output(
-                    display_name="LORA_MODEL", tooltip="The LoRA as a vector, in kohya key names."
+                    display_name="LORA_MODEL",
+                    tooltip="The LoRA as a vector, in ComfyUI's key names.",
                 ),
                 io.String.Output(
                     display_name="info",
@@ -115,8 +117,8 @@ class LCMLoRASave(io.ComfyNode):
             display_name="Save LoRA Vector",
             category=CATEGORY,
             description=(
-                "Writes a LoRA vector as an ordinary LoRA file (kohya key names, alphas included) "
-                "into the loras folder, where every LoRA loader finds it."
+                "Writes a LoRA vector as an ordinary LoRA file (ComfyUI's key names, alphas "
+                "included) into the loras folder, where every LoRA loader finds it."
             ),
             search_aliases=["save lora", "export lora", "write lora"],
             is_output_node=True,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..client import Client
-from ..demo import TEXT_TO_IMAGE, WORKFLOWS, fitted, reseed, toy_subject
+from ..demo import DISTIL, FLOW, TEXT_TO_IMAGE, WORKFLOWS, fitted, reseed, toy_subject
 from ..server import Server
 from ..toy import assemble, stand_ins
 from .kit import Kit
@@ -61,9 +61,10 @@ def pictures_of(kit: Kit, way: str, flags: tuple[str, ...]) -> np.ndarray:
 
 
 def prompts(kit: Kit, way: str, client: Client) -> np.ndarray:
-    """Runs every shipped workflow that draws; -> the pictures of text to image."""
+    """Runs every shipped workflow that draws with the demo model; -> the pictures of text to
+    image."""
     subject, pictures = toy_subject(), np.zeros(0)
-    paths = [p for p in sorted(WORKFLOWS.glob("*.json")) if not p.stem.startswith("Distil")]
+    paths = [p for p in sorted(WORKFLOWS.glob("*.json")) if p.stem not in (DISTIL, *FLOW)]
     paths.sort(key=lambda path: path.stem != TEXT_TO_IMAGE)
     for path in paths[:1] if kit.tiny else paths:
         prompt = fitted(json.loads(path.read_text(encoding="utf-8")), subject)

@@ -11,10 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..architecture import SDXL_TYPE, architecture_of
+from ..architecture import OR, SDXL_TYPE, Architecture, architecture_of
 from ..delta import Vector
 from ..family import forgotten
 
+KIND = "modelspec.architecture"
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
 
 # By cross-attention width: kohya's name of the architecture, and ModelSpec's.
@@ -22,6 +23,21 @@ _ARCHITECTURES = {
     768: ("sd_v1", "stable-diffusion-v1/lora"),
     1024: ("sd_v2", "stable-diffusion-v2-512/lora"),
     2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+}
+# Of transformers, ModelSpec's names, as the trainers of kohya and musubi write them.
+_TRANSFORMERS = {
+    "Anima": "anima",
+    "Chroma": "chroma",
+    "Flux": "flux-1",
+    "Flux2": "flux-2",
+    "HunyuanImage": "hunyuan-image-2.1",
+    "HunyuanVideo": "hunyuan-video",
+    "Kandinsky5": "Kandinsky-5",
+    "Lumina2": "lumina-2",
+    "Qwen-Image": "Qwen-Image",
+    "SD3": "stable-diffusion-3",
+    "Wan": "wan2.1",
+    "Z-Image": "Z-Image",
 }
 _VERSION = re.compile(r"sd_v\d|sdxl|stable-diffusion-(?:v\d|xl)")
 # Keys that describe the tensors of one file: checksums, kind and ranks, its name and date.
@@ -44,14 +60,31 @@ def standard(vector: Vector) -> dict[str, str]:
         alphas = [delta.scale * delta.rank for delta in vector.deltas.values()]
         keys["ss_network_alpha"] = _one([f"{alpha:g}" for alpha in alphas])
     architecture = architecture_of(vector.shapes)
+    if architecture and OR not in architecture.name:  # else what the file says of itself stays
+        keys |= of_transformer(architecture, vector.metadata.get(KIND, ""))
     if architecture and architecture.is_unet and architecture.width in _ARCHITECTURES:
         kohya, modelspec = _ARCHITECTURES[architecture.width]
-        names = {"ss_base_model_version": kohya, "modelspec.architecture": modelspec}
+        names = {"ss_base_model_version": kohya, KIND: modelspec}
         keys |= {key: _finer(vector.metadata.get(key, ""), name) for key, name in names.items()}
         # Neither kohya nor ModelSpec has names for the relatives of SDXL.
         if architecture.width == 2048 and architecture.name not in ("SDXL", SDXL_TYPE):
             keys["modelspec.usage_hint"] = f"Made for {architecture.name}."
     return keys
+
+
+def of_transformer(architecture: Architecture, own: str = "") -> dict[str, str]:
+    """What names the architecture of a transformer's LoRA; nothing for a UNet.
+
+    own: the file's own name. It stays if it is a variant of the same, such as `flux-1-dev/lora`. A
+    model that ModelSpec has no name for has ours.
+    """
+    if architecture.is_unet:
+        return {}
+    name = _TRANSFORMERS.get(architecture.name, architecture.name.lower())
+    one, other = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, own))
+    one = one[:-1] if "." in name else one  # Wan2.2 is a variant of Wan2.1
+    is_variant = other.startswith(one) and other.endswith("lora")
+    return {KIND: own if is_variant else f"{name}/lora"}
 
 
 def agreed(vectors: Sequence[Vector]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import comfy.lora
@@ -40,15 +41,18 @@ _NAMES = {
 }
 
 
-def detect(model: ModelPatcher) -> Architecture | None:
-    """The architecture of a model. None if it is a UNet of an unknown type."""
+def detect(model: ModelPatcher, layers: Layers | None = None) -> Architecture | None:
+    """The architecture of a model. None if it is a UNet of an unknown type.
+
+    layers: of the model, if there are some already.
+    """
     about = model.model.model_config
     config: dict[str, Any] = about.unet_config
     if "num_res_blocks" in config:
         return architecture(config.get("context_dim"), config["transformer_depth"][-1])
     kind = type(about).__name__
     name = "Wan" if kind.startswith("WAN2") else _NAMES.get(kind, kind)
-    layers = Layers(model)
+    layers = layers or Layers(model)
     weights = [key for key in layers.stored if key.endswith(".weight")]
     shapes = {name_of(key): layers.shape(key) for key in weights}
     return Architecture(name, width_of(name, shapes), is_unet=False)
@@ -65,7 +69,12 @@ class Layers:
     state dict, a packed layer (nvfp4, GGUF) has the shape of its bytes instead."""
 
     def __init__(self, patcher: ModelPatcher):
-        self.patcher, self.stored = patcher, patcher.model.state_dict()
+        self.patcher = patcher
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """The state dict. Made when it is needed, because a large model takes long for it."""
+        return self.patcher.model.state_dict()
 
     def __contains__(self, key: str) -> bool:
         return key in self.stored

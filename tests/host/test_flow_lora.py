@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from lcm_lora.dev.environment import ROOT
 from lcm_lora.tests.host.flow_models import (
     CONFIGS,
     NAMES,
@@ -402,3 +406,23 @@ def test_the_width_of_a_packed_model_is_that_of_its_layers(comfy):
             bytes_ = torch.zeros(layer.out_features, layer.in_features // 2, dtype=torch.uint8)
             layer.weight = torch.nn.Parameter(bytes_, requires_grad=False)
     assert detect(model) == before and before.width == 128
+
+
+def test_the_weights_of_a_model_are_listed_once(comfy, monkeypatch):
+    """A large transformer takes long for its state dict."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+
+    model = flow_model("Flux")
+    vector = parse(file_of(model, dialects(model)["kohya"]), {}, "a")
+    asked = []
+    own = model.model.state_dict
+
+    def counted(*settings, **more):
+        path = Path(sys._getframe(1).f_code.co_filename)
+        asked.append("ours" if path.is_relative_to(ROOT) else path.name)
+        return own(*settings, **more)
+
+    monkeypatch.setattr(model.model, "state_dict", counted)
+    apply(model, None, vector, 1.0, 0.0)
+    assert (asked.count("ours"), asked.count("model_patcher.py")) == (1, 1), asked

@@ -12,6 +12,7 @@ def server(tmp_path_factory, host_folder):
     from lcm_lora.dev import in_process
     from lcm_lora.dev.server import Server
     from lcm_lora.dev.toy import assemble, stand_ins
+    from lcm_lora.tests.server import flow_files
     from lcm_lora.training.jobs.store import Store
 
     local = tmp_path_factory.mktemp("server")
@@ -19,6 +20,7 @@ def server(tmp_path_factory, host_folder):
     running = Server(host_folder, local)
     assemble.install(running.base)
     stand_ins.lay_out(running.base)
+    flow_files.names(running.base)
     with running:
         yield running
         end_jobs(Store(running.base / "user" / "__lcm_lora" / "jobs"))

@@ -30,6 +30,12 @@ def files_here(subject) -> dict[str, str]:
         "lcm-lora-sdxl.safetensors": subject.lcm_lora,
         "papercut.safetensors": subject.style_lora,
         "crayons_v1_sdxl.safetensors": subject.style_lora,
+        # The models of flow workflows are here by name: see flow_files.
+        "Qwen-Image-Lightning-4steps-V1.0.safetensors": subject.lcm_lora,
+        "Hyper-FLUX.1-dev-8steps-lora.safetensors": subject.lcm_lora,
+        "gummycandy_qwen.safetensors": subject.style_lora,
+        "pixel_art_style_z_image_turbo.safetensors": subject.style_lora,
+        "flux_dev_frostinglane_araminta_k.safetensors": subject.style_lora,
     }
 
 

@@ -107,3 +107,30 @@ def test_the_nodes_say_how_a_flow_model_is_sampled(files, browser, client, vue):
     assert "'tcd' is for Stable Diffusion models, and this MODEL is a flow model (SD3)" in said
     assert not page.wrong and not page.foreign
     page.context.close()
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
+def test_a_strength_of_three_decimals_is_kept_and_shown(files, browser, client, vue):
+    """Hyper-SD's LoRAs of flow models are made for 0.125."""
+    page = new_page(browser, client)
+    page.evaluate(OPEN, [GRAPH, vue])
+    page.wait_for_timeout(500)
+    if vue:
+        node = page.locator("[data-node-id='2']")
+        box = node.locator("input[value^='0.5']").first
+        box.focus()
+        box.fill("0.125")
+        box.press("Enter")
+    else:
+        page.evaluate("""() => {
+            const node = app.graph.getNodeById(2);
+            const strength = node.widgets.find(({ name }) => name === 'strength');
+            strength.setValue(0.125, { e: {}, node, canvas: app.canvas });
+        }""")
+    page.wait_for_timeout(300)
+    pictured(page, f"strength-{vue}")
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert prompt["2"]["inputs"]["strength"] == 0.125
+    if vue:
+        assert node.locator("input[value='0.125']").count() == 1
+    page.context.close()

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lcm_lora.dev import demo
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "loras", "text_encoders", "vae")
 ALL = sorted(FOLDER.glob("*.json"))
-OF_TEXT = [path for path in ALL if "Text to image" in path.stem]
-DRAWING = [path for path in ALL if not path.stem.startswith("Distil")]
+FLOW = [path for path in ALL if path.stem in demo.FLOW]
+OF_TEXT = [path for path in ALL if "Text to image" in path.stem and path not in FLOW]
+DRAWING = [path for path in ALL if not path.stem.startswith("Distil") and path not in FLOW]
 
 
 def images(paths) -> torch.Tensor:
@@ -234,4 +237,4 @@ def test_it_says_where_its_files_come_from(path):
         assert {model["name"] for model in models} == named
         for model in models:
             assert model["url"].startswith("https://huggingface.co/")
-            assert model["directory"] in ("checkpoints", "loras", "controlnet")
+            assert model["directory"] in FOLDERS

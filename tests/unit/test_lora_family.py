@@ -9,11 +9,14 @@ from lcm_lora.lora.family import (
     IN_METADATA,
     IN_NAME,
     STEPS,
+    WEIGHT,
     family_named,
     few_step_model,
+    forgotten,
     joined,
     made_for,
     recorded,
+    scaled,
 )
 from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.training.objectives.table import OBJECTIVES
@@ -110,6 +113,19 @@ def test_what_a_name_says_of_steps_and_cfg(name, steps, cfg):
     assert (made.steps, made.cfg) == (steps, cfg)
     assert recorded(made.metadata()) == made
     assert made_for(made.metadata(), "another.safetensors") == made
+
+
+def test_the_weight_of_an_acceleration_in_a_sum():
+    hyper = {FAMILY: "hyper-flux", STEPS: "8"}
+    part = scaled(hyper | {"ss_tag": "x"}, 0.125)
+    assert part == hyper | {"ss_tag": "x", WEIGHT: "0.125"}
+    assert recorded(scaled(part, 8.0)) == recorded(hyper)
+    assert scaled({"ss_tag": "x"}, 0.5) == {"ss_tag": "x"}
+    assert joined([part, {"ss_tag": "x"}]) == hyper | {WEIGHT: "0.125"}
+    assert WEIGHT not in joined([part, hyper])  # no strength is right for both
+    for written in ("half", "-1", "0", "nan", "inf"):  # by another program
+        assert recorded(hyper | {WEIGHT: written}).weight == 1
+    assert forgotten(part) == {"ss_tag": "x"}
 
 
 def test_metadata_names_the_steps_before_the_name():
