@@ -393,11 +393,19 @@ def test_finish_writes_what_there_is(job):
     assert (family, key) == ("lcm", "lcm_lora.family")
 
 
-@pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.faults)])
-def test_two_nodes_are_one_process_with_twice_the_batch(job, steps):
+@pytest.mark.parametrize(
+    ("objective", "steps"),
+    [
+        ("lcm", 15), pytest.param("lcm", 50, marks=pytest.mark.faults),
+        pytest.param("dmd", 26, marks=pytest.mark.faults),
+    ],
+)  # fmt: skip
+def test_two_nodes_are_one_process_with_twice_the_batch(job, objective, steps):
     """The processes are launched as by Slurm and SkyPilot, but on one machine. They use the CPU,
     because NCCL refuses two processes on one GPU."""
-    settings = {"steps": steps, "checkpoint_every": 50, "host_flags": ["--cpu"]}
+    settings = {
+        "steps": steps, "checkpoint_every": 50, "host_flags": ["--cpu"], "objective": objective,
+    }  # fmt: skip
     one, two = job("one", batch=2, **settings), job("two", batch=1, **settings)
     done(one, OMP_NUM_THREADS="2")
     with socket.socket() as free:
