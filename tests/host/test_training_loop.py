@@ -375,6 +375,17 @@ def test_distribution_matching_goes_on_with_the_same_bits(
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
     assert all(torch.equal(again[name], result[name]) for name in result)
+    # Trained on, it goes on with matching, though a job of so many steps would begin it later.
+    spec = spec_of(tmp_path / "whole", toy_checkpoint, objective="dmd", steps=60, batch=1)
+    adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
+    try:
+        more = Run(spec, tmp_path / "whole", teacher, adapter, latents, Ranks(), None, None, str)
+        more.resume()
+        assert more.step == 20 and more.gradients.begins == 10
+        assert more.gradients.is_matching(21)
+    finally:
+        more.gradients.close()
+        adapter.detach()
 
 
 def test_micro_batches_match_as_the_batch_does(trained, tmp_path):

@@ -19,7 +19,7 @@ from ..spec import Spec
 from ..teacher import Teacher
 from .gradients import Consistency, Part, State
 
-FAKE, STUDENT = "fake.", "student."
+FAKE, STUDENT, STAGES = "fake.", "student.", "stages"
 RATE, FAKE_RATE = 0.5, 5.0  # of the student while it matches, and of the fake score; x the job's
 ALONE = 40  # steps, at most, in which the fake score learns alone
 AVERAGE = 0.98  # of the student's moving average, which is what the LoRA file gets
@@ -114,16 +114,19 @@ class Matching(Consistency):
     def more(self) -> State:
         if not self.average:
             return {}
-        return {
+        factors = {
             prefix + name: factor
             for prefix, adapter in ((STUDENT, self.adapter), (FAKE, self.fake))
             for name, factor in adapter.state().items()
         }
+        return factors | {STAGES: torch.tensor([self.begins, self.judges_from])}
 
     def restore(self, result: State, more: State) -> None:
         if not more:
             super().restore(result, more)
             return
+        # Kept, because a job that is trained on has more steps, and would begin later by them.
+        self.begins, self.judges_from = more[STAGES].tolist()
         self.average = {name: x.to(self.teacher.device) for name, x in result.items()}
         for prefix, adapter in ((STUDENT, self.adapter), (FAKE, self.fake)):
             adapter.restore({name.removeprefix(prefix): x for name, x in more.items()})
