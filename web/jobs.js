@@ -9,6 +9,7 @@ import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
 import { checkpointItems, isNotified, offers, wantNotified } from "./offers.mjs";
 import { Panel } from "./panel.mjs";
+import { endPreviews } from "./previews.mjs";
 import { keepRows, rowItems } from "./rows.mjs";
 import { giveText, listenToNodes } from "./texts.mjs";
 import { say, speak } from "./words.mjs";
@@ -122,6 +123,7 @@ app.registerExtension({
     listen();
     listenToNodes();
     listenToChanges();
+    endPreviews();
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-bolt",

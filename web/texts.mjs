@@ -88,7 +88,7 @@ function fit(node, isFirst) {
 }
 
 /** The node with an id of the server's: "3", or "7:3" for node 3 inside the subgraph of node 7. */
-function nodeAt(id) {
+export function nodeAt(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
   for (const part of String(id).split(":")) {

@@ -27,6 +27,11 @@ RUN = """async () => {
 }""".replace("QUEUED", QUEUED)
 SAID = """() => app.graph.nodes.find((node) => node.type === 'LCMCompare').widgets
     .find((widget) => widget.name === 'lcm_lora_text')?.element.innerText"""
+# In the new rendering: where the pictures on the node come from.
+PICTURES = """() => {
+    const { id } = app.graph.nodes.find((node) => node.type === 'LCMCompare');
+    return [...document.querySelectorAll(`[data-node-id="${id}"] img`)].map(({ src }) => src);
+}"""
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
@@ -41,6 +46,9 @@ def test_the_template_shows_its_sheet_on_the_node(browser, client, subject, vue)
     page.wait_for_timeout(1500)
     pictured(page, f"compared-{'vue' if vue else 'canvas'}")
     assert page.evaluate(SAID) == "8 pictures, 2 x 4"
+    if vue:  # the preview of the sheet as it grew has gone
+        (source,) = page.evaluate(PICTURES)
+        assert "/view?" in source
     previews = [output["images"][0] for output in shown if "lcm_lora_text" in output]
     query = urllib.parse.urlencode(
         {key: previews[0][key] for key in ("filename", "subfolder", "type")}
