@@ -22,7 +22,7 @@ LCMData = io.Custom("LCM_DATA")
 LCMJob = io.Custom("LCM_JOB")
 NONE = "none"
 CHOICES = ("checkpoint", "data", "name", "length")  # of every user; the host folds the rest
-JOB = "lcm_lora_job"  # in the node's output; web/progress.mjs reads it
+JOB = "lcm_lora_job"  # in a node's output: the job it shows; web/distill.mjs reads it
 
 
 class LCMDistillData(io.ComfyNode):

@@ -13,7 +13,7 @@ from ..lora.formats.wire import to_wire
 from ..samplers.report import Line
 from ..training.jobs import host, metrics
 from .chart import chart
-from .distill import CATEGORY, LCMJob
+from .distill import CATEGORY, JOB, LCMJob
 from .host import show
 from .texts import of_job, said
 
@@ -57,7 +57,7 @@ class LCMJobStatus(io.ComfyNode):
         pictures = sorted((path / "samples").glob("step-*.png"))
         sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
         text = described.progress()
-        shown = ui.PreviewText(text).as_dict() | said(*of_job(described))
+        shown = ui.PreviewText(text).as_dict() | said(*of_job(described)) | {JOB: [job]}
         return io.NodeOutput(text, _image(plot), _image(sheet), ui=shown)
 
 

@@ -1,10 +1,12 @@
 // The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
 // Also lets the nodes show what they say (texts.mjs), keeps and moves the rows of nodes that have
-// some (rows.mjs), and shows what LoRA files say about themselves (info.mjs).
+// some (rows.mjs), folds what does not count (folds.mjs), and shows what LoRA files say about
+// themselves (info.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { giveProgress, listenToChanges, showProgress } from "./distill.mjs";
+import { giveProgress, listenToChanges, lookAgain, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
+import { foldSteps } from "./folds.mjs";
 import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
 import { checkpointItems, isNotified, offers, wantNotified } from "./offers.mjs";
@@ -114,7 +116,11 @@ app.registerExtension({
     giveText(nodeType, definition);
     giveProgress(nodeType, definition, call, refresh);
   },
-  nodeCreated: keepRows,
+  nodeCreated(node) {
+    keepRows(node);
+    foldSteps(node);
+  },
+  refreshComboInNodes: lookAgain,
   getNodeMenuItems(node) {
     listen();
     return [...rowItems(node), ...infoItems(node, call), ...checkpointItems(node)];

@@ -190,7 +190,11 @@ const WORDS = {
     "Interrupted; the best weights so far: {weights}": "중단됨. 지금까지 가장 좋은 가중치: {weights}",
     "No weights are better than the default, {weights}": "기본값 {weights}보다 나은 가중치가 없습니다",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}: 기본값보다 기준에 {percent}% 더 가깝습니다",
-    "Style at {percent} %": "스타일 {percent}%"
+    "Style at {percent} %": "스타일 {percent}%",
+    "{name} is not here: choose another checkpoint, or download it and press R.": "{name}이(가) 없습니다. 다른 체크포인트를 고르거나, 내려받은 뒤 R 키를 누르세요.",
+    "{name} exists already and will be replaced.": "{name}이(가) 이미 있으며 새것으로 바뀝니다.",
+    "{name} exists already: choose another name, or switch overwrite on.": "{name}이(가) 이미 있습니다. 다른 이름을 쓰거나 덮어쓰기를 켜세요.",
+    "Another job will make {name}: choose another name, or delete that job.": "다른 작업이 {name}을(를) 만들 예정입니다. 다른 이름을 쓰거나 그 작업을 삭제하세요."
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
@@ -381,7 +385,11 @@ const WORDS = {
     "Interrupted; the best weights so far: {weights}": "中断しました。これまでの最良の重み：{weights}",
     "No weights are better than the default, {weights}": "既定値{weights}よりよい重みはありません",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}：既定値より基準に{percent}%近い",
-    "Style at {percent} %": "スタイル{percent}%"
+    "Style at {percent} %": "スタイル{percent}%",
+    "{name} is not here: choose another checkpoint, or download it and press R.": "{name}がありません。別のチェックポイントを選ぶか、ダウンロードしてRキーを押してください。",
+    "{name} exists already and will be replaced.": "{name}はすでにあり、置き換えられます。",
+    "{name} exists already: choose another name, or switch overwrite on.": "{name}はすでにあります。別の名前にするか、上書きをオンにしてください。",
+    "Another job will make {name}: choose another name, or delete that job.": "別のジョブが{name}を作ります。別の名前にするか、そのジョブを削除してください。"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
@@ -572,7 +580,11 @@ const WORDS = {
     "Interrupted; the best weights so far: {weights}": "已中断；目前最好的权重：{weights}",
     "No weights are better than the default, {weights}": "没有比默认值 {weights} 更好的权重",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}：比默认值更接近参考 {percent}%",
-    "Style at {percent} %": "风格 {percent}%"
+    "Style at {percent} %": "风格 {percent}%",
+    "{name} is not here: choose another checkpoint, or download it and press R.": "缺少 {name}：请选择其他检查点，或下载后按 R 键。",
+    "{name} exists already and will be replaced.": "{name} 已存在，将被替换。",
+    "{name} exists already: choose another name, or switch overwrite on.": "{name} 已存在：请换一个名称，或打开“覆盖”。",
+    "Another job will make {name}: choose another name, or delete that job.": "另一个任务将生成 {name}：请换一个名称，或删除那个任务。"
   }
 };
 

@@ -73,6 +73,21 @@ def test_charts_tell_their_values(tab):
     themes(tab, "charts")
 
 
+def test_a_single_figure_is_a_dot(tab, ground):
+    lay(ground, "short/one", steps=10, every=10)
+    reaches(tab, "short/one", "done")
+    row = job(tab, "short/one")
+    assert "Finished: short/one.safetensors" in row.locator(".lcm-line").inner_text()
+    row.locator(".lcm-head").click()
+    loss = row.get_by_role("slider", name="loss")
+    loss.wait_for()
+    assert loss.get_attribute("aria-valuetext") == "step 10: loss 0.291"
+    assert loss.locator("circle").count() == 1 and not loss.locator("polyline").count()
+    assert row.get_by_role("slider", name="distance").locator("circle").count() == 3
+    loss.hover()
+    pictured(tab, "chart-of-one")
+
+
 def test_figures_come_as_a_file(tab):
     row = opened_row(tab, "new/other")
     with tab.expect_download() as started:
