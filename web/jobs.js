@@ -11,6 +11,7 @@ import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
 import { checkpointItems, isNotified, offers, wantNotified } from "./offers.mjs";
 import { Panel } from "./panel.mjs";
+import { givePlaceholders } from "./placeholders.mjs";
 import { endPreviews } from "./previews.mjs";
 import { keepRows, rowItems } from "./rows.mjs";
 import { giveText, listenToNodes } from "./texts.mjs";
@@ -112,8 +113,10 @@ function openDistillation() {
 app.registerExtension({
   name: "lcmlora.jobs",
   ...offers(TAB, openDistillation),
+  init: listen,
   beforeRegisterNodeDef(nodeType, definition) {
     giveText(nodeType, definition);
+    givePlaceholders(definition);
     giveProgress(nodeType, definition, call, refresh);
   },
   nodeCreated(node) {

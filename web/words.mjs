@@ -194,7 +194,14 @@ const WORDS = {
     "{name} is not here: choose another checkpoint, or download it and press R.": "{name}이(가) 없습니다. 다른 체크포인트를 고르거나, 내려받은 뒤 R 키를 누르세요.",
     "{name} exists already and will be replaced.": "{name}이(가) 이미 있으며 새것으로 바뀝니다.",
     "{name} exists already: choose another name, or switch overwrite on.": "{name}이(가) 이미 있습니다. 다른 이름을 쓰거나 덮어쓰기를 켜세요.",
-    "Another job will make {name}: choose another name, or delete that job.": "다른 작업이 {name}을(를) 만들 예정입니다. 다른 이름을 쓰거나 그 작업을 삭제하세요."
+    "Another job will make {name}: choose another name, or delete that job.": "다른 작업이 {name}을(를) 만들 예정입니다. 다른 이름을 쓰거나 그 작업을 삭제하세요.",
+    "One prompt in each line.": "한 줄에 프롬프트 하나.",
+    "One LoRA file in each line, as loaders show it.": "한 줄에 LoRA 파일 하나, 로더에 표시되는 이름으로.",
+    "The settings of one picture in each line, such as steps=4, cfg=1.": "한 줄에 이미지 하나의 설정, 예: steps=4, cfg=1.",
+    "One prompt in each line. Empty: the first four of the data.": "한 줄에 프롬프트 하나. 비우면 데이터의 처음 네 개.",
+    "One prompt in each line. Empty: the list that comes with the pack.": "한 줄에 프롬프트 하나. 비우면 함께 제공되는 목록.",
+    "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "직접 정한 가중치, 예: output=0.8, down_blocks_1=0. 비우면 프리셋의 값.",
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "한 줄에 프롬프트 하나, 스타일의 트리거 단어와 함께. 비우면 함께 제공되는 프롬프트."
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
@@ -389,7 +396,14 @@ const WORDS = {
     "{name} is not here: choose another checkpoint, or download it and press R.": "{name}がありません。別のチェックポイントを選ぶか、ダウンロードしてRキーを押してください。",
     "{name} exists already and will be replaced.": "{name}はすでにあり、置き換えられます。",
     "{name} exists already: choose another name, or switch overwrite on.": "{name}はすでにあります。別の名前にするか、上書きをオンにしてください。",
-    "Another job will make {name}: choose another name, or delete that job.": "別のジョブが{name}を作ります。別の名前にするか、そのジョブを削除してください。"
+    "Another job will make {name}: choose another name, or delete that job.": "別のジョブが{name}を作ります。別の名前にするか、そのジョブを削除してください。",
+    "One prompt in each line.": "1行に1つのプロンプト。",
+    "One LoRA file in each line, as loaders show it.": "1行に1つのLoRAファイル。ローダーに表示される名前で。",
+    "The settings of one picture in each line, such as steps=4, cfg=1.": "1行に1枚の画像の設定。例：steps=4, cfg=1",
+    "One prompt in each line. Empty: the first four of the data.": "1行に1つのプロンプト。空ならデータの最初の4つ。",
+    "One prompt in each line. Empty: the list that comes with the pack.": "1行に1つのプロンプト。空なら付属のリスト。",
+    "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自分で決めた重み。例：output=0.8, down_blocks_1=0。空ならプリセットの値。",
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "1行に1つのプロンプト。スタイルのトリガー単語も入れます。空なら付属のプロンプト。"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
@@ -584,7 +598,14 @@ const WORDS = {
     "{name} is not here: choose another checkpoint, or download it and press R.": "缺少 {name}：请选择其他检查点，或下载后按 R 键。",
     "{name} exists already and will be replaced.": "{name} 已存在，将被替换。",
     "{name} exists already: choose another name, or switch overwrite on.": "{name} 已存在：请换一个名称，或打开“覆盖”。",
-    "Another job will make {name}: choose another name, or delete that job.": "另一个任务将生成 {name}：请换一个名称，或删除那个任务。"
+    "Another job will make {name}: choose another name, or delete that job.": "另一个任务将生成 {name}：请换一个名称，或删除那个任务。",
+    "One prompt in each line.": "每行一个提示词。",
+    "One LoRA file in each line, as loaders show it.": "每行一个 LoRA 文件，名称与加载器中显示的一致。",
+    "The settings of one picture in each line, such as steps=4, cfg=1.": "每行一张图片的设置，例如 steps=4, cfg=1。",
+    "One prompt in each line. Empty: the first four of the data.": "每行一个提示词。留空则用数据中的前四个。",
+    "One prompt in each line. Empty: the list that comes with the pack.": "每行一个提示词。留空则用附带的列表。",
+    "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自定义权重，例如 output=0.8, down_blocks_1=0。留空则用预设的值。",
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "每行一个提示词，并带上风格的触发词。留空则用附带的提示词。"
   }
 };
 

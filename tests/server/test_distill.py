@@ -118,7 +118,7 @@ def test_it_warns_before_the_queue_refuses(page, subject, vue):
     page.evaluate(SET, {"overwrite": True})
     assert f"{lora} exists already and will be replaced." in text_of(page, "replaced")
     page.evaluate(SET, {"device": "77"})
-    assert text_of(page, "device").startswith("⚠ There is no device 77:")
+    assert text_of(page, "no device 77").startswith("⚠ There")
     page.evaluate(SET, {"device": "", "style_lora": "gone.safetensors"})
     forecast = text_of(page, "gone")
     assert forecast.startswith("⚠ ComfyUI lists no 'gone.safetensors' among its loras:")
