@@ -50,6 +50,9 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
         assert {name: prompt[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
     if vue:
         assert page.locator("[data-node-id]").count() >= len(expected)
+    else:  # an empty field says what to write there, not its id
+        shown = page.locator("textarea").evaluate_all("all => all.map((each) => each.placeholder)")
+        assert not [text for text in shown if re.fullmatch(r"\w+(\.\w+|_\w+)+", text)]
     if path.stem == "Merge three LoRAs into one (SDXL)":
         # Without a widget of its own that changes the seed, and with it the sum, at every run.
         saved, again = (
