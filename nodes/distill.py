@@ -53,7 +53,7 @@ class LCMDistillData(io.ComfyNode):
             outputs=[
                 LCMData.Output(
                     display_name="LCM_DATA",
-                    tooltip="Connect it to Distill LCM-LoRA. It holds settings, not pictures.",
+                    tooltip="Connect it to Distil LCM-LoRA. It holds settings, not pictures.",
                 )
             ],
         )
@@ -95,7 +95,7 @@ class LCMDistill(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LCMDistill",
-            display_name="Distill LCM-LoRA (background)",
+            display_name="Distil LCM-LoRA (background)",
             category=CATEGORY,
             description=(
                 "Distils an LCM-LoRA from a checkpoint in a separate process. This node returns "

@@ -19,7 +19,7 @@ from .texts import of_job, said
 
 
 def _job_input() -> io.Input:
-    return LCMJob.Input("job", tooltip="The job from Distill LCM-LoRA.")
+    return LCMJob.Input("job", tooltip="The job from Distil LCM-LoRA.")
 
 
 class LCMJobStatus(io.ComfyNode):

@@ -1,4 +1,4 @@
-// What Distill LCM-LoRA shows below its widgets: what a job with its settings would take, and once
+// What Distil LCM-LoRA shows below its widgets: what a job with its settings would take, and once
 // that is queued, how far the job is. Distillation Job Status shows the latter too.
 import { api } from "../../scripts/api.js";
 import { allNodes, orderOf } from "./graph.mjs";

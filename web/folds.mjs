@@ -1,4 +1,4 @@
-// What Distill LCM-LoRA folds: `steps` counts only where length is custom, so that is where it is shown.
+// What Distil LCM-LoRA folds: `steps` counts only where length is custom, so that is where it is shown.
 const TYPE = "LCMDistill";
 
 function fold(node) {

@@ -5,7 +5,7 @@ const WORDS = {
     "Add Load LCM-LoRA": "LCM-LoRA 로드 추가",
     "Distil an LCM-LoRA from it": "이것으로 LCM-LoRA 증류",
     "LCM-LoRA jobs": "LCM-LoRA 작업",
-    "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "아직 작업이 없습니다. “LCM-LoRA 증류 (백그라운드)” 노드가 있는 그래프를 큐에 넣으세요.",
+    "No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”.": "아직 작업이 없습니다. “LCM-LoRA 증류 (백그라운드)” 노드가 있는 그래프를 큐에 넣으세요.",
     "queued": "대기 중",
     "preparing": "준비 중",
     "running": "실행 중",
@@ -201,13 +201,14 @@ const WORDS = {
     "One prompt in each line. Empty: the first four of the data.": "한 줄에 프롬프트 하나. 비우면 데이터의 처음 네 개.",
     "One prompt in each line. Empty: the list that comes with the pack.": "한 줄에 프롬프트 하나. 비우면 함께 제공되는 목록.",
     "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "직접 정한 가중치, 예: output=0.8, down_blocks_1=0. 비우면 프리셋의 값.",
-    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "한 줄에 프롬프트 하나, 스타일의 트리거 단어와 함께. 비우면 함께 제공되는 프롬프트."
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "한 줄에 프롬프트 하나, 스타일의 트리거 단어와 함께. 비우면 함께 제공되는 프롬프트.",
+    "finished early: step {step} of {steps}": "일찍 마무리: {steps}스텝 중 {step}스텝"
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
     "Distil an LCM-LoRA from it": "これからLCM-LoRAを蒸留",
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
-    "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "ジョブはまだありません。「LCM-LoRAを蒸留（バックグラウンド）」ノードのあるグラフをキューに入れてください。",
+    "No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”.": "ジョブはまだありません。「LCM-LoRAを蒸留（バックグラウンド）」ノードのあるグラフをキューに入れてください。",
     "queued": "待機中",
     "preparing": "準備中",
     "running": "実行中",
@@ -403,13 +404,14 @@ const WORDS = {
     "One prompt in each line. Empty: the first four of the data.": "1行に1つのプロンプト。空ならデータの最初の4つ。",
     "One prompt in each line. Empty: the list that comes with the pack.": "1行に1つのプロンプト。空なら付属のリスト。",
     "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自分で決めた重み。例：output=0.8, down_blocks_1=0。空ならプリセットの値。",
-    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "1行に1つのプロンプト。スタイルのトリガー単語も入れます。空なら付属のプロンプト。"
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "1行に1つのプロンプト。スタイルのトリガー単語も入れます。空なら付属のプロンプト。",
+    "finished early: step {step} of {steps}": "早めに仕上げ：ステップ {step}/{steps}"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
     "Distil an LCM-LoRA from it": "由此蒸馏 LCM-LoRA",
     "LCM-LoRA jobs": "LCM-LoRA 任务",
-    "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "还没有任务。请将含有“蒸馏 LCM-LoRA（后台）”节点的工作流加入队列。",
+    "No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”.": "还没有任务。请将含有“蒸馏 LCM-LoRA（后台）”节点的工作流加入队列。",
     "queued": "排队中",
     "preparing": "准备中",
     "running": "运行中",
@@ -605,7 +607,8 @@ const WORDS = {
     "One prompt in each line. Empty: the first four of the data.": "每行一个提示词。留空则用数据中的前四个。",
     "One prompt in each line. Empty: the list that comes with the pack.": "每行一个提示词。留空则用附带的列表。",
     "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自定义权重，例如 output=0.8, down_blocks_1=0。留空则用预设的值。",
-    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "每行一个提示词，并带上风格的触发词。留空则用附带的提示词。"
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "每行一个提示词，并带上风格的触发词。留空则用附带的提示词。",
+    "finished early: step {step} of {steps}": "提前完成：第 {step} 步，共 {steps} 步"
   }
 };
 

@@ -279,7 +279,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         ],
         "job checkpoint": [
             vector,
-            LCMJob.Input("job", tooltip="A job from Distill LCM-LoRA."),
+            LCMJob.Input("job", tooltip="A job from Distil LCM-LoRA."),
             values("all"),
         ],
         "settings": [

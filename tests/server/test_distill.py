@@ -1,4 +1,4 @@
-"""Distill LCM-LoRA on the page: what it will take, then how far it is."""
+"""Distil LCM-LoRA on the page: what it will take, then how far it is."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def template(subject) -> dict:
 
 
 def text_of(page, pattern, seconds=60, node="LCMDistill") -> str:
-    """The text of Distill LCM-LoRA, or of another node, when it fits the pattern."""
+    """The text of Distil LCM-LoRA, or of another node, when it fits the pattern."""
     for _ in range(seconds * 5):
         text = page.evaluate(TEXTS).get(node, "")
         if re.search(pattern, text):
