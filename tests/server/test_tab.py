@@ -75,9 +75,9 @@ def test_charts_tell_their_values(tab):
 
 ROW = """async (changes) => {
     const { Row } = await import('/extensions/lcm-lora/row.mjs');
-    const job = { id: 'x', name: 'a', title: '', state: 'preparing', step: 0, steps: 200, ...changes };
+    const job = { id: 'x', name: 'a', title: '', state: 'preparing', step: 0, steps: 200 };
     const row = new Row({}, () => {}, () => {});
-    row.update(job, [], false);
+    row.update({ ...job, ...changes }, [], false);
     return [row.bar.value, row.bar.max, row.bar.getAttribute('aria-label'), row.line.textContent];
 }"""
 
