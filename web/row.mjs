@@ -5,6 +5,12 @@ import { doing, facts } from "./progress.mjs";
 import { date, say } from "./words.mjs";
 
 const BANK = ["encoding captions", "making latents"];
+// What their names do not say.
+const EFFECTS = {
+  pause: () => say("saves and waits; the next job starts"),
+  stop: () => say("like pause, but ends the process if it does not answer within a minute"),
+  "finish now": () => say("ends the training and writes the LoRA"),
+};
 const ACTIVE = ["preparing", "running", "stopping"];
 
 /** [how much, of how much, in words] for the bar: of the bank until training begins, then of the steps. */
@@ -70,7 +76,7 @@ export class Row {
     const focused = document.activeElement?.closest?.("button")?.dataset.action;
     const had = this.buttons.contains(document.activeElement);
     this.buttons.replaceChildren(...offers.map(([name]) => this.labelled(
-      h("button", { type: "button", "data-action": name, onclick: () => this.act(name) }), say(name))));
+      h("button", { type: "button", "data-action": name, title: EFFECTS[name]?.() ?? "", onclick: () => this.act(name) }), say(name))));
     if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
   }
 

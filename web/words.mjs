@@ -202,7 +202,10 @@ const WORDS = {
     "One prompt in each line. Empty: the list that comes with the pack.": "한 줄에 프롬프트 하나. 비우면 함께 제공되는 목록.",
     "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "직접 정한 가중치, 예: output=0.8, down_blocks_1=0. 비우면 프리셋의 값.",
     "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "한 줄에 프롬프트 하나, 스타일의 트리거 단어와 함께. 비우면 함께 제공되는 프롬프트.",
-    "finished early: step {step} of {steps}": "일찍 마무리: {steps}스텝 중 {step}스텝"
+    "finished early: step {step} of {steps}": "일찍 마무리: {steps}스텝 중 {step}스텝",
+    "saves and waits; the next job starts": "저장하고 기다립니다. 다음 작업이 시작됩니다",
+    "like pause, but ends the process if it does not answer within a minute": "일시 정지와 같지만, 1분 안에 응답이 없으면 프로세스를 끝냅니다",
+    "ends the training and writes the LoRA": "학습을 끝내고 LoRA를 씁니다"
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
@@ -405,7 +408,10 @@ const WORDS = {
     "One prompt in each line. Empty: the list that comes with the pack.": "1行に1つのプロンプト。空なら付属のリスト。",
     "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自分で決めた重み。例：output=0.8, down_blocks_1=0。空ならプリセットの値。",
     "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "1行に1つのプロンプト。スタイルのトリガー単語も入れます。空なら付属のプロンプト。",
-    "finished early: step {step} of {steps}": "早めに仕上げ：ステップ {step}/{steps}"
+    "finished early: step {step} of {steps}": "早めに仕上げ：ステップ {step}/{steps}",
+    "saves and waits; the next job starts": "保存して待ちます。次のジョブが始まります",
+    "like pause, but ends the process if it does not answer within a minute": "一時停止と同じですが、1分以内に応答がなければプロセスを終了します",
+    "ends the training and writes the LoRA": "学習を終えてLoRAを書き込みます"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
@@ -608,7 +614,10 @@ const WORDS = {
     "One prompt in each line. Empty: the list that comes with the pack.": "每行一个提示词。留空则用附带的列表。",
     "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自定义权重，例如 output=0.8, down_blocks_1=0。留空则用预设的值。",
     "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "每行一个提示词，并带上风格的触发词。留空则用附带的提示词。",
-    "finished early: step {step} of {steps}": "提前完成：第 {step} 步，共 {steps} 步"
+    "finished early: step {step} of {steps}": "提前完成：第 {step} 步，共 {steps} 步",
+    "saves and waits; the next job starts": "保存并等待；下一个任务开始",
+    "like pause, but ends the process if it does not answer within a minute": "与暂停相同，但若一分钟内没有响应则结束进程",
+    "ends the training and writes the LoRA": "结束训练并写出 LoRA"
   }
 };
 
