@@ -53,7 +53,8 @@ class LCMJobStatus(io.ComfyNode):
         store = host.store()
         described, path = store.job(job), store.path(job)
         rows = metrics.read(path, points=1000)["rows"]
-        plot = chart([(row[0], row[1]) for row in rows], f"{described.name}: loss")
+        title = f"{described.name}: loss" if rows else "no loss yet"
+        plot = chart([(row[0], row[1]) for row in rows], title)
         pictures = sorted((path / "samples").glob("step-*.png"))
         sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
         text = described.progress()
