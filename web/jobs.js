@@ -1,7 +1,7 @@
 // The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
 // Also lets the nodes show what they say (texts.mjs), keeps and moves the rows of nodes that have
 // some (rows.mjs), folds what does not count (folds.mjs), and shows what LoRA files say about
-// themselves (info.mjs).
+// themselves (info.mjs). Templates come with notes in the language of the page (notes.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { giveProgress, listenToChanges, lookAgain, showProgress } from "./distill.mjs";
@@ -9,6 +9,7 @@ import { called } from "./elements.mjs";
 import { foldSteps } from "./folds.mjs";
 import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
+import { translateNotes } from "./notes.mjs";
 import { checkpointItems, isNotified, offers, wantNotified } from "./offers.mjs";
 import { Panel } from "./panel.mjs";
 import { givePlaceholders } from "./placeholders.mjs";
@@ -114,6 +115,10 @@ app.registerExtension({
   name: "lcmlora.jobs",
   ...offers(TAB, openDistillation),
   init: listen,
+  beforeConfigureGraph(graph) {
+    listen();
+    return translateNotes(graph);
+  },
   beforeRegisterNodeDef(nodeType, definition) {
     giveText(nodeType, definition);
     givePlaceholders(definition);

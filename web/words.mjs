@@ -621,12 +621,16 @@ const WORDS = {
   }
 };
 
+export const SPOKEN = Object.keys(WORDS); // besides English
+
 let locale = "en";
 
 /** Sets the language of what is said from now on; one without words here keeps the English. */
 export function speak(language) {
   locale = language;
 }
+
+export const language = () => locale;
 
 export function number(value, options) {
   return new Intl.NumberFormat(locale, options).format(value);
