@@ -77,7 +77,7 @@ ROW = """async (changes) => {
     const { Row } = await import('/extensions/lcm-lora/row.mjs');
     const job = { id: 'x', name: 'a', title: '', state: 'preparing', step: 0, steps: 200 };
     const row = new Row({}, () => {}, () => {});
-    row.update({ ...job, ...changes }, [], false);
+    row.update({ created: 1, ...job, ...changes }, [], false);
     return [row.bar.value, row.bar.max, row.bar.getAttribute('aria-label'), row.line.textContent];
 }"""
 
