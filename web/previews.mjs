@@ -18,7 +18,11 @@ export function endPreviews() {
     const node = nodeAt(detail.display_node ?? detail.node);
     if (node?.type !== TYPE) return;
     const { graph, id } = node, previews = store();
-    previews?.revokePreviewsByLocatorId?.(graph.isRootGraph ? String(id) : `${graph.id}:${id}`);
-    previews?.refreshNodeOutputs?.(node); // or the new rendering shows the picture that is gone
+    if (previews?.revokePreviewsByLocatorId) {
+      previews.revokePreviewsByLocatorId(graph.isRootGraph ? String(id) : `${graph.id}:${id}`);
+      previews.refreshNodeOutputs?.(node); // or the new rendering shows the picture that is gone
+    } else { // older front ends, which keep the last picture of the preview as the sheet
+      previews?.revokePreviewsByExecutionId?.(String(detail.display_node ?? detail.node));
+    }
   });
 }
