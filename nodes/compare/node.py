@@ -272,7 +272,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         "LoRA file": [
             vector,
             io.String.Input(
-                "files", display_name=f"LoRA files ({name})", default="", multiline=True,
+                "files", display_name=f"files ({name})", default="", multiline=True,
                 tooltip="A LoRA in each line, by its name in the loras folder. my-style-* stands "
                 "for all files whose name begins with my-style-.",
             ),
@@ -284,7 +284,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         ],
         "settings": [
             io.String.Input(
-                "lines", display_name=f"settings ({name})", default="", multiline=True,
+                "lines", display_name=f"lines ({name})", default="", multiline=True,
                 tooltip="The settings of a cell in each line, as the settings output has them, "
                 "such as steps=4, weight_2=0.8.",
             )
