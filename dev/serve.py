@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from .server import Server
-from .toy import assemble
+from .toy import assemble, world
 
 log = logging.getLogger("lcm_lora")
 
@@ -21,6 +21,11 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     assemble.install(server.base)
     with server:
         log.info("ComfyUI is at %s, its log is %s", server.url, server.log)
+        log.info(
+            "Of the demo model there are %s (for %d pixels a side) and %s. "
+            "It knows prompts such as 'a photo of a fox on a teal background'.",
+            assemble.checkpoint().name, world.SIZE, assemble.LCM_LORA,
+        )  # fmt: skip
         try:
             while server.alive():
                 time.sleep(1)

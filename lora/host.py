@@ -298,7 +298,7 @@ def _require_architecture(
     if made_for and actual and not made_for.fits(actual) and _is_certain(made_for, actual):
         raise ValueError(
             f"{source} was made for {made_for}, but the model is {actual}. Choose a LoRA made for "
-            f"{actual.name}, or a checkpoint of type {made_for.name}."
+            f"{actual.name}, or another checkpoint: {made_for.name}."
         )
 
 

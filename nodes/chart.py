@@ -12,13 +12,13 @@ GROUND, AXIS, LINE, WORDS = "#1e1e1e", "#606060", "#4ea8de", "#d0d0d0"
 
 
 def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Image:
-    """A line through the points (x, y) with a positive y, on a logarithmic scale. With fewer than
-    two such points, only the title."""
+    """A line through the points (x, y) with a positive y, on a logarithmic scale. A single point is
+    a dot; without any there is only the title."""
     picture = Image.new("RGB", SIZE, GROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     draw.text((SIZE[0] / 2, 8), title[:80], fill=WORDS, font=font, anchor="ma")
     line = [(x, math.log10(y)) for x, y in points if y is not None and y > 0]
-    if len(line) < 2:
+    if not line:
         return picture
     (left, right), (low, high) = _ends([x for x, _ in line]), _ends([y for _, y in line])
 
@@ -29,7 +29,11 @@ def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Ima
         )
 
     draw.rectangle([at(left, high), at(right, low)], outline=AXIS)
-    draw.line([at(x, y) for x, y in line], fill=LINE, width=2)
+    places = [at(x, y) for x, y in line]
+    draw.line(places, fill=LINE, width=2)
+    if len(places) == 1:
+        x, y = places[0]
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=LINE)
     for x, anchor in ((left, "la"), (right, "ra")):
         draw.text(
             (at(x, low)[0], SIZE[1] - EDGE + 6), f"{x:g}", fill=WORDS, font=font, anchor=anchor

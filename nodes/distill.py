@@ -23,7 +23,7 @@ LCMJob = io.Custom("LCM_JOB")
 NONE = "none"
 CHOICES = ("checkpoint", "data", "name", "length")  # of every user; the host folds the rest
 LORAS = ("style_lora", "start_from")  # a file from ComfyUI's list, or NONE
-JOB = "lcm_lora_job"  # in the node's output; web/progress.mjs reads it
+JOB = "lcm_lora_job"  # in a node's output: the job it shows; web/distill.mjs reads it
 
 
 class LCMDistillData(io.ComfyNode):
@@ -54,7 +54,7 @@ class LCMDistillData(io.ComfyNode):
             outputs=[
                 LCMData.Output(
                     display_name="LCM_DATA",
-                    tooltip="Connect it to Distill LCM-LoRA. It holds settings, not pictures.",
+                    tooltip="Connect it to Distil LCM-LoRA. It holds settings, not pictures.",
                 )
             ],
         )
@@ -96,7 +96,7 @@ class LCMDistill(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LCMDistill",
-            display_name="Distill LCM-LoRA (background)",
+            display_name="Distil LCM-LoRA (background)",
             category=CATEGORY,
             description=(
                 "Distils an LCM-LoRA from a checkpoint in a separate process. This node returns "

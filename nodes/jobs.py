@@ -13,13 +13,13 @@ from ..lora.formats.wire import to_wire
 from ..samplers.report import Line
 from ..training.jobs import host, metrics
 from .chart import chart
-from .distill import CATEGORY, LCMJob
+from .distill import CATEGORY, JOB, LCMJob
 from .host import show
 from .texts import of_job, said
 
 
 def _job_input() -> io.Input:
-    return LCMJob.Input("job", tooltip="The job from Distill LCM-LoRA.")
+    return LCMJob.Input("job", tooltip="The job from Distil LCM-LoRA.")
 
 
 class LCMJobStatus(io.ComfyNode):
@@ -53,11 +53,12 @@ class LCMJobStatus(io.ComfyNode):
         store = host.store()
         described, path = store.job(job), store.path(job)
         rows = metrics.read(path, points=1000)["rows"]
-        plot = chart([(row[0], row[1]) for row in rows], f"{described.name}: loss")
+        title = f"{described.name}: loss" if rows else "no loss yet"
+        plot = chart([(row[0], row[1]) for row in rows], title)
         pictures = sorted((path / "samples").glob("step-*.png"))
         sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
         text = described.progress()
-        shown = ui.PreviewText(text).as_dict() | said(*of_job(described))
+        shown = ui.PreviewText(text).as_dict() | said(*of_job(described)) | {JOB: [job]}
         return io.NodeOutput(text, _image(plot), _image(sheet), ui=shown)
 
 

@@ -56,7 +56,7 @@ class Pipeline:
         """
         output = Path(self.spec.output)
         if result.finished(self.job, output):
-            self.report("done", f"{output.name} is ready")
+            self.report("done", "")
             log.info("%s was written by an earlier run", output.name)
             return
         with self.reserved_output():
@@ -228,7 +228,7 @@ class Pipeline:
             vector = export.with_styles(trained, teacher.styles)
             result.write(self.job, output, vector, teacher.unmatched)
             shutil.rmtree(self.job / answers.FOLDER, ignore_errors=True)
-            self.report("done", with_notes(f"{output.name} is ready", *notes), step=run.step)
+            self.report("done", with_notes(*notes), step=run.step)
         self.ranks.wait()
 
     def report(self, state: str, message: str, activity: str = "", **figures: int) -> None:
@@ -262,9 +262,9 @@ class _BankProgress:
         self.pipeline.request.end_if_asked(self.reached)
 
 
-def with_notes(message: str, *notes: str) -> str:
-    """A message followed by the notes that are not empty, as sentences."""
-    return ". ".join([message, *(note.removesuffix(".") for note in notes if note)])
+def with_notes(*notes: str) -> str:
+    """The notes that are not empty, as sentences."""
+    return ". ".join(note.removesuffix(".") for note in notes if note)
 
 
 def _unreadable(reasons: list[str]) -> str:

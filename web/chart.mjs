@@ -45,10 +45,10 @@ export class Chart {
   }
 
   /** Draws lines: {name, points: [[step, value], ...], colour: 1 to 3, dashed, faint}. Faint ones are
-   * not read out. The chart is hidden if no line has two points. */
+   * not read out. A single point is drawn as a dot. The chart is hidden if there is none. */
   draw(lines) {
     const drawable = lines.map((line) => ({ ...line, points: line.points.filter(([, value]) => value > 0) }))
-      .filter(({ points }) => points.length > 1);
+      .filter(({ points }) => points.length);
     this.element.hidden = !drawable.length;
     if (!drawable.length) return;
     this.lines = drawable.filter(({ faint }) => !faint);
@@ -73,10 +73,10 @@ export class Chart {
         s("text", { x: anchor === "end" ? WIDTH - 1 : x, y: HEIGHT - 6, "text-anchor": anchor }, number(step)));
     }
     for (const { points, colour, dashed, faint } of drawable) {
-      this.drawn.append(s("polyline", {
-        points: points.map(([step, value]) => `${this.x(step).toFixed(1)},${this.y(value).toFixed(1)}`).join(" "),
-        class: [`lcm-line-${colour}`, dashed && "lcm-dashed", faint && "lcm-faint"].filter(Boolean).join(" "),
-      }));
+      const places = points.map(([step, value]) => [this.x(step).toFixed(1), this.y(value).toFixed(1)]);
+      const look = { class: [`lcm-line-${colour}`, dashed && "lcm-dashed", faint && "lcm-faint"].filter(Boolean).join(" ") };
+      this.drawn.append(places.length > 1 ? s("polyline", { points: places.join(" "), ...look })
+        : s("circle", { cx: places[0][0], cy: places[0][1], r: 3, ...look }));
     }
     this.keys.replaceChildren(this.title, ...(this.lines.length > 1 ? this.lines : []).map(({ name, colour, dashed }) =>
       h("span", { class: `lcm-key lcm-line-${colour}${dashed ? " lcm-dashed" : ""}` }, name)));

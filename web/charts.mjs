@@ -81,7 +81,7 @@ export class Charts {
   }
 
   draw() {
-    this.tools.hidden = this.metrics.rows.length < 2;
+    this.tools.hidden = !this.metrics.rows.length;
     const other = this.beside && this.server.jobs().find(({ id }) => id === this.other);
     const sources = [{ name: "", metrics: this.metrics }];
     if (other) sources.push({ name: `${called(other)}: `, metrics: this.beside, dashed: true });

@@ -1,12 +1,13 @@
-// What Distill LCM-LoRA shows below its widgets: what a job with its settings would take, and once
-// that is queued, how far the job is.
+// What Distil LCM-LoRA shows below its widgets: what a job with its settings would take, and once
+// that is queued, how far the job is. Distillation Job Status shows the latter too.
 import { api } from "../../scripts/api.js";
 import { allNodes, orderOf } from "./graph.mjs";
 import { doing, facts, gigabytes } from "./progress.mjs";
-import { JOB, KEY, show } from "./texts.mjs";
+import { JOB, KEY, isSilent, show } from "./texts.mjs";
 import { say } from "./words.mjs";
 
 const TYPE = "LCMDistill";
+const STATUS = "LCMJobStatus";
 const PAUSE = 400; // milliseconds without a change before the server is asked
 const ORDER = "lcm_lora_order"; // in the node's properties: what its job was ordered with
 const seen = new WeakMap(); // node -> the order that its text is about
@@ -15,7 +16,7 @@ let call = null;
 let refresh = null;
 let timer = null;
 
-const distillations = () => [...allNodes()].filter(({ type }) => type === TYPE);
+const ofType = (...types) => [...allNodes()].filter(({ type }) => types.includes(type));
 
 function duration(seconds) {
   const minutes = Math.round(seconds / 60);
@@ -42,31 +43,52 @@ function room({ memory_bytes: bytes, memory: basis, disk_bytes: disk }) {
   return words.join(" · ");
 }
 
+/** What happens to an order, where that is not simply a new job. */
+function foreseen(queueing, name) {
+  const lines = {
+    same: () => [say("This job already exists")],
+    replaces: () => [say("{name} exists already and will be replaced.", { name })],
+    taken: () => [say("{name} exists already: choose another name, or switch overwrite on.", { name }), {}, true],
+    promised: () => [say("Another job will make {name}: choose another name, or delete that job.", { name }), {}, true],
+  };
+  return queueing in lines ? [lines[queueing]()] : [];
+}
+
 /** An estimate as lines of a node. */
-function lines(estimate) {
+function lines(estimate, name) {
   const { steps, batch, resolution: pixels, drawn: count, architecture, own_resolution: own } = estimate;
   const order = count ? say("{steps} steps of {batch} pictures, {pixels} pixels, {count} drawn from prompts", { steps, batch, pixels, count })
     : say("{steps} steps of {batch} pictures, {pixels} pixels, from your pictures", { steps, batch, pixels });
-  const said = [[order], [time(estimate)], [room(estimate)]];
+  const said = [...foreseen(estimate.queueing, name), [order], [time(estimate)], [room(estimate)]];
   if (own && own !== pixels) {
     said.unshift([say("{architecture} is made for {own} pixels: switch auto_resolution on.", { architecture, own }), {}, true]);
   }
   return said;
 }
 
-/** Shows what a job would take on each node whose settings have changed. */
+/** What an order would take, or why it would be refused, as lines. Without an order nothing can be
+ * said. */
+async function forecast(node, order) {
+  const files = node.widgets.find(({ name }) => name === "checkpoint").options.values;
+  if (Array.isArray(files) && !files.includes(order.checkpoint)) {
+    return [[say("{name} is not here: choose another checkpoint, or download it and press R.", { name: order.checkpoint }), {}, true]];
+  }
+  const estimate = await call("estimate", order).catch(() => null); // the server may be gone
+  return !estimate ? [] : estimate.refused ? [[estimate.refused, {}, true]] : lines(estimate, order.name);
+}
+
+/** Shows what a job would take on each node whose settings have changed, or whose text has gone. */
 async function look() {
-  for (const node of distillations()) {
+  for (const node of ofType(TYPE)) {
     const order = orderOf(node), key = JSON.stringify(order);
-    if (seen.get(node) === key) continue;
+    if (seen.get(node) === key && !isSilent(node)) continue;
     seen.set(node, key);
     if (jobOf(node)) {
       refresh();
       continue;
     }
-    // What is wrong with the settings is said by the node when it is queued.
-    const estimate = order && await call("estimate", order).catch(() => null);
-    if (seen.get(node) === key && !jobOf(node)) show(node, estimate ? lines(estimate) : []);
+    const said = order ? await forecast(node, order) : [];
+    if (seen.get(node) === key && !jobOf(node)) show(node, said);
   }
 }
 
@@ -75,28 +97,56 @@ function jobOf(node) {
   return node.properties[ORDER] === seen.get(node) ? node.properties[JOB] : undefined;
 }
 
+/** Makes the forecasts anew: the files on the server have changed. */
+export function lookAgain() {
+  for (const node of ofType(TYPE)) seen.delete(node);
+  lookSoon();
+}
+
 function lookSoon() {
   clearTimeout(timer);
   timer = setTimeout(look, PAUSE);
 }
 
-/** Shows how far the jobs are that nodes have ordered. */
+/** What a job does now and how far it is, as lines. */
+function progressOf(job) {
+  const isWrong = ["failed", "lost"].includes(job.state);
+  return [[doing(job), {}, isWrong], ...(job.step || isWrong ? [[facts(job)]] : [])];
+}
+
+/** Shows how far the jobs are that nodes have ordered, or show. */
 export function showProgress(jobs) {
-  for (const node of distillations()) {
+  for (const node of ofType(STATUS)) {
+    const job = jobs.find(({ id }) => id === node.properties[JOB]);
+    if (job) show(node, progressOf(job));
+  }
+  for (const node of ofType(TYPE)) {
     const job = jobs.find(({ id }) => id === jobOf(node));
     if (!job) continue;
-    const isWrong = ["failed", "lost"].includes(job.state);
-    const now = job.state === "done" ? say("Finished: {name}", { name: job.lora_name }) : doing(job);
-    const hasFacts = job.state !== "done" && (job.step || isWrong);
     const order = node.properties[KEY]?.slice(1) ?? [];
-    show(node, [[now, {}, isWrong], ...(hasFacts ? [[facts(job)]] : []), ...order]);
+    const isDone = job.state === "done";
+    show(node, [...(isDone ? [[say("Finished: {name}", { name: job.lora_name })]] : progressOf(job)), ...order]);
   }
 }
 
 /** Lets nodes for a distillation show these. request: calls the pack's API; refresh: fetches the jobs. */
 export function giveProgress(nodeType, definition, request, refreshJobs) {
-  if (definition.name !== TYPE) return;
   [call, refresh] = [request, refreshJobs];
+  if (definition.name === STATUS) giveStatus(nodeType);
+  if (definition.name === TYPE) giveForecast(nodeType);
+}
+
+function giveStatus(nodeType) {
+  const { onExecuted } = nodeType.prototype;
+  nodeType.prototype.onExecuted = function (output, ...rest) {
+    onExecuted?.call(this, output, ...rest);
+    if (!output?.[JOB]) return;
+    this.properties[JOB] = output[JOB][0];
+    refresh();
+  };
+}
+
+function giveForecast(nodeType) {
   const { onExecuted, onConfigure, onNodeCreated } = nodeType.prototype;
   nodeType.prototype.onExecuted = function (output, ...rest) {
     onExecuted?.call(this, output, ...rest);
@@ -114,6 +164,7 @@ export function giveProgress(nodeType, definition, request, refreshJobs) {
     onNodeCreated?.apply(this, all);
     lookSoon();
   };
+  nodeType.prototype.onTextGone = lookSoon; // texts.mjs calls it
 }
 
 /** Follows changes of the graph. */

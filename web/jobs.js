@@ -1,14 +1,19 @@
 // The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
 // Also lets the nodes show what they say (texts.mjs), keeps and moves the rows of nodes that have
-// some (rows.mjs), and shows what LoRA files say about themselves (info.mjs).
+// some (rows.mjs), folds what does not count (folds.mjs), and shows what LoRA files say about
+// themselves (info.mjs). Templates come with notes in the language of the page (notes.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { giveProgress, listenToChanges, showProgress } from "./distill.mjs";
+import { giveProgress, listenToChanges, lookAgain, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
+import { foldSteps } from "./folds.mjs";
 import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
+import { translateNotes } from "./notes.mjs";
 import { checkpointItems, isNotified, offers, wantNotified } from "./offers.mjs";
 import { Panel } from "./panel.mjs";
+import { givePlaceholders } from "./placeholders.mjs";
+import { endPreviews } from "./previews.mjs";
 import { keepRows, rowItems } from "./rows.mjs";
 import { giveText, listenToNodes } from "./texts.mjs";
 import { say, speak } from "./words.mjs";
@@ -109,11 +114,21 @@ function openDistillation() {
 app.registerExtension({
   name: "lcmlora.jobs",
   ...offers(TAB, openDistillation),
+  init: listen,
+  beforeConfigureGraph(graph) {
+    listen();
+    return translateNotes(graph);
+  },
   beforeRegisterNodeDef(nodeType, definition) {
     giveText(nodeType, definition);
+    givePlaceholders(definition);
     giveProgress(nodeType, definition, call, refresh);
   },
-  nodeCreated: keepRows,
+  nodeCreated(node) {
+    keepRows(node);
+    foldSteps(node);
+  },
+  refreshComboInNodes: lookAgain,
   getNodeMenuItems(node) {
     listen();
     return [...rowItems(node), ...infoItems(node, call), ...checkpointItems(node)];
@@ -122,6 +137,7 @@ app.registerExtension({
     listen();
     listenToNodes();
     listenToChanges();
+    endPreviews();
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-bolt",

@@ -89,7 +89,7 @@ export class Panel {
     this.clear.disabled = !jobs.some(({ state }) => state === "done");
     this.template.hidden = Boolean(all.length || error);
     this.note.textContent = error || (all.length ? (jobs.length < total ? say("{shown} of {total} are shown.", { shown: jobs.length, total }) : "")
-      : say("No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”."));
+      : say("No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”."));
     const listed = new Set(jobs.map((job) => job.id));
     for (const [id, row] of this.rows) {
       if (listed.has(id)) continue;

@@ -25,11 +25,13 @@ function timeLeft(seconds) {
     : say("{seconds} s left", { seconds: Math.ceil(seconds) });
 }
 
-/** Step, loss, time left and message. */
+/** Step, loss, time left or the finished LoRA, and message. */
 export function facts(job) {
-  const words = [say("step {step} of {steps}", job)];
+  const isEarly = job.state === "done" && job.step < job.steps;
+  const words = [isEarly ? say("finished early: step {step} of {steps}", job) : say("step {step} of {steps}", job)];
   if (job.loss != null) words.push(say("loss {loss}", { loss: number(job.loss, LOSS) }));
   if (job.seconds_left != null) words.push(timeLeft(job.seconds_left));
+  if (job.state === "done") words.push(say("Finished: {name}", { name: job.lora_name }));
   if (job.message && !job.activity) words.push(say(job.message)); // known ones are translated
   return words.join(" · ");
 }

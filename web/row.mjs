@@ -4,7 +4,21 @@ import { asksAgain, called, h } from "./elements.mjs";
 import { doing, facts } from "./progress.mjs";
 import { date, say } from "./words.mjs";
 
+const BANK = ["encoding captions", "making latents"];
+// What their names do not say.
+const EFFECTS = {
+  pause: () => say("saves and waits; the next job starts"),
+  stop: () => say("like pause, but ends the process if it does not answer within a minute"),
+  "finish now": () => say("ends the training and writes the LoRA"),
+};
 const ACTIVE = ["preparing", "running", "stopping"];
+
+/** [how much, of how much, in words] for the bar: of the bank until training begins, then of the steps. */
+function progress(job) {
+  const { activity, activity_done: done, activity_total: total, step, steps } = job;
+  if (!step && BANK.includes(activity) && total) return [done, total, doing(job)];
+  return [step, steps, say("step {step} of {steps}", job)];
+}
 
 export class Row {
   /** toggle(): shows or hides the details. moves(): its place may change although the pointer is there. */
@@ -29,9 +43,10 @@ export class Row {
     this.name.textContent = called(job);
     this.head.title = date(job.created);
     this.state.textContent = doing(job);
-    this.bar.max = Math.max(1, job.steps);
-    this.bar.value = job.state === "done" ? this.bar.max : job.step;
-    this.bar.setAttribute("aria-label", `${called(job)}: ${say("step {step} of {steps}", job)}`);
+    const [done, total, words] = progress(job);
+    this.bar.max = Math.max(1, total);
+    this.bar.value = job.state === "done" ? this.bar.max : done;
+    this.bar.setAttribute("aria-label", `${called(job)}: ${words}`);
     this.line.textContent = facts(job);
     this.offer(job, waiting);
     this.show(isOpen);
@@ -61,7 +76,7 @@ export class Row {
     const focused = document.activeElement?.closest?.("button")?.dataset.action;
     const had = this.buttons.contains(document.activeElement);
     this.buttons.replaceChildren(...offers.map(([name]) => this.labelled(
-      h("button", { type: "button", "data-action": name, onclick: () => this.act(name) }), say(name))));
+      h("button", { type: "button", "data-action": name, title: EFFECTS[name]?.() ?? "", onclick: () => this.act(name) }), say(name))));
     if (had) (this.buttons.querySelector(`[data-action="${focused}"]`) ?? this.head).focus();
   }
 

@@ -58,7 +58,11 @@ function tell(node, lines) {
   else delete node.properties[KEY];
   delete node.properties[JOB];
   show(node, lines);
+  if (!lines.length) node.onTextGone?.();
 }
+
+/** Whether the node shows no text. */
+export const isSilent = (node) => !widgetOf(node, false)?.element.childNodes.length;
 
 /** Shows lines until the node says something else; they are not kept. */
 export function show(node, lines) {
@@ -88,7 +92,7 @@ function fit(node, isFirst) {
 }
 
 /** The node with an id of the server's: "3", or "7:3" for node 3 inside the subgraph of node 7. */
-function nodeAt(id) {
+export function nodeAt(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
   for (const part of String(id).split(":")) {
@@ -98,8 +102,8 @@ function nodeAt(id) {
   return node;
 }
 
-/** Takes the old text away when the server refuses the node's inputs. Not all front ends have an
- * event for that, but all set this property. */
+/** Takes the old text away when the server refuses the node's inputs; one that is not of a run stays.
+ * Not all front ends have an event for that, but all set this property. */
 function clearOnRefusal(node) {
   let value = node.has_errors;
   Object.defineProperty(node, "has_errors", {
@@ -107,7 +111,7 @@ function clearOnRefusal(node) {
     get: () => value,
     set(now) {
       value = now;
-      if (now) tell(node, []);
+      if (now && node.properties[KEY]) tell(node, []);
     },
   });
 }

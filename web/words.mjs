@@ -5,7 +5,7 @@ const WORDS = {
     "Add Load LCM-LoRA": "LCM-LoRA 로드 추가",
     "Distil an LCM-LoRA from it": "이것으로 LCM-LoRA 증류",
     "LCM-LoRA jobs": "LCM-LoRA 작업",
-    "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "아직 작업이 없습니다. “LCM-LoRA 증류 (백그라운드)” 노드가 있는 그래프를 큐에 넣으세요.",
+    "No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”.": "아직 작업이 없습니다. “LCM-LoRA 증류 (백그라운드)” 노드가 있는 그래프를 큐에 넣으세요.",
     "queued": "대기 중",
     "preparing": "준비 중",
     "running": "실행 중",
@@ -191,13 +191,28 @@ const WORDS = {
     "No weights are better than the default, {weights}": "기본값 {weights}보다 나은 가중치가 없습니다",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}: 기본값보다 기준에 {percent}% 더 가깝습니다",
     "Style at {percent} %": "스타일 {percent}%",
-    "starts from": "시작 LoRA"
+    "starts from": "시작 LoRA",
+    "{name} is not here: choose another checkpoint, or download it and press R.": "{name}이(가) 없습니다. 다른 체크포인트를 고르거나, 내려받은 뒤 R 키를 누르세요.",
+    "{name} exists already and will be replaced.": "{name}이(가) 이미 있으며 새것으로 바뀝니다.",
+    "{name} exists already: choose another name, or switch overwrite on.": "{name}이(가) 이미 있습니다. 다른 이름을 쓰거나 덮어쓰기를 켜세요.",
+    "Another job will make {name}: choose another name, or delete that job.": "다른 작업이 {name}을(를) 만들 예정입니다. 다른 이름을 쓰거나 그 작업을 삭제하세요.",
+    "One prompt in each line.": "한 줄에 프롬프트 하나.",
+    "One LoRA file in each line, as loaders show it.": "한 줄에 LoRA 파일 하나, 로더에 표시되는 이름으로.",
+    "The settings of one picture in each line, such as steps=4, cfg=1.": "한 줄에 이미지 하나의 설정, 예: steps=4, cfg=1.",
+    "One prompt in each line. Empty: the first four of the data.": "한 줄에 프롬프트 하나. 비우면 데이터의 처음 네 개.",
+    "One prompt in each line. Empty: the list that comes with the pack.": "한 줄에 프롬프트 하나. 비우면 함께 제공되는 목록.",
+    "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "직접 정한 가중치, 예: output=0.8, down_blocks_1=0. 비우면 프리셋의 값.",
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "한 줄에 프롬프트 하나, 스타일의 트리거 단어와 함께. 비우면 함께 제공되는 프롬프트.",
+    "finished early: step {step} of {steps}": "일찍 마무리: {steps}스텝 중 {step}스텝",
+    "saves and waits; the next job starts": "저장하고 기다립니다. 다음 작업이 시작됩니다",
+    "like pause, but ends the process if it does not answer within a minute": "일시 정지와 같지만, 1분 안에 응답이 없으면 프로세스를 끝냅니다",
+    "ends the training and writes the LoRA": "학습을 끝내고 LoRA를 씁니다"
   },
   "ja": {
     "Add Load LCM-LoRA": "「LCM-LoRAを読み込む」を追加",
     "Distil an LCM-LoRA from it": "これからLCM-LoRAを蒸留",
     "LCM-LoRA jobs": "LCM-LoRAジョブ",
-    "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "ジョブはまだありません。「LCM-LoRAを蒸留（バックグラウンド）」ノードのあるグラフをキューに入れてください。",
+    "No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”.": "ジョブはまだありません。「LCM-LoRAを蒸留（バックグラウンド）」ノードのあるグラフをキューに入れてください。",
     "queued": "待機中",
     "preparing": "準備中",
     "running": "実行中",
@@ -383,13 +398,28 @@ const WORDS = {
     "No weights are better than the default, {weights}": "既定値{weights}よりよい重みはありません",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}：既定値より基準に{percent}%近い",
     "Style at {percent} %": "スタイル{percent}%",
-    "starts from": "開始LoRA"
+    "starts from": "開始LoRA",
+    "{name} is not here: choose another checkpoint, or download it and press R.": "{name}がありません。別のチェックポイントを選ぶか、ダウンロードしてRキーを押してください。",
+    "{name} exists already and will be replaced.": "{name}はすでにあり、置き換えられます。",
+    "{name} exists already: choose another name, or switch overwrite on.": "{name}はすでにあります。別の名前にするか、上書きをオンにしてください。",
+    "Another job will make {name}: choose another name, or delete that job.": "別のジョブが{name}を作ります。別の名前にするか、そのジョブを削除してください。",
+    "One prompt in each line.": "1行に1つのプロンプト。",
+    "One LoRA file in each line, as loaders show it.": "1行に1つのLoRAファイル。ローダーに表示される名前で。",
+    "The settings of one picture in each line, such as steps=4, cfg=1.": "1行に1枚の画像の設定。例：steps=4, cfg=1",
+    "One prompt in each line. Empty: the first four of the data.": "1行に1つのプロンプト。空ならデータの最初の4つ。",
+    "One prompt in each line. Empty: the list that comes with the pack.": "1行に1つのプロンプト。空なら付属のリスト。",
+    "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自分で決めた重み。例：output=0.8, down_blocks_1=0。空ならプリセットの値。",
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "1行に1つのプロンプト。スタイルのトリガー単語も入れます。空なら付属のプロンプト。",
+    "finished early: step {step} of {steps}": "早めに仕上げ：ステップ {step}/{steps}",
+    "saves and waits; the next job starts": "保存して待ちます。次のジョブが始まります",
+    "like pause, but ends the process if it does not answer within a minute": "一時停止と同じですが、1分以内に応答がなければプロセスを終了します",
+    "ends the training and writes the LoRA": "学習を終えてLoRAを書き込みます"
   },
   "zh": {
     "Add Load LCM-LoRA": "添加“加载 LCM-LoRA”",
     "Distil an LCM-LoRA from it": "由此蒸馏 LCM-LoRA",
     "LCM-LoRA jobs": "LCM-LoRA 任务",
-    "No jobs yet. Queue a graph with the node “Distill LCM-LoRA (background)”.": "还没有任务。请将含有“蒸馏 LCM-LoRA（后台）”节点的工作流加入队列。",
+    "No jobs yet. Queue a graph with the node “Distil LCM-LoRA (background)”.": "还没有任务。请将含有“蒸馏 LCM-LoRA（后台）”节点的工作流加入队列。",
     "queued": "排队中",
     "preparing": "准备中",
     "running": "运行中",
@@ -575,9 +605,26 @@ const WORDS = {
     "No weights are better than the default, {weights}": "没有比默认值 {weights} 更好的权重",
     "{weights}: {percent} % nearer to the reference than the default": "{weights}：比默认值更接近参考 {percent}%",
     "Style at {percent} %": "风格 {percent}%",
-    "starts from": "起始 LoRA"
+    "starts from": "起始 LoRA",
+    "{name} is not here: choose another checkpoint, or download it and press R.": "缺少 {name}：请选择其他检查点，或下载后按 R 键。",
+    "{name} exists already and will be replaced.": "{name} 已存在，将被替换。",
+    "{name} exists already: choose another name, or switch overwrite on.": "{name} 已存在：请换一个名称，或打开“覆盖”。",
+    "Another job will make {name}: choose another name, or delete that job.": "另一个任务将生成 {name}：请换一个名称，或删除那个任务。",
+    "One prompt in each line.": "每行一个提示词。",
+    "One LoRA file in each line, as loaders show it.": "每行一个 LoRA 文件，名称与加载器中显示的一致。",
+    "The settings of one picture in each line, such as steps=4, cfg=1.": "每行一张图片的设置，例如 steps=4, cfg=1。",
+    "One prompt in each line. Empty: the first four of the data.": "每行一个提示词。留空则用数据中的前四个。",
+    "One prompt in each line. Empty: the list that comes with the pack.": "每行一个提示词。留空则用附带的列表。",
+    "Your own weights, such as output=0.8, down_blocks_1=0. Empty: those of the preset.": "自定义权重，例如 output=0.8, down_blocks_1=0。留空则用预设的值。",
+    "One prompt in each line, with the trigger words of the styles. Empty: prompts of this pack.": "每行一个提示词，并带上风格的触发词。留空则用附带的提示词。",
+    "finished early: step {step} of {steps}": "提前完成：第 {step} 步，共 {steps} 步",
+    "saves and waits; the next job starts": "保存并等待；下一个任务开始",
+    "like pause, but ends the process if it does not answer within a minute": "与暂停相同，但若一分钟内没有响应则结束进程",
+    "ends the training and writes the LoRA": "结束训练并写出 LoRA"
   }
 };
+
+export const SPOKEN = Object.keys(WORDS); // besides English
 
 let locale = "en";
 
@@ -585,6 +632,8 @@ let locale = "en";
 export function speak(language) {
   locale = language;
 }
+
+export const language = () => locale;
 
 export function number(value, options) {
   return new Intl.NumberFormat(locale, options).format(value);

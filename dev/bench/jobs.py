@@ -74,9 +74,9 @@ def beside_a_training(
     """How soon the node returns, and how long prompts take then. Leaves the job running."""
     order = distilling(subject, BESIDE, steps=STEPS_BESIDE, seed=2)
     first, *again = (seconds(client.run, order) for _ in range(PROMPTS))
-    report.add("Distill LCM-LoRA, a new job", f"{jobs} jobs", "returns after", "s", [first])
-    report.add("Distill LCM-LoRA, the same again", f"{jobs} jobs", "returns after", "s", again)
-    report.bar("seconds until Distill LCM-LoRA returns, worst", max(first, *again), 1.0)
+    report.add("Distil LCM-LoRA, a new job", f"{jobs} jobs", "returns after", "s", [first])
+    report.add("Distil LCM-LoRA, the same again", f"{jobs} jobs", "returns after", "s", again)
+    report.bar("seconds until Distil LCM-LoRA returns, worst", max(first, *again), 1.0)
     running = wait_for(store, "running")
     times = [seconds(client.run, drawing(subject, 10 + i)) for i in range(PROMPTS)]
     report.add("prompt of four steps", "beside a training", "time", "s", times)

@@ -246,16 +246,18 @@ def _row(number: int) -> list[io.Input]:
 
 
 def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Input:
+    """What changes along an axis. Its inputs are named with it, for apps show them without it."""
+
     def values(default: str) -> io.Input:
         # One text for all kinds, because translations know only the input's name.
         return io.String.Input(
-            "values", default=default,
+            "values", display_name=f"values ({name})", default=default,
             tooltip="A list such as 1, 2, 4, 8, a range from:to:step such as 0.4:1.2:0.2, or both. "
             "For checkpoints, all or steps such as 100, 200.",
         )  # fmt: skip
 
     vector = io.Int.Input(
-        "vector", default=2, min=1, max=MOST_VECTORS,
+        "vector", display_name=f"vector ({name})", default=2, min=1, max=MOST_VECTORS,
         tooltip="The number of the vector: the 2 of vector_2. LoRA files and checkpoints take its "
         "place, with weight_2.",
     )  # fmt: skip
@@ -263,26 +265,26 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         "weight": [vector, values(NUMBERS["weight"].example)],
         "prompt": [
             io.String.Input(
-                "prompts", default="", multiline=True,
+                "prompts", display_name=f"prompts ({name})", default="", multiline=True,
                 tooltip="A prompt in each line. They are used instead of positive.",
             )
         ],
         "LoRA file": [
             vector,
             io.String.Input(
-                "files", default="", multiline=True,
+                "files", display_name=f"files ({name})", default="", multiline=True,
                 tooltip="A LoRA in each line, by its name in the loras folder. my-style-* stands "
                 "for all files whose name begins with my-style-.",
             ),
         ],
         "job checkpoint": [
             vector,
-            LCMJob.Input("job", tooltip="A job from Distill LCM-LoRA."),
+            LCMJob.Input("job", tooltip="A job from Distil LCM-LoRA."),
             values("all"),
         ],
         "settings": [
             io.String.Input(
-                "lines", default="", multiline=True,
+                "lines", display_name=f"lines ({name})", default="", multiline=True,
                 tooltip="The settings of a cell in each line, as the settings output has them, "
                 "such as steps=4, weight_2=0.8.",
             )

@@ -28,6 +28,13 @@ def test_equal_values_are_a_level_line():
     assert np.ptp(pixels[:, 1]) <= 2 and abs(pixels[:, 1].mean() - SIZE[1] / 2) <= 2
 
 
-@pytest.mark.parametrize("points", [[], [(1, 0.5)], [(1, None), (2, 0.0), (3, 0.5)]])
-def test_fewer_than_two_values_draw_no_line(points):
+@pytest.mark.parametrize("points", [[(1, 0.5)], [(1, None), (2, 0.0), (3, 0.5)]])
+def test_a_single_value_is_a_dot_in_the_middle(points):
+    pixels = line(points)
+    assert pixels.mean(0) == pytest.approx([SIZE[0] / 2, SIZE[1] / 2], abs=1)
+    assert pixels.max(0) - pixels.min(0) == pytest.approx([8, 8], abs=1)
+
+
+@pytest.mark.parametrize("points", [[], [(1, None), (2, 0.0)]])
+def test_without_a_value_there_is_no_line(points):
     assert not len(line(points))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
-LANGUAGES = sorted(path.parent.name for path in LOCALES.glob("*/nodeDefs.json"))
+LANGUAGES = sorted(path.parent.name for path in LOCALES.glob("*/commands.json"))
 # What is called the same everywhere.
 PROPER = {"LCM KSampler", "cfg", "eta", "clip", "CLIP"}
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -61,6 +61,26 @@ def flat(words: dict, before="") -> dict[str, str]:
 def test_there_are_languages():
     assert {"ko", "ja", "zh"} <= set(LANGUAGES)
     assert "en" not in LANGUAGES, "it would hide the schemas' words"
+
+
+def of_combos(inputs, before="") -> dict:
+    """The names that inputs of dynamic combos have besides their ids."""
+    names = {}
+    for item in inputs:
+        if before and item.display_name:
+            names[before + item.id] = {"name": item.display_name}
+        for option in item.options if item.get_io_type() == "COMFY_DYNAMICCOMBO_V3" else ():
+            names |= of_combos(option.inputs, f"{before}{item.id}_")
+    return names
+
+
+def test_english_has_only_the_names_that_the_front_end_does_not_take_from_the_schemas(comfy):
+    from lcm_lora.nodes.catalogue import NODES
+
+    schemas = [node.define_schema() for node in NODES]
+    named = {schema.node_id: {"inputs": of_combos(schema.inputs)} for schema in schemas}
+    expected = {node: words for node, words in named.items() if words["inputs"]}
+    assert translated("en", "nodeDefs") == expected
 
 
 def test_the_template_browser_calls_the_pack_by_its_name():

@@ -1,4 +1,4 @@
-"""Distill LCM-LoRA on the page: what it will take, then how far it is."""
+"""Distil LCM-LoRA on the page: what it will take, then how far it is."""
 
 import json
 import re
@@ -18,7 +18,14 @@ FITTED = """([checkpoint, name, steps]) => {
         'source.draw_steps': 2, resolution: 64, auto_resolution: false });
     set(named('LCMDistill'), { checkpoint, name, length: 'custom', steps, batch: 2, rank: 4,
         guidance: 2.5, sample_every: 0, checkpoint_every: 20, policy: 'share' });
+    const length = named('LCMDistill').widgets.find(({ name }) => name === 'length');
+    length.callback?.('custom');
     // The front end looks for changes after each click.
+    window.dispatchEvent(new MouseEvent('mouseup', { bubbles: true }));
+}"""
+
+SET = """(values) => {
+    set(app.graph.nodes.find(({ type }) => type === 'LCMDistill'), values);
     window.dispatchEvent(new MouseEvent('mouseup', { bubbles: true }));
 }"""
 
@@ -30,10 +37,10 @@ def template(subject) -> dict:
     return json.loads(text)
 
 
-def text_of(page, pattern, seconds=60) -> str:
-    """The text of Distill LCM-LoRA, when it fits the pattern."""
+def text_of(page, pattern, seconds=60, node="LCMDistill") -> str:
+    """The text of Distil LCM-LoRA, or of another node, when it fits the pattern."""
     for _ in range(seconds * 5):
-        text = page.evaluate(TEXTS).get("LCMDistill", "")
+        text = page.evaluate(TEXTS).get(node, "")
         if re.search(pattern, text):
             return text
         page.wait_for_timeout(200)
@@ -61,9 +68,15 @@ def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, hos
     ordered = "40 steps of 2 pictures, 64 pixels, 4 drawn from prompts"
     warned = text_of(page, re.escape(ordered)).splitlines()
     assert warned[0] == "⚠ SD1.5 is made for 512 pixels: switch auto_resolution on."
+    if vue:  # the number of steps too, for it counts now
+        page.wait_for_timeout(500)
+        assert widgets.count() == 5
+        assert widgets.nth(2).inner_text().startswith("steps")
     page.evaluate(QUEUE)
     running = text_of(page, r"step \d+ of 40 · loss [\d.]+ · .* left", 120).splitlines()
     assert running[0] == "training" and running[-1] == ordered
+    # Distillation Job Status follows by itself.
+    text_of(page, r"^\S.*\nstep \d+ of 40 · loss", node="LCMJobStatus")
     pictured(page, f"distill-running-{vue}")
 
     saved = page.evaluate("app.graph.serialize()")
@@ -72,6 +85,8 @@ def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, hos
     page.evaluate(HELPERS)
     done = text_of(page, "Finished", 240)
     assert done == f"Finished: distill/{vue}.safetensors\n{ordered}"
+    status = text_of(page, "^done", node="LCMJobStatus")
+    assert re.fullmatch(rf"done\nstep 40 of 40 · loss \S+ · {done.splitlines()[0]}", status)
     pictured(page, f"distill-done-{vue}")
     assert page.evaluate(OVERLAPS) == []
 
@@ -85,6 +100,34 @@ def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, hos
     row.locator(".lcm-head").click()
     row.get_by_role("button", name="open its workflow").click()
     assert ordered in text_of(page, re.escape(ordered)).splitlines()
+    assert not page.wrong
+
+
+@pytest.mark.parametrize("vue", [False, True])
+def test_it_warns_before_the_queue_refuses(page, subject, vue):
+    refused = []
+    page.on("response", lambda answer: answer.status == 400 and refused.append(answer.url))
+    page.evaluate(OPEN, [json.loads(TEMPLATE.read_text(encoding="utf-8")), vue])
+    page.evaluate(HELPERS)
+    assert text_of(page, "is not here").startswith("⚠ v1-5-pruned-emaonly-fp16.safetensors is not")
+    lora = subject.lcm_lora.removesuffix(".safetensors")
+    page.evaluate(FITTED, [subject.checkpoint, lora, 30])
+    taken = text_of(page, "30 steps")
+    assert f"⚠ {lora} exists already: choose another name, or switch overwrite on." in taken
+    pictured(page, f"distill-taken-{vue}")
+    page.evaluate(SET, {"overwrite": True})
+    assert f"{lora} exists already and will be replaced." in text_of(page, "replaced")
+    page.evaluate(SET, {"device": "77"})
+    assert text_of(page, "no device 77").startswith("⚠ There")
+    page.evaluate(SET, {"device": "", "style_lora": "gone.safetensors"})
+    forecast = text_of(page, "gone")
+    assert forecast.startswith("⚠ ComfyUI lists no 'gone.safetensors' among its loras:")
+    assert not refused
+    page.evaluate(QUEUE)  # the host refuses the prompt
+    page.wait_for_timeout(1500)
+    assert len(refused) == 1
+    pictured(page, f"distill-refused-{vue}")
+    assert text_of(page, "gone") == forecast
     assert not page.wrong
 
 

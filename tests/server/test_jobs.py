@@ -204,7 +204,13 @@ def test_an_estimate_says_how_it_knows(client, subject, store):
     assert (tried["time"], tried["memory"]) == ("estimated", "estimated")
     assert tried["training_seconds"] > known["training_seconds"]
 
-    assert send(client, "estimate", json.dumps(order | {"checkpoint": "none such"}))[0] == 400
+    # It says what happens to the order, and that one would be refused.
+    assert (made["queueing"], known["queueing"]) == ("new", "taken")
+    replacing = order | {"steps": 400, "overwrite": True}
+    assert send(client, "estimate", json.dumps(replacing))[1]["queueing"] == "replaces"
+    assert send(client, "estimate", json.dumps(order))[1]["queueing"] == "same"
+    status, answer = send(client, "estimate", json.dumps(order | {"checkpoint": "none such"}))
+    assert status == 200 and "no 'none such' among its checkpoints" in answer["refused"]
     assert send(client, "estimate", json.dumps(order | {"length": "forever"}))[0] == 400
 
 

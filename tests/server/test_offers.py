@@ -99,7 +99,9 @@ def test_every_template_is_an_app_with_its_inputs(page, subject, stem):
         items.nth(len(chosen["inputs"]) - 1).wait_for()
         page.wait_for_timeout(500)
         pictured(page, f"app-{stem}")
-        assert items.count() == len(chosen["inputs"])
+        names = [item.inner_text().splitlines()[0] for item in items.all()]
+        assert len(names) == len(chosen["inputs"])
+        assert len(set(names)) == len(names), "two fields of the app have one name"
     finally:
         page.evaluate("app.extensionManager.command.execute('Comfy.ToggleLinear')")
     kinds = {node["id"]: node["type"] for node in APPS[stem]["nodes"]}

@@ -73,6 +73,43 @@ def test_charts_tell_their_values(tab):
     themes(tab, "charts")
 
 
+ROW = """async (changes) => {
+    const { Row } = await import('/extensions/lcm-lora/row.mjs');
+    const job = { id: 'x', name: 'a', title: '', state: 'preparing', step: 0, steps: 200 };
+    const row = new Row({}, () => {}, () => {});
+    row.update({ created: 1, ...job, ...changes }, [], false);
+    return [row.bar.value, row.bar.max, row.bar.getAttribute('aria-label'), row.line.textContent];
+}"""
+
+
+def test_the_bar_shows_the_bank_and_then_the_steps(tab):
+    bank = {"activity": "making latents", "activity_done": 30, "activity_total": 250}
+    value, most, label, _ = tab.evaluate(ROW, bank)
+    assert (value, most, label) == (30, 250, "a: making latents 30 of 250")
+    samples = {"activity": "drawing samples", "activity_done": 3, "activity_total": 8, "step": 40}
+    value, most, label, _ = tab.evaluate(ROW, samples | {"state": "running"})
+    assert (value, most, label) == (40, 200, "a: step 40 of 200")
+    early = {"state": "done", "step": 40, "lora_name": "a.safetensors"}
+    value, most, _, line = tab.evaluate(ROW, early)
+    assert value == most
+    assert line == "finished early: step 40 of 200 · Finished: a.safetensors"
+
+
+def test_a_single_figure_is_a_dot(tab, ground):
+    lay(ground, "short/one", steps=10, every=10)
+    reaches(tab, "short/one", "done")
+    row = job(tab, "short/one")
+    assert "Finished: short/one.safetensors" in row.locator(".lcm-line").inner_text()
+    row.locator(".lcm-head").click()
+    loss = row.get_by_role("slider", name="loss")
+    loss.wait_for()
+    assert loss.get_attribute("aria-valuetext") == "step 10: loss 0.291"
+    assert loss.locator("circle").count() == 1 and not loss.locator("polyline").count()
+    assert row.get_by_role("slider", name="distance").locator("circle").count() == 3
+    loss.hover()
+    pictured(tab, "chart-of-one")
+
+
 def test_figures_come_as_a_file(tab):
     row = opened_row(tab, "new/other")
     with tab.expect_download() as started:

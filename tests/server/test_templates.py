@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from lcm_lora.dev.workflow import to_api
-from lcm_lora.tests.server.pages import files_here, new_page, pictured
+from lcm_lora.tests.server.pages import files_here, new_page, open_template, pictured
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 OPENED = """async ([workflow, name, vue]) => {
@@ -50,6 +50,9 @@ def test_it_opens_without_a_warning_and_gives_the_prompt_that_we_run(page, subje
         assert {name: prompt[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
     if vue:
         assert page.locator("[data-node-id]").count() >= len(expected)
+    else:  # an empty field says what to write there, not its id
+        shown = page.locator("textarea").evaluate_all("all => all.map((each) => each.placeholder)")
+        assert not [text for text in shown if re.fullmatch(r"\w+(\.\w+|_\w+)+", text)]
     if path.stem == "Merge three LoRAs into one (SDXL)":
         # Without a widget of its own that changes the seed, and with it the sum, at every run.
         saved, again = (
@@ -76,6 +79,33 @@ def test_the_browser_of_templates_shows_titles_and_cards_and_opens_one(page):
     page.wait_for_function("app.graph.nodes.some((node) => node.type === 'LCMKSampler')")
     page.get_by_text(WORKFLOWS[0].stem[:15]).first.wait_for()  # its tab
     assert not page.wrong
+
+
+def test_its_note_and_titles_are_in_the_language_of_the_page(browser, client, subject):
+    client.post("/settings", {"Comfy.Locale": "ko"})
+    try:
+        on_page = new_page(browser, client)
+        open_template(on_page, subject, "Distil an LCM-LoRA")
+        note, titles = on_page.evaluate("""() => {
+            const note = app.graph.nodes.find(({ type }) => type === 'MarkdownNote');
+            return [note.widgets[0].value, app.graph.nodes.map(({ title }) => title)];
+        }""")
+        on_page.wait_for_timeout(500)
+        pictured(on_page, "template-korean")
+        assert note.startswith("**LCM-LoRA 증류**")
+        assert {"사용법", "손실"} <= set(titles)
+        # A title of another graph is the user's own.
+        graph = on_page.evaluate("app.graph.serialize()")
+        graph["nodes"] = [node for node in graph["nodes"] if node["type"] == "PreviewImage"]
+        graph["nodes"][0] |= {"title": "Loss", "inputs": []}
+        graph["links"] = []
+        on_page.evaluate("(graph) => app.loadGraphData(graph, true, true, 'mine')", graph)
+        titles = on_page.evaluate("app.graph.nodes.map(({ title }) => title)")
+        assert "Loss" in titles
+        assert not on_page.wrong
+        on_page.context.close()
+    finally:
+        client.post("/settings", {"Comfy.Locale": "en"})
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def trained(store, settings, device="", speeds=(1.0, 20.0, 19.0, 21.0), memory=3
 
 
 def test_without_an_earlier_job_no_time_is_invented(store, tmp_path):
-    made = estimate(spec(tmp_path), "", 1, store)
+    made = estimate(spec(tmp_path), "a", "", 1, store)
     assert (made.training_seconds, made.drawing_seconds, made.time) == (None, None, "unknown")
     assert (made.architecture, made.own_resolution, made.drawn) == ("SD1.5", 512, 100)
     assert (made.memory_bytes, made.memory) == (4.7e9, "estimated")
@@ -62,24 +62,24 @@ def test_without_an_earlier_job_no_time_is_invented(store, tmp_path):
 
 def test_the_same_settings_are_measured(store, tmp_path):
     trained(store, spec(tmp_path))
-    made = estimate(spec(tmp_path, "b", steps=400, seed=3), "", 1, store)
+    made = estimate(spec(tmp_path, "b", steps=400, seed=3), "a", "", 1, store)
     # 400 x 10 pictures at the median without the first line.
     assert (made.training_seconds, made.time) == (pytest.approx(200), "measured")
     # Drawing takes 20 calls a picture, training 5.15.
     assert made.drawing_seconds == pytest.approx(100 * 20 / (20 * 5.15))
     assert (made.memory_bytes, made.memory) == (3e9, "measured")
     # What the earlier job drew is used again.
-    assert estimate(spec(tmp_path, "b", steps=400), "", 1, store).drawing_seconds == 0
+    assert estimate(spec(tmp_path, "b", steps=400), "a", "", 1, store).drawing_seconds == 0
 
 
 def test_other_settings_are_estimated(store, tmp_path):
     trained(store, spec(tmp_path))
-    larger = estimate(spec(tmp_path, resolution=1024, steps=400), "", 1, store)
+    larger = estimate(spec(tmp_path, resolution=1024, steps=400), "a", "", 1, store)
     assert (larger.training_seconds, larger.time) == (pytest.approx(800), "estimated")
     assert (larger.memory_bytes, larger.memory) == (None, "unknown")
-    kept = estimate(spec(tmp_path, passes=8, steps=400), "", 1, store)
+    kept = estimate(spec(tmp_path, passes=8, steps=400), "a", "", 1, store)
     assert kept.training_seconds == pytest.approx(200 * 3.4 / 5.15)
-    own = estimate(spec(tmp_path, data=Data("pictures", str(tmp_path))), "", 1, store)
+    own = estimate(spec(tmp_path, data=Data("pictures", str(tmp_path))), "a", "", 1, store)
     assert (own.drawn, own.drawing_seconds) == (0, 0)
 
 
@@ -91,25 +91,25 @@ def test_what_cannot_be_compared_does_not_count(store, tmp_path, changes):
     width = changes.pop("width", None)
     other = checkpoint(tmp_path, "other", width) if width else None
     trained(store, spec(tmp_path, checkpoint=other, **changes))
-    assert estimate(spec(tmp_path), "", 1, store).time == "unknown"
+    assert estimate(spec(tmp_path), "a", "", 1, store).time == "unknown"
 
 
 def test_another_device_does_not_count(store, tmp_path):
     trained(store, spec(tmp_path), device="1")
-    assert estimate(spec(tmp_path), "", 1, store).time == "unknown"
-    assert estimate(spec(tmp_path), "1", 1, store).time == "measured"
+    assert estimate(spec(tmp_path), "a", "", 1, store).time == "unknown"
+    assert estimate(spec(tmp_path), "a", "1", 1, store).time == "measured"
 
 
 def test_the_disk_holds_checkpoints_lora_and_what_is_drawn(store, tmp_path):
     parameters = 64 * (320 + 768)
     bank = 2 * (100 * 4 * 64 * 64 + 2 * 77 * 768)
     settings = spec(tmp_path)
-    made = estimate(settings, "", 1, store)
+    made = estimate(settings, "a", "", 1, store)
     assert made.disk_bytes == 12 * parameters * (settings.keep + 2) + 2 * parameters + bank
 
 
 def test_a_checkpoint_that_does_not_tell_its_architecture(store, tmp_path):
     (tmp_path / "old.ckpt").write_bytes(b"x")
-    made = estimate(spec(tmp_path, checkpoint=str(tmp_path / "old.ckpt")), "", 1, store)
+    made = estimate(spec(tmp_path, checkpoint=str(tmp_path / "old.ckpt")), "a", "", 1, store)
     assert (made.architecture, made.time, made.memory) == ("", "unknown", "unknown")
     assert made.disk_bytes is None

@@ -309,10 +309,16 @@ def test_a_finished_job_trains_on_from_its_last_checkpoint(store, tmp_path):
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_is_queued(store, tmp_path):
+    assert store.foreseen(spec(tmp_path), "a") == "new"
     job, _ = store.create(spec(tmp_path), "a")
+    assert store.foreseen(spec(tmp_path), "a") == "same"
+    assert store.foreseen(spec(tmp_path, steps=7), "a") == "promised"
+    assert store.foreseen(spec(tmp_path, steps=7, overwrite=True), "a") == "new"
     with pytest.raises(ValueError, match="makes a with other settings is queued"):
         store.create(spec(tmp_path, steps=7), "a")
     (tmp_path / "b.safetensors").write_bytes(b"a LoRA")
+    assert store.foreseen(spec(tmp_path, "b"), "b") == "taken"
+    assert store.foreseen(spec(tmp_path, "b", overwrite=True), "b") == "replaces"
     with pytest.raises(ValueError, match="b exists already"):
         store.create(spec(tmp_path, "b"), "b")
     assert [record.id for record in store.jobs()] == [job]

@@ -8,6 +8,7 @@ import struct
 import sys
 import tarfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -439,7 +440,7 @@ def test_everything_that_is_not_used_is_named(folder):
         "s.tar/2.txt", "s.tar/._1.png", "s.tar/v.2.png",
     ])  # fmt: skip
     sentence = summary(pictures.unused)
-    assert "Not used (13)" in sentence and "film.mp4" in sentence
+    assert "Not used (13)" in sentence and "and 3 more (neither" in sentence
     assert summary([]) == ""
 
 
@@ -447,6 +448,11 @@ def test_prompts_beyond_the_count_are_named():
     data = Data(prompts=("a", "b", "c"), count=2)
     spec = Spec("/host", "/checkpoint", "/o.safetensors", "/banks", data=data)
     assert [prompt for prompt, _ in source(spec, None).unused] == ["c"]
+    long = Data(prompts=("a", *[f"{'a photo of a fox ' * 9}{i}" for i in range(236)]), count=1)
+    sentence = summary(source(replace(spec, data=long), None).unused)
+    assert sentence.startswith("Not used (236): a photo of a fox")
+    assert sentence.endswith("… and 235 more (count is 1, so only that many prompts are used).")
+    assert len(sentence) < 150
 
 
 def png16(pixels, colour, clear=None):

@@ -17,6 +17,7 @@ from . import captions
 USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ZIPPED = (".tar.gz", ".tgz")
 NAMED = 3  # how many faulty files a message names
+LONGEST = 50  # characters of an example in a message
 
 UNKNOWN = "neither a picture that Pillow reads nor a caption nor a tar"
 ALONE = "no picture has the same name"
@@ -111,14 +112,15 @@ def find(path: Path) -> DataSet:
 
 
 def summary(unused: list[tuple[str, str]]) -> str:
-    """A sentence that says how many files are not used, names some and gives the reasons; "" if all
-    are used."""
+    """A sentence that says how many files are not used and why, with an example of each reason; ""
+    if all are used."""
     if not unused:
         return ""
     names: dict[str, list[str]] = {}
     for name, reason in unused:
-        names.setdefault(reason, []).append(name)
-    parts = [f"{_some(with_reason)} ({reason})" for reason, with_reason in names.items()]
+        # A prompt may be long; the log has all in full.
+        names.setdefault(reason, []).append(name if len(name) <= LONGEST else f"{name[:LONGEST]}…")
+    parts = [f"{_some(which, 1)} ({reason})" for reason, which in names.items()]
     return f"Not used ({len(unused)}): {'; '.join(parts)}."
 
 
@@ -226,6 +228,6 @@ def _require_captions(missing: list[str], pictures: int) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def _some(names: list[str], count: int = NAMED) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -38,7 +38,7 @@ class Drawn:
         self.spec = spec
         self.cfg = mean_guidance(spec.guidance)
         reason = f"count is {len(self)}, so only that many prompts are used"
-        self.unused = [(prompt[:60], reason) for prompt in self.prompts[len(self) :]]
+        self.unused = [(prompt, reason) for prompt in self.prompts[len(self) :]]
 
     def __len__(self) -> int:
         return self.spec.data.count

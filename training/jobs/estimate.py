@@ -38,6 +38,7 @@ class Estimate:
         memory_bytes: of the device. memory: "measured" by a job with the same settings,
             "estimated" for one picture at a time (the least that is needed), "unknown".
         disk_bytes: the job's checkpoints, the LoRA and what is drawn. None if unknown.
+        queueing: what happens to the order: one of store.FORESEEN.
     """
 
     steps: int
@@ -52,6 +53,7 @@ class Estimate:
     memory_bytes: float | None
     memory: str
     disk_bytes: float | None
+    queueing: str
 
     def public(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,8 +67,8 @@ class Earlier(NamedTuple):
     memory: float
 
 
-def estimate(spec: Spec, device: str, processes: int, store: Store) -> Estimate:
-    """device, processes: as the job's Control would have them."""
+def estimate(spec: Spec, name: str, device: str, processes: int, store: Store) -> Estimate:
+    """name, device, processes: as the job's Control would have them."""
     file = _checkpoint(spec.checkpoint)
     earlier = list(_earlier(spec, file, device, store)) if file else []
     same = [job for job in earlier if _work(job.spec) == _work(spec)]
@@ -86,6 +88,7 @@ def estimate(spec: Spec, device: str, processes: int, store: Store) -> Estimate:
         spec.steps, spec.batch, spec.resolution, drawn,
         file.architecture if file else "", file.resolution if file else 0,
         training, time, drawing, memory, how, _disk(spec, file, drawn),
+        store.foreseen(spec, name, device, processes),
     )  # fmt: skip
 
 

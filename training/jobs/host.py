@@ -75,7 +75,7 @@ def start(order: Order, workflow: Any = None) -> tuple[str, bool, Spec]:
     jobs = store()
     device, count = _devices(order.device, jobs.folder.parent / Cluster.FILE)
     spec = _spec(order, jobs.folder.parent / "banks")
-    name = str(Path(spec.output).relative_to(_loras()).with_suffix(""))
+    name = _name(spec)
     text = disk.json_text(json.dumps(asdict(order), indent=1, ensure_ascii=False))
     graph = disk.json_text(json.dumps(workflow, ensure_ascii=False)) if workflow else ""
     made, is_new = jobs.create(
@@ -89,7 +89,13 @@ def estimate(order: Order) -> Estimate:
     """What a job will take. Raises as `start`, but the LoRA's name may be taken."""
     jobs = store()
     device, count = _devices(order.device, jobs.folder.parent / Cluster.FILE)
-    return estimated(_spec(order, jobs.folder.parent / "banks"), device, count, jobs)
+    spec = _spec(order, jobs.folder.parent / "banks")
+    return estimated(spec, _name(spec), device, count, jobs)
+
+
+def _name(spec: Spec) -> str:
+    """The LoRA's name, as loaders show it without its suffix."""
+    return str(Path(spec.output).relative_to(_loras()).with_suffix(""))
 
 
 def _devices(device: str, cluster: Path) -> tuple[str, int]:
@@ -322,7 +328,10 @@ def _input(name: str) -> str:
 def _listed(kind: str, name: str) -> str:
     """The path of a file that ComfyUI lists."""
     if name not in folder_paths.get_filename_list(kind):
-        raise ValueError(f"ComfyUI lists no {name!r} among its {kind}.")
+        raise ValueError(
+            f"ComfyUI lists no {name!r} among its {kind}: choose one that it lists, or put the "
+            "file there and press R."
+        )
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise ValueError(f"The file of {name!r} is gone, though ComfyUI lists it.")

@@ -248,7 +248,13 @@ def create(request: web.Request, body: dict[str, Any]) -> web.Response:
 
 
 def estimate(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
-    return host.estimate(build(Order, body, "the request")).public()
+    """What a job would take, or why it would be refused. Users see that while they still choose, so
+    it is no error."""
+    order = build(Order, body, "the request")
+    try:
+        return host.estimate(order).public()
+    except ValueError as error:
+        return {"refused": str(error)}
 
 
 def act(action: str, request: web.Request, body: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,9 @@ ORDER = "order.json"
 WORKFLOW = "workflow.json"
 SETTLED = 5.0  # seconds without a change; some file systems keep times in whole seconds
 LONGEST = 20.0  # seconds to wait for another process's change
+# What an order does: makes a job; finds the one with its settings; replaces a LoRA; is refused for
+# one that is there, or that another job will make.
+FORESEEN = ("new", "same", "replaces", "taken", "promised")
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -91,11 +94,10 @@ class Store:
         key = _key(device, processes, text)
         with self._changing():
             jobs = self.jobs()
-            for job in jobs:
-                if job.key == key and (job.state != "done" or Path(spec.output).is_file()):
-                    if job.state == "failed":
-                        self._ask(self.path(job.id), "")
-                    return job.id, False
+            if job := _same(key, spec, jobs):
+                if job.state == "failed":
+                    self._ask(self.path(job.id), "")
+                return job.id, False
             if not spec.overwrite:
                 self._require_free(spec, name, jobs)
             identifier = str(uuid.uuid4())
@@ -116,6 +118,16 @@ class Store:
                         (new / file).write_text(text_of_user, encoding="utf-8")
                 (new / Control.FILE).write_text(control.to_json(), encoding="utf-8")
             return identifier, True
+
+    def foreseen(self, spec: Spec, name: str, device: str = "", processes: int = 1) -> str:
+        """What `create` would do now, as one of FORESEEN."""
+        jobs = self.jobs()
+        if _same(_key(device, processes, spec.to_json()), spec, jobs):
+            return "same"
+        if Path(spec.output).exists():
+            return "replaces" if spec.overwrite else "taken"
+        is_promised = self._unfinished(name, jobs) and not spec.overwrite
+        return "promised" if is_promised else "new"
 
     def _require_free(self, spec: Spec, name: str, jobs: list[Job]) -> None:
         if Path(spec.output).exists():
@@ -343,6 +355,12 @@ class Store:
         if seen is None or seen[0] != stamps or seen[1].state in ACTIVE:
             return stamps, read(path)
         return seen
+
+
+def _same(key: str, spec: Spec, jobs: list[Job]) -> Job | None:
+    """The job with these settings, unless it is finished and its LoRA gone."""
+    made = (job for job in jobs if job.key == key)
+    return next((job for job in made if job.state != "done" or Path(spec.output).is_file()), None)
 
 
 def _key(device: str, processes: int, spec: str) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,9 @@ class Run:
             self.journal.metrics(**figures)
             self.journal.state("running", "training", **figures)
             log.info(
-                "step %d of %d: loss %.4f, %.0f s left",
-                self.step, self.spec.steps, figures["loss"], figures["seconds_left"],
+                "step %d of %d: loss %.4f, %s left",
+                self.step, self.spec.steps, figures["loss"],
+                str(timedelta(seconds=round(figures["seconds_left"]))),
             )  # fmt: skip
         self.means = Means()
 

@@ -1,0 +1,21 @@
+// The notes and titles in the pack's templates, in the language of the page. A template is one file for
+// all languages, so they are exchanged when it is opened. notes/LANGUAGE.json has them, by the English.
+import { SPOKEN, language } from "./words.mjs";
+
+const tables = new Map(); // language -> its table
+
+/** Only graphs with one of our notes: the titles are words that others use too. */
+export async function translateNotes(graph) {
+  const notes = graph.nodes?.filter(({ type }) => type === "MarkdownNote") ?? [];
+  const locale = language();
+  if (!notes.length || !SPOKEN.includes(locale)) return;
+  if (!tables.has(locale)) {
+    tables.set(locale, await (await fetch(new URL(`notes/${locale}.json`, import.meta.url))).json());
+  }
+  const table = tables.get(locale), known = (text) => Object.hasOwn(table, text);
+  if (!notes.some(({ widgets_values: [text] = [] }) => known(text))) return;
+  for (const node of graph.nodes) {
+    if (known(node.title)) node.title = table[node.title];
+    if (node.type === "MarkdownNote") node.widgets_values = node.widgets_values.map((text) => (known(text) ? table[text] : text));
+  }
+}
