@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lcm_lora.dev import demo
+from lcm_lora.lora.formats.searched import SEARCH
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
@@ -168,6 +169,26 @@ def test_what_combine_saves_draws_the_same_in_the_hosts_loader(client, server, s
     alone = {key: node for key, node in prompt.items() if node["class_type"] not in vectors}
     assert (pictures(client, alone) - drawn).abs().max() <= 1 / 255
     assert in_hand(judge, drawn, "3d") == 0  # in the styles
+
+
+def test_the_weights_of_a_style_are_found_and_kept_in_the_file(client, server, subject):
+    from lcm_lora.lora.formats import files
+
+    prompt = fitted(FOLDER / "Find the weights of a style.json", subject)
+    inputs_of(prompt, "LCMWeightSearch").update(
+        prompts="a red fox\na blue car\na cup of tea", budget=6, pictures=2, reference_steps=6,
+        guidance=3.0, steps=2,
+    )  # fmt: skip
+    inputs_of(prompt, "EmptyLatentImage").update(width=64, height=64)
+    shown = client.run(prompt)
+    (preview,) = (key for key in prompt if prompt[key]["class_type"] == "PreviewImage")
+    assert len(shown[preview]["images"]) == 2  # the path of the search, and the sheet
+    (found,) = (key for key in prompt if prompt[key]["class_type"] == "PreviewAny")
+    report = shown[found]["text"][0]
+    name = inputs_of(prompt, "LCMLoRASave")["filename"] + ".safetensors"
+    kept = json.loads(files.read(server.base / "models" / "loras" / name).metadata[SEARCH])
+    assert kept["measured"] <= 6 and kept["steps"] == 2
+    assert all(f"{weight:g}" in report for _, weight in kept["weights"]), report
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
