@@ -254,14 +254,14 @@ def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda _: ["toy.safetensors"])
     monkeypatch.setattr(folder_paths, "get_full_path", lambda *_: str(toy_checkpoint))
 
-    def ordered(prompts, **more):
+    def ordered(prompts, name="made", **more):
         source = {"source": "prompts", "prompts": prompts, "count": 4, "draw_steps": 2}
         (data,) = LCMDistillData.execute(source, 64).args
         return LCMDistill.execute(
             data=data,
             style_lora="none",
             checkpoint="toy.safetensors",
-            name="made",
+            name=name,
             steps=2,
             **more,
         ).args[0]
@@ -270,11 +270,11 @@ def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
     spec = json.loads((store.path(identifier) / "spec.json").read_text())
     assert spec["data"]["prompts"] == ["a bag", "a dress"] and spec["steps"] == 2
     assert "start_from" not in spec
-    started = ordered("a bag", start_from="toy.safetensors")
+    started = ordered("a bag", "started", start_from="toy.safetensors")
     spec = json.loads((store.path(started) / "spec.json").read_text())
     assert spec["start_from"] == str(toy_checkpoint)
     with pytest.raises(ValueError, match="lists no 'gone' among its loras"):
-        ordered("a bag", start_from="gone")
+        ordered("a bag", "lost", start_from="gone")
     with pytest.raises(ValueError, match="prompts contains half of a character .* in line 2"):
         ordered("a bag\na \ud83d")
 
