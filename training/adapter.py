@@ -24,7 +24,7 @@ TARGETS = re.compile(
     r"|^input_blocks\.\d+\.0\.op|^output_blocks\.\d+\.\d+\.conv)$"  # down- and upsamplers
 )
 # Of transformers: every linear layer of their blocks but the modulation, which sees no picture.
-OF_BLOCKS = re.compile(r"blocks\.\d+\.(?!.*(adaLN_modulation|modulation))")
+OF_BLOCKS = re.compile(r"blocks\.\d+\.(?!.*modulation)")
 
 
 class LowRank(nn.Module):

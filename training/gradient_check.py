@@ -43,20 +43,20 @@ LIMITS = {
 def require_right_gradients(teacher: Teacher, adapter: Adapter) -> None:
     """Raises ValueError if a gradient of the network is wrong or cannot be had, as it is or with
     blocks recomputed in backward. Changes neither the network nor the adapter."""
-    for how in ("", "with blocks recomputed in backward"):
+    for how in ("", " with blocks recomputed in backward"):
         undo = recompute_blocks(teacher.network) if how else lambda: None
         try:
             error = gradient_error(teacher, adapter)
         except (RuntimeError, NotImplementedError) as reason:
             raise ValueError(
-                f"ComfyUI's {teacher.architecture} network cannot be trained here {how}: {reason}"
+                f"ComfyUI's {teacher.architecture} network cannot be trained here{how}: {reason}"
             ) from reason
         finally:
             undo()
-        log.info("gradients of %s %s: relative error %.1e", teacher.architecture, how, error)
+        log.info("gradients of %s%s: relative error %.1e", teacher.architecture, how, error)
         if not error <= LIMITS[teacher.dtype].worst:
             raise ValueError(
-                f"ComfyUI's {teacher.architecture} network gives wrong gradients here {how}: they "
+                f"ComfyUI's {teacher.architecture} network gives wrong gradients here{how}: they "
                 f"differ by {error:.1%} from finite differences. A LoRA trained with them would be "
                 "useless, so the job does not start."
             )

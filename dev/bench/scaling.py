@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .. import commands, environment
+from .. import commands
 from . import distill_quality
 from .report import Report
 
@@ -53,7 +53,7 @@ def rate(checkpoint: Path, processes: int) -> list[float]:
     launcher = [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
     ]  # fmt: skip
-    command = [sys.executable, *launcher, str(environment.ROOT / "training" / "run.py"), str(file)]
+    command = [sys.executable, *launcher, str(distill_quality.RUN), str(file)]
     status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if status:
         raise SystemExit(f"The distillation with {processes} processes ended with {status}.")
