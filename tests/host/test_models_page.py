@@ -17,14 +17,16 @@ OF_TEMPLATES = ("QwenImage", "ZImage", "Flux")  # tests/server/test_flow_templat
 def rows() -> dict[str, list[str]]:
     """The cells after the class, by the class."""
     cells = re.findall(r"^\| (\w+) \|(.*)\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    found = {name: [cell.strip() for cell in text.split("|")] for name, text in cells}
-    return {name: row for name, row in found.items() if len(row) == 4}
+    tables = {name: [cell.strip() for cell in text.split("|")] for name, text in cells}
+    return {name: row for name, row in tables.items() if len(row) == 4}
 
 
 def test_it_lists_what_the_tests_sample_and_merge():
     for name, (sampling, loras, _, _) in rows().items():
-        whole = name in tiny_flow.NETWORKS or name in OF_TEMPLATES
-        assert sampling == ("whole runs" if whole else "schedule" * (name in flow_classes())), name
+        has_runs = name in tiny_flow.NETWORKS or name in OF_TEMPLATES
+        assert sampling == ("whole runs" if has_runs else "schedule" * (name in flow_classes())), (
+            name
+        )
         tested = "numbers" * (name in CONFIGS) + "shapes" * (name in WITHOUT_NUMBERS)
         assert loras == tested, name
     assert rows().keys() == {*flow_classes(), *CONFIGS, *WITHOUT_NUMBERS}

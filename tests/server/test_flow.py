@@ -59,14 +59,9 @@ TEXTS = """() => Object.fromEntries(app.graph.nodes.map((node) => {
 @pytest.fixture(scope="module")
 def files(server):
     """The checkpoint and a LoRA for it, where the server looks for them."""
-    from lcm_lora.dev.toy import text
-    from lcm_lora.tests.host import tiny_flow
+    from lcm_lora.tests.host import sd3_file, tiny_flow
 
-    # The host's text encoder for SD3 gives 4096 features, and 2048 for the whole text.
     network = tiny_flow.sd3_network(width=4096, pooled=2048)
-    state = {f"model.diffusion_model.{key}": value for key, value in network.state_dict().items()}
-    before, after = "cond_stage_model.", "text_encoders.clip_l."
-    state |= {key.replace(before, after): value for key, value in text.state_dict().items()}
     layer = "joint_blocks.0.x_block.mlp.fc1"
     out, inside = network.get_parameter(f"{layer}.weight").shape
     module = f"lora_unet_{layer.replace('.', '_')}"
@@ -77,8 +72,8 @@ def files(server):
     }
     models = server.base / "models"
     made = [models / "checkpoints" / CHECKPOINT, models / "loras" / LORA]
-    for path, tensors in zip(made, (state, lora), strict=True):
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    sd3_file.write(made[0])
+    save_file(lora, made[1])
     yield
     for path in made:
         path.unlink()

@@ -153,10 +153,10 @@ def test_the_way_to_a_call_is_the_samplers(monkeypatch):
 
 
 def test_draws_are_those_of_the_place_alone():
-    whole = draws.matching(5, 9, range(6), (4, 2, 2))
+    batch = draws.matching(5, 9, range(6), (4, 2, 2))
     part = draws.matching(5, 9, range(2, 4), (4, 2, 2))
-    assert all(torch.equal(a[2:4], b) for a, b in zip(whole, part, strict=True))
-    assert not torch.equal(whole[0], draws.matching(5, 10, range(6), (4, 2, 2))[0])
+    assert all(torch.equal(a[2:4], b) for a, b in zip(batch, part, strict=True))
+    assert not torch.equal(batch[0], draws.matching(5, 10, range(6), (4, 2, 2))[0])
     taus = torch.cat([draws.matching(5, step, range(50), (1, 1, 1))[2] for step in range(40)])
     assert taus.min() < 30 and taus.max() > 970 and 20 <= taus.min() and taus.max() <= 979
 
