@@ -78,6 +78,13 @@ def kind_of(module: str) -> str:
     )
 
 
+def block_of(module: str) -> str:
+    """The block by its authors' name, "down_blocks_1_attentions_0" or "double_blocks_3"; the place
+    of a module that is in none."""
+    match = _BLOCK.match(module)
+    return match[1] if match else place_of(module)
+
+
 def group_of(module: str) -> str:
     """The place and the kind as text: "output attention"."""
     return f"{place_of(module)} {kind_of(module)}"

@@ -15,7 +15,6 @@ from torch import Tensor
 from .addition import stacked
 from .agree import require_finite, require_one_shape, require_sum
 from .architecture import require_one_architecture
-from .blocks import place_of
 from .compare import Grams
 from .delta import Vector, as_matrix
 from .elementwise.rule import Rule
@@ -24,6 +23,7 @@ from .formats.describe import left_out
 from .formats.metadata import agreed, recipe
 from .formats.spelling import in_one_spelling
 from .nearest import nearest
+from .slices import own_paths
 from .truncation import Truncation
 
 
@@ -40,17 +40,25 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
     Raises:
         ValueError: all weights are 0, a weight is not finite, or the vectors cannot be added.
     """
+    return summed(vectors, weights)[:2]
+
+
+def summed(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str, Grams]:
+    """As `exact`, and the inner products of the terms, which are the vectors whose weight is not 0,
+    times their weights."""
     terms = _terms(vectors, weights)
-    deltas, grams = {}, Grams(len(terms))
-    for name, holders in _holders(terms).items():
+    deltas, grams, holders_of = {}, Grams(len(terms)), _holders(terms)
+    for name, holders in holders_of.items():
         deltas[name] = stacked([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
+    paths = own_paths(Vector(deltas))
+    for name, holders in holders_of.items():
         ranks = [terms[i][0].deltas[name].rank for i in holders]
-        inner = grams.add(place_of(name), deltas[name], holders, ranks)
+        inner = grams.add(paths[name], deltas[name], holders, ranks)
         if not inner.isfinite().all():
             require_finite(name, [terms[i][0] for i in holders])
     metadata = _metadata(terms, "exact")
     combined = Vector(deltas, _sum_diffs(terms), metadata, _source(terms))
-    return combined, f"{_report(terms, combined)}\n{grams}".rstrip()
+    return combined, f"{_report(terms, combined)}\n{grams}".rstrip(), grams
 
 
 def elementwise(

@@ -1,4 +1,4 @@
-"""The angles between the vectors of a sum."""
+"""The angles between the vectors of a sum, and how much each of them changes in each block."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .blocks import block_of, place_of
 from .delta import Delta
 
 
 class Grams:
-    """The inner products of the terms of a sum, by parts of the model.
+    """The inner products of the terms of a sum, by places and blocks of the model.
 
     They follow from the stacked factors U = [U_1 U_2 ...] and D of the sum: over the blocks i and
     j, the elementwise product of U'U and DD' adds up to <U_i D_i, U_j D_j>.
@@ -20,14 +21,15 @@ class Grams:
 
     def __init__(self, terms: int):
         self.terms = terms
-        self.by_place: dict[str, Tensor] = {}
+        self.by_block: dict[tuple[str, str], Tensor] = {}
 
     def add(
-        self, place: str, stacked: Delta, holders: Sequence[int], ranks: Sequence[int]
+        self, module: str, stacked: Delta, holders: Sequence[int], ranks: Sequence[int]
     ) -> Tensor:
         """Adds a module. -> the inner products of the terms in it, [terms, terms].
 
-        holders, ranks: the indices of the terms that have this module, and their ranks in it.
+        module: with its path in the model. holders, ranks: the indices of the terms that have it,
+        and their ranks in it.
         """
         up, down = stacked.up.flatten(1), stacked.down.flatten(1)
         products = (up.T @ up).double() * (down @ down.T).double()
@@ -38,26 +40,34 @@ class Grams:
             owners[begin : begin + rank, term] = 1
             begin += rank
         sums = owners.T @ products @ owners
-        self.by_place[place] = self.by_place.get(place, torch.zeros_like(sums)) + sums
+        part = place_of(module), block_of(module)
+        self.by_block[part] = self.by_block.get(part, torch.zeros_like(sums)) + sums
         return sums
+
+    @property
+    def by_place(self) -> dict[str, Tensor]:
+        places: dict[str, Tensor] = {}
+        for (place, _), gram in self.by_block.items():
+            places[place] = places[place] + gram if place in places else gram
+        return places
 
     def __str__(self) -> str:
         """A line for each pair of terms with the cosine of the angle between them."""
-        if not self.by_place:
+        places = self.by_place
+        if not places:
             return ""
-        total = reduce(torch.add, self.by_place.values())
+        total = reduce(torch.add, places.values())
         lines = []
         for i in range(self.terms):
             for j in range(i + 1, self.terms):
                 parts = ", ".join(
-                    f"{place} {_cosine(gram, i, j):+.3f}" for place, gram in self.by_place.items()
+                    f"{place} {cosine(gram, i, j):+.3f}" for place, gram in places.items()
                 )
-                lines.append(
-                    f"Cosine of {i + 1} and {j + 1}: {_cosine(total, i, j):+.3f} ({parts})"
-                )
+                lines.append(f"Cosine of {i + 1} and {j + 1}: {cosine(total, i, j):+.3f} ({parts})")
         return "\n".join(lines)
 
 
-def _cosine(gram: Tensor, i: int, j: int) -> float:
+def cosine(gram: Tensor, i: int, j: int) -> float:
+    """Of the angle between terms i and j; 0 if one of them is 0."""
     norms = float(gram[i, i] * gram[j, j]) ** 0.5
     return float(gram[i, j]) / norms if norms else 0.0

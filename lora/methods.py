@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .combine import elementwise, exact
+from .combine import elementwise, summed
+from .compare import Grams
 from .delta import Vector
 from .elementwise.table import RULES
 from .reduce import truncated
@@ -60,19 +61,21 @@ def combine(
     settings: Settings,
     device: torch.device,
     watch: Callable[[list[str]], Iterable[str]] = iter,
-) -> tuple[Vector, str]:
-    """The vectors combined, and a report for users. device, watch: see `elementwise`.
+) -> tuple[Vector, str, Grams]:
+    """The vectors combined, a report for users, and the inner products of those whose weight is not
+    0. device, watch: see `elementwise`.
 
     Raises:
         ValueError: the vectors cannot be added, or a setting is out of range.
     """
     rank, density, seed = settings.rank, settings.density, settings.seed
+    total, report, grams = summed(vectors, weights)
     if rule := RULES.get(settings.method):
-        return elementwise(vectors, weights, rule, density, rank, seed, device, watch)
-    total, report = exact(vectors, weights)
+        merged = elementwise(vectors, weights, rule, density, rank, seed, device, watch)
+        return *merged, grams
     if settings.method == "exact":
-        return total, report
+        return total, report, grams
     # The squares of what is kept and of what is lost add up to the square of the sum.
     shares = {settings.keep_energy, 1 - settings.max_error**2} - {1.0}
     reduced, truncation = truncated(total, rank, max(shares, default=1.0))
-    return reduced, f"{report}\n{truncation}"
+    return reduced, f"{report}\n{truncation}", grams

@@ -35,6 +35,12 @@ def of_stack(stack: Sequence[Any] | None, path_of: Callable[[str], Path]) -> tup
 def added(loras: Sequence[tuple[Vector, float, float]]) -> tuple[Vector, str]:
     """The sum of vectors, each with its strengths on the model and on the text encoders, and a
     report for users. Raises ValueError if they cannot be added, or if all strengths are 0."""
+    vectors = terms(loras)
+    return exact(vectors, [1.0] * len(vectors))
+
+
+def terms(loras: Sequence[tuple[Vector, float, float]]) -> list[Vector]:
+    """What `added` adds: the vectors times their strengths, without those that are 0."""
     vectors = []
     for vector, model, clip in loras:
         strengths = {name: clip if is_text(name) else model for name in vector.modules()}
@@ -43,7 +49,7 @@ def added(loras: Sequence[tuple[Vector, float, float]]) -> tuple[Vector, str]:
         if any(strengths.values()):
             description = f"model {model:g}, CLIP {clip:g}"
             vectors.append(weighted(vector, strengths.__getitem__, description))
-    return exact(vectors, [1.0] * len(vectors))
+    return vectors
 
 
 def _entry(entry: Any) -> tuple[str, float, float]:

@@ -12,6 +12,7 @@ from ..lora.formats.wire import from_wire, to_wire
 from ..lora.methods import METHODS, Settings, combine
 from ..samplers.report import Line
 from .host import device, watched, weight_input
+from .overlap import overlap
 from .texts import said
 
 MAX_VECTORS = 8
@@ -133,6 +134,13 @@ class LCMLoRACombine(io.ComfyNode):
                         "angles between the inputs; and what a reduction loses in each part."
                     ),
                 ),
+                io.Image.Output(
+                    display_name="overlap",
+                    tooltip=(
+                        "Where the vectors support or fight each other: the size of each one's "
+                        "change in every block, and its angle to vector 1."
+                    ),
+                ),
             ],
         )  # fmt: skip
 
@@ -155,11 +163,12 @@ class LCMLoRACombine(io.ComfyNode):
             factors = read_weights(weights, [vector.source for vector in vectors])
         else:
             factors = [count[f"weight_{number}"] for number in numbers]
-        combined, report = combine(vectors, factors, settings, device(), watched)
+        combined, report, grams = combine(vectors, factors, settings, device(), watched)
         ranks = combined.ranks().replace(" to ", "–")
         made = {"method": method, "count": len(combined.modules()), "rank": ranks}
         line = Line("{method}: {count} modules, rank {rank}", made)
-        return io.NodeOutput(to_wire(combined), report, ui=said(line))
+        names = [v.source for v, factor in zip(vectors, factors, strict=True) if factor != 0]
+        return io.NodeOutput(to_wire(combined), report, overlap(grams, names), ui=said(line))
 
 
 def _row(number: int) -> list[io.Input]:

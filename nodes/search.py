@@ -13,11 +13,12 @@ from comfy.sd import CLIP, VAE
 from comfy_api.v0_0_2 import io
 from PIL import Image
 
+from ..lora.combine import summed
 from ..lora.delta import Vector
 from ..lora.formats.module_names import is_text
 from ..lora.formats.searched import distilled_at, written
 from ..lora.formats.wire import Tensors, from_wire, to_wire
-from ..lora.stack import added
+from ..lora.stack import terms
 from ..samplers.report import Line
 from ..search.find import Point
 from ..search.host import Settings, Studio
@@ -26,6 +27,7 @@ from ..search.report import report
 from ..search.session import PICTURES, Order, Outcome, calls, figures, search, split
 from ..training.data.sources import PROMPTS, read_prompts
 from .host import interruptions, show, weight_input
+from .overlap import overlap
 from .texts import said
 
 MOST_STYLES = 5
@@ -141,6 +143,12 @@ class LCMWeightSearch(io.ComfyNode):
                     tooltip="The path of the search, and held-out pictures: the reference, the "
                     "default, the weights found, and the edges of what is equally good.",
                 ),
+                io.Image.Output(
+                    display_name="overlap",
+                    tooltip="Where the styles support or fight the LCM-LoRA: the size of each "
+                    "one's change in every block at the weights found, and its angle to the "
+                    "LCM-LoRA.",
+                ),
             ],
         )  # fmt: skip
 
@@ -183,7 +191,7 @@ class LCMWeightSearch(io.ComfyNode):
         studio = Studio(model, clip, vectors[0], vectors[1:], latent, settings, bar.update)
         outcome = search(studio, order, _show)
         interruptions["LCMWeightSearch"] += outcome.found.stopped
-        combined = _sum(vectors, outcome.weights, strengths)
+        combined, overlaps = _sum(vectors, outcome.weights, strengths)
         made = {**combined.metadata, **figures(outcome, order, studio)}
         text = report(outcome, order)
         return io.NodeOutput(
@@ -191,6 +199,7 @@ class LCMWeightSearch(io.ComfyNode):
             written(names, outcome.weights),
             text,
             _sheet(outcome, names, vae),
+            overlaps,
             ui=said(*_lines(outcome)),
         )
 
@@ -212,15 +221,19 @@ def _row(number: int) -> list[io.Input]:
     ]
 
 
-def _sum(vectors: list[Vector], weights: tuple[float, ...], strengths: tuple[float, ...]) -> Vector:
-    """The vectors at their weights. The text encoders' part of a style is searched for at its
-    strength, so it keeps that."""
+def _sum(
+    vectors: list[Vector], weights: tuple[float, ...], strengths: tuple[float, ...]
+) -> tuple[Vector, torch.Tensor]:
+    """The vectors at their weights, and a picture of where they support or fight each other. The
+    text encoders' part of a style is searched for at its strength, so it keeps that."""
     texts = [weights[0], *strengths]
     parts = [
         (vector, weight, text if any(map(is_text, vector.modules())) else weight)
         for vector, weight, text in zip(vectors, weights, texts, strict=True)
     ]
-    return added(parts)[0]
+    at_weights = terms(parts)
+    total, _, grams = summed(at_weights, [1.0] * len(at_weights))
+    return total, overlap(grams, [vector.source for vector in at_weights])
 
 
 def _show(point: Point, number: int) -> None:

@@ -69,7 +69,7 @@ def test_split_and_fused_names_of_one_weight_are_one_lora(comfy, kind, method):
     fused = parse(file_of(model, names["kohya"], seed=1), {}, "fused")
     split = parse(file_of(model, names["diffusers"], seed=2), {}, "split")
     assert any(name.startswith("transformer.") for name in split.deltas)
-    total, _ = combine([fused, split], [1.0, -0.5], Settings(method), torch.device("cpu"))
+    total, *_ = combine([fused, split], [1.0, -0.5], Settings(method), torch.device("cpu"))
     native, halves = FUSED[kind]
     name = f"lora_unet_{native.replace('.', '_')}"
     rows = torch.cat(
@@ -117,8 +117,8 @@ def test_rules_merge_a_split_weight_as_one(comfy, method):
     )
     settings = Settings(method, rank=16, density=0.5, seed=3)
     cpu = torch.device("cpu")
-    one, _ = combine([fused, other], [1.0, 0.7], settings, cpu)
-    two, _ = combine([fused, split], [1.0, 0.7], settings, cpu)
+    one, *_ = combine([fused, other], [1.0, 0.7], settings, cpu)
+    two, *_ = combine([fused, split], [1.0, 0.7], settings, cpu)
     for name, delta in one.deltas.items():
         expected = delta.matrix()
         assert (two.deltas[name].matrix() - expected).norm() <= 1e-4 * expected.norm(), name

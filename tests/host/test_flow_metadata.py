@@ -57,7 +57,7 @@ def test_a_merged_file_carries_recipe_family_and_sampling(flux, comfy, method):
     from lcm_lora.lora.methods import Settings, combine
 
     parts = [from_wire(vector(name)) for name in (HYPER, STYLE)]
-    total, _ = combine(parts, [0.125, 0.8], Settings(method, rank=16 * (method != "exact")),
+    total, *_ = combine(parts, [0.125, 0.8], Settings(method, rank=16 * (method != "exact")),
                        torch.device("cpu"))  # fmt: skip
     name = saved(to_wire(total), "merged")
     said = metadata_of(comfy.loras / name)

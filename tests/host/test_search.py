@@ -158,9 +158,10 @@ def test_the_node(model, vectors, tmp_path):
     from lcm_lora.nodes.combine import LCMLoRACombine
 
     output = execute(model, vectors)
-    vector, weights, report, sheet = output.result
+    vector, weights, report, sheet, overlap = output.result
     numbers = read_weights(weights, ["lcm.safetensors", "ink.safetensors"])
     assert sheet.ndim == 4 and sheet.shape[-1] == 3 and 0 <= sheet.min() < sheet.max() <= 1
+    assert overlap.ndim == 4 and overlap.shape[-1] == 3 and 0 <= overlap.min() < overlap.max() <= 1
     assert "Equally good" in report and weights in report
     found = from_wire(vector)
     wanted = exact(vectors[:2], numbers)[0]

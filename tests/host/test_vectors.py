@@ -248,7 +248,7 @@ def test_the_nodes_load_combine_save_and_offer_the_file(model, loras):
     )
     assert f"SD1.5 (cross-attention width 768)\n{len(modules(model))} modules" in info
     count = {"count": "2", "vector_1": lcm, "weight_1": 1.0, "vector_2": style, "weight_2": 0.8}
-    combined, report = LCMLoRACombine.execute(count, "exact", 0, 1.0).result
+    combined, report, _ = LCMLoRACombine.execute(count, "exact", 0, 1.0).result
     assert "rank 11" in report
     (name,) = nodes.LCMLoRASave.execute(combined, "made/both", "fp32", False).result
     assert Path(name) == Path("made/both.safetensors")
@@ -281,7 +281,7 @@ def test_svd_makes_the_same_sum_smaller_and_reports_its_error(model):
     count = {"count": "2", "vector_1": to_wire(one), "vector_2": to_wire(two)}
     count |= {"weight_1": 1.0, "weight_2": 0.8}
     exact = from_wire(LCMLoRACombine.execute(count, "exact", 0, 1.0).args[0])
-    reduced, report = LCMLoRACombine.execute(count, "svd", 5, 1.0).args
+    reduced, report, _ = LCMLoRACombine.execute(count, "svd", 5, 1.0).args
     truncated = from_wire(reduced)
     assert {delta.rank for delta in truncated.deltas.values()} == {5}
     lost = total = 0.0
@@ -420,10 +420,10 @@ def test_the_nodes_for_parts_and_rules(model):
     clear, report = LCMLoRAProtect.execute(style, lcm, 1.0).args
     assert "% of the energy of 1 removed" in report
     count = {"count": "2", "vector_1": lcm, "vector_2": clear, "weight_1": 1.0, "weight_2": 0.8}
-    merged, report = LCMLoRACombine.execute(count, "ties", 6, 1.0, 0.0, 0.5, 0).args
+    merged, report, _ = LCMLoRACombine.execute(count, "ties", 6, 1.0, 0.0, 0.5, 0).args
     assert {delta.rank for delta in from_wire(merged).deltas.values()} == {6}
     assert "Rank 8 becomes 6" in report
-    by_error, report = LCMLoRACombine.execute(count, "svd", 0, 1.0, 0.3).args
+    by_error, report, _ = LCMLoRACombine.execute(count, "svd", 0, 1.0, 0.3).args
     assert 0.25 < float(report.split("relative error ")[1].split(".\n")[0]) <= 0.3
     assert "Cosine of 1 and 2" in report
     with pytest.raises(ValueError, match="The method ties only reduces to a rank"):

@@ -27,7 +27,7 @@ def test_deltas_are_made_of_their_factors_there(change):
     total = stacked([(change, 0.5), (change, -1.0)])
     assert total.up.is_meta and total.down.is_meta and total.rank == 8
     grams = Grams(2)
-    grams.add("input", total, [0, 1], [4, 4])
+    grams.add("lora_unet_down_blocks_0_attentions_0_x", total, [0, 1], [4, 4])
     assert grams.by_place["input"].is_meta
     parts = decomposed(change)
     assert parts.values.is_meta and parts.cut(3).down.is_meta
