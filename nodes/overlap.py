@@ -21,6 +21,7 @@ COLOURS = (
 )  # fmt: skip
 LEAST_SCALE = 0.1  # of a cosine: smaller ones are noise
 PLACES = ("text", "input", "middle", "output")
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def overlap(grams: Grams, names: Sequence[str]) -> Tensor:
@@ -72,9 +73,7 @@ def overlap(grams: Grams, names: Sequence[str]) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 
 
-def _legend(
-    pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont, grams: Grams, names: Sequence[str]
-) -> None:
+def _legend(pen: ImageDraw.ImageDraw, font: Font, grams: Grams, names: Sequence[str]) -> None:
     total = reduce(torch.add, grams.by_block.values()) if grams.by_block else None
     for i, name in enumerate(names):
         y = EDGE + i * TITLE

@@ -123,6 +123,13 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 weight_input("lowest", "The lowest weight to try.", 0.0),
                 weight_input("highest", "The highest weight to try.", 1.5),
+                io.Float.Input(
+                    "style_at_least", default=0.0, min=0.0, max=1.5, step=0.05, optional=True,
+                    advanced=True,
+                    tooltip="How much of the styles' effect must show, where 1 is what they show "
+                    "in many steps without the LCM-LoRA. The search then takes the best weights "
+                    "that reach it. 0: whatever is nearest to the reference.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(
@@ -177,6 +184,7 @@ class LCMWeightSearch(io.ComfyNode):
         negative: str = "",
         lowest: float = 0.0,
         highest: float = 1.5,
+        style_at_least: float = 0.0,
     ) -> io.NodeOutput:
         numbers = range(1, int(count["count"]) + 1)
         vectors = [from_wire(acceleration), *(from_wire(count[f"style_{n}"]) for n in numbers)]
@@ -184,7 +192,7 @@ class LCMWeightSearch(io.ComfyNode):
         default = (acceleration_weight, *(count[f"weight_{number}"] for number in numbers))
         searched, held_out = split(prompts, read_prompts(str(PROMPTS)), pictures)
         names = tuple(vector.source for vector in vectors)
-        order = Order(names, searched, held_out, default, lowest, highest, budget)
+        order = Order(names, searched, held_out, default, lowest, highest, budget, style_at_least)
         guidance = guidance or distilled_at(vectors[0].metadata) or USUAL_GUIDANCE
         settings = Settings(steps, cfg, seed, reference_steps, guidance, negative, strengths)
         bar = comfy.utils.ProgressBar(calls(order, steps, reference_steps))
@@ -251,8 +259,10 @@ def _lines(outcome: Outcome) -> list[Line]:
         lines = [Line("No weights are better than the default, {weights}", values)]
     else:
         better = 100 * (1 - (outcome.held_out or 2) / 2)
-        values["percent"] = f"{better:.1f}"
+        values["percent"] = f"{abs(better):.1f}"
         text = "{weights}: {percent} % nearer to the reference than the default"
+        if better < 0:
+            text = "{weights}: {percent} % farther from the reference than the default"
         lines = [Line(text, values)]
     if outcome.shown is not None:
         percent = {"percent": f"{100 * outcome.shown[1]:.0f}"}

@@ -79,7 +79,7 @@ class Search:
         for weights in self._design():
             if len(self.points) >= self.budget:
                 return
-            yield self._add(weights)
+            yield self.measured(weights)
         radius, polished = RADIUS, False
         while len(self.points) < self.budget:
             best = self.best
@@ -98,9 +98,9 @@ class Search:
                 polished, radius = True, 4 * POLISH
                 for weights in self._around(best.weights, POLISH):
                     if len(self.points) < self.budget:
-                        yield self._add(weights)
+                        yield self.measured(weights)
                 continue
-            point = self._add(there)
+            point = self.measured(there)
             if best.j - point.j < 0.25 * gain:
                 radius = step / 2
             yield point
@@ -125,7 +125,7 @@ class Search:
                     break
                 if len(self.points) >= self.budget:
                     break
-                point = self._add(weights)
+                point = self.measured(weights)
                 if self._is_equal(point):
                     region, taken = flat, point
                     break
@@ -158,7 +158,7 @@ class Search:
                         break
                 else:
                     continue
-                if len(self.points) >= self.budget or not self._is_equal(self._add(there)):
+                if len(self.points) >= self.budget or not self._is_equal(self.measured(there)):
                     continue
             region = region.without(axis)
         return region
@@ -182,7 +182,7 @@ class Search:
                     point[i] = centre[i] - 2 * sign * reach  # twice as far on the other side
                 yield np.clip(point, self.low, self.high)
 
-    def _add(self, weights: Array) -> Point:
+    def measured(self, weights: Array) -> Point:
         """Measures, and adds the inner products with all points so far."""
         residuals = self.measure(weights)
         first = self.points[0].residuals if self.points else residuals

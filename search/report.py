@@ -6,6 +6,7 @@ from ..lora.formats.searched import written
 from .session import Order, Outcome
 
 NEAR_THE_EDGE = 0.01
+NEARLY = 0.05  # of a share: it was searched for on other prompts
 
 
 def report(outcome: Outcome, order: Order) -> str:
@@ -16,6 +17,11 @@ def report(outcome: Outcome, order: Order) -> str:
     if outcome.shown is not None:
         default, result = (f"{100 * share:.0f} %" for share in outcome.shown)
         lines.append(f"{result} of the style's full effect shows; {default} at the default.")
+        if outcome.shown[1] < order.shown - NEARLY:
+            lines.append(
+                f"You asked for {100 * order.shown:.0f} %: no weights that were measured show as "
+                "much. Widen the range, or take more steps."
+            )
     elif not found.stopped:
         lines.append("Even in many steps the style has no effect, so its share cannot be measured.")
     tied = {i for pair in found.tied for i in pair}
@@ -52,6 +58,11 @@ def _verdict(outcome: Outcome) -> str:
     if outcome.held_out is None:
         return "The default is as good as any other weights."
     percent = 100 * (1 - outcome.held_out / 2)
+    if percent < 0 and not outcome.is_default:
+        return (
+            "The default shows less of the style than you asked for. On held-out prompts, these "
+            f"weights are {-percent:.1f} % farther from the reference than the default."
+        )
     if outcome.is_default:
         return (
             f"The default is kept: on held-out prompts, the weights that the search found are "

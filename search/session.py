@@ -14,6 +14,7 @@ from ..lora.formats.searched import SEARCH
 from .find import Found, Point, Search
 from .host import Measured, Part, Reference, Studio, interrupted, kept
 from .objective import statistics, style_shown
+from .strength import SLACK, at_least
 from .surface import Array, minimizer
 
 PICTURES, MOST_BUDGET = 16, 200
@@ -31,6 +32,7 @@ class Order:
         default: the weights to begin with, and to keep if no others are better.
         low, high: the range of all weights.
         budget: how many weights may be measured.
+        shown: the least share of the styles' effect that must show; 0 for any.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Order:
     low: float
     high: float
     budget: int
+    shown: float = 0.0
 
     def __post_init__(self) -> None:
         if self.low >= self.high:
@@ -127,8 +130,10 @@ class Outcome:
 def calls(order: Order, steps: int, reference_steps: int) -> int:
     """How many network calls of one picture a search makes at most."""
     searched, held = len(order.prompts), len(order.held_out)
-    return (searched + 2 * held) * reference_steps + 2 * steps * (
-        searched * order.budget + 4 * held
+    # With a wanted strength: also the bare model, and each set of weights without the styles.
+    references, drawings = (2, 3) if order.shown else (1, 2)
+    return (references * searched + 2 * held) * reference_steps + steps * (
+        drawings * searched * order.budget + 8 * held
     )
 
 
@@ -150,11 +155,20 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
     run = Search(
         Measured(studio, parts, styled), order.default, order.low, order.high, order.budget
     )
-    stopped, number = False, 0
+    stopped, number, is_enough = False, 0, True
     try:
         for number, point in enumerate(run.steps(), 1):
             watch(point, number)
         found = run.found()
+        if order.shown:
+            plain = kept(
+                studio, "plain" + key(order.prompts), lambda: studio.reference(parts, False)
+            )
+            share = Share(studio, parts, styled, plain)
+            found.taken = at_least(
+                run, share, order.shown, lambda point: watch(point, len(run.points))
+            )
+            is_enough = share(found.default) >= order.shown - SLACK
     except interrupted():
         if not number:
             raise
@@ -170,7 +184,7 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
             first, second = check(default), check(taken)
             held_out = second.d_path / max(first.d_path, TINY)
             held_out += second.d_spec / max(first.d_spec, TINY)
-            if held_out >= 2:
+            if held_out >= 2 and is_enough:
                 weights = default
         few = studio.parts(order.held_out[:SHOWN], len(order.prompts))
         for title, at in {"default": default, "found": taken, **_edges(found)}.items():
@@ -184,6 +198,34 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
     except interrupted():
         found.stopped = True
     return Outcome(found, weights, held_out, shown, rows)
+
+
+class Share:
+    """The share of the styles' effect that shows at a point of the search, where 1 is what the
+    styles alone show in many steps.
+
+    Raises ValueError if they show nothing there.
+    """
+
+    def __init__(
+        self, studio: Studio, parts: Sequence[Part], styled: Reference, plain: Reference
+    ) -> None:
+        self.studio, self.parts = studio, parts
+        self.effect = statistics(styled.latents), statistics(plain.latents)
+        self._without: dict[float, Tensor] = {}
+
+    def __call__(self, point: Point) -> float:
+        fast, *styles = map(float, point.weights)
+        if fast not in self._without:
+            bare = self.studio.draw((fast, *[0.0] * len(styles)), self.parts)
+            self._without[fast] = statistics(bare)
+        share = style_shown(point.residuals.shown, self._without[fast], *self.effect)
+        if share is None:
+            raise ValueError(
+                "style_at_least is set, but even in many steps the styles change neither colours "
+                "nor spectrum, so how much of them shows cannot be measured. Set it to 0."
+            )
+        return share
 
 
 def _shown(
@@ -227,6 +269,7 @@ def figures(outcome: Outcome, order: Order, studio: Studio) -> dict[str, str]:
         "measured": len(outcome.found.points),
         "better_on_held_out": _better(outcome),
         "style_shown": outcome.shown and round(outcome.shown[1], 3),
+        "style_at_least": order.shown,
     }  # fmt: skip
     return {SEARCH: json.dumps(values)}
 
@@ -235,4 +278,4 @@ def _better(outcome: Outcome) -> float | None:
     """How much lower J is than at the default, on held-out pictures; 0 if the default was kept."""
     if outcome.held_out is None:
         return None
-    return round(max(0.0, 1 - outcome.held_out / 2), 3)
+    return 0.0 if outcome.is_default else round(1 - outcome.held_out / 2, 3)

@@ -71,10 +71,9 @@ def _lines(values: Mapping[str, Any]) -> list[str]:
         f"against {int(reference['steps'])} steps at guidance {reference['guidance']:g}",
     ]
     if values.get("better_on_held_out") is not None:
-        made.append(
-            f"  {100 * values['better_on_held_out']:.1f} % nearer than the default on held-out "
-            "prompts"
-        )
+        percent = 100 * values["better_on_held_out"]
+        where = "nearer" if percent >= 0 else "farther away"
+        made.append(f"  {abs(percent):.1f} % {where} than the default on held-out prompts")
     if values.get("style_shown") is not None:
         made.append(f"  style at {100 * values['style_shown']:.0f} %")
     return made

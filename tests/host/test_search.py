@@ -181,6 +181,23 @@ def test_the_node(model, vectors, tmp_path):
         torch.testing.assert_close(delta.matrix(), wanted.deltas[name].matrix())
 
 
+def test_as_much_of_the_style_shows_as_is_wanted(model, vectors):
+    """Or the report says that no weights show as much. The default shows less than is wanted, so it
+    is not kept, even where it is nearer to the reference."""
+    from lcm_lora.lora.formats.searched import SEARCH
+    from lcm_lora.lora.formats.wire import from_wire
+
+    plain, wanted = execute(model, vectors), execute(model, vectors, style_at_least=1.2)
+    before, after = (
+        json.loads(from_wire(output.result[0]).metadata[SEARCH]) for output in (plain, wanted)
+    )
+    assert (before["style_at_least"], after["style_at_least"]) == (0.0, 1.2)
+    assert before["style_shown"] < 1.1 < after["style_shown"] + 0.3
+    assert after["style_shown"] > before["style_shown"]
+    assert after["weights"] != before["weights"]
+    assert ("You asked for 120 %" in wanted.result[2]) == (after["style_shown"] < 1.15)
+
+
 def test_the_reference_is_drawn_once(model, vectors, monkeypatch):
     from lcm_lora.search import host
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from lcm_lora.search.find import Search
+from lcm_lora.search.find import Point, Search
+from lcm_lora.search.objective import statistics, style_shown
+from lcm_lora.search.strength import at_least
 from lcm_lora.tests.unit.planted import Process
 
 SEEDS = range(5)
@@ -135,3 +137,52 @@ def test_it_needs_fewer_measurements_than_scipys_own_search():
             ).nfev
         )  # fmt: skip
     assert sum(ours) < sum(theirs), (ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("seed", "wanted"),
+    [
+        (0, 0.9),
+        (0, 1.1),
+        (1, 0.9),
+        (1, 1.1),
+        (2, 0.9),
+        (2, 1.1),
+        (3, 0.9),
+        (3, 1.1),
+        (4, 0.9),
+        (4, 1.1),
+    ],
+)
+def test_the_best_weights_at_which_enough_of_a_style_shows(seed, wanted):
+    """Against all weights of a fine grid: as good as the best of those at which enough shows."""
+    process = Process(seed)
+    measure = process.against((1.0, 0.6), blurred=True)
+    search = Search(measure, PAPER, 0.0, 2.0, 40)
+    list(search.steps())
+    search.found()
+    styled, plain = (statistics(process.drawn((1.0, weight))) for weight in (0.8, 0.0))
+
+    def share(point: Point) -> float:
+        without = statistics(process.drawn((point.weights[0], 0.0)))
+        return style_shown(point.residuals.shown, without, styled, plain)
+
+    assert share(search.best) < wanted - 0.02, "or nothing is asked for"
+    new = []
+    taken = at_least(search, share, wanted, new.append)
+    assert share(taken) >= wanted - 0.005 and 0 < len(new) <= 4
+    assert all(any(point is known for known in search.points) for point in new)
+    first = search.points[0].residuals
+    grid = [np.array([x, y]) for x in np.linspace(0.7, 1.3, 7) for y in np.linspace(0.4, 1.6, 13)]
+    points = [Point(at, r, r.d_path / first.d_path, r.d_spec / first.d_spec)
+              for at in grid for r in [measure(at)]]  # fmt: skip
+    best = min(point.j for point in points if share(point) >= wanted)
+    assert taken.j < 1.02 * best
+
+
+def test_if_no_weights_show_enough_of_a_style_those_that_show_most_are_taken():
+    process = Process(3)
+    search = Search(process.against((1.0, 0.6), blurred=True), PAPER, 0.0, 1.5, 40)
+    list(search.steps())
+    taken = at_least(search, lambda point: float(point.weights[1]), 9.0, lambda point: None)
+    assert taken.weights[1] == max(point.weights[1] for point in search.points) > 1.2
