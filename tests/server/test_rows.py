@@ -125,7 +125,7 @@ def test_an_api_prompt_draws_what_the_hosts_loaders_draw(client, subject, loras)
         },
     }  # fmt: skip
     chain["3"]["inputs"]["clip"], chain["5"]["inputs"]["model"] = ["8", 1], ["8", 0]
-    assert (ours - drawn(client, chain)).abs().max() <= 1 / 255
+    assert (ours - drawn(client, chain)).abs().max() < 1.5 / 255
     rows[1] = (True, *rows[1][1:])
     assert (ours - drawn(client, stacked(subject, rows))).abs().mean() > 0.005
 

@@ -103,7 +103,7 @@ def test_inpainting_changes_only_the_hole(client, server, subject):
     hole = torch.zeros(subject.size, subject.size, dtype=torch.bool)
     hole[top : bottom + 1, left : right + 1] = True
     changed = (pictures(client, prompt) - given_picture(server)).abs()
-    assert changed[..., ~hole].max() <= 1 / 255
+    assert changed[..., ~hole].max() < 1.5 / 255
     assert changed[..., hole].mean() > 0.02
 
 
@@ -115,7 +115,7 @@ def test_the_control_net_has_a_say(client, subject):
     assert (drawn - plain).abs().mean() > 0.01
     # At strength 0 the result is that of text to image.
     prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
-    assert (pictures(client, prompt) - plain).abs().max() <= 1 / 255
+    assert (pictures(client, prompt) - plain).abs().max() < 1.5 / 255
 
 
 def test_live_painting_follows_the_strokes(client, server, subject, judge):
@@ -167,7 +167,7 @@ def test_what_combine_saves_draws_the_same_in_the_hosts_loader(client, server, s
     }  # fmt: skip
     vectors = ("LCMLoRAVectorLoader", "LCMLoRACombine", "LCMLoRASave", "PreviewAny")
     alone = {key: node for key, node in prompt.items() if node["class_type"] not in vectors}
-    assert (pictures(client, alone) - drawn).abs().max() <= 1 / 255
+    assert (pictures(client, alone) - drawn).abs().max() < 1.5 / 255
     assert in_hand(judge, drawn, "3d") == 0  # in the styles
 
 
@@ -236,7 +236,7 @@ def test_an_interruption_leaves_the_server_ready(client, subject):
     prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
     # Two pictures, so that the host has no answer in its cache.
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 2
-    assert (pictures(client, prompt)[:1] - expected).abs().max() <= 2 / 255
+    assert (pictures(client, prompt)[:1] - expected).abs().max() < 2.5 / 255
 
 
 def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
@@ -246,7 +246,7 @@ def test_the_same_picture_twice_and_alone_or_in_a_batch(client, subject):
     inputs_of(prompt, "EmptyLatentImage")["batch_size"] = 1
     difference = (batch[:1] - pictures(client, prompt)).abs().max()
     # The noise is the same; products in a batch round differently, by one grey level at most.
-    assert difference <= 2 / 255
+    assert difference < 2.5 / 255
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
