@@ -23,8 +23,10 @@ TARGETS = re.compile(
     r"|in_layers\.2|out_layers\.3|skip_connection|emb_layers\.1"  # residual blocks
     r"|^input_blocks\.\d+\.0\.op|^output_blocks\.\d+\.\d+\.conv)$"  # down- and upsamplers
 )
-# Of transformers: every linear layer of their blocks but the modulation, which sees no picture.
-OF_BLOCKS = re.compile(r"blocks\.\d+\.(?!.*modulation)")
+# The blocks of ComfyUI's transformers, but not those of a text adapter inside them.
+BLOCK = r"^(joint_blocks|double_blocks|single_blocks|transformer_blocks|blocks|layers)\.\d+"
+# Every linear layer of these blocks but the modulation, which sees no picture.
+OF_BLOCKS = re.compile(BLOCK + r"\.(?!.*(modulation|_mod\.))")
 
 
 class LowRank(nn.Module):
@@ -120,7 +122,9 @@ class Adapter(nn.Module):
         if not self.names:
             raise ValueError(
                 f"{type(network).__name__} has none of the layers that an LCM-LoRA trains: "
-                "expected the UNet of Stable Diffusion 1, 2 or XL, or the transformer of SD3."
+                "expected the UNet of Stable Diffusion 1, 2 or XL, or a transformer of a flow "
+                "model with weights in bf16, fp16 or fp32. Packed weights (scaled fp8, int8, "
+                "nvfp4) cannot be trained on: choose the bf16 file of the model."
             )
 
     def _hook(self, low: LowRank) -> Callable[..., torch.Tensor | None]:

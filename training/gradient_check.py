@@ -34,9 +34,9 @@ class Limits:
 
 
 LIMITS = {
-    torch.float32: Limits(2.0**-6, 0.005),
-    torch.bfloat16: Limits(2.0**-4, 0.05),
-    torch.float16: Limits(2.0**-4, 0.05),
+    torch.float32: Limits(2.0**-8, 0.005),
+    torch.bfloat16: Limits(2.0**-5, 0.05),
+    torch.float16: Limits(2.0**-5, 0.05),
 }
 
 
@@ -124,6 +124,9 @@ def _value(
     z = random(torch.empty(2, teacher.channels, SIDE, SIDE, device=teacher.device))
     weights = random(z) / z[0].numel() ** 0.5
     texts = together([{name: x.cpu() for name, x in teacher.uncond.items()}] * 2)
-    texts = {name: text + 0.1 * random(text) for name, text in texts.items()}
+    texts = {
+        name: text + 0.1 * random(text) if text.is_floating_point() else text
+        for name, text in texts.items()
+    }
     cond, _ = teacher.conditions(texts, torch.tensor([square_sizes(SHRINK * SIDE)] * 2))
     return lambda: (teacher.schedule.predict(teacher, z, t, cond)[0] * weights).sum()

@@ -19,7 +19,8 @@ from ..lora.delta import Vector
 from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
-from .flow import FlowTeacher
+from .flow.host import make_differentiable
+from .flow.teacher import FLOW_MODELS, FlowTeacher
 from .memory import is_out_of_memory
 from .objectives.solver import Line, Process, Schedule
 from .spec import StyleLoRA
@@ -125,14 +126,12 @@ def load_teacher(
         styles.append((style, lora.strength))
     management.load_models_gpu([patcher], force_full_load=True)
     network = patcher.model.diffusion_model.requires_grad_(False).eval()
-    sigmas = patcher.model.model_sampling.sigmas.float().to(device)
+    if prediction == FLOW:
+        make_differentiable(network)
     kind: type[Teacher] = FlowTeacher if prediction == FLOW else Teacher
-    schedule: Process = Line(sigmas)
-    if prediction != FLOW:
-        schedule = Schedule(1 / (1 + sigmas.square()), prediction)
     teacher = kind(
-        network, schedule, architecture,
-        patcher.model.model_config.unet_config["in_channels"], device, dtype, {},
+        network, process_of(patcher, prediction, device), architecture,
+        patcher.model.latent_format.latent_channels, device, dtype, {},
         tuple(styles), patcher, clip, vae,
     )  # fmt: skip
     empty = teacher.text("")
@@ -140,6 +139,15 @@ def load_teacher(
         empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
     teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
     return teacher
+
+
+def process_of(patcher: Any, prediction: str, device: torch.device) -> Process:
+    """How a model mixes noise, at 1000 timesteps: some flow models have a table of 10,000."""
+    sigmas = patcher.model.model_sampling.sigmas.float().to(device)
+    if prediction == FLOW:
+        every = len(sigmas) // 1000
+        return Line(sigmas[every - 1 :: every].contiguous())
+    return Schedule(1 / (1 + sigmas.square()), prediction)
 
 
 def _blames_the_file(error: Exception) -> bool:
@@ -187,14 +195,16 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
         )
     model = patcher.model
     architecture = detect(patcher)
-    if isinstance(model, base.SD3) and architecture is not None:
+    if type(model).__name__ in FLOW_MODELS and architecture is not None:
+        _require_prompt_only(name, patcher)
         return architecture.name, FLOW
     kinds = {base.ModelType.EPS: "eps", base.ModelType.V_PREDICTION: "v"}
     if model.model_type not in kinds or architecture is None:
         raise ValueError(
             f"{name} is a {type(model.model_config).__name__} model of type "
             f"{model.model_type.name}. LCM distillation works on Stable Diffusion 1.x, 2.x, SDXL, "
-            "SSD-1B, Segmind Vega and KOALA, with eps or v prediction, and on SD3 and SD3.5."
+            "SSD-1B, Segmind Vega and KOALA, with eps or v prediction, and on the flow models SD3, "
+            "Lumina2, Z-Image, Qwen-Image, Flux, Chroma, Flux2, Anima and Wan."
         )
     channels = model.model_config.unet_config["in_channels"]
     if channels != 4:
@@ -210,6 +220,18 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
             "Distil the plain model of its architecture."
         )
     return architecture.name, kinds[model.model_type]
+
+
+def _require_prompt_only(name: str, patcher: Any) -> None:
+    """Raises ValueError for the kinds of a flow model that take a picture besides the prompt."""
+    format_ = patcher.model.latent_format
+    frames = (1,) * (format_.latent_dimensions - 2)
+    noise = torch.zeros(1, format_.latent_channels, *frames, 16, 16)
+    if patcher.model.concat_cond(noise=noise, device=torch.device("cpu")) is not None:
+        raise ValueError(
+            f"{name} is an inpainting, editing or image-to-video model, which needs a picture in "
+            "addition to the prompt. Distil the text-to-image model that it was made from."
+        )
 
 
 def _with_style(patcher: Any, lora: StyleLoRA) -> tuple[Any, Vector]:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .adapter import BLOCK
+
 log = logging.getLogger("lcm_lora")
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -87,21 +89,21 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a UNet or a transformer, each recomputed or compiled as a whole.
+def _blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a UNet or a transformer by name, each recomputed or compiled as a whole.
 
     Raises ValueError if there are none, because otherwise neither would happen.
     """
-    kinds = {"ResBlock", "SpatialTransformer", "JointBlock"}
-    blocks = [
-        module for module in network.modules()
-        if kinds & {base.__name__ for base in type(module).__mro__}
-    ]  # fmt: skip
+    kinds = {"ResBlock", "SpatialTransformer"}
+    blocks = {
+        name: module for name, module in network.named_modules()
+        if re.fullmatch(BLOCK, name) or kinds & {base.__name__ for base in type(module).__mro__}
+    }  # fmt: skip
     if not blocks:
         raise ValueError(
             f"{type(network).__name__} has no block that can be recomputed or compiled: expected "
-            f"ComfyUI's {', '.join(sorted(kinds))}. Set checkpointing to off and compile to "
-            "false."
+            f"ComfyUI's {' and '.join(sorted(kinds))}, or the blocks of a transformer. Set "
+            "checkpointing to off and compile to false."
         )
     return blocks
 
@@ -113,28 +115,45 @@ def recompute_blocks(network: nn.Module) -> Callable[[], None]:
     Raises ValueError if the network has no such blocks.
     """
     blocks = _blocks(network)
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
+    before = [block.__dict__.get("forward") for block in blocks.values()]
+    for name, block in blocks.items():
         forward = block.forward
+        once = _of_copies(forward) if re.fullmatch(BLOCK, name) else forward
 
-        def again(*args: Any, _forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+        def again(
+            *args: Any, _forward: Callable[..., Any] = forward, _once: Callable[..., Any] = once,
+            **kwargs: Any,
+        ) -> Any:  # fmt: skip
             if not torch.is_grad_enabled():
                 return _forward(*args, **kwargs)
             # Nothing in the blocks is random: the network is in eval mode, without dropout.
-            return checkpoint(
-                _forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
+            return checkpoint(_once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         block.forward = again
 
     def undo() -> None:
-        for block, forward in zip(blocks, before, strict=True):
+        for block, forward in zip(blocks.values(), before, strict=True):
             if forward is None:
                 del block.forward
             else:
                 block.forward = forward
 
     return undo
+
+
+def _of_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Some transformers' blocks change their inputs in place. Computed again from what they left, a
+    block would give a wrong gradient, and no error."""
+
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(_copied, args))
+        return forward(*args, **{name: _copied(value) for name, value in kwargs.items()})
+
+    return copied
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if torch.is_tensor(value) else value
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:
@@ -153,5 +172,5 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     ):  # fmt: skip
         if hasattr(config, limit):
             setattr(config, limit, max(getattr(config, limit), variants))
-    for block in blocks:
+    for block in blocks.values():
         block.forward = torch.compile(block.forward, **options)

@@ -120,6 +120,7 @@ class Pipeline:
         waiting.for_memory(checkpoint, free_memory, self.journal, self.request)
         self.report("preparing", "", "loading the checkpoint")
         teacher = load_teacher(checkpoint, spec.precision, spec.loras, spec.embeddings)
+        teacher.use_guidance(spec.guidance)
         if from_queue and teacher.device.type == "cpu" and hasattr(os, "nice"):
             os.nice(NICE)
         return teacher
@@ -174,6 +175,8 @@ class Pipeline:
         settings = source.settings() | {"loras": list(zip(style_hashes, strengths, strict=True))}
         if any("embedding:" in caption for caption in source.captions()):
             settings["embeddings"] = disk.stamps([Path(path) for path in spec.embeddings])
+        if teacher.prediction == FLOW:
+            settings["texts"] = "as ComfyUI's conditions"  # earlier banks have two of them
         folder = banks / bank.key(base_hash, settings)
         is_new = not (folder / bank.INDEX).exists()
         if is_new:

@@ -24,7 +24,7 @@ log = logging.getLogger("lcm_lora")
 
 FLOW = "flow"  # in the place of a prediction type
 LONGEST = 225  # tokens of a prompt: three of CLIP's windows of 75
-SHRINK = 8  # pixels per latent cell, along each side
+SHRINK = 8  # pixels per latent cell, along each side, of Stable Diffusion
 Tensors = dict[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,7 +82,15 @@ class Teacher:
 
     def latent_shape(self, side: int) -> torch.Size:
         """[C, h, w] of a square picture's latent; side: in pixels."""
-        return torch.Size((self.channels, side // SHRINK, side // SHRINK))
+        return torch.Size((self.channels, side // self.shrink, side // self.shrink))
+
+    @property
+    def shrink(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return SHRINK
+
+    def use_guidance(self, scale: tuple[float, ...]) -> None:  # noqa: B027 (most have no input for it)
+        """The job's guidance scale, one number or a range. Raises ValueError if it does not fit."""
 
     @torch.no_grad()
     def text(self, caption: str) -> Tensors:

@@ -1,7 +1,7 @@
 """What we use of the host beside its API of nodes: a test sees it change before users do.
 
 A row names a function and the call of it that we make; see lora/host.py, samplers/host.py,
-training/host.py, training/teacher.py, training/flow.py, training/jobs/ and nodes/. Run it with each
+training/host.py, training/teacher.py, training/flow/, training/jobs/ and nodes/. Run it with each
 host that is supported.
 """
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lcm_lora.training.data import bank
 from lcm_lora.training.ranks import Ranks
+from lcm_lora.training.tensors import save
 
 SIZES = (64, 64, 0, 0, 64, 64)
 
@@ -222,3 +223,18 @@ def test_shorter_texts_are_repeated_and_attention_does_not_notice():
     attend = torch.nn.functional.scaled_dot_product_attention
     alone = attend(query, short[None], short[None])
     assert torch.allclose(attend(query, both[:1], both[:1]), alone, atol=1e-6)
+
+
+def test_texts_of_flow_models_come_back_as_they_were(tmp_path):
+    """Of different lengths, with whole numbers, and with features beyond half precision."""
+    texts = {
+        "a": {"cross_attn": torch.full((1, 2, 3), 1e5), "t5xxl_ids": torch.tensor([31999, 7])},
+        "b": {"cross_attn": torch.ones(1, 5, 3), "t5xxl_ids": torch.tensor([1, 2, 30001])},
+    }
+    tensors, _ = bank._texts(range(2), list(texts), list(texts.values()))
+    save(tmp_path / "texts-00000.safetensors", tensors)
+    read = bank.Texts(tmp_path)
+    parts = bank.apart(bank.together([read[0], read[1]]))
+    for part, text in zip(parts, texts.values(), strict=True):
+        assert part.keys() == text.keys()
+        assert all(torch.equal(part[name], text[name]) for name in text)

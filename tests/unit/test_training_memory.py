@@ -43,7 +43,7 @@ def test_a_network_without_known_blocks_is_an_error_and_no_silence(change):
         """A later ComfyUI might call it like this."""
 
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), ResidualBlock())
-    with pytest.raises(ValueError, match="Sequential has no block .* ComfyUI's JointBlock"):
+    with pytest.raises(ValueError, match="Sequential has no block .* ComfyUI's ResBlock"):
         change(network)
 
 

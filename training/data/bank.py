@@ -1,6 +1,7 @@
 """The latent bank on disk: clean latents and text embeddings, computed once, read by row.
 
-    <banks>/<key>/texts-00000.safetensors    "0.context", "0.pooled", ... by number of the caption
+    <banks>/<key>/texts-00000.safetensors    "0.context", "0.pooled", ... by number of the caption,
+                                             named as Teacher.text names them
                   rows-00000.safetensors     "0" [C, h, w], ... and "sizes", "captions", "numbers"
                   index.json                 written last: the bank is complete
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from .. import disk
@@ -34,6 +36,7 @@ VERSION = 2
 ROWS, TEXTS = 16, 64  # in a file, and the most that an interrupted build loses
 OPEN = 64  # files of rows, and of texts, that stay open
 INDEX = "index.json"
+FEATURES = "cross_attn"  # a flow model's text features, as ComfyUI calls them
 Sizes = tuple[int, int, int, int, int, int]  # as in Teacher.sized
 Tensors = dict[str, torch.Tensor]
 TextOf = Callable[[int], Tensors]
@@ -149,7 +152,9 @@ def _texts(numbers: range, captions: list[str], texts: list[Tensors]) -> _Conten
     tensors: Tensors = {}
     for number, caption, text in zip(numbers, captions, texts, strict=True):
         for name, tensor in text.items():
-            half = tensor.half().contiguous()
+            half = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+            if name == FEATURES and not half.isfinite().all() and tensor.isfinite().all():
+                half = tensor.contiguous()  # some language models' features are that large
             if not half.isfinite().all():
                 raise ValueError(
                     f"The text encoder's output for {caption[:60]!r} {_fault(tensor)}. The usual "
@@ -217,15 +222,19 @@ def _opener(folder: Path) -> Callable[[str], Any]:
 
 
 class Texts:
-    """Text embeddings by the caption's number: {"context": [L, D], "pooled": [P]} in float32."""
+    """A caption's text embeddings by its number, as Teacher.text gave them, rounded."""
 
     def __init__(self, folder: Path):
         self._opened = _opener(folder)
 
     def __getitem__(self, number: int) -> Tensors:
         file = self._opened(f"texts-{number // TEXTS:05d}.safetensors")
-        names = [name for name in ("context", "pooled") if f"{number}.{name}" in file.keys()]
-        return {name: file.get_tensor(f"{number}.{name}").float() for name in names}
+        keys = [key for key in file.keys() if key.startswith(f"{number}.")]
+        tensors = {key.partition(".")[2]: file.get_tensor(key) for key in keys}
+        return {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
 
 
 class Bank:
@@ -275,14 +284,47 @@ class Bank:
 
 
 def together(texts: Sequence[Tensors]) -> Tensors:
-    """Text embeddings as one batch: "context" [B, L, D] and, if they have it, "pooled" [B, P].
+    """Text embeddings as one batch.
 
-    Captions have one, two or three windows of 77. The shorter ones are repeated, which does not
-    change attention: the weights of equal keys add up to the weight that one of them had.
+    Of Stable Diffusion: "context" [B, L, D] and, if they have it, "pooled" [B, P]. Captions have
+    one, two or three windows of 77. The shorter ones are repeated, which does not change attention:
+    the weights of equal keys add up to the weight that one of them had.
+
+    Of flow models: every tensor under its name, filled up with zeros to the largest of the batch,
+    and its own shape [B, dimensions] under `shape_of(name)`, so that `apart` gives it back.
     """
+    if FEATURES in texts[0]:
+        batch = {}
+        for name in texts[0]:
+            tensors = [text[name] for text in texts]
+            batch[shape_of(name)] = torch.tensor([tensor.shape for tensor in tensors])
+            largest = batch[shape_of(name)].amax(0).tolist()
+            batch[name] = torch.stack([grown(tensor, largest) for tensor in tensors])
+        return batch
     length = math.lcm(*(len(text["context"]) for text in texts))
     contexts = [text["context"].repeat(length // len(text["context"]), 1) for text in texts]
     batch = {"context": torch.stack(contexts)}
     if "pooled" in texts[0]:
         batch["pooled"] = torch.stack([text["pooled"] for text in texts])
     return batch
+
+
+def shape_of(name: str) -> str:
+    """Where `together` says how large a tensor was."""
+    return f"{name}.shape"
+
+
+def grown(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor with zeros at the end of each dimension that is smaller than in `shape`."""
+    missing = [wanted - had for wanted, had in zip(shape, tensor.shape, strict=True)]
+    return F.pad(tensor, [n for more in reversed(missing) for n in (0, more)])
+
+
+def apart(batch: Tensors) -> list[Tensors]:
+    """What `together` joined, of flow models."""
+    names = [name for name in batch if shape_of(name) in batch]
+    shapes = {name: batch[shape_of(name)].tolist() for name in names}
+    return [
+        {name: batch[name][i][tuple(map(slice, shapes[name][i]))] for name in names}
+        for i in range(len(batch[FEATURES]))
+    ]

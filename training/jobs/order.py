@@ -73,8 +73,8 @@ class Order:
     """A distillation. The order of the fields is that of the node's inputs: append new ones."""
 
     checkpoint: str = setting(
-        "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega, KOALA, or SD3 and SD3.5 in one "
-        "file with text encoders and VAE.",
+        "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega, KOALA, or a flow model (SD3, "
+        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE.",
         is_path=True,
     )
     data: DataOrder = setting("The data from Distillation Data.", factory=DataOrder)

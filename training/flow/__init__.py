@@ -1,0 +1,1 @@
+"""Flow models as teachers: transformers that ComfyUI samples as rectified flow."""
