@@ -28,10 +28,12 @@ def run(package: str, *command, cwd: Path) -> subprocess.CompletedProcess:
 
 def comfy(*words: str, cwd: Path) -> str:
     """Runs the registry's own tool; -> what it prints."""
-    off = run(COMFY_CLI, "comfy", "--skip-prompt", "tracking", "disable", cwd=cwd)
-    result = (
-        run(COMFY_CLI, "comfy", "--skip-prompt", *words, cwd=cwd) if not off.returncode else off
-    )
+    untracked = cwd.parent / "home" / "untracked"
+    if not untracked.exists():
+        off = run(COMFY_CLI, "comfy", "--skip-prompt", "tracking", "disable", cwd=cwd)
+        assert off.returncode == 0, off.stdout + off.stderr
+        untracked.touch()
+    result = run(COMFY_CLI, "comfy", "--skip-prompt", *words, cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -20,7 +20,7 @@ GREY = 1.5 / 255
 @pytest.fixture(scope="module")
 def toy(comfy, toy_checkpoint):
     """The demo model, its LoRAs as wires, and a style that changes the text encoder too."""
-    from lcm_lora.dev.bench.subjects import LATENT, Toy
+    from lcm_lora.dev.bench.subjects import Toy
     from lcm_lora.dev.server import install
     from lcm_lora.dev.toy import assemble
     from lcm_lora.lora.formats import files
@@ -43,7 +43,7 @@ def toy(comfy, toy_checkpoint):
     loaded = Toy.load(toy_checkpoint)
     return SimpleNamespace(
         model=loaded.base, clip=loaded.clip, vae=loaded.vae,
-        latent={"samples": torch.zeros(1, *LATENT)},
+        latent={"samples": torch.zeros(1, 4, 8, 8)},
         positive=encoded(loaded.clip, PROMPT), negative=encoded(loaded.clip, ""),
         wires={name: to_wire(files.read_named(path, path.name)) for name, path in paths.items()},
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_steps_and_cfg_are_bit_for_bit_what_the_nodes_draw(toy):
 
 
 def test_denoise_and_eta_are_bit_for_bit_what_the_nodes_draw(toy):
-    picture = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))}
+    picture = {"samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))}
     drawn = pictures(
         toy, axis("denoise", values="0.4, 0.8"), axis("eta", "rows", values="0, 1"), latent=picture
     )
@@ -368,7 +368,7 @@ def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
     assert values == sorted(values) and values[-1] == 7
     assert {total for _, total, _ in seen} == {7}
     previews = [preview for *_, preview in seen if preview]
-    assert len(previews) == 3 and previews[0][1].size[0] > 3 * 128
+    assert len(previews) == 3 and previews[0][1].size[0] > 3 * 64
 
 
 @pytest.mark.parametrize(

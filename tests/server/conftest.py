@@ -79,10 +79,24 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, client):
-    """A page of the server; nothing may go wrong on it, and it may ask nobody else for anything."""
-    page = new_page(browser, client)
-    yield page
-    assert not page.wrong
-    assert not page.foreign
-    page.context.close()
+def page_in(browser, client):
+    """page_in(language) -> a page of the server; nothing may go wrong on it, and it may ask nobody
+    else for anything."""
+    made = []
+
+    def opened(language: str):
+        client.post("/settings", {"Comfy.Locale": language})
+        made.append(new_page(browser, client))
+        return made[-1]
+
+    yield opened
+    client.post("/settings", {"Comfy.Locale": "en"})
+    for page in made:
+        assert not page.wrong
+        assert not page.foreign
+        page.context.close()
+
+
+@pytest.fixture
+def page(page_in):
+    return page_in("en")

@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,27 +22,33 @@ comfyui-ib-customnodes==0.2.3 \
 """
 
 
-@contextmanager
-def started(host_folder, server, scratch: Path, packs: Iterable[Path]):
-    """A client of a server with the toy, our pack and others."""
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> list[Path]:
+    """The folders of well-known packs; none where no packages can be fetched."""
+    scratch = tmp_path_factory.mktemp("known")
+    (scratch / "known.txt").write_text(KNOWN, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:",
+         "--retries", "1", "--timeout", "20", "--target", scratch / "packs",
+         "-r", scratch / "known.txt"],
+    )  # fmt: skip
+    return [path.parent for path in (scratch / "packs").glob("*/__init__.py")]
+
+
+@pytest.fixture(scope="module")
+def beside(host_folder, server, tmp_path_factory, known):
+    """A client of a server with the toy, our pack, two that make the same calls of ComfyUI as
+    well-known ones do, and well-known ones."""
     from lcm_lora.dev.server import Server, install
 
-    made = Server(host_folder, scratch)
-    for pack in packs:
+    made = Server(host_folder, tmp_path_factory.mktemp("beside"))
+    for pack in (*(HERE / "neighbours").iterdir(), *known):
         shutil.copytree(pack, made.base / "custom_nodes" / pack.name)
     for kind in ("checkpoints", "loras"):
         for file in (server.base / "models" / kind).glob("demo-*"):
             install(file.resolve(), made.base / "models" / kind)
     with made:
         yield made.client()
-
-
-@pytest.fixture(scope="module")
-def beside(host_folder, server, tmp_path_factory):
-    """Two packs that make the same calls of ComfyUI as well-known ones do."""
-    scratch = tmp_path_factory.mktemp("beside")
-    with started(host_folder, server, scratch, (HERE / "neighbours").iterdir()) as client:
-        yield client
 
 
 @pytest.fixture
@@ -94,21 +98,10 @@ def test_its_sampler_takes_our_model(beside, prompt):
 
 
 @pytest.mark.usefixtures("network")
-def test_the_picture_is_the_same_beside_packs_of_others(
-    host_folder, server, client, prompt, tmp_path
-):
-    (tmp_path / "known.txt").write_text(KNOWN, encoding="utf-8")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:",
-         "--target", tmp_path / "packs", "-r", tmp_path / "known.txt"], check=True,
-    )  # fmt: skip
-    packs = [path.parent for path in (tmp_path / "packs").glob("*/__init__.py")]
-    assert len(packs) == 2
-    with started(host_folder, server, tmp_path, packs) as its:
-        theirs = {"ETN_CropImage", "LoadImageFromPath"}
-        assert GOLDEN.keys() | theirs <= its.get("/object_info").keys()
-        assert torch.equal(pictures(its, prompt), pictures(client, prompt))
-        assert "error" not in its.get("/etn/model_info")
+def test_well_known_packs_do_what_they_do(beside, known):
+    assert len(known) == 2
+    assert {"ETN_CropImage", "LoadImageFromPath"} <= beside.get("/object_info").keys()
+    assert "error" not in beside.get("/etn/model_info")
 
 
 # This comes last, because nothing else can run while there is a browser.

@@ -37,11 +37,11 @@ def distil(page, subject, name, steps) -> None:
                     node.widgets.find((widget) => widget.name === key).value = value;
                 }
             };
-            set('LCMDistillData', {'source.prompts': 'a photo of a bag\\na photo of a dress',
-                'source.count': 8, 'source.draw_steps': 4, resolution: 64, auto_resolution: false});
+            set('LCMDistillData', {'source.prompts': 'a photo of a bag', 'source.count': 4,
+                'source.draw_steps': 2, resolution: 64, auto_resolution: false});
             set('LCMDistill', {checkpoint, name, length: 'custom', steps, batch: 2, rank: 4,
-                guidance: 2.5, lr: 0.001, checkpoint_every: 10,
-                sample_every: Math.max(1, steps / 3 | 0), policy: 'share'});
+                guidance: 2.5, lr: 0.001, checkpoint_every: 10, sample_every: steps,
+                policy: 'share'});
         }""",
         [subject.checkpoint, name, steps],
     )
@@ -61,11 +61,11 @@ def reaches(page, name, state, seconds=300) -> None:
 
 
 def test_from_the_workflow_to_a_picture(page, client, subject):
-    distil(page, subject, "page/first", 60)
+    distil(page, subject, "page/first", 24)
     show_tab(page)
     reaches(page, "page/first", "running")
     job(page, "page/first").locator(".lcm-head").click()
-    page.wait_for_selector(".lcm-chart svg polyline")
+    page.wait_for_selector(".lcm-chart svg polyline", timeout=120_000)
     pictured(page, "running")
 
     opened(page, client)  # reloaded in the middle
@@ -74,7 +74,7 @@ def test_from_the_workflow_to_a_picture(page, client, subject):
     row = job(page, "page/first")
     if row.locator(".lcm-head").get_attribute("aria-expanded") == "false":
         row.locator(".lcm-head").click()
-    page.wait_for_selector(".lcm-samples img[src*='step-00000060']")
+    page.wait_for_selector(".lcm-samples img[src*='step-00000024']")
     page.wait_for_function(
         "document.querySelector('.lcm-samples img').naturalWidth > 0", timeout=10_000
     )
@@ -133,57 +133,6 @@ def test_pause_resume_stop_and_delete_by_keyboard(page, subject):
     )
 
 
-FOCUS = """() => {
-    const { activeElement: focused } = document;
-    const row = focused.closest('.lcm-jobs > li');
-    const name = row?.querySelector('.lcm-name').textContent;
-    return [name, focused.dataset.action ?? focused.className];
-}"""
-
-
-def test_the_focus_stays_and_rows_stay_under_the_mouse(browser, ground):
-    ground.order("focus/runs", steps=5000)
-    ids = [ground.order(f"focus/{name}", steps=5000) for name in "bcd"]
-    on_page = new_page(browser, ground.server.client())
-    try:
-        show_tab(on_page)
-        reaches(on_page, "focus/d", "queued")
-
-        def press(action, name, times=1):
-            job(on_page, name).locator(f'[data-action="{action}"]').focus()
-            for _ in range(times):
-                on_page.keyboard.press("Enter")
-                on_page.wait_for_timeout(1000)
-
-        def names():
-            return on_page.locator(".lcm-jobs .lcm-name").all_inner_texts()
-
-        press("up", "focus/d")
-        assert names() == ["focus/runs", "focus/b", "focus/d", "focus/c"]
-        assert on_page.evaluate(FOCUS) == ["focus/d", "up"]
-        press("delete", "focus/b", times=2)
-        assert names() == ["focus/runs", "focus/d", "focus/c"]
-        assert on_page.evaluate(FOCUS) == ["focus/d", "lcm-head"]
-
-        job(on_page, "focus/d").locator(".lcm-name").hover()
-        ground.store.move(ids[1], ids[2])
-        on_page.wait_for_timeout(2000)
-        assert names() == ["focus/runs", "focus/d", "focus/c"]
-        on_page.mouse.move(1500, 800)
-        on_page.wait_for_timeout(1000)
-        assert names() == ["focus/runs", "focus/c", "focus/d"]
-        row = job(on_page, "focus/runs")
-        row.locator(".lcm-head").click()
-        row.locator(".lcm-facts", has_text="gradient norm").wait_for(timeout=120_000)
-        assert re.fullmatch(
-            r"training|saving|drawing samples \d of \d", row.locator(".lcm-state").inner_text()
-        )
-        pictured(on_page, "facts")
-        assert not on_page.wrong
-    finally:
-        on_page.context.close()
-
-
 @pytest.mark.faults
 def test_the_page_goes_on_after_a_restart_of_the_server(browser, ground):
     page = new_page(browser, ground.server.client())
@@ -221,45 +170,37 @@ def test_it_fits_in_both_themes_and_on_a_phone(page):
 
 
 @pytest.mark.parametrize("language", ["en", "fr", "ja", "ko", "zh"])  # fr has no page
-def test_a_nodes_help_is_one_click_away(page, client, language):
+def test_a_nodes_help_is_one_click_away(page_in, language):
     docs = Path(__file__).resolve().parents[2] / "web" / "docs"
     own = docs / "LCMKSampler" / f"{language}.md"
     text = (own if own.is_file() else docs / "LCMKSampler.md").read_text(encoding="utf-8")
-    client.post("/settings", {"Comfy.Locale": language})
-    try:
-        opened(page, client)
-        page.evaluate("""() => {
-            app.graph.clear();
-            const sampler = LiteGraph.createNode('LCMKSampler');
-            sampler.pos = [500, 300];
-            app.graph.add(sampler);
-            app.canvas.selectNode(sampler);
-        }""")
-        page.get_by_test_id("info-button").click()
-        page.get_by_role("heading", name=re.findall("^## (.+)$", text, re.M)[-1]).wait_for()
-        pictured(page, f"help-{language}")
-        picture = page.locator("img[src$='docs/LCMKSampler.jpg']")
-        assert picture.evaluate("async (image) => (await image.decode(), image.naturalWidth)") > 0
-    finally:
-        client.post("/settings", {"Comfy.Locale": "en"})
+    page = page_in(language)
+    page.evaluate("""() => {
+        app.graph.clear();
+        const sampler = LiteGraph.createNode('LCMKSampler');
+        sampler.pos = [500, 300];
+        app.graph.add(sampler);
+        app.canvas.selectNode(sampler);
+    }""")
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name=re.findall("^## (.+)$", text, re.M)[-1]).wait_for()
+    pictured(page, f"help-{language}")
+    picture = page.locator("img[src$='docs/LCMKSampler.jpg']")
+    assert picture.evaluate("async (image) => (await image.decode(), image.naturalWidth)") > 0
 
 
-def test_it_speaks_the_language_of_the_front_end(page, client):
-    client.post("/settings", {"Comfy.Locale": "ko"})
-    try:
-        opened(page, client)
-        page.evaluate(
-            f"""async () => {{
-                const answer = await fetch('{TEMPLATES}/Distil an LCM-LoRA.json');
-                await app.loadGraphData(await answer.json(), true, true, 'korean');
-            }}"""
-        )
-        show_tab(page)
-        pictured(page, "korean")
-        assert page.locator(".lcm-panel h2").inner_text() == "LCM-LoRA 작업"
-        node = """app.graph.nodes.find((node) => node.type === 'LCMDistillData')"""
-        assert page.evaluate(f"{node}.constructor.title") == "증류 데이터"
-        labels = page.evaluate(f"{node}.widgets.map((widget) => widget.label)")
-        assert {"출처", "프롬프트", "이미지 수"} <= set(labels)
-    finally:
-        client.post("/settings", {"Comfy.Locale": "en"})
+def test_it_speaks_the_language_of_the_front_end(page_in):
+    page = page_in("ko")
+    page.evaluate(
+        f"""async () => {{
+            const answer = await fetch('{TEMPLATES}/Distil an LCM-LoRA.json');
+            await app.loadGraphData(await answer.json(), true, true, 'korean');
+        }}"""
+    )
+    show_tab(page)
+    pictured(page, "korean")
+    assert page.locator(".lcm-panel h2").inner_text() == "LCM-LoRA 작업"
+    node = """app.graph.nodes.find((node) => node.type === 'LCMDistillData')"""
+    assert page.evaluate(f"{node}.constructor.title") == "증류 데이터"
+    labels = page.evaluate(f"{node}.widgets.map((widget) => widget.label)")
+    assert {"출처", "프롬프트", "이미지 수"} <= set(labels)

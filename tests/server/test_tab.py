@@ -1,6 +1,8 @@
-"""What the tab "LCM-LoRA jobs" shows of finished jobs: charts, sample pictures, actions."""
+"""What the tab "LCM-LoRA jobs" shows of finished jobs: charts, sample pictures, actions; and that
+it keeps the focus while jobs change."""
 
 import csv
+import re
 
 import pytest
 from lcm_lora.tests.server.axe import violations
@@ -331,3 +333,54 @@ def test_the_browser_notifies_of_a_jobs_end_if_that_is_wanted(tab, ground):
     assert ground.done(ordered)
     tab.wait_for_function("shown.length > 0")
     assert tab.evaluate("shown") == ["LCM-LoRA is ready: told/one.safetensors"]
+
+
+FOCUS = """() => {
+    const { activeElement: focused } = document;
+    const row = focused.closest('.lcm-jobs > li');
+    const name = row?.querySelector('.lcm-name').textContent;
+    return [name, focused.dataset.action ?? focused.className];
+}"""
+
+
+def test_the_focus_stays_and_rows_stay_under_the_mouse(browser, ground):
+    ground.order("focus/runs", steps=5000, sample_every=0)
+    ids = [ground.order(f"focus/{name}", steps=5000) for name in "bcd"]
+    on_page = new_page(browser, ground.server.client())
+    try:
+        show_tab(on_page)
+        reaches(on_page, "focus/d", "queued")
+
+        def press(action, name, times=1):
+            job(on_page, name).locator(f'[data-action="{action}"]').focus()
+            for _ in range(times):
+                on_page.keyboard.press("Enter")
+                on_page.wait_for_timeout(1000)
+
+        def names():
+            return on_page.locator(".lcm-jobs .lcm-name").all_inner_texts()
+
+        press("up", "focus/d")
+        assert names() == ["focus/runs", "focus/b", "focus/d", "focus/c"]
+        assert on_page.evaluate(FOCUS) == ["focus/d", "up"]
+        press("delete", "focus/b", times=2)
+        assert names() == ["focus/runs", "focus/d", "focus/c"]
+        assert on_page.evaluate(FOCUS) == ["focus/d", "lcm-head"]
+
+        job(on_page, "focus/d").locator(".lcm-name").hover()
+        ground.store.move(ids[1], ids[2])
+        on_page.wait_for_timeout(2000)
+        assert names() == ["focus/runs", "focus/d", "focus/c"]
+        on_page.mouse.move(1500, 800)
+        on_page.wait_for_timeout(1000)
+        assert names() == ["focus/runs", "focus/c", "focus/d"]
+        row = job(on_page, "focus/runs")
+        row.locator(".lcm-head").click()
+        row.locator(".lcm-facts", has_text="gradient norm").wait_for(timeout=120_000)
+        assert re.fullmatch(
+            r"training|saving|drawing samples \d of \d", row.locator(".lcm-state").inner_text()
+        )
+        pictured(on_page, "facts")
+        assert not on_page.wrong
+    finally:
+        on_page.context.close()

@@ -81,31 +81,25 @@ def test_the_browser_of_templates_shows_titles_and_cards_and_opens_one(page):
     assert not page.wrong
 
 
-def test_its_note_and_titles_are_in_the_language_of_the_page(browser, client, subject):
-    client.post("/settings", {"Comfy.Locale": "ko"})
-    try:
-        on_page = new_page(browser, client)
-        open_template(on_page, subject, "Distil an LCM-LoRA")
-        note, titles = on_page.evaluate("""() => {
-            const note = app.graph.nodes.find(({ type }) => type === 'MarkdownNote');
-            return [note.widgets[0].value, app.graph.nodes.map(({ title }) => title)];
-        }""")
-        on_page.wait_for_timeout(500)
-        pictured(on_page, "template-korean")
-        assert note.startswith("**LCM-LoRA 증류**")
-        assert {"사용법", "손실"} <= set(titles)
-        # A title of another graph is the user's own.
-        graph = on_page.evaluate("app.graph.serialize()")
-        graph["nodes"] = [node for node in graph["nodes"] if node["type"] == "PreviewImage"]
-        graph["nodes"][0] |= {"title": "Loss", "inputs": []}
-        graph["links"] = []
-        on_page.evaluate("(graph) => app.loadGraphData(graph, true, true, 'mine')", graph)
-        titles = on_page.evaluate("app.graph.nodes.map(({ title }) => title)")
-        assert "Loss" in titles
-        assert not on_page.wrong
-        on_page.context.close()
-    finally:
-        client.post("/settings", {"Comfy.Locale": "en"})
+def test_its_note_and_titles_are_in_the_language_of_the_page(page_in, subject):
+    page = page_in("ko")
+    open_template(page, subject, "Distil an LCM-LoRA")
+    note, titles = page.evaluate("""() => {
+        const note = app.graph.nodes.find(({ type }) => type === 'MarkdownNote');
+        return [note.widgets[0].value, app.graph.nodes.map(({ title }) => title)];
+    }""")
+    page.wait_for_timeout(500)
+    pictured(page, "template-korean")
+    assert note.startswith("**LCM-LoRA 증류**")
+    assert {"사용법", "손실"} <= set(titles)
+    # A title of another graph is the user's own.
+    graph = page.evaluate("app.graph.serialize()")
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"] == "PreviewImage"]
+    graph["nodes"][0] |= {"title": "Loss", "inputs": []}
+    graph["links"] = []
+    page.evaluate("(graph) => app.loadGraphData(graph, true, true, 'mine')", graph)
+    titles = page.evaluate("app.graph.nodes.map(({ title }) => title)")
+    assert "Loss" in titles
 
 
 @pytest.mark.parametrize(

@@ -243,4 +243,4 @@ def test_they_are_in_the_language_of_the_page(page, client, workflow):
         page.wait_for_timeout(500)
         assert page.evaluate(TEXTS)["LCMKSampler"].startswith("lcm, 4스텝: 999 759 499 259; cfg 1")
     finally:
-        in_language(page, client, "en")
+        client.post("/settings", {"Comfy.Locale": "en"})
