@@ -89,7 +89,7 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _blocks(network: nn.Module) -> dict[str, nn.Module]:
+def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a UNet or a transformer by name, each recomputed or compiled as a whole.
 
     Raises ValueError if there are none, because otherwise neither would happen.
@@ -114,7 +114,7 @@ def recompute_blocks(network: nn.Module) -> Callable[[], None]:
 
     Raises ValueError if the network has no such blocks.
     """
-    blocks = _blocks(network)
+    blocks = blocks_of(network)
     before = [block.__dict__.get("forward") for block in blocks.values()]
     for name, block in blocks.items():
         forward = block.forward
@@ -161,7 +161,7 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
 
     Raises ValueError if the network has no such blocks.
     """
-    blocks = _blocks(network)
+    blocks = blocks_of(network)
     # For Dynamo all blocks are one function, which it no longer compiles after the eighth variant.
     # Each block has variants with the adapter off, on, and on with gradients, for two or three
     # batch sizes.

@@ -29,6 +29,7 @@ from .spec import Spec
 from .start import start_from
 from .state import checkpoints
 from .state.journal import Journal
+from .state.likeness import Likeness
 from .state.loop import Run
 from .state.samples import Samples
 from .teacher import FLOW, Teacher
@@ -209,6 +210,8 @@ class Pipeline:
         """Trains to the end; None if the job was paused."""
         if teacher.prediction == FLOW:
             require_right_gradients(teacher, adapter)
+        if samples is not None:
+            samples.likeness = self.likeness(teacher, rows)
         run = Run(
             self.spec, self.job, teacher, adapter, rows, self.ranks, self.journal, samples,
             self.request,
@@ -219,6 +222,13 @@ class Pipeline:
             log.info("paused after step %d", run.step)
             return None
         return run
+
+    def likeness(self, teacher: Teacher, rows: bank.Bank) -> Likeness | None:
+        try:
+            return Likeness(teacher, rows, family_of(self.spec), self.spec.seed)
+        except ValueError as reason:
+            log.info("sample pictures are compared with the teacher's only: %s", reason)
+            return None
 
     def write_result(self, run: Run, base_hash: str, notes: tuple[str, ...]) -> None:
         """The first process writes the LoRA file; the others wait for it."""

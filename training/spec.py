@@ -166,7 +166,8 @@ class Spec:
         "Prompts of the sample pictures; empty for the first four captions of the data.", ()
     )
     patience: int = setting(
-        "Stop after so many samplings in a row without improvement; 0 never stops early.",
+        "Stop after so many samplings in a row in which the pictures did not come nearer to the "
+        "data; 0 never stops early. The result is then the best checkpoint.",
         0,
         least=0,
     )

@@ -4,7 +4,10 @@ import { Chart } from "./chart.mjs";
 import { called, h } from "./elements.mjs";
 import { number, say } from "./words.mjs";
 
+const LEAST = 0.001; // of a distance that is drawn
 const PART = 5000; // steps a request; the server gives at most so many rows, and a step has one
+// The columns of sample pictures in the file.
+const SAMPLED = ["distance", "distance_to_data", "recall"], STEPS = ["1_step", "2_steps", "4_steps"];
 let smoothing = 0; // from 0 to 0.95; outlives the tab
 
 export const columns = () => [say("1 step"), say("2 steps"), say("4 steps")];
@@ -26,6 +29,8 @@ export class Charts {
     this.other = null; // the id of the job beside it
     this.loss = new Chart(say("loss"));
     this.error = new Chart(say("distance to the teacher"));
+    this.likeness = new Chart(say("distance to the data"));
+    this.recall = new Chart(say("recall"));
     this.share = h("span", { "aria-hidden": "true" });
     this.slider = h("input", { type: "range", min: "0", max: "95", step: "5", value: String(smoothing * 100), oninput: () => this.smooth() });
     this.select = h("select", { onchange: () => this.compare() });
@@ -33,7 +38,7 @@ export class Charts {
       h("label", {}, say("smoothing"), this.slider, this.share),
       h("label", {}, say("compare with"), this.select),
       h("button", { type: "button", onclick: () => this.download() }, say("download CSV")));
-    this.element = h("div", {}, this.tools, this.loss.element, this.error.element);
+    this.element = h("div", {}, this.tools, this.loss.element, this.error.element, this.likeness.element, this.recall.element);
     this.smooth();
   }
 
@@ -91,9 +96,13 @@ export class Charts {
       const line = { name: name + say("loss"), colour: dashed ? 2 : 1, dashed };
       return smoothing ? [{ ...line, points, faint: true }, { ...line, points: smoothed(points, smoothing) }] : [{ ...line, points }];
     }));
-    this.error.draw(sources.flatMap(({ name, metrics: { errors }, dashed }) => columns().map((steps, i) => ({
-      name: name + steps, colour: i + 1, dashed, points: errors.map((row) => [row[0], row[i + 1]]),
+    const draw = (chart, rowsOf, first) => chart.draw(sources.flatMap(({ name, metrics, dashed }) => columns().map((steps, i) => ({
+      name: name + steps, colour: i + 1, dashed, points: rowsOf(metrics).map((row) => [row[0], row[i + first]]),
     }))));
+    draw(this.error, ({ errors }) => errors, 1);
+    // Chance can take it below 0, which a logarithmic scale does not have.
+    draw(this.likeness, ({ likeness }) => likeness.map((row) => row.map((value) => Math.max(value, LEAST))), 1);
+    draw(this.recall, ({ likeness }) => likeness, 4);
   }
 
   /** Saves all figures of the job, a line for each step that has some. */
@@ -103,20 +112,22 @@ export class Charts {
     let head = [];
     try {
       for (let from = 0; from <= last; from += PART) {
-        const { columns: names, rows, errors } = await this.server.call(
+        const { columns: names, rows, errors, likeness } = await this.server.call(
           `jobs/${id}/metrics?from=${from}&to=${from + PART - 1}&points=${PART}`);
-        head = [...names, "distance_1_step", "distance_2_steps", "distance_4_steps"];
-        for (const row of rows) lines.set(row[0], [...row, "", "", ""]);
+        head = [...names, ...SAMPLED.flatMap((kind) => STEPS.map((steps) => `${kind}_${steps}`))];
+        for (const row of rows) lines.set(row[0], row);
+        const compared = new Map(likeness.map(([step, ...values]) => [step, values]));
         for (const [step, ...values] of errors) {
           const line = lines.get(step) ?? [step, ...names.slice(1).map(() => "")];
-          lines.set(step, [...line.slice(0, names.length), ...values]);
+          lines.set(step, [...line.slice(0, names.length), ...values, ...(compared.get(step) ?? [])]);
         }
       }
     } catch (error) {
       this.server.toast("error", name, error.message);
       return;
     }
-    const table = [head, ...[...lines.values()].sort((a, b) => a[0] - b[0])];
+    const full = [...lines.values()].map((line) => head.map((_, i) => line[i] ?? ""));
+    const table = [head, ...full.sort((a, b) => a[0] - b[0])];
     const url = URL.createObjectURL(new Blob([table.map((line) => `${line.join(",")}\n`).join("")], { type: "text/csv" }));
     h("a", { href: url, download: `${name.replaceAll("/", "-")}.csv` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 60_000); // the browser reads it after the click

@@ -100,7 +100,7 @@ class Bench:
             other = self.studio(styles, 4, seed, **small, fast=fast)
             measure.studio = other
             found, count = searched(measure, default)
-            best = found.best.weights if where else found.taken.weights
+            best = found.best.weights
             if where is None:
                 known = np.array([goal[0], 2 * goal[1]])
                 best = np.array([best[0], best[1] + best[2]])

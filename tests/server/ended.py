@@ -36,7 +36,8 @@ def lay(ground, name: str, steps: int = 200, every: int = 50, scale: float = 1.0
         journal.metrics(step=step, loss=loss, **figures)
         if step % every == 0:
             errors = {steps: loss / int(steps) for steps in "124"}
-            journal.metrics(step=step, endpoint_error=errors)
+            likeness = {"distance": errors, "recall": {steps: 0.9 - loss for steps in "124"}}
+            journal.metrics(step=step, endpoint_error=errors, **likeness)
             sheet = Image.new("RGB", (4 * SIDE, 2 * SIDE), (step % 256, 99, 180))
             sheets.write(job / "samples" / f"step-{step:08d}.png", sheet, spec.data.prompts)
     Result(str(output), disk.sha256(output), 1.0, {}).write(job)

@@ -107,7 +107,8 @@ def test_a_single_figure_is_a_dot(tab, ground):
     loss.wait_for()
     assert loss.get_attribute("aria-valuetext") == "step 10: loss 0.291"
     assert loss.locator("circle").count() == 1 and not loss.locator("polyline").count()
-    assert row.get_by_role("slider", name="distance").locator("circle").count() == 3
+    for name in ("distance to the teacher", "distance to the data", "recall"):
+        assert row.get_by_role("slider", name=name).locator("circle").count() == 3
     loss.hover()
     pictured(tab, "chart-of-one")
 
@@ -122,7 +123,10 @@ def test_figures_come_as_a_file(tab):
     assert [int(line["step"]) for line in lines] == list(range(10, 401, 10))
     at_50 = next(line for line in lines if line["step"] == "50")
     assert float(at_50["distance_2_steps"]) == pytest.approx(float(at_50["loss"]) / 2)
-    assert lines[0]["distance_1_step"] == "" and float(lines[0]["lr"]) == 1e-3
+    assert at_50["distance_to_data_2_steps"] == at_50["distance_2_steps"]
+    assert float(at_50["recall_4_steps"]) == pytest.approx(0.9 - float(at_50["loss"]))
+    assert lines[0]["distance_1_step"] == lines[0]["recall_4_steps"] == ""
+    assert float(lines[0]["lr"]) == 1e-3
 
 
 def test_sample_pictures_open_large_and_close_by_keyboard(tab):

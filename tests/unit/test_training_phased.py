@@ -13,7 +13,7 @@ from lcm_lora.training.objectives.solver import Schedule, ddim, predict_guided
 from lcm_lora.training.objectives.table import OBJECTIVES
 from lcm_lora.training.schema import declared
 from lcm_lora.training.spec import Spec
-from lcm_lora.training.state.samples import few_steps
+from lcm_lora.training.state.few_steps import few_steps
 from torch import nn
 
 INDEX = torch.arange(50)

@@ -13,13 +13,16 @@ Row = list[float | int | None]
 
 
 def read(job: Path, first: int = 0, last: int = 1 << 40, points: int = 300) -> dict[str, Any]:
-    """Steps `first` to `last`: {"columns", "rows", "errors"}, each with at most `points` rows.
+    """Steps `first` to `last`: {"columns", "rows", "errors", "likeness"}, the last three with at
+    most `points` rows.
 
     rows: figures by columns, None for one that is not finite. errors: step, and the distance of the
-    sample pictures at 1, 2 and 4 steps to the teacher's.
+    sample pictures at 1, 2 and 4 steps to the teacher's. likeness: step, their distance to the
+    data, and their recall.
     """
     rows: list[Row] = []
     errors: list[Row] = []
+    likeness: list[Row] = []
     path = job / "metrics.jsonl"
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
@@ -30,10 +33,20 @@ def read(job: Path, first: int = 0, last: int = 1 << 40, points: int = 300) -> d
         if not isinstance(step, int) or not first <= step <= last:
             continue
         if isinstance(sampled, dict):
-            errors.append([step, *(_finite(sampled.get(steps)) for steps in SAMPLED)])
+            errors.append([step, *_by_steps(sampled)])
+            compared = figures.get("distance"), figures.get("recall")
+            if all(isinstance(values, dict) for values in compared):
+                likeness.append([step, *(x for values in compared for x in _by_steps(values))])
         else:
             rows.append([_finite(figures.get(column)) for column in COLUMNS])
-    return {"columns": COLUMNS, "rows": _thinned(rows, points), "errors": _thinned(errors, points)}
+    return {
+        "columns": COLUMNS, "rows": _thinned(rows, points), "errors": _thinned(errors, points),
+        "likeness": _thinned(likeness, points),
+    }  # fmt: skip
+
+
+def _by_steps(values: dict[str, Any]) -> Row:
+    return [_finite(values.get(steps)) for steps in SAMPLED]
 
 
 def _finite(value: Any) -> float | int | None:

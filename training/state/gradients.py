@@ -98,6 +98,10 @@ class Consistency:
         """Limits the norm of the gradients of step `step`; -> their norm before."""
         return nn.utils.clip_grad_norm_(self.groups[0], self.spec.clip)
 
+    def may_collapse(self, step: int) -> bool:
+        """Whether after `step` steps the pictures may become alike, which no loss tells."""
+        return False
+
     def after(self, step: int) -> None:  # noqa: B027 (most have nothing to do)
         """Is called when the optimiser has taken step `step`."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,10 +36,11 @@ from .progress import (
     times,
     use_less_memory,
 )  # fmt: skip
-from .samples import CALLS, Samples
+from .samples import Samples
 
 log = logging.getLogger("lcm_lora")
-INTERRUPTED = -1.0  # in place of an error, which is never negative
+INTERRUPTED = -1e9  # in place of a distance
+COLLAPSED = 0.5  # of the best recall so far: chance does not halve it
 
 
 class Diverged(ValueError):
@@ -247,43 +249,64 @@ class Run:
             return 0
         later = times(self.spec.sample_every, self.step, self.spec.steps)
         if self._draws is not None:
-            return self._draws + later * CALLS
+            return self._draws + self.samples.calls(later)
         return self.samples.calls(later + self.progress.unsampled)
 
     def draw_samples(self) -> bool:
-        """Draws sample pictures; -> whether their error has not improved for `patience` times.
+        """Draws sample pictures; -> whether they have not become better for `patience` times.
 
-        If something is asked meanwhile, progress.unsampled stays true.
+        Better is a smaller distance to the bank's pictures, at 1, 2 and 4 steps together; with too
+        few pictures for that, to the teacher's at 1 step. If something is asked meanwhile,
+        progress.unsampled stays true. Raises Diverged if the pictures have collapsed.
         """
-        progress, first_error = self.progress, math.nan
+        progress, score, recall = self.progress, math.nan, math.nan
         if self.samples is not None:
             cfg = draws.mean_guidance(self.spec.guidance)
             try:
                 with self.gradients.shown():
-                    errors = self.samples.draw(self.adapter, self.step, cfg, self._counter())
+                    counter = self._counter()
+                    errors = self.samples.draw(self.adapter, self.step, cfg, counter)
+                    likeness = self.samples.compare(self.adapter, counter)
                 if self.journal is not None:
-                    self.journal.metrics(step=self.step, endpoint_error=errors)
-                log.info("step %d: endpoint error %s", self.step, errors)
-                first_error = errors["1"]
+                    self.journal.metrics(step=self.step, endpoint_error=errors, **likeness)
+                log.info("step %d: endpoint error %s %s", self.step, errors, likeness or "")
+                score = errors["1"]
+                if likeness:
+                    score = sum(likeness["distance"].values())
+                    recall = fmean(likeness["recall"].values())
             except Interrupted:
-                first_error = INTERRUPTED
+                score = INTERRUPTED
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 log.warning("out of memory: no sample pictures of step %d", self.step)
             finally:
                 self._draws = None
-        endpoint_error = self.ranks.from_first(first_error, self.teacher.device)
-        progress.unsampled = endpoint_error == INTERRUPTED
-        if progress.unsampled:
+        score = self.ranks.from_first(score, self.teacher.device)
+        recall = self.ranks.from_first(recall, self.teacher.device)
+        progress.unsampled = score == INTERRUPTED
+        if progress.unsampled or math.isnan(score):
             return False
-        if math.isnan(endpoint_error):
-            return False
-        if progress.best is None or endpoint_error < progress.best:
-            progress.best, progress.best_step, progress.waited = endpoint_error, self.step, 0
+        if not math.isnan(recall):
+            self._require_variety(recall)
+        if progress.best is None or score < progress.best:
+            progress.best, progress.best_step, progress.waited = score, self.step, 0
         else:
             progress.waited += 1
         return 0 < self.spec.patience <= progress.waited
+
+    def _require_variety(self, recall: float) -> None:
+        """Raises Diverged if distribution matching has made all pictures alike."""
+        progress = self.progress
+        if progress.best_recall is None:
+            progress.best = None  # of an earlier version, by another measure
+        best = progress.best_recall = max(progress.best_recall or 0.0, recall)
+        if self.gradients.may_collapse(self.step) and recall < COLLAPSED * best:
+            raise Diverged(
+                f"The pictures became alike: at step {self.step} their recall is {recall:.2f}, and "
+                f"it was {best:.2f} before. The checkpoint of step {progress.best_step} is the "
+                "best and is kept: use it in the graph, or start again from it with a lower lr."
+            )
 
     def _counter(self) -> Callable[[float], None]:
         """Counts the calls of the sampling that begins, and says how many pictures they are."""

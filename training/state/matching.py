@@ -68,6 +68,9 @@ class Matching(Consistency):
         is_anchor = step > self.judges_from and (step - self.judges_from) % 2 == 1
         return step >= self.begins and not is_anchor
 
+    def may_collapse(self, step: int) -> bool:
+        return step > self.judges_from
+
     def _draws(self, step: int, part: Part) -> Draws:
         shape = part.latents.shape[1:]
         drawn = draws.matching(self.spec.seed, step, part.numbers, shape)

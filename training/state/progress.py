@@ -23,7 +23,8 @@ class Progress:
 
     micro_batch: pictures at a time, as many as memory allows.
     recompute: whether blocks are computed again in backward.
-    best, best_step: the smallest error of the 1-step samples. waited: samplings since then.
+    best, best_step: the smallest distance of the sample pictures. waited: samplings since then.
+    best_recall: the largest recall of the sample pictures; None if it was never measured.
     seconds: time spent in the loop.
     unsampled: whether the sample pictures of this step are still to be drawn.
     scale: factor of the loss in float16. It doubles after GROWTH good steps and is halved when a
@@ -39,6 +40,7 @@ class Progress:
     scale: float = 1.0
     good: int = 0
     unsampled: bool = False
+    best_recall: float | None = None
 
     @classmethod
     def first(cls, spec: Spec, half: bool = False) -> Progress:

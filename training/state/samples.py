@@ -11,27 +11,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ...samplers.families import FAMILIES, Family
-from ...samplers.lcm import Shares, kept_noise, lcm, variance_exploding
+from ...samplers.families import FAMILIES
 from ...samplers.noise import picture_noise
 from ..adapter import Adapter
 from ..data.bank import Tensors, square_sizes, together
 from ..memory import in_parts
-from ..objectives.solver import Network, Process, Schedule, ddim
+from ..objectives.solver import Network, ddim
 from ..teacher import Teacher
 from ..tensors import save
 from . import sheets
+from .few_steps import Noise, few_steps
+from .likeness import STEPS, Figures, Likeness
 
 T = TypeVar("T")
 Drawn = Callable[[float], None]
-Noise = Callable[[int], torch.Tensor]
 TEACHER = "teacher.safetensors"
 TEACHER_STEPS = 50
-STEPS = (1, 2, 4)
 # In calls of the network:
 GUIDED = 2  # a guided step
 DECODED = 3  # about as long as decoding takes
-CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # a sampling, if there are the teacher's latents
+CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # `draw`, if there are the teacher's latents
 
 
 class Samples:
@@ -48,17 +47,26 @@ class Samples:
         self.folder, self.teacher, self.side, self.seed = job / "samples", teacher, side, seed
         self.family, self.prompts = FAMILIES[family], prompts
         self.texts = [teacher.text(prompt) for prompt in prompts]
+        self.likeness: Likeness | None = None  # once there is a bank to compare with
         self._drawn: Drawn = lambda calls: None
 
     @property
     def pictures(self) -> int:
-        """How many pictures `draw` draws now."""
-        return len(self.texts) * (len(STEPS) + self._lacks_teacher)
+        """How many pictures the next sampling draws, those of the likeness too."""
+        compared = len(self.likeness.rows) * len(STEPS) if self.likeness else 0
+        return len(self.texts) * (len(STEPS) + self._lacks_teacher) + compared
 
-    def calls(self, samplings: int) -> int:
+    def calls(self, samplings: int) -> float:
         """How many calls of the network the next samplings take, each for all prompts."""
         teacher = samplings and GUIDED * TEACHER_STEPS * self._lacks_teacher
-        return teacher + samplings * CALLS
+        compared = self.likeness.calls / len(self.texts) if self.likeness else 0
+        return teacher + samplings * (CALLS + compared)
+
+    def compare(self, adapter: Adapter, drawn: Drawn = lambda calls: None) -> Figures:
+        """What `likeness` measures; nothing if there is none. drawn: as of `draw`."""
+        if self.likeness is None:
+            return {}
+        return self.likeness.measure(adapter, lambda calls: drawn(calls / len(self.texts)))
 
     @property
     def _lacks_teacher(self) -> bool:
@@ -145,48 +153,3 @@ class Samples:
             )
         save(path, {"latents": latents})
         return latents
-
-
-def few_steps(
-    network: Network, schedule: Process, noise: Noise, steps: int, cond: Tensors, family: Family
-) -> torch.Tensor:
-    """Clean latents [B, C, h, w] of a network, sampled as its family requires (samplers/lcm.py).
-
-    noise(0) [B, C, h, w] is the start at t = 999, noise(i) the fresh noise of step i.
-    """
-    start, timesteps = noise(0), family.timesteps(steps)
-    t = torch.tensor(timesteps, device=start.device)
-    # samplers/lcm.py works in ComfyUI's scale: a flow model's own, or else x = z / alpha, whose
-    # noise level is sigma / alpha.
-    if isinstance(schedule, Schedule):
-        levels, shares = (1 / schedule.alphas_cumprod - 1).sqrt(), variance_exploding
-        scale = schedule.alpha
-    else:
-        levels, shares = schedule.sigma(torch.arange(1000, device=t.device)).flatten(), _line
-        scale = _unscaled
-    sigmas = torch.cat([levels[t], torch.zeros(1, device=start.device)])
-    remaining = iter(timesteps)
-
-    def denoised(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        now = torch.full((len(x),), next(remaining), device=x.device)
-        z = scale(now) * x
-        x0, _ = schedule.predict(network, z, now, cond)
-        return schedule.consistency(z, x0, now) if family.boundary else x0
-
-    kept = kept_noise(
-        sigmas[:-1], family.eta,
-        lambda _, eta: levels[((1 - eta) * t[1:].float()).floor().long()], shares,
-    )  # fmt: skip
-    return lcm(
-        denoised, start / scale(t[:1]), sigmas,
-        noise=lambda step: noise(step + 1), kept=[*kept, 0.0], signals=shares(sigmas)[0],
-    )  # fmt: skip
-
-
-def _unscaled(t: torch.Tensor) -> torch.Tensor:
-    return torch.ones(len(t), 1, 1, 1, device=t.device)
-
-
-def _line(sigmas: torch.Tensor) -> Shares:
-    """The shares of a flow model's x = (1 - sigma) x0 + sigma eps."""
-    return (1 - sigmas).tolist(), sigmas.tolist()
