@@ -46,7 +46,7 @@ def studio(model, vectors, steps=2, strengths=(1.0,), **changes):
         "steps": steps, "cfg": 1.0, "seed": 5, "reference_steps": 6, "guidance": 2.0,
         "negative": "", "strengths": strengths,
     } | changes  # fmt: skip
-    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    latent = {"samples": torch.zeros(1, 4, 4, 4)}
     count = len(strengths)
     ticks = []
     made = Studio(
@@ -87,7 +87,7 @@ def test_the_pictures_are_those_of_lcm_ksampler(model, vectors):
     applied = apply(model, None, vector, 1.0, 0.0)[0]
     for number, prompt in ((3, "a cat"), (4, "a dog")):
         text = encoded(model, prompt)
-        latent = {"samples": torch.zeros(1, 4, 8, 8), "batch_index": [number]}
+        latent = {"samples": torch.zeros(1, 4, 4, 4), "batch_index": [number]}
         alone = LCMKSampler.execute(applied, 5, 2, 1.0, text, text, latent, 1.0).result[0]
         torch.testing.assert_close(
             alone["samples"], drawn[number - 3 : number - 2], rtol=1e-3, atol=1e-3
@@ -105,7 +105,7 @@ def test_the_reference_is_what_comfyui_draws_in_many_steps(model, vectors):
     parts = work.parts(["a cat"], 0)
     reference = work.reference(parts)
     styled = apply(model, None, vectors[1], 0.7, 0.0)[0]
-    empty = torch.zeros(1, 4, 8, 8)
+    empty = torch.zeros(1, 4, 4, 4)
     levels = torch.cat([schedule(work.fast.model, 6), work.sigmas]).unique().flip(0)
     seen = []
     theirs = comfy.sample.sample_custom(
@@ -141,7 +141,7 @@ def execute(model, vectors, count=1, **changes):
     inputs = {
         "model": model, "clip": model.toy.clip, "vae": model.toy.vae,
         "acceleration": to_wire(vectors[0]),
-        "acceleration_weight": 1.0, "count": styles, "latent": {"samples": torch.zeros(1, 4, 8, 8)},
+        "acceleration_weight": 1.0, "count": styles, "latent": {"samples": torch.zeros(1, 4, 4, 4)},
         "prompts": PROMPTS, "steps": 2, "budget": 8, "seed": 5, "pictures": 3,
         "reference_steps": 4, "guidance": 2.0,
     }  # fmt: skip
@@ -233,7 +233,7 @@ def test_an_interruption_returns_what_is_found(model, vectors, monkeypatch):
         ({"prompts": "# nothing\n# else"}, "no prompt in it"),
         ({"prompts": "a cat"}, "only one prompt"),
         ({"pictures": 0}, "expected 1 or more"),
-        ({"latent": {"samples": torch.ones(1, 4, 8, 8)}}, "empty latent"),
+        ({"latent": {"samples": torch.ones(1, 4, 4, 4)}}, "empty latent"),
     ],
 )
 def test_bad_input_gets_a_sentence(model, vectors, changes, says):
