@@ -187,23 +187,23 @@ def test_the_reference_is_drawn_once(model, vectors, monkeypatch):
         yield search._add(search.default)
 
     monkeypatch.setattr(find.Search, "steps", only_the_default)
-    drawn = []
+    drawn, two = [], {"prompts": "a cat\na dog", "pictures": 1}
     real = host.Studio.reference
     monkeypatch.setattr(host.Studio, "reference", lambda *a, **k: drawn.append(1) or real(*a, **k))
-    execute(model, vectors, seed=77)
+    execute(model, vectors, seed=77, **two)
     first = len(drawn)
-    execute(model, vectors, seed=77, budget=9, highest=1.2)
+    execute(model, vectors, seed=77, budget=9, highest=1.2, **two)
     assert first == len(drawn) == 3
-    execute(model, vectors, seed=78)
+    execute(model, vectors, seed=78, **two)
     assert len(drawn) == 6
     # Another encoding or another way to call the network leaves the patches as they are.
     clip, guided = model.toy.clip.clone(), model.clone()
     clip.clip_layer(-2)
     guided.set_model_sampler_cfg_function(lambda args: args["uncond"])
-    execute(model, vectors, seed=78, clip=clip)
+    execute(model, vectors, seed=78, clip=clip, **two)
     assert len(drawn) == 9
     guided.toy = model.toy
-    execute(guided, vectors, seed=78)
+    execute(guided, vectors, seed=78, **two)
     assert len(drawn) == 12
 
 
