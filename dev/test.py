@@ -26,6 +26,8 @@ def main(arguments: list[str], host: Path) -> int:
         if subprocess.run([*ruff, *check, str(ROOT)]).returncode:
             return 1
     os.environ["LCM_LORA_TEST_HOST"] = str(host)
+    # Or each of the processes that the tests start would compile all of ComfyUI again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     tests = ROOT / "tests"
     # pytest collects below tests/ only: the __init__ above it imports ComfyUI.
     fixed = [
@@ -62,11 +64,11 @@ def _check_types() -> int:
 def _side_by_side() -> list[str]:
     """Arguments for two processes that share the tests: most tests wait a lot.
 
-    tests/conftest.py says which tests stay in one process. Each process gets half of the threads,
-    because two programs that both want every core slow each other down.
+    tests/conftest.py says which tests stay in one process, and what comes first. Each process gets
+    half of the threads, because two programs that both want every core slow each other down.
     """
     cores = os.cpu_count() or 1
     if cores < 2:
         return []
     os.environ["OMP_NUM_THREADS"] = str(cores // 2)
-    return ["-n", "2", "--dist", "loadgroup"]
+    return ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]

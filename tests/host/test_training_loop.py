@@ -280,15 +280,15 @@ class Interrupting:
 
 
 def test_a_pause_is_followed_at_the_next_call_of_the_network(
-    teacher, latents, toy_checkpoint, tmp_path
+    teacher, latents, toy_checkpoint, tmp_path, monkeypatch
 ):
     """In the middle of a step or of sample pictures, which are then begun anew: every resumed job
     has the same bits, measurements and pictures as one that ran through."""
-    from lcm_lora.training.state import checkpoints
+    from lcm_lora.training.state import checkpoints, samples
     from lcm_lora.training.state.journal import Journal
     from lcm_lora.training.state.loop import Run
-    from lcm_lora.training.state.samples import Samples
 
+    monkeypatch.setattr(samples, "TEACHER_STEPS", 6)
     changes = {"sample_every": 1, "steps": 2, "batch": 2, "micro_batch": 1, "log_every": 5}
 
     def run(name, request):
@@ -296,13 +296,11 @@ def test_a_pause_is_followed_at_the_next_call_of_the_network(
         job.mkdir(exist_ok=True)
         spec = spec_of(job, toy_checkpoint, **changes)
         adapter = Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed)
-        samples = Samples(job, teacher, PROMPTS[:2], 64, 5, "lcm")
+        drawn = samples.Samples(job, teacher, PROMPTS[:2], 64, 5, "lcm")
         calls = []
         watched = teacher.network.register_forward_pre_hook(lambda *_: calls.append(1))
         try:
-            made = Run(
-                spec, job, teacher, adapter, latents, Ranks(), Journal(job), samples, request
-            )
+            made = Run(spec, job, teacher, adapter, latents, Ranks(), Journal(job), drawn, request)
             outcome = made.train()
         finally:
             watched.remove()
@@ -315,7 +313,7 @@ def test_a_pause_is_followed_at_the_next_call_of_the_network(
 
     whole = run("whole", lambda: "")
     assert whole[0] == "done" and [step for step, _ in whole[3]] == [1, 2]
-    for at in (3, 40, 75):  # in step 1, for the teacher's pictures, after step 2
+    for at in (3, 12, 36):  # in step 1, for the teacher's pictures, for those after step 2
         asked = Interrupting(at)
         outcome, calls, *_ = run(f"paused-{at}", asked)
         assert (outcome, asked.calls) == ("pause", at) and calls < at

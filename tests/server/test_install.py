@@ -39,11 +39,12 @@ def clean(host_folder, tmp_path) -> Path:
     return made
 
 
-@pytest.fixture
-def python() -> Iterator[Path]:
-    """The Python of a copy of this environment that may be changed: its files are hard links to
-    ours, which an installer replaces and never writes into. It has to be a full copy, because the
-    Manager's uv looks only into the environment's own folder.
+@pytest.fixture(scope="module")
+def python(host_folder) -> Iterator[Path]:
+    """The Python of a copy of this environment that may be changed, with the Manager that belongs
+    to this ComfyUI: its files are hard links to ours, which an installer replaces and never writes
+    into. It has to be a full copy, because the Manager's uv looks only into the environment's own
+    folder.
     """
     with tempfile.TemporaryDirectory(dir=Path(sys.prefix).parent) as folder:
         venv.create(folder)
@@ -52,7 +53,15 @@ def python() -> Iterator[Path]:
             sysconfig.get_path("purelib"), paths["purelib"],
             copy_function=os.link, dirs_exist_ok=True,
         )  # fmt: skip
-        yield Path(paths["scripts"]) / "python"
+        made = Path(paths["scripts"]) / "python"
+        manager = host_folder / "manager_requirements.txt"
+        subprocess.run([made, "-m", "pip", "install", "-q", "-r", manager], check=True)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def before(python) -> list[str]:
+    return packages(python)
 
 
 def packages(python: Path) -> list[str]:
@@ -83,14 +92,11 @@ def from_the_archive(host: Path, _python: Path, scratch: Path) -> str:
 
 @pytest.mark.parametrize("way", [by_the_manager, from_the_archive], ids=lambda way: way.__name__)
 def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
-    way, clean, python, tmp_path, client, subject
+    way, clean, python, before, tmp_path, client, subject
 ):
     from lcm_lora.dev.server import Server, install
     from lcm_lora.dev.toy import assemble
 
-    manager = clean / "manager_requirements.txt"  # the version that belongs to this ComfyUI
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", manager], check=True)
-    before = packages(python)
     folder = way(clean, python, tmp_path)
     install(assemble.checkpoint(), clean / "models" / "checkpoints")
     install(assemble.lora(assemble.LCM_LORA), clean / "models" / "loras")
@@ -107,7 +113,7 @@ def test_a_clean_host_has_all_of_it_and_no_package_is_changed(
         prompt = fitted(FOLDER / "1 Text to image (SD1.5).json", subject)
         assert torch.equal(pictures(its, prompt), pictures(client, prompt))
         store = Store(clean / "user" / "__lcm_lora" / "jobs")
-        job = order(its, "installed", checkpoint=subject.checkpoint, steps=3)
+        job = order(its, "installed", checkpoint=subject.checkpoint, steps=1, sample_every=0)
         assert done(store, job, 300)
         assert (clean / "models" / "loras" / "installed.safetensors").is_file()
     assert packages(python) == before
