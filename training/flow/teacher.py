@@ -78,7 +78,7 @@ class FlowTeacher(Teacher):
 
     @property
     def _is_video(self) -> bool:
-        return self._patcher.model.latent_format.latent_dimensions == VIDEO
+        return self.latent_dimensions == VIDEO
 
     @property
     def has_guidance(self) -> bool:
