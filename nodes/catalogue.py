@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .combine import LCMLoRACombine
 from .compare.node import LCMCompare
-from .distill import LCMDistill, LCMDistillData
+from .distill import LCMDistill, LCMDistillData, LCMTeacher
 from .extract import LCMLoRAExtract
 from .jobs import LCMJobResult, LCMJobStatus
 from .loader import LCMLoRALoader
@@ -41,6 +41,7 @@ NODES: list[type[io.ComfyNode]] = [
     LCMLoRAStack,
     LCMCompare,
     LCMWeightSearch,
+    LCMTeacher,
 ]
 
 

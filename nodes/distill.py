@@ -12,16 +12,22 @@ from comfy_api.v0_0_2 import io
 
 from ..samplers.report import Line
 from ..training.jobs import host
-from ..training.jobs.order import SOURCES, DataOrder, Order
+from ..training.jobs.order import SOURCES, DataOrder, Order, TeacherOrder
 from ..training.schema import build, declared
-from .host import checkpoint_names, lora_names
+from .host import checkpoint_names, lora_names, part_names
 from .texts import of_order, said
 
 CATEGORY = "LCM-LoRA/distil"
 LCMData = io.Custom("LCM_DATA")
+LCMTeacherParts = io.Custom("LCM_TEACHER")
 LCMJob = io.Custom("LCM_JOB")
 NONE = "none"
 CHOICES = ("checkpoint", "data", "name", "length")  # of every user; the host folds the rest
+PARTS = {  # the folders of ComfyUI's models, by the node's inputs
+    "diffusion_model": "diffusion_models", "text_encoder": "text_encoders",
+    "text_encoder_2": "text_encoders", "text_encoder_3": "text_encoders", "vae": "vae",
+}  # fmt: skip
+FURTHER = ("text_encoder_2", "text_encoder_3")  # a file from ComfyUI's list, or NONE
 LORAS = ("style_lora", "start_from")  # a file from ComfyUI's list, or NONE
 JOB = "lcm_lora_job"  # in a node's output: the job it shows; web/distill.mjs reads it
 
@@ -91,6 +97,41 @@ def _sources() -> list[list[io.Input]]:
     return [[_input(DataOrder, "prompts"), *drawn], [file, *drawn], pictures]
 
 
+class LCMTeacher(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LCMTeacher",
+            display_name="Distillation Teacher",
+            category=CATEGORY,
+            description=(
+                "Names the parts of a flow model that is in several files: diffusion model, text "
+                "encoders and VAE. Connect it to Distil LCM-LoRA, where it replaces the checkpoint."
+            ),
+            search_aliases=["diffusion model", "unet", "text encoder", "vae", "flow model"],
+            inputs=[_part_input(name, kind) for name, kind in PARTS.items()],
+            outputs=[
+                LCMTeacherParts.Output(
+                    display_name="LCM_TEACHER",
+                    tooltip="Connect it to Distil LCM-LoRA. It holds names, not models.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **names: str) -> io.NodeOutput:
+        given = {name: "" if file == NONE else file for name, file in names.items()}
+        return io.NodeOutput(asdict(TeacherOrder(**given)))
+
+
+def _part_input(name: str, kind: str) -> io.Input:
+    if name in FURTHER:
+        return _input(TeacherOrder, name, [NONE, *part_names(kind)], default=NONE)
+    return io.Combo.Input(
+        name, options=part_names(kind), tooltip=declared(TeacherOrder)[name].setting.help
+    )
+
+
 class LCMDistill(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -116,8 +157,10 @@ class LCMDistill(io.ComfyNode):
         return float("nan")  # a job may have been deleted, or its LoRA, since the last time
 
     @classmethod
-    def execute(cls, data: dict[str, Any], **settings: Any) -> io.NodeOutput:
-        order = {"data": data, **settings}
+    def execute(
+        cls, data: dict[str, Any], teacher: dict[str, Any] | None = None, **settings: Any
+    ) -> io.NodeOutput:
+        order = {"data": data, "teacher": teacher or {}, **settings}
         order |= {name: "" for name in LORAS if settings.get(name) == NONE}
         # An order over the API has no graph, and one outside a prompt no hidden inputs.
         more = cls.hidden.extra_pnginfo if cls.hidden else None
@@ -131,8 +174,11 @@ class LCMDistill(io.ComfyNode):
 def _order_input(name: str) -> io.Input:
     if name == "data":
         return LCMData.Input(name, tooltip=declared(Order)[name].setting.help)
+    if name == "teacher":
+        tooltip = declared(Order)[name].setting.help
+        return LCMTeacherParts.Input(name, optional=True, tooltip=tooltip)
     if name == "checkpoint":
-        return _input(Order, name, checkpoint_names())
+        return _input(Order, name, [*checkpoint_names(), NONE])
     folded: dict[str, Any] = {} if name in CHOICES else {"advanced": True}
     if name in LORAS:
         return _input(Order, name, [NONE, *lora_names()], default=NONE, **folded)

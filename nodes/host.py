@@ -31,6 +31,11 @@ def checkpoint_names() -> list[str]:
     return folder_paths.get_filename_list("checkpoints")
 
 
+def part_names(kind: str) -> list[str]:
+    """The files of a kind of parts ("diffusion_models", "text_encoders", "vae"), in that way."""
+    return folder_paths.get_filename_list(kind)
+
+
 def lora_path(name: str) -> Path:
     """The path of a file from `lora_names`. Raises FileNotFoundError if it is gone."""
     return Path(folder_paths.get_full_path_or_raise("loras", name))

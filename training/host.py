@@ -20,6 +20,7 @@ from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
 from .flow.host import make_differentiable
+from .flow.parts.host import load_parts, require_fitting_parts
 from .flow.teacher import FLOW_MODELS, FlowTeacher
 from .memory import is_out_of_memory
 from .objectives.solver import Line, Process, Schedule
@@ -91,14 +92,16 @@ def free_memory() -> int:
 
 def load_teacher(
     checkpoint: Path, precision: str = "auto", loras: tuple[StyleLoRA, ...] = (),
-    embeddings: tuple[str, ...] = (),
+    embeddings: tuple[str, ...] = (), text_encoders: tuple[Path, ...] = (),
+    vae_file: Path | None = None,
 ) -> Teacher:  # fmt: skip
-    """Loads a checkpoint and bakes the style LoRAs into it.
+    """Loads a checkpoint, or a flow model from the files of its parts, and bakes the style LoRAs
+    into it.
 
-    Raises ValueError if the file is not a checkpoint of an architecture that can be distilled.
+    Raises ValueError if the file is not a checkpoint of an architecture that can be distilled, or
+    if the parts do not belong together.
     """
     import comfy.model_management as management
-    import comfy.sd
 
     if not checkpoint.is_file():
         raise ValueError(f"There is no checkpoint {disk.shown(checkpoint)}.")
@@ -107,18 +110,10 @@ def load_teacher(
     dtype = _dtype(precision, device)
     if dtype == torch.float32:  # otherwise cuDNN's convolutions round their inputs to TF32
         torch.backends.cudnn.allow_tf32 = False
-    try:
-        patcher, clip, vae = comfy.sd.load_checkpoint_guess_config(
-            str(checkpoint), embedding_directory=list(embeddings) or None,
-            model_options={"dtype": dtype}, disable_dynamic=True,
-        )[:3]  # fmt: skip
-    except Exception as error:
-        if not _blames_the_file(error):
-            log.error("ComfyUI failed to load %s.", disk.shown(checkpoint.name))
-            raise
-        raise ValueError(
-            f"{disk.shown(checkpoint.name)} is not a checkpoint that ComfyUI can load: {error}"
-        ) from error
+    if vae_file is not None:
+        patcher, clip, vae = load_parts(checkpoint, text_encoders, vae_file, dtype, embeddings)
+    else:
+        patcher, clip, vae = _loaded(checkpoint, dtype, embeddings)
     architecture, prediction = _checked(checkpoint.name, patcher, clip, vae)
     styles = []
     for lora in loras:
@@ -138,7 +133,27 @@ def load_teacher(
     if teacher.has_sizes:
         empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
     teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
+    if vae_file is not None:
+        require_fitting_parts(teacher, text_encoders, vae_file)
     return teacher
+
+
+def _loaded(checkpoint: Path, dtype: torch.dtype, embeddings: tuple[str, ...]) -> Any:
+    """ComfyUI's (model, text encoder, VAE) of a checkpoint."""
+    import comfy.sd
+
+    try:
+        return comfy.sd.load_checkpoint_guess_config(
+            str(checkpoint), embedding_directory=list(embeddings) or None,
+            model_options={"dtype": dtype}, disable_dynamic=True,
+        )[:3]  # fmt: skip
+    except Exception as error:
+        if not _blames_the_file(error):
+            log.error("ComfyUI failed to load %s.", disk.shown(checkpoint.name))
+            raise
+        raise ValueError(
+            f"{disk.shown(checkpoint.name)} is not a checkpoint that ComfyUI can load: {error}"
+        ) from error
 
 
 def process_of(patcher: Any, prediction: str, device: torch.device) -> Process:
@@ -191,7 +206,8 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
         or getattr(vae, "first_stage_model", 0) is None
     ):
         raise ValueError(
-            f"{name} is not a full checkpoint: expected network, text encoder and VAE in one file."
+            f"{name} is not a full checkpoint: expected network, text encoder and VAE in one file. "
+            "Give the parts of a flow model with Distillation Teacher."
         )
     model = patcher.model
     architecture = detect(patcher)

@@ -120,7 +120,10 @@ class Pipeline:
         checkpoint = Path(spec.checkpoint)
         waiting.for_memory(checkpoint, free_memory, self.journal, self.request)
         self.report("preparing", "", "loading the checkpoint")
-        teacher = load_teacher(checkpoint, spec.precision, spec.loras, spec.embeddings)
+        teacher = load_teacher(
+            checkpoint, spec.precision, spec.loras, spec.embeddings,
+            tuple(map(Path, spec.text_encoders)), Path(spec.vae) if spec.vae else None,
+        )  # fmt: skip
         teacher.use_guidance(spec.guidance)
         if from_queue and teacher.device.type == "cpu" and hasattr(os, "nice"):
             os.nice(NICE)
@@ -157,14 +160,19 @@ class Pipeline:
 
     def hash_inputs(self) -> tuple[str, list[str]]:
         """The sha256 of the checkpoint, and of each style LoRA."""
-        spec, cache = self.spec, Path(self.spec.banks)
+        spec = self.spec
         paths = [Path(path) for path in (spec.checkpoint, *(lora.path for lora in spec.loras))]
+        base_hash, *style_hashes = self.hashes(paths)
+        return base_hash, style_hashes
+
+    def hashes(self, paths: list[Path]) -> list[str]:
+        """The sha256 of files."""
+        cache = Path(self.spec.banks)
         if self.ranks.first:
             for path in paths:
                 result.file_hash(path, cache)
         self.ranks.wait()  # the other processes read what the first has written down
-        base_hash, *style_hashes = (result.file_hash(path, cache) for path in paths)
-        return base_hash, style_hashes
+        return [result.file_hash(path, cache) for path in paths]
 
     def build_bank(
         self, teacher: Teacher, source: sources.Source, adapter: Adapter,
@@ -174,6 +182,8 @@ class Pipeline:
         spec, banks = self.spec, Path(self.spec.banks)
         strengths = [lora.strength for lora in spec.loras]
         settings = source.settings() | {"loras": list(zip(style_hashes, strengths, strict=True))}
+        if parts := [Path(path) for path in (*spec.text_encoders, spec.vae) if path]:
+            settings["parts"] = self.hashes(parts)
         if any("embedding:" in caption for caption in source.captions()):
             settings["embeddings"] = disk.stamps([Path(path) for path in spec.embeddings])
         if teacher.prediction == FLOW:

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import disk
 from .schema import build, check, declared, setting
 
-LATER = ("start_from",)  # settings that spec.json holds only if they are set
+LATER = ("start_from", "text_encoders", "vae")  # settings that spec.json holds only if they are set
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,19 @@ class Spec:
         is_path=True,
         widget={"optional": True},
     )
+    text_encoders: tuple[str, ...] = setting(
+        "The files of the text encoders, if `checkpoint` is the file of a diffusion model alone.",
+        (),
+        is_path=True,
+    )
+    vae: str = setting("The file of the VAE, together with text_encoders.", "", is_path=True)
 
     def __post_init__(self) -> None:
+        if bool(self.text_encoders) != bool(self.vae):
+            raise ValueError(
+                "text_encoders and vae belong together: name both for a diffusion model in a file "
+                "of its own, or none for a checkpoint that contains them."
+            )
         for name in ("host", "checkpoint", "output", "banks"):
             if not Path(getattr(self, name)).is_absolute():
                 raise ValueError(f"{name} must be an absolute path, found {getattr(self, name)!r}.")

@@ -89,6 +89,16 @@ class Teacher:
         """Pixels per latent cell, along each side."""
         return SHRINK
 
+    @property
+    def latent_dimensions(self) -> int:
+        """2 of pictures, 3 of videos."""
+        return int(self._patcher.model.latent_format.latent_dimensions)
+
+    @property
+    def of_vae(self) -> tuple[int, int]:
+        """(dimensions, channels) of the latents that the VAE makes."""
+        return int(self._vae.latent_dim), int(self._vae.latent_channels)
+
     def use_guidance(self, scale: tuple[float, ...]) -> None:  # noqa: B027 (most have no input for it)
         """The job's guidance scale, one number or a range. Raises ValueError if it does not fit."""
 

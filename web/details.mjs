@@ -57,10 +57,10 @@ export class Details {
   tell({ settings, checkpoint, created, changed }, { columns: names, rows }) {
     const last = (name) => rows.at(-1)?.[names.indexOf(name)];
     const short = (value) => number(value, { maximumSignificantDigits: 3 });
-    const { rank, batch, lr, guidance, resolution, objective, data, start_from: start } = settings;
+    const { rank, batch, lr, guidance, resolution, objective, data, start_from: start, text_encoders: encoders, vae } = settings;
     const kind = data?.kind === "pictures" ? say("pictures") : say("prompts");
     const facts = [
-      [say("checkpoint"), checkpoint],
+      [say("checkpoint"), checkpoint], [say("text encoders"), encoders?.join(", ")], ["VAE", vae],
       [say("data"), data?.kind === "pictures" ? kind : `${kind}, ${number(data?.count ?? 0)}`],
       [say("objective"), objective], [say("starts from"), start], [say("rank"), rank], [say("batch size"), batch],
       [say("guidance"), [guidance].flat().join("–")], [say("learning rate"), lr], [say("resolution"), resolution],

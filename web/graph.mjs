@@ -124,15 +124,19 @@ function valuesOf(node) {
 }
 
 /** The order that a node for a distillation and the one for its data make; null if another node gives
- * the data. */
+ * the data or the teacher. */
 export function orderOf(node) {
   const source = node.getInputNode(node.inputs.findIndex(({ name }) => name === "data"));
   if (source?.type !== "LCMDistillData") return null;
   const { source: kind, ...rest } = valuesOf(source), order = valuesOf(node);
+  const at = node.inputs.findIndex(({ name }) => name === "teacher");
+  const parts = at < 0 ? null : node.getInputNode(at);
+  if (parts && parts.type !== "LCMTeacher") return null;
+  const names = parts ? Object.entries(valuesOf(parts)).map(([name, file]) => [name, file === "none" ? "" : file]) : [];
   const { file, folder, ...data } = Object.fromEntries(Object.entries(rest).map(([name, value]) => [name.replace("source.", ""), value]));
   const path = file ?? folder ?? "";
   const files = LORAS.map((name) => [name, order[name] === "none" ? "" : order[name] ?? ""]);
-  return { ...order, ...Object.fromEntries(files), data: { ...data, kind, path } };
+  return { ...order, ...Object.fromEntries(files), data: { ...data, kind, path }, teacher: Object.fromEntries(names) };
 }
 
 /** The name of a copy: my-lora becomes my-lora-2, and that my-lora-3. */
@@ -143,7 +147,7 @@ function nextName(name) {
 
 /** Puts the settings of an order into new nodes for its data and for the distillation. The LoRA gets
  * a name of its own, for that of the order is taken. */
-export async function edit({ data, ...order }) {
+export async function edit({ data, teacher, ...order }) {
   await app.refreshComboInNodes?.();
   const source = place("LCMDistillData", middle());
   set(source, "source", data.kind); // first, for the other inputs follow from it
@@ -157,7 +161,14 @@ export async function edit({ data, ...order }) {
   const values = { ...order, ...Object.fromEntries(files), name: nextName(order.name) };
   for (const [name, value] of Object.entries(values)) set(node, name, value);
   source.connect(0, node, node.inputs.findIndex(({ name }) => name === "data"));
-  present([source, node]);
+  const placed = [source, node];
+  if (teacher?.diffusion_model) {
+    const parts = place("LCMTeacher", [source.pos[0], source.pos[1] + source.size[1] + 2 * GAP]);
+    for (const [name, file] of Object.entries(teacher)) set(parts, name, file || "none");
+    parts.connect(0, node, node.inputs.findIndex(({ name }) => name === "teacher"));
+    placed.push(parts);
+  }
+  present(placed);
 }
 
 /** Opens a workflow in a tab of its own. */

@@ -126,6 +126,8 @@ class Follower:
             "host": self.cluster.host,
             "host_flags": () if self.cluster.gpus else ("--cpu",),
             "checkpoint": self._brought(spec.checkpoint),
+            "text_encoders": [self._brought(path) for path in spec.text_encoders],
+            "vae": self._brought(spec.vae),
             "embeddings": [self._brought(path) for path in spec.embeddings if Path(path).is_dir()],
             "banks": there(Path(self.cluster.storage) / "banks"),
             "output": there(self.remote / "made" / Path(spec.output).name),

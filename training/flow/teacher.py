@@ -78,7 +78,7 @@ class FlowTeacher(Teacher):
 
     @property
     def _is_video(self) -> bool:
-        return self._patcher.model.latent_format.latent_dimensions == VIDEO
+        return self.latent_dimensions == VIDEO
 
     @property
     def has_guidance(self) -> bool:
@@ -117,10 +117,11 @@ class FlowTeacher(Teacher):
         }
 
     def conditions(self, texts: Tensors, sizes: torch.Tensor) -> tuple[Tensors, Tensors]:
-        """Conditional and unconditional inputs of a call, on the device. sizes: unused."""
+        """Conditional and unconditional inputs of a call, on the device; no unconditional ones if
+        the guidance is embedded. sizes: unused."""
         cond = self._sent(texts)
         if self.has_guidance:
-            return cond, cond
+            return cond, {}
         empty = self._sent(together([self.uncond] * len(texts[FEATURES])))
         for name in [name for name in cond if shape_of(name) in cond]:
             shape = [max(both) for both in zip(cond[name].shape, empty[name].shape, strict=True)]

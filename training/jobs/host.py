@@ -258,7 +258,15 @@ def _spec(order: Order, banks: Path) -> Spec:
     order = order.with_length()
     if order.start_from:
         order = replace(order, start_from=_listed("loras", order.start_from))
-    checkpoint = _listed("checkpoints", order.checkpoint)
+    parts: dict[str, Any] = {}
+    if order.teacher.diffusion_model:
+        checkpoint = _listed("diffusion_models", order.teacher.diffusion_model)
+        parts["text_encoders"] = tuple(
+            _listed("text_encoders", name) for name in order.teacher.text_encoders
+        )
+        parts["vae"] = _listed("vae", order.teacher.vae)
+    else:
+        checkpoint = _listed("checkpoints", order.checkpoint)
     settings = shared(order, Spec) | shared(order.data, Spec) | {"guidance": (order.guidance,)}
     if order.data.auto_resolution:
         settings["resolution"] = _own_resolution(Path(checkpoint))
@@ -272,6 +280,7 @@ def _spec(order: Order, banks: Path) -> Spec:
         banks=str(banks),
         data=_data(order.data),
         sample_prompts=_prompts(order.sample_prompts, "sample prompts", MOST_SAMPLES),
+        **parts,
         **settings,
     )
 

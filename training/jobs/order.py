@@ -69,12 +69,51 @@ class DataOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherOrder:
+    """The content of LCM_TEACHER: a flow model by the files of its parts. Empty: not used."""
+
+    diffusion_model: str = setting(
+        "The model to accelerate: a flow model (SD3, Flux, Chroma, Flux2, Qwen-Image, Z-Image, "
+        "Lumina2, Anima or Wan) from ComfyUI's diffusion_models folder, with weights in bf16, fp16 "
+        "or fp32.",
+        "",
+        is_path=True,
+    )
+    text_encoder: str = setting(
+        "The model's text encoder. ComfyUI knows its kind from the file and the model.",
+        "",
+        is_path=True,
+    )
+    text_encoder_2: str = setting(
+        "Its second text encoder, such as CLIP-L beside T5-XXL for Flux.", "", is_path=True
+    )
+    text_encoder_3: str = setting("Its third text encoder, for SD3.", "", is_path=True)
+    vae: str = setting("The model's VAE.", "", is_path=True)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        names = self.text_encoder, self.text_encoder_2, self.text_encoder_3
+        return tuple(name for name in names if name)
+
+    def __post_init__(self) -> None:
+        if not self.diffusion_model and not self.text_encoders and not self.vae:
+            return
+        needed = {
+            "a diffusion model": self.diffusion_model, "a text encoder": self.text_encoder,
+            "a VAE": self.vae,
+        }  # fmt: skip
+        if missing := [what for what, name in needed.items() if not name]:
+            raise ValueError(f"Distillation Teacher lacks {' and '.join(missing)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """A distillation. The order of the fields is that of the node's inputs: append new ones."""
 
     checkpoint: str = setting(
         "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega, KOALA, or a flow model (SD3, "
-        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE.",
+        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE. none: the "
+        "model comes from Distillation Teacher.",
         is_path=True,
     )
     data: DataOrder = setting("The data from Distillation Data.", factory=DataOrder)
@@ -135,6 +174,12 @@ class Order:
         widget={"multiline": True, "optional": True},
     )
     start_from: str = same(Spec, "start_from")
+    teacher: TeacherOrder = setting(
+        "A flow model by the files of its parts, from Distillation Teacher. It replaces the "
+        "checkpoint, which is then not read.",
+        factory=TeacherOrder,
+        widget={"optional": True},
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -28,7 +28,7 @@ from . import host
 from .beside import Beside
 from .job import Job, NoJob
 from .metrics import read
-from .order import DataOrder, Order, again
+from .order import DataOrder, Order, TeacherOrder, again
 from .records import Attempt, Result
 from .states import ACTIVE
 from .store import ORDER, WORKFLOW, Busy
@@ -325,9 +325,9 @@ def _positive(body: dict[str, Any], name: str) -> int:
 
 
 def openapi(request: web.Request) -> Any:
-    """openapi.json, completed with the schemas of Order and DataOrder."""
+    """openapi.json, completed with the schemas of Order and of its parts."""
     document = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
-    orders = {kind.__name__: schema(kind) for kind in (Order, DataOrder)}
+    orders = {kind.__name__: schema(kind) for kind in (Order, DataOrder, TeacherOrder)}
     document["components"]["schemas"] |= orders
     return document
 
@@ -360,6 +360,10 @@ def _settings(spec: dict[str, Any]) -> dict[str, Any]:
     shown = {name: value for name, value in spec.items() if name not in hidden}
     if isinstance(start := shown.pop("start_from", None), str):
         shown["start_from"] = Path(start).name
+    if isinstance(vae := shown.pop("vae", None), str):
+        shown["vae"] = Path(vae).name
+    if isinstance(encoders := shown.pop("text_encoders", None), list):
+        shown["text_encoders"] = [Path(str(path)).name for path in encoders]
     data = spec.get("data")
     items = data.items() if isinstance(data, dict) else ()
     return shown | {"data": {name: value for name, value in items if name != "path"}}

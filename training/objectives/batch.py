@@ -21,7 +21,8 @@ class Batch:
     Attributes:
         z0: clean latents [B, C, H, W] at diffusion scale. eps: their noise, of the same shape.
         index: int64 [B] in 0..49, the point on the grid 19, 39, ..., 999 where the noise is added.
-        cond, uncond: the network's inputs with and without the caption.
+        cond, uncond: the network's inputs with and without the caption; uncond is empty if the
+            guidance is one of the inputs.
         cfg: the usual guidance scale, a number or [B, 1, 1, 1].
     """
 

@@ -115,10 +115,10 @@ def predict_guided(
     """The guided (x0, eps) of a network at (z, t), both [B, C, H, W] float32.
 
     The conditional and the unconditional prediction run as one batch. x0 and eps are each converted
-    first and then guided, whatever the prediction type. If both inputs are the same object, the
-    network has its guidance embedded: it is called once, and cfg does not count.
+    first and then guided, whatever the prediction type. Without an uncond the network has its
+    guidance embedded: it is called once, and cfg does not count.
     """
-    if uncond is cond:
+    if not uncond:
         return schedule.predict(network, z, t, cond)
     both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
     x0, eps = schedule.predict(network, torch.cat([z, z]), torch.cat([t, t]), both)

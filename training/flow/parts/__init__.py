@@ -1,0 +1,1 @@
+"""A flow model from the files of its parts."""
