@@ -202,7 +202,7 @@ def test_the_reference_is_drawn_once(model, vectors, monkeypatch):
     from lcm_lora.search import find, host
 
     def only_the_default(search):
-        yield search._add(search.default)
+        yield search.measured(search.default)
 
     monkeypatch.setattr(find.Search, "steps", only_the_default)
     drawn, two = [], {"prompts": "a cat\na dog", "pictures": 1}

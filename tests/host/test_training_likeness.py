@@ -27,7 +27,7 @@ def spec_of(folder, **changes):
         "host": "/", "checkpoint": "/c.safetensors", "output": "/o.safetensors",
         "banks": str(folder), "resolution": 96, "guidance": (3.0,), "rank": 8, "steps": 3,
         "batch": 2, "sample_every": 1, "seed": 5,
-        "data": Data(prompts=PROMPTS, count=16, draw_steps=8),
+        "data": Data(prompts=PROMPTS, count=16, draw_steps=5),
     }  # fmt: skip
     return Spec(**settings | changes)
 
@@ -73,21 +73,21 @@ def test_an_lcm_lora_is_nearer_to_the_data_than_nothing_at_every_number_of_steps
 @pytest.fixture
 def run(teacher, rows, monkeypatch, tmp_path):
     """run(**settings) -> a Run of a few steps with 4 pictures to compare, and its metrics file."""
-    from lcm_lora.training.state import likeness
+    from lcm_lora.training.state import likeness, samples
     from lcm_lora.training.state.journal import Journal
     from lcm_lora.training.state.loop import Run
-    from lcm_lora.training.state.samples import Samples
 
     monkeypatch.setattr(likeness, "PICTURES", 4)
+    monkeypatch.setattr(samples, "TEACHER_STEPS", 2)
     adapters = []
 
     def make(**changes):
         spec = spec_of(tmp_path, **changes)
         adapters.append(Adapter(teacher.network, spec.rank, spec.lora_alpha, spec.seed))
-        samples = Samples(tmp_path, teacher, PROMPTS[:1], 96, 5, "lcm")
-        samples.likeness = likeness.Likeness(teacher, rows, "lcm", 5)
+        shown = samples.Samples(tmp_path, teacher, PROMPTS[:1], 96, 5, "lcm")
+        shown.likeness = likeness.Likeness(teacher, rows, "lcm", 5)
         made = Run(
-            spec, tmp_path, teacher, adapters[-1], rows, Ranks(), Journal(tmp_path), samples,
+            spec, tmp_path, teacher, adapters[-1], rows, Ranks(), Journal(tmp_path), shown,
             lambda: "",
         )  # fmt: skip
         return made, tmp_path / "metrics.jsonl"
