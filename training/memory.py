@@ -89,16 +89,16 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a UNet or a transformer by name, each recomputed or compiled as a whole.
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a UNet or a transformer, each recomputed or compiled as a whole.
 
     Raises ValueError if there are none, because otherwise neither would happen.
     """
     kinds = {"ResBlock", "SpatialTransformer"}
-    blocks = {
-        name: module for name, module in network.named_modules()
+    blocks = [
+        module for name, module in network.named_modules()
         if re.fullmatch(BLOCK, name) or kinds & {base.__name__ for base in type(module).__mro__}
-    }  # fmt: skip
+    ]  # fmt: skip
     if not blocks:
         raise ValueError(
             f"{type(network).__name__} has no block that can be recomputed or compiled: expected "
@@ -115,10 +115,13 @@ def recompute_blocks(network: nn.Module) -> Callable[[], None]:
     Raises ValueError if the network has no such blocks.
     """
     blocks = blocks_of(network)
-    before = [block.__dict__.get("forward") for block in blocks.values()]
-    for name, block in blocks.items():
+    before = [block.__dict__.get("forward") for block in blocks]
+    of_transformers = {
+        module for name, module in network.named_modules() if re.fullmatch(BLOCK, name)
+    }
+    for block in blocks:
         forward = block.forward
-        once = _of_copies(forward) if re.fullmatch(BLOCK, name) else forward
+        once = _of_copies(forward) if block in of_transformers else forward
 
         def again(
             *args: Any, _forward: Callable[..., Any] = forward, _once: Callable[..., Any] = once,
@@ -132,7 +135,7 @@ def recompute_blocks(network: nn.Module) -> Callable[[], None]:
         block.forward = again
 
     def undo() -> None:
-        for block, forward in zip(blocks.values(), before, strict=True):
+        for block, forward in zip(blocks, before, strict=True):
             if forward is None:
                 del block.forward
             else:
@@ -172,5 +175,5 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     ):  # fmt: skip
         if hasattr(config, limit):
             setattr(config, limit, max(getattr(config, limit), variants))
-    for block in blocks.values():
+    for block in blocks:
         block.forward = torch.compile(block.forward, **options)

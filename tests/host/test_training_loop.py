@@ -224,13 +224,13 @@ def test_compiled_blocks_change_nothing_and_stay_compiled(trained, teacher, monk
     for name in ("optimized_attention", "optimized_attention_masked"):
         monkeypatch.setattr(attention, name, attention.attention_pytorch)
     _, plain = trained(steps=1)
-    blocks, graphs = dict(list(memory.blocks_of(teacher.network).items())[:2]), Graphs()
+    blocks, graphs = memory.blocks_of(teacher.network)[:2], Graphs()
     monkeypatch.setattr(memory, "blocks_of", lambda _: blocks)
     monkeypatch.setattr(loop, "compile_blocks", partial(memory.compile_blocks, backend=graphs))
     for limit in ("recompile_limit", "cache_size_limit"):
         if hasattr(torch._dynamo.config, limit):
             monkeypatch.setattr(torch._dynamo.config, limit, 2)
-    forwards = {block: block.__dict__.get("forward") for block in blocks.values()}
+    forwards = {block: block.__dict__.get("forward") for block in blocks}
     torch._dynamo.reset()
     try:
         _, compiled = trained(steps=1, compile=True)

@@ -128,7 +128,7 @@ def _deepest(network: nn.Module) -> nn.Module:
         # Of its last layer, because ComfyUI calls the layers of a block one by one.
         middle: nn.Module = (getattr(unet, "middle_block", None) or unet.input_blocks[-1])[-1]
         return middle
-    blocks = list(blocks_of(network).values())
+    blocks = blocks_of(network)
     return blocks[len(blocks) // 2]
 
 
