@@ -129,7 +129,7 @@ def flow_model(kind: str, device: str = "cpu", **changes):
     about.manual_cast_dtype = None
     model = about.get_model({}, "", device=torch.device(device))
     if adapter := getattr(model.diffusion_model, "llm_adapter", None):  # has one size: a large one
-        adapter.embed = torch.nn.Embedding(64, adapter.embed.embedding_dim, device=device)
+        adapter.embed = type(adapter.embed)(64, adapter.embed.embedding_dim, device=device)
         del adapter.blocks[1:]
     if device != "meta":
         generator = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ def texts_of(kind, prompt):
     if kind in ("Lumina2", "ZImage"):
         texts["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
     if kind == "Anima":
-        texts["t5xxl_ids"] = torch.randint(32128, (length + 2,), generator=generator).int()
+        texts["t5xxl_ids"] = torch.randint(64, (length + 2,), generator=generator).int()
         texts["t5xxl_weights"] = torch.ones(length + 2)
     return texts
 
