@@ -13,7 +13,7 @@ from .data.bank import square_sizes, together
 from .memory import give_back, is_out_of_memory, recompute_blocks
 from .objectives.batch import Batch
 from .objectives.solver import teacher_step
-from .objectives.table import consistency_passes, forward_passes, loss_of
+from .objectives.table import OBJECTIVES, consistency_passes, forward_passes, loss_of
 from .spec import Spec
 from .state.checkpoints import size
 from .state.progress import Progress, use_less_memory
@@ -39,7 +39,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
             f"2 network calls a step (target; student), and one more ({TEACHER}) in one of "
             f"{spec.passes} passes over the bank"
         )
-    if spec.objective == "dmd":
+    if OBJECTIVES[spec.objective].matches:
         seconds *= forward_passes(spec) / consistency_passes(spec)
         calls += ", and steps of distribution matching, whose time follows from their calls"
     count = progress.micro_batch

@@ -163,9 +163,9 @@ def test_a_loaded_checkpoint_has_what_we_read(loaded):
 
 
 def test_a_loaded_model_has_the_blocks_that_are_recomputed_and_compiled(loaded):
-    from lcm_lora.training.memory import _blocks
+    from lcm_lora.training.memory import blocks_of
 
-    kinds = {type(block).__name__ for block in _blocks(loaded[0].model.diffusion_model)}
+    kinds = {type(block).__name__ for block in blocks_of(loaded[0].model.diffusion_model)}
     assert kinds == {"ResBlock", "SpatialTransformer"}
 
 

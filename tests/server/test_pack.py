@@ -20,6 +20,9 @@ import comfy.options
 comfy.options.enable_args_parsing()
 import nodes, comfy_api.v0_0_2, latent_preview, comfy.sample, comfy.sd
 asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+import folder_paths
+for kind in folder_paths.folder_names_and_paths:
+    folder_paths.get_filename_list(kind)  # which the host keeps for every loader
 before, touched = set(sys.modules), []
 
 def held(owner):

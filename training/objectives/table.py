@@ -24,18 +24,19 @@ MATCHING = 0.67 + 1 + 2 + 2 + 2 * 1.15
 
 
 class Objective(NamedTuple):
-    """consistency: the loss on the teacher's solver steps; of "dmd", its first part and its anchor.
-    family: how its LoRAs are sampled, see samplers/families.py.
+    """consistency: the loss on the teacher's solver steps. family: how its LoRAs are sampled, see
+    samplers/families.py. matches: whether distribution matching follows, with that loss as anchor.
     """
 
     consistency: Callable[[Spec], Loss]
     family: str
+    matches: bool = False
 
 
 OBJECTIVES = {
     "lcm": Objective(lambda spec: lcm.loss, "lcm"),
     "phased": Objective(lambda spec: partial(phased.loss, phases=spec.phases), "phased"),
-    "dmd": Objective(lambda spec: lcm.loss, "lcm"),
+    "dmd": Objective(lambda spec: lcm.loss, "lcm", matches=True),
 }
 
 
@@ -52,7 +53,7 @@ def family_of(spec: Spec) -> str:
 def forward_passes(spec: Spec) -> float:
     """The mean over the job's steps of what a picture costs, in forward passes."""
     consistency = consistency_passes(spec)
-    if spec.objective != "dmd":
+    if not OBJECTIVES[spec.objective].matches:
         return consistency
     both = (consistency + MATCHING) / 2  # in turn
     return both if spec.start_from else (consistency + both) / 2

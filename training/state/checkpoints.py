@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ...lora.atomic import patiently
 from .. import disk, tensors
+from ..objectives.table import OBJECTIVES
 
 log = logging.getLogger("lcm_lora")
 MANIFEST = "manifest.json"
@@ -46,7 +47,7 @@ def room(parameters: int, keep: int, objective: str) -> int:
 
 def size(parameters: int, objective: str) -> int:
     """Bytes of a checkpoint of an adapter with so many parameters."""
-    return parameters * (MATCHING_BYTES if objective == "dmd" else BYTES_A_PARAMETER)
+    return parameters * (MATCHING_BYTES if OBJECTIVES[objective].matches else BYTES_A_PARAMETER)
 
 
 def flat(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

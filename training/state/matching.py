@@ -14,6 +14,7 @@ from ..adapter import Adapter
 from ..data import draws
 from ..data.bank import Bank
 from ..objectives.dmd import Draws, Pair
+from ..objectives.table import OBJECTIVES
 from ..ranks import Ranks
 from ..spec import Spec
 from ..teacher import Teacher
@@ -142,5 +143,5 @@ def gradients_of(
     spec: Spec, job: Path, teacher: Teacher, adapter: Adapter, bank: Bank, ranks: Ranks
 ) -> Consistency:
     """What the job's objective trains with."""
-    kind = Matching if spec.objective == "dmd" else Consistency
+    kind = Matching if OBJECTIVES[spec.objective].matches else Consistency
     return kind(spec, job, teacher, adapter, bank, ranks)
