@@ -48,10 +48,10 @@ def summed(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector,
     times their weights."""
     terms = _terms(vectors, weights)
     deltas, grams, holders_of = {}, Grams(len(terms)), _holders(terms)
+    # Of all terms together, because one alone may not show the kind of its model.
+    paths = own_paths(Vector({n: terms[held[0]][0].deltas[n] for n, held in holders_of.items()}))
     for name, holders in holders_of.items():
         deltas[name] = stacked([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
-    paths = own_paths(Vector(deltas))
-    for name, holders in holders_of.items():
         ranks = [terms[i][0].deltas[name].rank for i in holders]
         inner = grams.add(paths[name], deltas[name], holders, ranks)
         if not inner.isfinite().all():
