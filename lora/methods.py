@@ -69,10 +69,11 @@ def combine(
         ValueError: the vectors cannot be added, or a setting is out of range.
     """
     rank, density, seed = settings.rank, settings.density, settings.seed
-    total, report, grams = summed(vectors, weights)
     if rule := RULES.get(settings.method):
+        grams = summed(vectors, weights)[2]  # their sum itself would only take memory
         merged = elementwise(vectors, weights, rule, density, rank, seed, device, watch)
         return *merged, grams
+    total, report, grams = summed(vectors, weights)
     if settings.method == "exact":
         return total, report, grams
     # The squares of what is kept and of what is lost add up to the square of the sum.

@@ -155,16 +155,16 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
     run = Search(
         Measured(studio, parts, styled), order.default, order.low, order.high, order.budget
     )
+    share = None
+    if order.shown:  # before the search, because it may be refused
+        plain = kept(studio, "plain" + key(order.prompts), lambda: studio.reference(parts, False))
+        share = Share(studio, parts, styled, plain)
     stopped, number, is_enough = False, 0, True
     try:
         for number, point in enumerate(run.steps(), 1):
             watch(point, number)
         found = run.found()
-        if order.shown:
-            plain = kept(
-                studio, "plain" + key(order.prompts), lambda: studio.reference(parts, False)
-            )
-            share = Share(studio, parts, styled, plain)
+        if share is not None:
             found.taken = at_least(
                 run, share, order.shown, lambda point: watch(point, len(run.points))
             )
@@ -213,6 +213,11 @@ class Share:
         self.studio, self.parts = studio, parts
         self.effect = statistics(styled.latents), statistics(plain.latents)
         self._without: dict[float, Tensor] = {}
+        if style_shown(*self.effect, *self.effect) is None:
+            raise ValueError(
+                "style_at_least is set, but even in many steps the styles change neither colours "
+                "nor spectrum, so how much of them shows cannot be measured. Set it to 0."
+            )
 
     def __call__(self, point: Point) -> float:
         fast, *styles = map(float, point.weights)
@@ -220,11 +225,7 @@ class Share:
             bare = self.studio.draw((fast, *[0.0] * len(styles)), self.parts)
             self._without[fast] = statistics(bare)
         share = style_shown(point.residuals.shown, self._without[fast], *self.effect)
-        if share is None:
-            raise ValueError(
-                "style_at_least is set, but even in many steps the styles change neither colours "
-                "nor spectrum, so how much of them shows cannot be measured. Set it to 0."
-            )
+        assert share is not None  # it depends on the effect alone
         return share
 
 

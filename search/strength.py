@@ -19,7 +19,8 @@ def at_least(
     """The point with the lowest J among those whose share is `wanted` or more; if there is none,
     the one with the largest share. It may measure up to TRIES more, within the search's budget.
 
-    share: of the styles' effect that shows at a point. watch: is told of each new one.
+    share(point): the share of the styles' effect that shows there. watch(point) is called after
+    each new measurement.
     """
     shares = [share(point) for point in run.points]
     for _ in range(TRIES):
@@ -55,9 +56,9 @@ def _lowest(run: Search, surface: Surface, shares: Array, wanted: float, centre:
     minimize = minimizer()
     options = {"ftol": 1e-10, "maxiter": 200}
     enough = {"type": "ineq", "fun": lambda weights: shown(weights) - wanted}
-    found = minimize(
+    lowest = minimize(
         surface, centre, method="SLSQP", bounds=bounds, constraints=[enough], options=options
     )
-    if not found.success or shown(found.x) < wanted - SLACK:
-        found = minimize(lambda weights: -shown(weights), centre, method="L-BFGS-B", bounds=bounds)
-    return np.clip(found.x, low, high)
+    if not lowest.success or shown(lowest.x) < wanted - SLACK:
+        lowest = minimize(lambda weights: -shown(weights), centre, method="L-BFGS-B", bounds=bounds)
+    return np.clip(lowest.x, low, high)

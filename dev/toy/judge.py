@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...training.state.likeness import share_inside
 from . import assemble, world
 
 CLASSIFIER = assemble.WEIGHTS / "classifier.safetensors"
@@ -49,16 +50,6 @@ def unbiased(
     x, y = torch.tensor(points, dtype=torch.float64).T
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return max(0.0, float(y.mean() - slope * x.mean()))
-
-
-def share_inside(points: torch.Tensor, others: torch.Tensor, k: int = 3) -> float:
-    """The share of points [N, D] within the manifold of others [M, D] (arXiv 1904.06991, eq. 1):
-    nearer to one of them than that one's own k-th neighbour.
-
-    Precision is the share of drawn pictures inside the real ones; recall the reverse.
-    """
-    radius = torch.cdist(others, others).kthvalue(k + 1, dim=1).values  # the first is itself
-    return float((torch.cdist(points, others) <= radius).any(1).float().mean())
 
 
 class Classifier(nn.Module):

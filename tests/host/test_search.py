@@ -1,6 +1,7 @@
 """Find LoRA Weights on a small real model in the real ComfyUI."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,18 @@ def test_as_much_of_the_style_shows_as_is_wanted(model, vectors, monkeypatch):
     weights = [weight for _, weight in figures["weights"]]
     assert weights == pytest.approx(point.weights, abs=0.006)
     assert ("You asked for 140 %" in output.result[2]) == (figures["style_shown"] < 1.35)
+
+
+def test_a_share_of_a_style_without_effect_is_refused_before_the_search(
+    model, vectors, monkeypatch
+):
+    from lcm_lora.search.find import Search
+
+    monkeypatch.setattr(Search, "measured", lambda *_: pytest.fail("something was measured"))
+    style = vectors[1]
+    nothing = replace(style, deltas={n: delta.scaled(0.0) for n, delta in style.deltas.items()})
+    with pytest.raises(ValueError, match="style_at_least is set, but .* Set it to 0"):
+        execute(model, [vectors[0], nothing], style_at_least=0.9)
 
 
 def test_the_reference_is_drawn_once(model, vectors, monkeypatch):

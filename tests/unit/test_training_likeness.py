@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from lcm_lora.dev.toy import judge
 from lcm_lora.training.state.likeness import energy_distance, share_inside, summary
 
 
@@ -24,10 +23,15 @@ def test_it_is_zero_on_average_for_one_distribution():
     assert abs(sum(values) / 60) < 0.01 < energy_distance(normal(20, 8, 1), normal(20, 8, 2, 0.5))
 
 
-def test_recall_is_the_demos():
-    real, drawn = normal(60, 5, 1), normal(50, 5, 2) * 0.4
-    recall = share_inside(real, drawn)
-    assert recall == judge.share_inside(real, drawn) and 0 < recall < 0.5
+def test_recall_counts_real_pictures_within_the_third_neighbour_of_a_drawn_one():
+    """The definition, written out pair by pair in float64."""
+    real, drawn = normal(60, 5, 1).double(), normal(50, 5, 2).double() * 0.4
+    radii = [sorted(float((x - y).norm()) for y in drawn)[3] for x in drawn]
+    inside = [
+        any(float((r - x).norm()) <= radius for x, radius in zip(drawn, radii, strict=True))
+        for r in real
+    ]
+    assert share_inside(real, drawn) == pytest.approx(sum(inside) / 60) and 0 < sum(inside) < 30
 
 
 def test_features_are_mean_and_deviation_of_each_channel_over_all_places():

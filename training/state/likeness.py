@@ -50,6 +50,7 @@ class Likeness:
         self.rows = [rows[i * count // number] for i in range(number)]
         self._tap = _deepest(teacher.network)
         self._real: Tensor | None = None
+        self._called: Callable[[int], None] = lambda calls: None
 
     @property
     def calls(self) -> int:
@@ -60,8 +61,8 @@ class Likeness:
     def measure(
         self, adapter: Adapter, called: Callable[[int], None] = lambda calls: None
     ) -> Figures:
-        """{"distance", "recall"}, each by the number of steps. called: is told of network calls for
-        one picture."""
+        """{"distance": {"1": ..., "2": ..., "4": ...}, "recall": the same}, by the number of steps.
+        called(n) is called after n network calls for one picture."""
         self._called = called
         if self._real is None:
             self._real = torch.stack(in_parts(self.rows, AT_ONCE, self._of_bank(adapter)))
@@ -155,7 +156,8 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def share_inside(points: Tensor, others: Tensor) -> float:
-    """The share of points [N, D] that are as near to one of the others [M, D] as its own third
-    neighbour. With real pictures as points and drawn ones as others, this is recall."""
+    """The share of points [N, D] within the manifold of others [M, D] (arXiv 1904.06991, equation
+    1): as near to one of them as that one's own third neighbour. Precision is the share of drawn
+    pictures inside the real ones, recall the reverse."""
     radius = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values  # first: itself
     return float((torch.cdist(points, others) <= radius).any(1).float().mean())
