@@ -1,8 +1,9 @@
-"""Distils the demo model with the real program, and judges what it made.
+"""Distils the demo model with the real program, and judges what each objective makes of it.
 
-One LCM-LoRA is distilled from prompts alone and one from pictures with captions. Each gets as many
-steps as fit into 45 minutes on two cores, including its bank, and the bars of `bench quality`. An
-interrupted run continues with the first LoRA that was not finished.
+An LCM-LoRA is distilled from prompts alone. Then each of ARMS goes on from it for the same time:
+the same objective once more, and distribution matching. The teacher has the guidance that is
+distilled, where its distance to real pictures is smallest (docs/measured.md). An interrupted run
+continues with the first LoRA that was not finished.
 """
 
 from __future__ import annotations
@@ -19,56 +20,70 @@ from pathlib import Path
 import torch
 
 from ...lora.formats import files
+from ...training.objectives.table import forward_passes
+from ...training.schema import build
+from ...training.spec import Spec
 from .. import commands, environment
-from ..toy import learn, sprites, world
-from ..toy.command import DISTILLED, write_pictures
+from ..toy import world
+from ..toy.command import DISTILLED
 from . import quality, subjects
 from .report import Report
 
 RUN = environment.ROOT / "training" / "run.py"
-LATENTS, PICTURES = 600, 1600
+LATENTS = 600
 STEPS, MINUTES, PASSES = 600, 45, 8
+FIRST = "lcm"
+# What goes on from the first LoRA -> the objective.
+ARMS = {"lcm, then lcm": "lcm", "lcm, then dmd": "dmd"}
 # Number of steps -> distance to real pictures, as a multiple of the teacher's.
 WORST = {4: 1.3, 2: 1.6, 1: 2.2}
+WORST_MATCHED = {4: 0.9, 2: 1.0, 1: 1.3}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=500, help="--quality: judged per seed")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--matching", type=int, default=800, metavar="STEPS",
+        help="--quality: steps of distribution matching; the other arms get the same time",
+    )  # fmt: skip
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
     work = commands.LOCAL / "distill"
-    painter = learn.Painter({"3d": sprites.load("3d", environment.cache())}, 9)
-    write_pictures(work / "pictures", painter, PICTURES)
     captions = [spec.caption for spec in world.specs(LATENTS, torch.Generator().manual_seed(71))]
-    sources = {
-        "from prompts": {"prompts": captions, "count": LATENTS, "draw_steps": 20},
-        # Not mirrored, because captions name what is on the left first.
-        "from pictures": {"kind": "pictures", "path": str(work / "pictures"), "flip": False},
-    }
-    specs = {
-        name: settings(work / name.replace(" ", "-"), checkpoint, source)
-        for name, source in sources.items()
-    }
+    data = {"prompts": captions, "count": LATENTS, "draw_steps": 20}
+    specs = {FIRST: settings(work / FIRST, checkpoint, data)}
+    for name, objective in ARMS.items():
+        folder = work / name.replace(", ", "-").replace(" ", "-")
+        specs[name] = settings(folder, checkpoint, data) | {
+            "banks": specs[FIRST]["banks"], "start_from": specs[FIRST]["output"],
+            "objective": objective, "passes": 1, "lr": 1e-4, "warmup": 0, "decay": "constant",
+        }  # fmt: skip
+    costs = {name: forward_passes(build(Spec, specs[name], name)) for name in ARMS}
+    for name, cost in costs.items():
+        specs[name]["steps"] = round(chosen.matching * max(costs.values()) / cost)
     all_settings = json.dumps([specs, chosen.pictures])
     training = (environment.ROOT / "training").rglob("*.py")
     kept = quality.Kept(work / "judged", all_settings, training)
-    report, minutes = Report("distill"), []
+    report, minutes = Report("distill"), dict[str, float]()
     for name, spec in specs.items():
-        minutes.append(kept.get(f"distil {name}", partial(distil, spec))["minutes"])
-        report.add(name, "engine", "time", "min", minutes[-1:])
-        report.add(name, "engine", "steps", "", [STEPS])
+        minutes[name] = kept.get(f"distil {name}", partial(distil, spec))["minutes"]
+        report.add(name, "engine", "time", "min", [minutes[name]])
+        report.add(name, "engine", "steps", "", [spec["steps"]])
     toy = subjects.Toy.load(checkpoint, subjects.quick_dtype())
-    columns = subjects.columns(toy)
-    columns = {name: columns[name] for name in ("base, DDIM", "base, LCM sampler")}
+    columns = subjects.columns(toy, DISTILLED)
+    columns = {name: columns[name] for name in ("base, DDIM", "base, DPM++ 2M")}
     for name, spec in specs.items():
         columns[name] = subjects.accelerated(toy, files.read(Path(spec["output"])))
-    figures = quality.measure(toy, columns, (1, 2, 4), chosen.pictures, chosen.seeds, kept)
+    figures = quality.measure(
+        toy, columns, (1, 2, 4), chosen.pictures, chosen.seeds, kept, guidance=DISTILLED
+    )
     quality.rows(report, figures)
     for name in specs:
-        quality.lcm_bars(report, figures, WORST, name)
-    report.bar("minutes of the longest distillation", max(minutes), MINUTES)
+        matched = ARMS.get(name) == "dmd"
+        quality.lcm_bars(report, figures, WORST_MATCHED if matched else WORST, name)
+    report.bar("minutes of the longest distillation", max(minutes.values()), MINUTES)
     kept.forget()
     return report
 
@@ -80,7 +95,7 @@ def settings(folder: Path, checkpoint: Path, source: dict) -> dict:
     return {
         "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(checkpoint),
         "banks": str(folder / "banks"), "output": str(folder / "lcm-lora.safetensors"),
-        "resolution": world.SIZE, "batch": 12, "rank": 64, "guidance": DISTILLED, "lr": 4e-4,
+        "resolution": world.SIZE, "batch": 12, "rank": 64, "guidance": [DISTILLED], "lr": 4e-4,
         "warmup": 50, "decay": "cosine", "checkpoint_every": 1000,
         "precision": "bf16" if subjects.quick_dtype() == torch.bfloat16 else "fp32",
         "log_every": 20, "sample_every": 0, "data": source, "steps": STEPS, "passes": PASSES,

@@ -5,6 +5,7 @@
 | plants | Are weights found that are known, because changes add up? |
 | styles | Are the weights found for a style nearer to its pictures than the paper's 0.8 and 1.0? |
 | grids | What does a sheet cost beside bare pictures, and beside a queue of single prompts? |
+| memory | What memory does a sheet take at SDXL's full size, beside LCM KSampler? |
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from ...search.host import Measured, Settings, Studio
 from ...search.objective import statistics
 from ..toy import assemble, world
 from ..toy.command import DISTILLED
-from . import grids, quality, subjects
+from . import grids, quality, sheet_memory, subjects
 from .report import Report, chosen_parts
 
-PARTS = ("plants", "styles", "grids")
+PARTS = ("plants", "styles", "grids", "memory")
 PAPER = (1.0, 0.8)  # of the acceleration and of the style
 HALVES = (1.0, 0.8, 0.8)
 LOW, HIGH, BUDGET = 0.0, 2.0, 40
@@ -45,6 +46,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference-steps", type=int, default=50)
     parser.add_argument("--judged", type=int, default=100, help="pictures for a distance")
     parser.add_argument("--grid", type=int, default=0, help="also the best of so many weights each")
+    parser.add_argument("--side", type=int, default=128, help="of the latents for the memory")
 
 
 def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
@@ -122,6 +124,9 @@ class Bench:
         """The time of sheets against the same pictures one by one."""
         host = Path(comfy.__path__[0]).parent
         grids.add(self.report, self.chosen.runs, self.checkpoint, host)
+
+    def memory(self) -> None:
+        sheet_memory.add(self.report, self.chosen.side)
 
     def styles(self) -> None:
         """Found weights against the paper's, judged on other prompts."""

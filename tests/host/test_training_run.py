@@ -230,7 +230,9 @@ def test_a_job_matches_distributions(job, made):
         torch.testing.assert_close(
             vector.deltas[name].matrix(), delta.matrix(), rtol=5e-3, atol=1e-4
         )
-    assert (spec.parent / "samples" / "step-00000010.png").exists()
+    # What it starts from is shown too.
+    assert [line["step"] for line in metrics(spec) if "endpoint_error" in line] == [0, 10]
+    assert all((spec.parent / "samples" / f"step-000000{n}.png").exists() for n in ("00", "10"))
 
 
 def test_a_job_whose_last_word_was_lost_is_done_all_the_same(job, made):

@@ -44,9 +44,15 @@ class Progress:
 
     @classmethod
     def first(cls, spec: Spec, half: bool = False) -> Progress:
-        """The progress before step 1. half: whether the network computes in float16."""
-        count = min(spec.micro_batch or spec.batch, spec.batch)
-        return cls(count, spec.checkpointing == "on", scale=FIRST_SCALE if half else 1.0)
+        """The progress before step 1. half: whether the network computes in float16.
+
+        A LoRA that the job starts from is sampled too: what it can do is what is to be improved.
+        """
+        return cls(
+            min(spec.micro_batch or spec.batch, spec.batch), spec.checkpointing == "on",
+            scale=FIRST_SCALE if half else 1.0,
+            unsampled=bool(spec.start_from and spec.sample_every),
+        )  # fmt: skip
 
 
 @dataclass
