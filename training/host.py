@@ -20,8 +20,9 @@ from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
 from .flow.host import make_differentiable
+from .flow.kinds import FLOW_MODELS
 from .flow.parts.host import load_parts, require_fitting_parts
-from .flow.teacher import FLOW_MODELS, FlowTeacher
+from .flow.teacher import FlowTeacher
 from .memory import is_out_of_memory
 from .objectives.solver import Line, Process, Schedule
 from .spec import StyleLoRA

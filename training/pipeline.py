@@ -71,6 +71,8 @@ class Pipeline:
             if self.spec.start_from:
                 start_from(adapter, teacher, Path(self.spec.start_from))
             if dry_run:
+                teacher.free_text_encoders()  # as after the bank: they take no room in a step
+                teacher.free_vae()
                 print(plan(self.spec, teacher, adapter, len(source)))  # noqa: T201 (asked for)
                 return
             self.require_room_for_checkpoints(teacher, source, adapter)
@@ -191,7 +193,7 @@ class Pipeline:
         folder = banks / bank.key(base_hash, settings)
         is_new = not (folder / bank.INDEX).exists()
         if is_new:
-            needed = bank.size(source, teacher.latent_shape(spec.resolution), teacher.uncond)
+            needed = bank.size(source, teacher.latent_shape(spec.resolution), teacher.text)
             waiting.require_room(banks, needed - _bytes_in(folder), "the latent bank")
         progress = _BankProgress(self, summary(source.unused))
         try:

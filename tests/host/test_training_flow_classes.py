@@ -40,7 +40,8 @@ def texts_of(kind, prompt):
 def teacher_of(kind):
     from lcm_lora.lora.weights.host import detect
     from lcm_lora.training.flow.host import make_differentiable
-    from lcm_lora.training.flow.teacher import FLOW_MODELS, FlowTeacher
+    from lcm_lora.training.flow.kinds import FLOW_MODELS
+    from lcm_lora.training.flow.teacher import FlowTeacher
     from lcm_lora.training.host import process_of
 
     patcher = flow_model(kind, **CHANGES.get(kind, {}))
@@ -267,3 +268,31 @@ def test_a_range_of_guidance_is_refused_where_it_is_embedded(alone):
         teacher.use_guidance((2.0, 4.0))
     _, uncond = teacher.conditions(together([texts_of("Flux", "a")]), NO_SIZES[:1])
     assert not uncond
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("Flux", 1), ("FluxSchnell", 2)])
+def test_a_plan_counts_the_teachers_calls(alone, kind, calls):
+    from lcm_lora.training.plan import plan
+    from lcm_lora.training.spec import Data, Spec
+
+    teacher, adapter = alone(kind)
+    spec = Spec(
+        host="/", checkpoint="/c.safetensors", output="/o.safetensors", banks="/b", resolution=64,
+        batch=1, rank=2, guidance=(3.0,), data=Data(prompts=PROMPTS, count=3, draw_steps=1),
+    )  # fmt: skip
+    seen = []
+    call = type(teacher).__call__
+
+    def counted(self, z, *args, **texts):
+        if not adapter.on:
+            seen.append(len(z))
+        return call(self, z, *args, **texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(teacher), "__call__", counted)
+        report = plan(spec, teacher, adapter, 3)
+    assert set(seen) == {calls} and teacher.guided_calls == calls
+    assert ("(teacher, no gradient; target" in report) == (calls == 1)
+    assert ("(teacher: 2 pictures in one, no gradient; target" in report) == (calls == 2)
+    weights = sum(p.numel() for p in teacher.network.parameters()) * 4 / 1e9
+    assert f"in a step, with AdamW's state added: {weights:.2f} GB of weights" in report

@@ -59,7 +59,8 @@ class DataOrder:
     resolution: int = same(Spec, "resolution")
     auto_resolution: bool = setting(
         "Use the resolution that the checkpoint's architecture is made for instead of the number "
-        "above: 512 for SD1.5, 512 or 768 for SD2, 1024 for SDXL and its relatives.",
+        "above: 512 for SD1.5, 512 or 768 for SD2, 640 for Wan, 1024 for SDXL, its relatives and "
+        "the other flow models.",
         False,
         widget={"optional": True},
     )
