@@ -25,6 +25,8 @@ _DOWN = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.(\d+)\..*")
 # By it, ComfyUI tells SD2 with v prediction (768 pixels) from SD2-base (512).
 _OF_V_PREDICTION = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _LEAST_DEVIATION = 0.09
+_FP8 = "F8_E4M3"
+_OF_PACKED = "scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class CheckpointFile:
     Attributes:
         architecture: "SD1.5", "SDXL", ... resolution: the side in pixels that it is made for.
         width: of its text features. shapes: of the network's weights, by their names in it.
-        flow: its kind, if it is a flow model.
+        flow: its kind, if it is a flow model. dtype: of most of its weights, as safetensors calls
+        it. is_packed: whether layers have scales beside them.
     """
 
     architecture: str
@@ -42,6 +45,8 @@ class CheckpointFile:
     width: int
     shapes: Mapping[str, tuple[int, ...]]
     flow: Kind | None = None
+    dtype: str = ""
+    is_packed: bool = False
 
     @classmethod
     def read(cls, path: Path) -> CheckpointFile:
@@ -63,8 +68,15 @@ class CheckpointFile:
                     if key.startswith(prefix)
                 }
                 if flow := kind_of(shapes):
-                    width = flow.text_width(shapes)
-                    return cls(flow.name, flow.resolution, width, shapes, flow)
+                    features = flow.text_width(shapes)
+                    dtypes = Counter(file.get_slice(f"{prefix}{key}").get_dtype() for key in shapes)
+                    is_packed = "_quantization_metadata" in (file.metadata() or {}) or any(
+                        key.endswith(_OF_PACKED) for key in shapes
+                    )
+                    return cls(
+                        flow.name, flow.resolution, features, shapes, flow,
+                        dtypes.most_common(1)[0][0], is_packed,
+                    )  # fmt: skip
                 width = next((s[1] for n, s in shapes.items() if _is_cross(n, s)), None)
                 kind = architecture(width, _deepest(shapes))
                 if width is None or kind is None:
@@ -124,14 +136,14 @@ class CheckpointFile:
             if len(shape) > 1 and targets.search(name)
         }  # fmt: skip
 
-    def step_bytes(self, rank: int, side: int, width: int) -> float | None:
+    def step_bytes(self, rank: int, side: int, precision: str) -> float | None:
         """Bytes of a step with one picture and with blocks recomputed, by arithmetic; None where
         only a measurement tells.
 
-        side: of the picture, in pixels. width: bytes of a number of the network. These are the
-        weights; the LoRA with its gradient and AdamW's moments in float32; what goes into each
-        block; and one block's activations, 17 numbers for each feature of a token (arXiv
-        2205.05198, equation 2, without the attention's square).
+        side: of the picture, in pixels. precision: the job's. These are the weights; the LoRA with
+        its gradient and AdamW's moments in float32; what goes into each block; and one block's
+        activations, 17 numbers for each feature of a token (arXiv 2205.05198, equation 2, without
+        the square of the attention).
         """
         if self.flow is None:
             return None
@@ -141,7 +153,19 @@ class CheckpointFile:
         tokens = (side / TOKEN) ** 2 + self.flow.tokens
         weights = sum(prod(shape) for shape in self.shapes.values())
         activations = tokens * features * (blocks + 17)
-        return width * (weights + activations) + 16 * self.lora_parameters(rank)
+        width = 4 if precision == "fp32" else 2
+        is_small = self.dtype == _FP8 and (self.is_packed or precision == "auto")
+        stored = 1 if is_small else width
+        return stored * weights + width * activations + 16 * self.lora_parameters(rank)
+
+
+def is_fp8(path: Path) -> bool:
+    """Whether a flow model's weights are stored as plain fp8, without scales."""
+    try:
+        file = CheckpointFile.read(path)
+    except ValueError:
+        return False
+    return file.dtype == _FP8 and not file.is_packed
 
 
 @lru_cache(maxsize=16)  # a page asks for estimates while the user types

@@ -19,7 +19,8 @@ from ..lora.delta import Vector
 from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
-from .flow.host import make_differentiable
+from .checkpoint_file import is_fp8
+from .flow.host import make_differentiable, require_exact_weights
 from .flow.kinds import FLOW_MODELS
 from .flow.parts.host import load_parts, require_fitting_parts
 from .flow.teacher import FlowTeacher
@@ -111,15 +112,21 @@ def load_teacher(
     dtype = _dtype(precision, device)
     if dtype == torch.float32:  # otherwise cuDNN's convolutions round their inputs to TF32
         torch.backends.cudnn.allow_tf32 = False
+    stored = torch.float8_e4m3fn if precision == "auto" and is_fp8(checkpoint) else dtype
     if vae_file is not None:
-        patcher, clip, vae = load_parts(checkpoint, text_encoders, vae_file, dtype, embeddings)
+        patcher, clip, vae = load_parts(checkpoint, text_encoders, vae_file, stored, embeddings)
     else:
-        patcher, clip, vae = _loaded(checkpoint, dtype, embeddings)
+        patcher, clip, vae = _loaded(checkpoint, stored, embeddings)
     architecture, prediction = _checked(checkpoint.name, patcher, clip, vae)
     styles = []
     for lora in loras:
         patcher, style = _with_style(patcher, lora)
         styles.append((style, lora.strength))
+    if prediction == FLOW:
+        if precision != "auto":  # where ComfyUI would compute in another
+            patcher.model.manual_cast_dtype = dtype
+        dtype = patcher.model.get_dtype_inference()
+        require_exact_weights(checkpoint.name, patcher)
     management.load_models_gpu([patcher], force_full_load=True)
     network = patcher.model.diffusion_model.requires_grad_(False).eval()
     if prediction == FLOW:
@@ -134,6 +141,8 @@ def load_teacher(
     if teacher.has_sizes:
         empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
     teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
+    # A text encoder may have displaced it.
+    management.load_models_gpu([patcher], force_full_load=True)
     if vae_file is not None:
         require_fitting_parts(teacher, text_encoders, vae_file)
     return teacher

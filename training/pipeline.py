@@ -70,6 +70,8 @@ class Pipeline:
             )  # fmt: skip
             if self.spec.start_from:
                 start_from(adapter, teacher, Path(self.spec.start_from))
+            if teacher.prediction == FLOW:
+                require_right_gradients(teacher, adapter)
             if dry_run:
                 teacher.free_text_encoders()  # as after the bank: they take no room in a step
                 teacher.free_vae()
@@ -220,8 +222,6 @@ class Pipeline:
         notes: tuple[str, ...],
     ) -> Run | None:  # fmt: skip
         """Trains to the end; None if the job was paused."""
-        if teacher.prediction == FLOW:
-            require_right_gradients(teacher, adapter)
         if samples is not None:
             samples.likeness = self.likeness(teacher, rows)
         run = Run(

@@ -23,7 +23,7 @@ from .teacher import Teacher
 def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     """The plan as text. It runs a step with random latents twice, the first time to warm up."""
     parameters = sum(p.numel() for p in adapter.parameters())
-    network = sum(p.numel() * p.element_size() for p in teacher.network.parameters())
+    network = teacher.weight_bytes
     checkpoint = size(parameters, spec.objective)
     asked = "teacher, no gradient"
     if teacher.guided_calls > 1:
@@ -52,7 +52,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     most = memory(teacher.device) + checkpoint - 4 * parameters
     lines = [
         f"teacher: {Path(spec.checkpoint).name}, {teacher.architecture}, "
-        f"{teacher.prediction} prediction, {network / 1e9:.2f} GB as "
+        f"{teacher.prediction} prediction, {network / 1e9:.2f} GB, computes in "
         f"{str(teacher.dtype).removeprefix('torch.')} on {teacher.device}",
         f"LoRA: {len(adapter.names)} modules of rank {spec.rank}, {parameters / 1e6:.2f} M "
         f"parameters, a file of {2 * parameters / 1e6:.1f} MB",

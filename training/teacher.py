@@ -100,6 +100,11 @@ class Teacher:
         return int(self._vae.latent_dim), int(self._vae.latent_channels)
 
     @property
+    def weight_bytes(self) -> int:
+        """Of the network, as it is stored on the device."""
+        return int(self._patcher.model_size())
+
+    @property
     def guided_calls(self) -> int:
         """Of the network, for a guided prediction of one picture."""
         return 2

@@ -73,7 +73,7 @@ def estimate(spec: Spec, name: str, device: str, processes: int, store: Store) -
     same = [job for job in earlier if _work(job.spec) == _work(spec)]
     drawn = spec.data.count if spec.data.kind == "prompts" else 0
     training, drawing, time = None, 0.0 if not drawn else None, UNKNOWN
-    if earlier:
+    if file and earlier:
         basis = (same or earlier)[0]
         # Forward passes of this resolution a second.
         pace = basis.samples_per_second * forward_passes(basis.spec, file.guided_calls)
@@ -140,8 +140,7 @@ def _memory(
         return peak, MEASURED
     if file and file.architecture in PEAKS and spec.resolution == file.resolution:
         return PEAKS[file.architecture], ESTIMATED
-    bytes_ = 4 if spec.precision == "fp32" else 2
-    if file and (arithmetic := file.step_bytes(spec.rank, spec.resolution, bytes_)):
+    if file and (arithmetic := file.step_bytes(spec.rank, spec.resolution, spec.precision)):
         return arithmetic, ESTIMATED
     return None, UNKNOWN
 

@@ -75,8 +75,8 @@ class TeacherOrder:
 
     diffusion_model: str = setting(
         "The model to accelerate: a flow model (SD3, Flux, Chroma, Flux2, Qwen-Image, Z-Image, "
-        "Lumina2, Anima or Wan) from ComfyUI's diffusion_models folder, with weights in bf16, fp16 "
-        "or fp32.",
+        "Lumina2, Anima or Wan) from ComfyUI's diffusion_models folder, with weights in bf16, "
+        "fp16, fp32 or fp8.",
         "",
         is_path=True,
     )
