@@ -25,7 +25,7 @@ from .flow.kinds import FLOW_MODELS
 from .flow.parts.host import load_parts, require_fitting_parts
 from .flow.teacher import FlowTeacher
 from .memory import is_out_of_memory
-from .objectives.solver import Line, Process, Schedule
+from .objectives.solver import TIMES, Line, Process, Schedule
 from .spec import StyleLoRA
 from .teacher import DTYPES, FLOW, Teacher
 
@@ -167,11 +167,14 @@ def _loaded(checkpoint: Path, dtype: torch.dtype, embeddings: tuple[str, ...]) -
 
 
 def process_of(patcher: Any, prediction: str, device: torch.device) -> Process:
-    """How a model mixes noise, at 1000 timesteps: some flow models have a table of 10,000."""
-    sigmas = patcher.model.model_sampling.sigmas.float().to(device)
+    """How a model mixes noise."""
+    from ..samplers.process.host import shifted
+
+    sampling = patcher.model.model_sampling
     if prediction == FLOW:
-        every = len(sigmas) // 1000
-        return Line(sigmas[every - 1 :: every].contiguous())
+        line = [shifted(sampling, (i + 1) / TIMES) for i in range(TIMES)]
+        return Line(torch.tensor(line, device=device))
+    sigmas = sampling.sigmas.float().to(device)
     return Schedule(1 / (1 + sigmas.square()), prediction)
 
 

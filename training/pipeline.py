@@ -192,6 +192,7 @@ class Pipeline:
             settings["embeddings"] = disk.stamps([Path(path) for path in spec.embeddings])
         if teacher.prediction == FLOW:
             settings["texts"] = "as ComfyUI's conditions"  # earlier banks have two of them
+            settings["times"] = teacher.schedule.T
         folder = banks / bank.key(base_hash, settings)
         is_new = not (folder / bank.INDEX).exists()
         if is_new:

@@ -13,7 +13,13 @@ from .data.bank import square_sizes, together
 from .memory import forget_peak, give_back, is_out_of_memory, memory, recompute_blocks
 from .objectives.batch import Batch
 from .objectives.solver import teacher_step
-from .objectives.table import OBJECTIVES, consistency_passes, forward_passes, loss_of
+from .objectives.table import (
+    OBJECTIVES,
+    consistency_passes,
+    forward_passes,
+    loss_of,
+    solver_of,
+)  # fmt: skip
 from .spec import Spec
 from .state.checkpoints import size
 from .state.progress import Progress, use_less_memory
@@ -94,11 +100,13 @@ def _measured(
 ) -> float:
     """Seconds for `count` pictures, the second time."""
     shape = teacher.latent_shape(spec.resolution)
-    eps, index, cfg = draws.draw(0, 0, range(count), shape, spec.guidance)
+    schedule = teacher.schedule
+    starts = len(schedule.starts)
+    eps, index, cfg = draws.draw(0, 0, range(count), shape, spec.guidance, starts)
     sizes = torch.tensor([square_sizes(spec.resolution)] * count)
     cond, uncond = teacher.conditions(together([teacher.uncond] * count), sizes)
     eps, index, cfg = (x.to(teacher.device) for x in (eps, index, cfg))
-    batch = Batch(eps, eps, index, cond, uncond, cfg)
+    batch = Batch(eps, eps, index, cond, uncond, cfg, *solver_of(spec, schedule))
     for _ in range(2):
         begun = time.monotonic()
         z_s = teacher_step(teacher, adapter, teacher.schedule, batch) if asks_teacher else eps

@@ -98,7 +98,7 @@ def test_it_is_called_as_the_host_samples(teacher, comfy, monkeypatch):
     import comfy.samplers
     from lcm_lora.training.objectives.solver import predict_guided
 
-    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([999, 459, 700])
+    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([839, 385, 587])
     cond, uncond = teacher.conditions(
         together([texts_of(teacher.kind, prompt) for prompt in PROMPTS]), NO_SIZES
     )
@@ -131,6 +131,24 @@ def test_it_is_called_as_the_host_samples(teacher, comfy, monkeypatch):
         torch.testing.assert_close(ours[i : i + 1], answer, rtol=1e-3, atol=1e-3)
 
 
+def test_our_samplers_steps_are_timesteps_that_it_was_trained_at(teacher):
+    """So are ComfyUI's own, with its scheduler `simple`, which rounds where its table is coarse."""
+    import comfy.samplers
+    from lcm_lora.samplers.families import FAMILIES
+    from lcm_lora.samplers.host import patch_sampling, schedule
+
+    for family in ("lcm", "phased"):
+        sampled = patch_sampling(teacher._patcher, family)
+        for steps in range(1, 9):
+            t = teacher.schedule.run(FAMILIES[family], steps)
+            assert set(t) <= set(teacher.schedule.starts) and len(set(t)) == steps
+            trained = teacher.schedule.sigmas[t]
+            torch.testing.assert_close(trained, schedule(sampled, steps)[:-1], rtol=1e-6, atol=1e-6)
+            own = sampled.get_model_object("model_sampling")
+            host = comfy.samplers.calculate_sigmas(own, "simple", steps)[:-1]
+            torch.testing.assert_close(trained, host, rtol=0, atol=3e-3)
+
+
 @pytest.mark.parametrize("objective", ["phased", "dmd"])
 def test_a_run_learns_and_its_lora_comes_back_into_the_host(teacher, adapter, objective, tmp_path):
     """The host's patched weights then draw as the network with the adapter beside it."""
@@ -161,7 +179,7 @@ def test_a_run_learns_and_its_lora_comes_back_into_the_host(teacher, adapter, ob
     made = export.vector(adapter.state(), adapter.alpha, {}, "made")
     files.write(tmp_path / "made.safetensors", made, "fp32", overwrite=True)
     assert teacher.unmatched(tmp_path / "made.safetensors") == []
-    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([999, 459, 700])
+    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([839, 385, 587])
     cond, _ = teacher.conditions(
         together([texts_of(teacher.kind, prompt) for prompt in PROMPTS]), NO_SIZES
     )

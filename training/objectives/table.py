@@ -45,6 +45,14 @@ def loss_of(spec: Spec) -> Loss:
     return OBJECTIVES[spec.objective].consistency(spec)
 
 
+def solver_of(
+    spec: Spec, schedule: Process
+) -> tuple[tuple[int, ...], int, tuple[int, ...]]:  # fmt: skip
+    """Batch's `starts`, `skip` and `edges`."""
+    edges = phased.edges(schedule, spec.phases) if spec.objective == "phased" else (0,)
+    return schedule.starts, schedule.skip, edges
+
+
 def family_of(spec: Spec) -> str:
     """The name of the family that the job's LoRA belongs to."""
     return OBJECTIVES[spec.objective].family

@@ -78,7 +78,7 @@ def require_fitting_parts(teacher: Teacher, text_encoders: Sequence[Path], vae: 
             f"{its[1]} channels, and those of {teacher.architecture} have {ours[0]} and {ours[1]}."
         )
     z = torch.zeros(1, *teacher.latent_shape(128), device=teacher.device)
-    t = torch.tensor([999], device=teacher.device)
+    t = torch.tensor([teacher.schedule.T - 1], device=teacher.device)
     texts = together([{name: x.cpu() for name, x in teacher.uncond.items()}])
     try:
         with torch.no_grad():
