@@ -1,5 +1,6 @@
 """Distilling a flow model: SD3's class of the host, on a small checkpoint of random weights."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -208,11 +209,11 @@ def test_captions_of_other_lengths_are_called_as_they_would_be_alone(teacher):
     torch.testing.assert_close(together_, alone, rtol=1e-5, atol=1e-5)
 
 
-def run(spec, folder):
+def run(spec, folder, *launcher):
     file = folder / "spec.json"
     folder.mkdir(exist_ok=True)
     file.write_text(spec.to_json(), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "training" / "run.py"), str(file)]
+    command = [sys.executable, *launcher, str(ROOT / "training" / "run.py"), str(file)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return Path(spec.output), ended.stderr
@@ -243,3 +244,23 @@ def test_a_job_makes_a_lora_that_the_host_takes_and_samples(job, checkpoint, tmp
     output = LCMKSampler.execute(patch_sampling(model, "lcm"), 1, 4, 1.0, *texts, latent, 1.0)
     assert output.result[0]["samples"].isfinite().all()
     assert (tmp_path / "flow" / "samples" / "step-00000004.png").exists()
+
+
+def test_two_processes_are_one_with_twice_the_batch(job, checkpoint, tmp_path, monkeypatch):
+    """With captions of other lengths, which the processes call by themselves."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {
+        "checkpoint": str(checkpoint), "steps": 6, "rank": 4, "host_flags": ("--cpu",),
+        "data": Data(prompts=(*PROMPTS, "word " * 90), count=4, draw_steps=2),
+    }  # fmt: skip
+    two = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    made = []
+    for name, batch, launcher in (("one", 2, ()), ("two", 1, two)):
+        output, _ = run(job(name, batch=batch, **settings), tmp_path / name, *launcher)
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        made.append(([json.loads(line)["loss"] for line in lines], files.read(output).deltas))
+    (losses, one), (others, both) = made
+    assert len(losses) == 6 and losses == pytest.approx(others, abs=1e-4)
+    for name, delta in one.items():
+        torch.testing.assert_close(delta.up, both[name].up, rtol=0.05, atol=2e-4)
+    assert max(float(delta.up.abs().max()) for delta in one.values()) > 2e-3
