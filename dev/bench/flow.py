@@ -21,7 +21,8 @@ from ..toy import flow, world
 from . import distill_quality, quality, subjects
 from .report import Report
 
-LATENTS, STEPS = 500, 800
+LATENTS, STEPS = 500, 700
+SETTINGS = {"passes": 1, "rank": 32, "lr": 2e-4}
 # Number of steps -> distance to real pictures, as a multiple of the teacher's.
 WORST = {4: 1.5}
 ENDPOINT = 0.5  # error at one step, as a multiple of the base model's
@@ -39,7 +40,7 @@ def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
     captions = [spec.caption for spec in world.specs(LATENTS, torch.Generator().manual_seed(71))]
     source = {"prompts": captions, "count": LATENTS, "draw_steps": 20}
     spec = distill_quality.settings(work / "job", checkpoint, source)
-    spec |= {"steps": STEPS, "guidance": flow.GUIDANCE}
+    spec |= {"steps": STEPS, "guidance": flow.GUIDANCE, "banks": str(work / "banks")} | SETTINGS
     training = (Path(__file__).parents[2] / "training").rglob("*.py")
     settings = json.dumps([spec, chosen.pictures])
     kept = quality.Kept(work / "judged", settings, [Path(__file__), *training])
