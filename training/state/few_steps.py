@@ -28,15 +28,9 @@ def few_steps(
     if isinstance(schedule, Schedule):
         levels, shares = (1 / schedule.alphas_cumprod - 1).sqrt(), variance_exploding
         scale = schedule.alpha
-
-        def earlier(_: torch.Tensor, eta: float) -> torch.Tensor:
-            return levels[((1 - eta) * t[1:].float()).floor().long()]
     else:
         levels, shares = schedule.sigma(torch.arange(schedule.T, device=t.device)).flatten(), _line
         scale = _unscaled
-
-        def earlier(sigmas: torch.Tensor, eta: float) -> torch.Tensor:
-            return sigmas * (1 - eta)
 
     sigmas = torch.cat([levels[t], torch.zeros(1, device=start.device)])
     remaining = iter(timesteps)
@@ -46,6 +40,11 @@ def few_steps(
         z = scale(now) * x
         x0, _ = schedule.predict(network, z, now, cond)
         return schedule.consistency(z, x0, now) if family.boundary else x0
+
+    def earlier(sigmas: torch.Tensor, eta: float) -> torch.Tensor:
+        if isinstance(schedule, Schedule):
+            return levels[((1 - eta) * t[1:].float()).floor().long()]
+        return sigmas * (1 - eta)
 
     kept = kept_noise(sigmas[:-1], family.eta, earlier, shares)
     return lcm(
