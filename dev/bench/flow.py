@@ -1,8 +1,7 @@
 """Distils the small flow model with the real program from prompts alone, and judges the LoRA.
 
 Needs the model that `python3 dev toy --flow` trains. The last columns are the LoRA in ComfyUI's own
-sampler `lcm` on the scheduler `simple`, whose times lie between points of the grid that it was
-distilled on.
+sampler `lcm` on the scheduler `simple`.
 """
 
 from __future__ import annotations
