@@ -111,7 +111,7 @@ FAMILIES = {
         # arXiv 2402.13929: Euler, trailing, which equals DDIM.
         Family("lightning", eta=0.0),
         # Trained by this pack (arXiv 2405.18407): from edge to edge of its phases.
-        Family("phased", eta=0.0, origin_steps=ORIGIN_STEPS),
+        Family("phased", eta=0.0, origin_steps=ORIGIN_STEPS, flow=True),
         # What nearly all few-step flow models are sampled with: Euler, trailing, at the shift that
         # the model has.
         of_flow(DEFAULT_FLOW),

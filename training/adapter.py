@@ -29,6 +29,12 @@ BLOCK = r"^(joint_blocks|double_blocks|single_blocks|transformer_blocks|blocks|l
 OF_BLOCKS = re.compile(BLOCK + r"\.(?!.*(modulation|_mod\.))")
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a linear layer or a convolution. ComfyUI's linear layer of packed weights is no
+    nn.Linear."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Linear"
+
+
 class LowRank(nn.Module):
     """x -> scale * up(down(x)) beside one Linear or Conv2d, at first 0 (arXiv 2106.09685).
 
@@ -87,8 +93,8 @@ class Adapter(nn.Module):
     """LoRA layers on every target layer of `network`, which is frozen. It is on at first.
 
     rank, alpha: of every layer; the delta is up @ down * alpha / rank. targets: is found in the
-    names of the layers that are trained. Raises ValueError if the
-    network has no target layer, or if the rank is below 1 or above the full rank of a layer.
+    names of the layers that are trained. Raises ValueError if the network has no target layer, or
+    if the rank is below 1 or above the full rank of a layer.
     """
 
     def __init__(
@@ -107,9 +113,10 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleList()
         self._hooks = []
         for name, layer in network.named_modules():
-            if not (isinstance(layer, nn.Linear | nn.Conv2d) and targets.search(name)):
+            if not (_is_layer(layer) and targets.search(name)):
                 continue
-            full = min(len(layer.weight), layer.weight[0].numel())
+            out, *inputs = layer.weight.shape
+            full = min(out, math.prod(inputs))
             if rank > full:
                 raise ValueError(
                     f"Rank {rank} is too high for the layer {name}, whose full rank is {full}: "
@@ -123,8 +130,7 @@ class Adapter(nn.Module):
             raise ValueError(
                 f"{type(network).__name__} has none of the layers that an LCM-LoRA trains: "
                 "expected the UNet of Stable Diffusion 1, 2 or XL, or a transformer of a flow "
-                "model with weights in bf16, fp16 or fp32. Packed weights (scaled fp8, int8, "
-                "nvfp4) cannot be trained on: choose the bf16 file of the model."
+                "model with weights in fp32, fp16, bf16 or fp8. Choose such a file of the model."
             )
 
     def _hook(self, low: LowRank) -> Callable[..., torch.Tensor | None]:

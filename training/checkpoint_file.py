@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,15 +13,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..lora.architecture import architecture
-from .adapter import OF_BLOCKS, TARGETS
+from .adapter import BLOCK, OF_BLOCKS, TARGETS
+from .flow.kinds import KINDS, Kind, has_guidance, kind_of
+from .teacher import SHRINK
 
 NETWORK = "model.diffusion_model."
+PREFIXES = (NETWORK, "net.", "")  # of the weights in a checkpoint, and in two kinds of parts
+TOKEN = 16  # pixels a side that are one token of each of the flow models
 _CROSS_ATTENTION = re.compile(r".*attn2\.to_k\.weight")
-_OF_SD3 = "joint_blocks.0.x_block.attn.qkv.weight"
 _DOWN = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.(\d+)\..*")
 # By it, ComfyUI tells SD2 with v prediction (768 pixels) from SD2-base (512).
 _OF_V_PREDICTION = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _LEAST_DEVIATION = 0.09
+_FP8 = "F8_E4M3"
+_OF_PACKED = "scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale"
 
 
 @dataclass(frozen=True)
@@ -30,35 +36,54 @@ class CheckpointFile:
     Attributes:
         architecture: "SD1.5", "SDXL", ... resolution: the side in pixels that it is made for.
         width: of its text features. shapes: of the network's weights, by their names in it.
+        flow: its kind, if it is a flow model. dtype: of most of its weights, as safetensors calls
+        it. is_packed: whether layers have scales beside them.
     """
 
     architecture: str
     resolution: int
     width: int
     shapes: Mapping[str, tuple[int, ...]]
+    flow: Kind | None = None
+    dtype: str = ""
+    is_packed: bool = False
 
     @classmethod
     def read(cls, path: Path) -> CheckpointFile:
-        """Raises ValueError if it is no safetensors file, or none of the known architectures."""
+        """Of a checkpoint, or of the file of a flow model's network alone.
+
+        Raises ValueError if it is no safetensors file, or none of the known architectures.
+        """
         return _read(path, path.stat().st_mtime_ns)
 
     @classmethod
     def _parse(cls, path: Path) -> CheckpointFile:
         try:
             with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in names))
                 shapes = {
-                    key.removeprefix(NETWORK): tuple(file.get_slice(key).get_shape())
-                    for key in file.keys()
-                    if key.startswith(NETWORK)
+                    key.removeprefix(prefix): tuple(file.get_slice(key).get_shape())
+                    for key in names
+                    if key.startswith(prefix)
                 }
-                if _OF_SD3 in shapes:
-                    return cls("SD3", 1024, shapes["context_embedder.weight"][1], shapes)
+                if flow := kind_of(shapes):
+                    features = flow.text_width(shapes)
+                    dtypes = Counter(file.get_slice(f"{prefix}{key}").get_dtype() for key in shapes)
+                    is_packed = "_quantization_metadata" in (file.metadata() or {}) or any(
+                        key.endswith(_OF_PACKED) for key in shapes
+                    )
+                    return cls(
+                        flow.name, flow.resolution, features, shapes, flow,
+                        dtypes.most_common(1)[0][0], is_packed,
+                    )  # fmt: skip
                 width = next((s[1] for n, s in shapes.items() if _is_cross(n, s)), None)
                 kind = architecture(width, _deepest(shapes))
                 if width is None or kind is None:
                     raise ValueError(
                         f"The architecture of {path.name} is not known: expected SD1.5, SD2, SDXL, "
-                        "SSD-1B, Segmind Vega, KOALA or SD3."
+                        "SSD-1B, Segmind Vega, KOALA, or a flow model: "
+                        f"{', '.join(sorted(kind.name for kind in KINDS))}."
                     )
                 side = {768: 512, 1024: 512}.get(width, 1024)
                 if width == 1024 and _OF_V_PREDICTION in shapes:
@@ -73,24 +98,74 @@ class CheckpointFile:
 
     @property
     def latent_channels(self) -> int:
-        return 16 if self.architecture == "SD3" else 4
+        return self.flow.channels if self.flow else 4
+
+    @property
+    def shrink(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return self.flow.shrink if self.flow else SHRINK
+
+    @property
+    def guided_calls(self) -> int:
+        """As of a Teacher."""
+        return 1 if self.flow and has_guidance(self.shapes) else 2
+
+    @property
+    def network(self) -> tuple[str, int, int]:
+        """What networks that take the same time have in common: an architecture may have several
+        sizes."""
+        return self.architecture, self.guided_calls, self.lora_parameters(1)
 
     @property
     def text_numbers(self) -> int:
         """How many numbers a short caption's embeddings are."""
-        if self.architecture == "SD3":
-            return 154 * self.width + 2048
+        if self.flow:
+            return self.flow.tokens * self.width + self.flow.pooled
         return 77 * self.width + (1280 if self.width == 2048 else 0)
 
     def lora_parameters(self, rank: int) -> int:
         """Of a LoRA on all its target layers."""
+        return sum(rank * (shape[0] + prod(shape[1:])) for shape in self._layers().values())
+
+    def _layers(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of its target layers, by their names."""
+        targets = OF_BLOCKS if self.flow else TARGETS
         layers = {name.removesuffix(".weight"): shape for name, shape in self.shapes.items()}
-        targets = OF_BLOCKS if self.architecture == "SD3" else TARGETS
-        return sum(
-            rank * (shape[0] + prod(shape[1:]))
-            for name, shape in layers.items()
+        return {
+            name: shape for name, shape in layers.items()
             if len(shape) > 1 and targets.search(name)
-        )
+        }  # fmt: skip
+
+    def step_bytes(self, rank: int, side: int, precision: str) -> float | None:
+        """Bytes of a step with one picture and with blocks recomputed, by arithmetic; None where
+        only a measurement tells.
+
+        side: of the picture, in pixels. precision: the job's. These are the weights; the LoRA with
+        its gradient and AdamW's moments in float32; what goes into each block; and one block's
+        activations, 17 numbers for each feature of a token (arXiv 2205.05198, equation 2, without
+        the square of the attention).
+        """
+        if self.flow is None:
+            return None
+        layers = self._layers()
+        blocks = len({found[0] for name in layers if (found := re.match(BLOCK, name))})
+        features = Counter(shape[1] for shape in layers.values()).most_common(1)[0][0]
+        tokens = (side / TOKEN) ** 2 + self.flow.tokens
+        weights = sum(prod(shape) for shape in self.shapes.values())
+        activations = tokens * features * (blocks + 17)
+        width = 4 if precision == "fp32" else 2
+        is_small = self.dtype == _FP8 and (self.is_packed or precision == "auto")
+        stored = 1 if is_small else width
+        return stored * weights + width * activations + 16 * self.lora_parameters(rank)
+
+
+def is_fp8(path: Path) -> bool:
+    """Whether a flow model's weights are stored as plain fp8, without scales."""
+    try:
+        file = CheckpointFile.read(path)
+    except ValueError:
+        return False
+    return file.dtype == _FP8 and not file.is_packed
 
 
 @lru_cache(maxsize=16)  # a page asks for estimates while the user types

@@ -120,7 +120,8 @@ def _value(
     teacher: Teacher, random: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[], torch.Tensor]:
     """A function of the adapter's factors that is a number."""
-    t = torch.tensor([999, 499], device=teacher.device)
+    last = teacher.schedule.T - 1
+    t = torch.tensor([last, last // 2], device=teacher.device)
     z = random(torch.empty(2, teacher.channels, SIDE, SIDE, device=teacher.device))
     weights = random(z) / z[0].numel() ** 0.5
     texts = together([{name: x.cpu() for name, x in teacher.uncond.items()}] * 2)

@@ -19,11 +19,13 @@ from ..lora.delta import Vector
 from ..lora.formats import files
 from ..samplers.guidance_embedding import refuse_guidance_embedding
 from . import disk
-from .flow.host import make_differentiable
+from .checkpoint_file import is_fp8
+from .flow.host import make_differentiable, require_exact_weights
+from .flow.kinds import FLOW_MODELS
 from .flow.parts.host import load_parts, require_fitting_parts
-from .flow.teacher import FLOW_MODELS, FlowTeacher
+from .flow.teacher import FlowTeacher
 from .memory import is_out_of_memory
-from .objectives.solver import Line, Process, Schedule
+from .objectives.solver import TIMES, Line, Process, Schedule
 from .spec import StyleLoRA
 from .teacher import DTYPES, FLOW, Teacher
 
@@ -110,15 +112,21 @@ def load_teacher(
     dtype = _dtype(precision, device)
     if dtype == torch.float32:  # otherwise cuDNN's convolutions round their inputs to TF32
         torch.backends.cudnn.allow_tf32 = False
+    stored = torch.float8_e4m3fn if precision == "auto" and is_fp8(checkpoint) else dtype
     if vae_file is not None:
-        patcher, clip, vae = load_parts(checkpoint, text_encoders, vae_file, dtype, embeddings)
+        patcher, clip, vae = load_parts(checkpoint, text_encoders, vae_file, stored, embeddings)
     else:
-        patcher, clip, vae = _loaded(checkpoint, dtype, embeddings)
+        patcher, clip, vae = _loaded(checkpoint, stored, embeddings)
     architecture, prediction = _checked(checkpoint.name, patcher, clip, vae)
     styles = []
     for lora in loras:
         patcher, style = _with_style(patcher, lora)
         styles.append((style, lora.strength))
+    if prediction == FLOW:
+        if precision != "auto":  # where ComfyUI would compute in another
+            patcher.model.manual_cast_dtype = dtype
+        dtype = patcher.model.get_dtype_inference()
+        require_exact_weights(checkpoint.name, patcher)
     management.load_models_gpu([patcher], force_full_load=True)
     network = patcher.model.diffusion_model.requires_grad_(False).eval()
     if prediction == FLOW:
@@ -133,6 +141,8 @@ def load_teacher(
     if teacher.has_sizes:
         empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
     teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
+    # A text encoder may have displaced it.
+    management.load_models_gpu([patcher], force_full_load=True)
     if vae_file is not None:
         require_fitting_parts(teacher, text_encoders, vae_file)
     return teacher
@@ -157,11 +167,14 @@ def _loaded(checkpoint: Path, dtype: torch.dtype, embeddings: tuple[str, ...]) -
 
 
 def process_of(patcher: Any, prediction: str, device: torch.device) -> Process:
-    """How a model mixes noise, at 1000 timesteps: some flow models have a table of 10,000."""
-    sigmas = patcher.model.model_sampling.sigmas.float().to(device)
+    """How a model mixes noise."""
+    from ..samplers.process.host import shifted
+
+    sampling = patcher.model.model_sampling
     if prediction == FLOW:
-        every = len(sigmas) // 1000
-        return Line(sigmas[every - 1 :: every].contiguous())
+        line = [shifted(sampling, (i + 1) / TIMES) for i in range(TIMES)]
+        return Line(torch.tensor(line, device=device))
+    sigmas = sampling.sigmas.float().to(device)
     return Schedule(1 / (1 + sigmas.square()), prediction)
 
 

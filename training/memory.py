@@ -89,6 +89,12 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def forget_peak(device: torch.device) -> None:
+    """Lets `memory` begin anew on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The blocks of a UNet or a transformer, each recomputed or compiled as a whole.
 

@@ -70,7 +70,11 @@ class Pipeline:
             )  # fmt: skip
             if self.spec.start_from:
                 start_from(adapter, teacher, Path(self.spec.start_from))
+            if teacher.prediction == FLOW:
+                require_right_gradients(teacher, adapter)
             if dry_run:
+                teacher.free_text_encoders()  # as after the bank: they take no room in a step
+                teacher.free_vae()
                 print(plan(self.spec, teacher, adapter, len(source)))  # noqa: T201 (asked for)
                 return
             self.require_room_for_checkpoints(teacher, source, adapter)
@@ -188,10 +192,11 @@ class Pipeline:
             settings["embeddings"] = disk.stamps([Path(path) for path in spec.embeddings])
         if teacher.prediction == FLOW:
             settings["texts"] = "as ComfyUI's conditions"  # earlier banks have two of them
+            settings["times"] = teacher.schedule.T
         folder = banks / bank.key(base_hash, settings)
         is_new = not (folder / bank.INDEX).exists()
         if is_new:
-            needed = bank.size(source, teacher.latent_shape(spec.resolution), teacher.uncond)
+            needed = bank.size(source, teacher.latent_shape(spec.resolution), teacher.text)
             waiting.require_room(banks, needed - _bytes_in(folder), "the latent bank")
         progress = _BankProgress(self, summary(source.unused))
         try:
@@ -218,8 +223,6 @@ class Pipeline:
         notes: tuple[str, ...],
     ) -> Run | None:  # fmt: skip
         """Trains to the end; None if the job was paused."""
-        if teacher.prediction == FLOW:
-            require_right_gradients(teacher, adapter)
         if samples is not None:
             samples.likeness = self.likeness(teacher, rows)
         run = Run(

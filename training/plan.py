@@ -10,48 +10,62 @@ import torch
 from .adapter import Adapter
 from .data import draws
 from .data.bank import square_sizes, together
-from .memory import give_back, is_out_of_memory, recompute_blocks
+from .memory import forget_peak, give_back, is_out_of_memory, memory, recompute_blocks
 from .objectives.batch import Batch
 from .objectives.solver import teacher_step
-from .objectives.table import OBJECTIVES, consistency_passes, forward_passes, loss_of
+from .objectives.table import (
+    OBJECTIVES,
+    consistency_passes,
+    forward_passes,
+    loss_of,
+    solver_of,
+)  # fmt: skip
 from .spec import Spec
 from .state.checkpoints import size
 from .state.progress import Progress, use_less_memory
 from .teacher import Teacher
 
-TEACHER = "teacher: 2 pictures in one, no gradient"
-
 
 def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     """The plan as text. It runs a step with random latents twice, the first time to warm up."""
     parameters = sum(p.numel() for p in adapter.parameters())
-    network = sum(p.numel() * p.element_size() for p in teacher.network.parameters())
+    network = teacher.weight_bytes
     checkpoint = size(parameters, spec.objective)
+    asked = "teacher, no gradient"
+    if teacher.guided_calls > 1:
+        asked = f"teacher: {teacher.guided_calls} pictures in one, no gradient"
     progress = Progress.first(spec)
     if progress.recompute:
         recompute_blocks(teacher.network)
+    forget_peak(teacher.device)
     seconds = _seconds_a_step(spec, teacher, adapter, progress, asks_teacher=True)
-    calls = f"3 network calls a step ({TEACHER}; target; student)"
+    calls = f"3 network calls a step ({asked}; target; student)"
     if spec.passes > 1:
         later = _seconds_a_step(spec, teacher, adapter, progress, asks_teacher=False)
         seconds = (seconds + (spec.passes - 1) * later) / spec.passes
         calls = (
-            f"2 network calls a step (target; student), and one more ({TEACHER}) in one of "
+            f"2 network calls a step (target; student), and one more ({asked}) in one of "
             f"{spec.passes} passes over the bank"
         )
     if OBJECTIVES[spec.objective].matches:
-        seconds *= forward_passes(spec) / consistency_passes(spec)
+        guided = teacher.guided_calls
+        seconds *= forward_passes(spec, guided) / consistency_passes(spec, guided)
         calls += ", and steps of distribution matching, whose time follows from their calls"
     count = progress.micro_batch
     measured = f", {count} pictures at a time" if count < spec.batch else ""
     measured += ", blocks computed again in backward" if progress.recompute else ""
+    # The two moments of AdamW and a second adapter, if there is one, are not made for the plan.
+    most = memory(teacher.device) + checkpoint - 4 * parameters
     lines = [
         f"teacher: {Path(spec.checkpoint).name}, {teacher.architecture}, "
-        f"{teacher.prediction} prediction, {network / 1e9:.2f} GB as "
+        f"{teacher.prediction} prediction, {network / 1e9:.2f} GB, computes in "
         f"{str(teacher.dtype).removeprefix('torch.')} on {teacher.device}",
         f"LoRA: {len(adapter.names)} modules of rank {spec.rank}, {parameters / 1e6:.2f} M "
         f"parameters, a file of {2 * parameters / 1e6:.1f} MB",
         f"checkpoints: {checkpoint / 1e9:.2f} GB each, the last {spec.keep} and the best are kept",
+        f"memory: about {most / 1e9:.1f} GB, measured here in a step, with AdamW's state added: "
+        f"{network / 1e9:.2f} GB of weights, {(checkpoint + 4 * parameters) / 1e9:.2f} GB for the "
+        "LoRA, its gradient and AdamW, and the rest for activations and the program",
         f"bank: {examples} latents from {spec.data.kind}",
         f"steps: {spec.steps} of {spec.batch} pictures at {spec.resolution} pixels, objective "
         f"{spec.objective}, guidance {' to '.join(f'{w:g}' for w in spec.guidance)}; {calls}",
@@ -86,11 +100,13 @@ def _measured(
 ) -> float:
     """Seconds for `count` pictures, the second time."""
     shape = teacher.latent_shape(spec.resolution)
-    eps, index, cfg = draws.draw(0, 0, range(count), shape, spec.guidance)
+    schedule = teacher.schedule
+    starts = len(schedule.starts)
+    eps, index, cfg = draws.draw(0, 0, range(count), shape, spec.guidance, starts)
     sizes = torch.tensor([square_sizes(spec.resolution)] * count)
     cond, uncond = teacher.conditions(together([teacher.uncond] * count), sizes)
     eps, index, cfg = (x.to(teacher.device) for x in (eps, index, cfg))
-    batch = Batch(eps, eps, index, cond, uncond, cfg)
+    batch = Batch(eps, eps, index, cond, uncond, cfg, *solver_of(spec, schedule))
     for _ in range(2):
         begun = time.monotonic()
         z_s = teacher_step(teacher, adapter, teacher.schedule, batch) if asks_teacher else eps

@@ -138,7 +138,8 @@ class Spec:
     )
     clip: float = setting("Largest norm of the gradient.", 1.0, above=0)
     precision: str = setting(
-        "Precision of the checkpoint in training; the LoRA is float32.",
+        "Precision of the checkpoint in training; auto keeps a flow model's fp8 weights as they "
+        "are. The LoRA is float32.",
         "auto",
         choices=("auto", "fp32", "bf16", "fp16"),
     )

@@ -99,6 +99,16 @@ class Teacher:
         """(dimensions, channels) of the latents that the VAE makes."""
         return int(self._vae.latent_dim), int(self._vae.latent_channels)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the network, as it is stored on the device."""
+        return int(self._patcher.model_size())
+
+    @property
+    def guided_calls(self) -> int:
+        """Of the network, for a guided prediction of one picture."""
+        return 2
+
     def use_guidance(self, scale: tuple[float, ...]) -> None:  # noqa: B027 (most have no input for it)
         """The job's guidance scale, one number or a range. Raises ValueError if it does not fit."""
 

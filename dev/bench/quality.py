@@ -33,7 +33,7 @@ GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 LEAST = 100  # the judge has 64 features
 # Pictures at once. On 2 cores, 8 to 50 at once cost a fifth less each than 200.
 BATCH = 250 if torch.cuda.is_available() else 25
-TEACHER = f"{subjects.TEACHER_STEPS} steps", "base, DDIM (teacher)"
+TEACHER = f"{subjects.TEACHER_STEPS} steps", "teacher"
 Key = tuple[str, str, str]
 """case, subject, metric"""
 Figures = dict[Key, list[float]]

@@ -8,7 +8,10 @@ import logging
 import time
 from pathlib import Path
 
-AREAS = ("quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live", "weights")
+AREAS = (
+    "quality", "sampling", "distill", "fullsize", "jobs", "merge", "paper", "live", "weights",
+    "flow",
+)  # fmt: skip
 log = logging.getLogger("lcm_lora")
 
 

@@ -22,33 +22,51 @@ from ..toy.command import GUIDANCE
 
 TEACHER_STEPS = 50
 LATENT = 4, world.SIZE // 8, world.SIZE // 8
+DDIM = "ddim", "sgm_uniform"
 Sample = Callable[[int, int, list, list, int], torch.Tensor]
 """(steps, seed, positive, negative, count) -> latents [count, *LATENT]"""
 
 
 @dataclass(eq=False)
 class Toy:
-    """The demo model as ComfyUI loads it. name: of its file and its type of numbers."""
+    """A demo model as ComfyUI loads it.
+
+    name: of its file, its content, and its type of numbers. solver: the sampler and scheduler of
+    its teacher.
+    """
 
     name: str
     base: ModelPatcher
     clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
+    solver: tuple[str, str]
 
     @classmethod
-    def load(cls, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Toy:
-        """dtype: of the UNet's weights and products."""
+    def load(
+        cls, checkpoint: Path, dtype: torch.dtype = torch.float32, solver: tuple[str, str] = DDIM
+    ) -> Toy:  # fmt: skip
+        """dtype: of the network's weights and products."""
         base, clip, vae = comfy.sd.load_checkpoint_guess_config(
             str(checkpoint), model_options={"dtype": dtype}
         )[:3]
         base.model.manual_cast_dtype = dtype  # on a CPU, ComfyUI would multiply in float32
         vae.first_stage_model.to(memory_format=torch.channels_last)  # decodes in half the time
-        return cls(f"{checkpoint.name} {dtype}", base, clip, vae)
+        # The folder's name is a digest of what the file was made of.
+        name = f"{checkpoint.parent.name} {checkpoint.name} {dtype}"
+        return cls(name, base, clip, vae, solver)
+
+    @property
+    def latent(self) -> tuple[int, ...]:
+        return self.base.model.latent_format.latent_channels, *LATENT[1:]
 
     def encode(self, *texts: str) -> list:
         """Conditioning for a batch with one picture of each text."""
-        encoded = [self.clip.encode_from_tokens(self.clip.tokenize(text)) for text in texts]
-        return [[torch.cat(encoded), {}]]
+        encoded = [
+            self.clip.encode_from_tokens(self.clip.tokenize(text), return_pooled=True)
+            for text in texts
+        ]
+        features, pooled = map(torch.cat, zip(*encoded, strict=True))
+        return [[features, {"pooled_output": pooled}]]
 
     @torch.no_grad()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
@@ -66,13 +84,16 @@ def columns(toy: Toy, guidance: float = GUIDANCE) -> dict[str, Sample]:
     }
 
 
-def of_host(toy: Toy, sampler: str, guidance: float = GUIDANCE) -> Sample:
-    """ComfyUI's own KSampler."""
+def of_host(
+    toy: Toy, sampler: str, guidance: float = GUIDANCE, scheduler: str = DDIM[1],
+    model: ModelPatcher | None = None,
+) -> Sample:  # fmt: skip
+    """ComfyUI's own KSampler. model: the toy's with patches, if there are some."""
 
     def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
         return nodes.common_ksampler(
-            toy.base, seed, steps, guidance, sampler, "sgm_uniform", positive, negative,
-            {"samples": torch.zeros(count, *LATENT)},
+            model or toy.base, seed, steps, guidance, sampler, scheduler, positive, negative,
+            {"samples": torch.zeros(count, *toy.latent)},
         )[0]["samples"]  # fmt: skip
 
     return sample
@@ -80,9 +101,10 @@ def of_host(toy: Toy, sampler: str, guidance: float = GUIDANCE) -> Sample:
 
 def with_lcm(model: ModelPatcher, cfg: float) -> Sample:
     """LCM KSampler."""
+    channels = model.model.latent_format.latent_channels
 
     def sample(steps: int, seed: int, positive: list, negative: list, count: int) -> torch.Tensor:
-        latent = {"samples": torch.zeros(count, *LATENT)}
+        latent = {"samples": torch.zeros(count, channels, *LATENT[1:])}
         output = LCMKSampler.execute(model, seed, steps, cfg, positive, negative, latent, 1.0)
         return output.result[0]["samples"]
 
@@ -95,9 +117,10 @@ def accelerated(toy: Toy, vector: Vector) -> Sample:
 
 
 def teacher(toy: Toy, guidance: float = GUIDANCE) -> Sample:
-    """The base in 50 DDIM steps, for any number of steps that is asked for."""
-    ddim = of_host(toy, "ddim", guidance)
-    return lambda steps, *rest: ddim(TEACHER_STEPS, *rest)
+    """The base in 50 steps of its solver, for any number of steps that is asked for."""
+    sampler, scheduler = toy.solver
+    solved = of_host(toy, sampler, guidance, scheduler)
+    return lambda steps, *rest: solved(TEACHER_STEPS, *rest)
 
 
 def quick_dtype() -> torch.dtype:

@@ -66,7 +66,7 @@ def checkpoint(folder: Path = LOCAL / "models", fine_tuned: str = "") -> Path:
         save_file(state_dict(unet, vae), path)
 
     name = "-".join(filter(None, ("demo-emoji", fine_tuned)))
-    return _made(f"{name}.safetensors", parts, folder, write)
+    return made(f"{name}.safetensors", parts, folder, write)
 
 
 def add(unet: dict[str, torch.Tensor], delta: dict[str, torch.Tensor]) -> None:
@@ -88,7 +88,7 @@ def lora(name: str, folder: Path = LOCAL / "models") -> Path:
     from . import planes
 
     packed = WEIGHTS / name
-    return _made(name, [packed], folder, lambda path: planes.unpack_lora(packed, path))
+    return made(name, [packed], folder, lambda path: planes.unpack_lora(packed, path))
 
 
 def install(base: Path) -> None:
@@ -99,7 +99,7 @@ def install(base: Path) -> None:
         server.install(lora(name), models / "loras")
 
 
-def _made(name: str, parts: list[Path], folder: Path, write: Callable[[Path], None]) -> Path:
+def made(name: str, parts: list[Path], folder: Path, write: Callable[[Path], None]) -> Path:
     """The file `name`, in a folder whose name is a digest of what it is made of."""
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
     path = folder / digest / name

@@ -1,4 +1,5 @@
-"""`python3 dev toy`: puts the demo model together; --train trains its weights first."""
+"""`python3 dev toy`: puts the demo model together; --train trains its weights first, --flow trains
+the flow model instead."""
 
 from __future__ import annotations
 
@@ -196,7 +197,17 @@ def main(arguments: list[str], _host: Path, local: Path) -> int:
         "--train", type=float, metavar="MINUTES", nargs="?", const=600.0,
         help="train for so long (default: 600), on the GPU if there is one, then distil",
     )  # fmt: skip
+    parser.add_argument(
+        "--flow", type=float, metavar="MINUTES", nargs="?", const=30.0,
+        help="train the small flow model of `bench flow` for so long (default: 30)",
+    )  # fmt: skip
     chosen = parser.parse_args(arguments)
+    if chosen.flow:
+        from . import flow
+
+        flow.make(local / flow.FOLDER, environment.cache(), chosen.flow)
+        log.info("the flow model is %s", flow.checkpoint(local / flow.FOLDER))
+        return 0
     if chosen.train:
         make(local / "toy-training", environment.cache(), chosen.train)
     log.info("the demo model is %s", assemble.checkpoint())

@@ -40,7 +40,8 @@ def texts_of(kind, prompt):
 def teacher_of(kind):
     from lcm_lora.lora.weights.host import detect
     from lcm_lora.training.flow.host import make_differentiable
-    from lcm_lora.training.flow.teacher import FLOW_MODELS, FlowTeacher
+    from lcm_lora.training.flow.kinds import FLOW_MODELS
+    from lcm_lora.training.flow.teacher import FlowTeacher
     from lcm_lora.training.host import process_of
 
     patcher = flow_model(kind, **CHANGES.get(kind, {}))
@@ -97,7 +98,7 @@ def test_it_is_called_as_the_host_samples(teacher, comfy, monkeypatch):
     import comfy.samplers
     from lcm_lora.training.objectives.solver import predict_guided
 
-    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([999, 459, 700])
+    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([839, 385, 587])
     cond, uncond = teacher.conditions(
         together([texts_of(teacher.kind, prompt) for prompt in PROMPTS]), NO_SIZES
     )
@@ -130,6 +131,24 @@ def test_it_is_called_as_the_host_samples(teacher, comfy, monkeypatch):
         torch.testing.assert_close(ours[i : i + 1], answer, rtol=1e-3, atol=1e-3)
 
 
+def test_our_samplers_steps_are_timesteps_that_it_was_trained_at(teacher):
+    """So are ComfyUI's own, with its scheduler `simple`, which rounds where its table is coarse."""
+    import comfy.samplers
+    from lcm_lora.samplers.families import FAMILIES
+    from lcm_lora.samplers.host import patch_sampling, schedule
+
+    for family in ("lcm", "phased"):
+        sampled = patch_sampling(teacher._patcher, family)
+        for steps in range(1, 9):
+            t = teacher.schedule.run(FAMILIES[family], steps)
+            assert set(t) <= set(teacher.schedule.starts) and len(set(t)) == steps
+            trained = teacher.schedule.sigmas[t]
+            torch.testing.assert_close(trained, schedule(sampled, steps)[:-1], rtol=1e-6, atol=1e-6)
+            own = sampled.get_model_object("model_sampling")
+            host = comfy.samplers.calculate_sigmas(own, "simple", steps)[:-1]
+            torch.testing.assert_close(trained, host, rtol=0, atol=3e-3)
+
+
 @pytest.mark.parametrize("objective", ["phased", "dmd"])
 def test_a_run_learns_and_its_lora_comes_back_into_the_host(teacher, adapter, objective, tmp_path):
     """The host's patched weights then draw as the network with the adapter beside it."""
@@ -160,7 +179,7 @@ def test_a_run_learns_and_its_lora_comes_back_into_the_host(teacher, adapter, ob
     made = export.vector(adapter.state(), adapter.alpha, {}, "made")
     files.write(tmp_path / "made.safetensors", made, "fp32", overwrite=True)
     assert teacher.unmatched(tmp_path / "made.safetensors") == []
-    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([999, 459, 700])
+    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([839, 385, 587])
     cond, _ = teacher.conditions(
         together([texts_of(teacher.kind, prompt) for prompt in PROMPTS]), NO_SIZES
     )
@@ -267,3 +286,31 @@ def test_a_range_of_guidance_is_refused_where_it_is_embedded(alone):
         teacher.use_guidance((2.0, 4.0))
     _, uncond = teacher.conditions(together([texts_of("Flux", "a")]), NO_SIZES[:1])
     assert not uncond
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("Flux", 1), ("FluxSchnell", 2)])
+def test_a_plan_counts_the_teachers_calls(alone, kind, calls):
+    from lcm_lora.training.plan import plan
+    from lcm_lora.training.spec import Data, Spec
+
+    teacher, adapter = alone(kind)
+    spec = Spec(
+        host="/", checkpoint="/c.safetensors", output="/o.safetensors", banks="/b", resolution=64,
+        batch=1, rank=2, guidance=(3.0,), data=Data(prompts=PROMPTS, count=3, draw_steps=1),
+    )  # fmt: skip
+    seen = []
+    call = type(teacher).__call__
+
+    def counted(self, z, *args, **texts):
+        if not adapter.on:
+            seen.append(len(z))
+        return call(self, z, *args, **texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(teacher), "__call__", counted)
+        report = plan(spec, teacher, adapter, 3)
+    assert set(seen) == {calls} and teacher.guided_calls == calls
+    assert ("(teacher, no gradient; target" in report) == (calls == 1)
+    assert ("(teacher: 2 pictures in one, no gradient; target" in report) == (calls == 2)
+    weights = sum(p.numel() for p in teacher.network.parameters()) * 4 / 1e9
+    assert f"in a step, with AdamW's state added: {weights:.2f} GB of weights" in report

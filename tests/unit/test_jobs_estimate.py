@@ -113,3 +113,43 @@ def test_a_checkpoint_that_does_not_tell_its_architecture(store, tmp_path):
     made = estimate(spec(tmp_path, checkpoint=str(tmp_path / "old.ckpt")), "a", "", 1, store)
     assert (made.architecture, made.time, made.memory) == ("", "unknown", "unknown")
     assert made.disk_bytes is None
+
+
+def flow_file(tmp_path, name, more=(), width=32):
+    """The network of a Flux, in a file of its own."""
+    path = tmp_path / f"{name}.safetensors"
+    shapes = {
+        "double_blocks.0.img_attn.qkv.weight": (3 * width, width), "img_in.weight": (width, 64),
+        "txt_in.weight": (width, 16), "vector_in.in_layer.weight": (width, 768),
+    } | dict.fromkeys(more, (width, 256))  # fmt: skip
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    return str(path)
+
+
+GUIDANCE = ("guidance_in.in_layer.weight",)
+
+
+def test_a_network_with_embedded_guidance_is_called_once(store, tmp_path):
+    """And not compared with its relative that has none, nor with one of another size."""
+    file = flow_file(tmp_path, "dev", GUIDANCE)
+    trained(store, spec(tmp_path, checkpoint=file))
+    made = estimate(spec(tmp_path, "b", checkpoint=file, seed=3), "a", "", 1, store)
+    assert made.time == "measured"
+    # Training takes 4.15 calls a picture, drawing 10.
+    assert made.drawing_seconds == pytest.approx(100 * 10 / (20 * 4.15))
+    kept = estimate(spec(tmp_path, "b", checkpoint=file, passes=8), "a", "", 1, store)
+    assert kept.training_seconds == pytest.approx(1000 * 10 * (3.15 + 1 / 8) / (20 * 4.15))
+    for other in (flow_file(tmp_path, "schnell"), flow_file(tmp_path, "large", GUIDANCE, 64)):
+        assert estimate(spec(tmp_path, checkpoint=other), "a", "", 1, store).time == "unknown"
+
+
+def test_the_memory_of_a_flow_model_is_calculated(store, tmp_path):
+    file = flow_file(tmp_path, "dev", GUIDANCE)
+    made = estimate(spec(tmp_path, checkpoint=file, precision="bf16"), "a", "", 1, store)
+    weights = 32 * (3 * 32 + 64 + 16 + 768 + 256)
+    activations = (32 * 32 + 256) * 32 * (1 + 17)
+    lora = 64 * (3 * 32 + 32)
+    assert made.memory_bytes == 2 * (weights + activations) + 16 * lora
+    assert (made.memory, made.own_resolution) == ("estimated", 1024)
+    full = estimate(spec(tmp_path, checkpoint=file, precision="fp32"), "a", "", 1, store)
+    assert full.memory_bytes == 4 * (weights + activations) + 16 * lora

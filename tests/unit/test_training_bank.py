@@ -238,3 +238,20 @@ def test_texts_of_flow_models_come_back_as_they_were(tmp_path):
     for part, text in zip(parts, texts.values(), strict=True):
         assert part.keys() == text.keys()
         assert all(torch.equal(part[name], text[name]) for name in text)
+
+
+def test_its_size_is_foreseen_for_captions_of_any_length(tmp_path):
+    """Language models give features for each token: a caption has as many as it is long."""
+
+    def of_tokens(caption):
+        features = torch.full((1, 1 + len(caption), 16), float(ord(caption[:1] or "a")))
+        return {bank.FEATURES: features, "context": features[0]}
+
+    source = Numbers(64, captions=("a", "b" * 500, "c" * 40))
+    folder = tmp_path / "bank"
+    bank.build(folder, source, of_tokens, 0.1, Ranks(), lambda *_: None)
+    texts = folder / "texts-00000.safetensors"
+    foreseen = bank.size(source, torch.Size((4, 2, 2)), of_tokens)
+    latents = 2 * 64 * 16
+    assert foreseen == latents + 2 * 2 * 16 * (3 + 541)
+    assert 0 <= texts.stat().st_size - (foreseen - latents) < 1000  # the header

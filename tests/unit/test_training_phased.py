@@ -6,10 +6,11 @@ from lcm_lora.samplers.families import FAMILIES
 from lcm_lora.samplers.timesteps import grid, timesteps
 from lcm_lora.tests.unit.toy_network import ACP, Toy, a_step
 from lcm_lora.training.adapter import Adapter
+from lcm_lora.training.objectives.batch import Batch, edge_below
 from lcm_lora.training.objectives.lcm import pseudo_huber
-from lcm_lora.training.objectives.phased import edge_below, edges
+from lcm_lora.training.objectives.phased import edges
 from lcm_lora.training.objectives.phased import loss as phased_loss
-from lcm_lora.training.objectives.solver import Schedule, ddim, predict_guided
+from lcm_lora.training.objectives.solver import TIMES, Line, Schedule, ddim, predict_guided
 from lcm_lora.training.objectives.table import OBJECTIVES
 from lcm_lora.training.schema import declared
 from lcm_lora.training.spec import Spec
@@ -17,6 +18,7 @@ from lcm_lora.training.state.few_steps import few_steps
 from torch import nn
 
 INDEX = torch.arange(50)
+SD, LINE = Schedule(ACP), Line(torch.linspace(1 / TIMES, 1, TIMES))
 
 
 @pytest.fixture
@@ -37,29 +39,50 @@ def batch():
 
 
 def test_four_phases():
-    assert edges(4) == [0, 259, 499, 759]
+    four = edges(SD, 4)
+    assert four == (0, 259, 499, 759)
     t = torch.tensor([19, 259, 279, 499, 519, 739, 759, 779, 999])
-    assert edge_below(t, 4).tolist() == [0, 0, 259, 259, 499, 499, 499, 759, 759]
+    assert edge_below(t, four).tolist() == [0, 0, 259, 259, 499, 499, 499, 759, 759]
 
 
 @pytest.mark.parametrize("phases", [1, 2, 3, 4, 6, 8, 50])
 def test_a_run_of_as_many_steps_goes_from_edge_to_edge(phases):
     stops = timesteps(phases)
-    assert edge_below(torch.tensor(stops), phases).tolist() == [*stops[1:], 0]
+    assert edge_below(torch.tensor(stops), edges(SD, phases)).tolist() == [*stops[1:], 0]
+
+
+@pytest.mark.parametrize("phases", range(1, 9))
+def test_a_run_on_a_flow_model_goes_from_edge_to_edge(phases):
+    stops = LINE.run(FAMILIES["phased"], phases)
+    assert stops == [840 - i * 840 // phases - 1 for i in range(phases)]
+    assert edge_below(torch.tensor(stops), edges(LINE, phases)).tolist() == [*stops[1:], 0]
 
 
 @pytest.mark.parametrize("phases", [1, 2, 4, 7, 50])
 def test_no_solver_step_crosses_an_edge(phases):
     t = torch.tensor(grid())
-    edge = edge_below(t, phases)
+    edge = edge_below(t, edges(SD, phases))
     assert (edge < t).all() and (edge <= (t - 20).clamp(min=0)).all()
-    assert set(edge.tolist()) == set(edges(phases))
+    assert set(edge.tolist()) == set(edges(SD, phases))
+
+
+@pytest.mark.parametrize("phases", [1, 4, 7])
+def test_no_solver_step_of_a_flow_model_crosses_an_edge(phases):
+    """It may begin at any timestep, and ends at the edge where it would cross one."""
+    z, index = torch.zeros(840, 1, 1, 1), torch.arange(840)
+    starts, lower = LINE.starts, edges(LINE, phases)
+    steps = Batch(z, z, index, {}, {}, 1.0, starts, LINE.skip, lower)
+    assert torch.equal(steps.t, index) and (steps.s[1:] < steps.t[1:]).all()
+    assert (steps.s >= edge_below(steps.t, lower)).all()
+    assert (steps.t - steps.s).max() == 16 and set(lower) <= set(steps.s.tolist())
+    free = Batch(z, z, index, {}, {}, 1.0, starts, LINE.skip)
+    assert (free.s != steps.s).sum() == 15 * (phases - 1)
 
 
 @pytest.mark.parametrize("phases", [0, 51])
 def test_phases_must_fit_the_grid(phases):
     with pytest.raises(ValueError, match=f"1 to 50, found {phases}"):
-        edges(phases)
+        edges(SD, phases)
 
 
 @pytest.mark.parametrize("phases", [1, 4, 50])

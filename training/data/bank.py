@@ -82,10 +82,23 @@ def key(checkpoint_hash: str, settings: dict[str, Any]) -> str:
     return disk.name_of(json.dumps([VERSION, checkpoint_hash, settings], sort_keys=True))
 
 
-def size(examples: Examples, latent_shape: torch.Size, uncond: Tensors) -> int:
-    """Bytes of the complete bank: a latent for each example and each text once, in float16."""
-    text = sum(tensor.numel() for tensor in uncond.values())
-    return 2 * (len(examples) * latent_shape.numel() + len(set(examples.captions())) * text)
+def size(
+    examples: Examples, latent_shape: torch.Size, encode: Callable[[str], Tensors]
+) -> int:  # fmt: skip
+    """Bytes of the complete bank: a latent for each example in float16, and each text once.
+
+    A text is as large as two that are encoded here say: between none and the longest caption, it
+    grows with the number of letters. encode: as of `build`.
+    """
+    captions = set(examples.captions())
+    longest = max(captions, key=len, default="")
+    least, most = (
+        sum(tensor.nbytes for tensor in _texts(range(1), [text], [encode(text)])[0].values())
+        for text in ("", longest)
+    )
+    letters = sum(map(len, captions)) / max(1, len(longest))  # in captions of the longest
+    texts = len(captions) * least + (most - least) * letters
+    return 2 * len(examples) * latent_shape.numel() + math.ceil(texts)
 
 
 def build(

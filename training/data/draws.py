@@ -63,7 +63,8 @@ def mean_guidance(guidance: Sequence[float]) -> float:
 
 
 RUNS = (1, 2, 4)  # sampling steps that distribution matching trains for
-LOWEST, HIGHEST = 20, 979  # timesteps of what it draws, noised again (arXiv 2311.18828, 3.3)
+# Timesteps of 1000 of what it draws, noised again (arXiv 2311.18828, 3.3).
+LOWEST, HIGHEST = 20, 979
 
 
 def run(seed: int, step: int, timesteps: Callable[[int], list[int]]) -> list[int]:
@@ -76,27 +77,33 @@ def run(seed: int, step: int, timesteps: Callable[[int], list[int]]) -> list[int
 
 
 def matching(
-    seed: int, step: int, places: Sequence[int], shape: Sequence[int]
+    seed: int,
+    step: int,
+    places: Sequence[int],
+    shape: Sequence[int],
+    T: int = 1000,  # noqa: N803
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fields of objectives.dmd.Draws for the pictures at these places, on the CPU."""
+    """The fields of objectives.dmd.Draws for the pictures at these places, on the CPU. T: how many
+    timesteps there are."""
     noise = torch.empty(len(places), max(RUNS) + 2, *shape)
     tau = torch.empty(len(places), 2, dtype=torch.int64)
     generator = torch.Generator()
     for i, place in enumerate(places):
         generator.manual_seed(picture_seed(seed, place, step))
-        tau[i].random_(LOWEST, HIGHEST + 1, generator=generator)
+        tau[i].random_(LOWEST * T // 1000, (HIGHEST + 1) * T // 1000, generator=generator)
         noise[i].normal_(generator=generator)
     run, eps = noise.split([max(RUNS), 2], 1)
     return run, eps, tau
 
 
 def draw(
-    seed: int, step: int, places: Sequence[int], shape: Sequence[int], guidance: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    seed: int, step: int, places: Sequence[int], shape: Sequence[int], guidance: Sequence[float],
+    starts: int = ORIGIN_STEPS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(eps, index, cfg) for the pictures at these places of a step's batch, on the CPU.
 
-    eps: noise [B, *shape] float32; index: int64 [B] in 0..49, a point of the solver's grid; cfg:
-    float32 [B, 1, 1, 1], within the range of guidance.
+    eps: noise [B, *shape] float32; index: int64 [B], one of so many `starts` of the solver's steps;
+    cfg: float32 [B, 1, 1, 1], within the range of guidance.
     """
     eps = torch.empty(len(places), *shape)
     index = torch.empty(len(places), dtype=torch.int64)
@@ -105,7 +112,7 @@ def draw(
     low, high = guidance[0], guidance[-1]
     for i, place in enumerate(places):
         generator.manual_seed(picture_seed(seed, place, step))
-        index[i] = torch.randint(ORIGIN_STEPS, (), generator=generator)
+        index[i] = torch.randint(starts, (), generator=generator)
         cfg[i] = low + (high - low) * torch.rand((), generator=generator)
         eps[i].normal_(generator=generator)
     return eps, index, cfg

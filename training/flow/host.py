@@ -15,6 +15,7 @@ from ..adapter import BLOCK
 
 # Rotary positions after a norm, in one kernel without a backward; Anima calls it also in training.
 _KERNEL = "rms_rope_split_half"
+_EXACT = "float8_e4m3fn", "float8_e5m2"  # ComfyUI's formats of scaled fp8
 
 
 def make_differentiable(network: nn.Module) -> None:
@@ -34,6 +35,23 @@ def make_differentiable(network: nn.Module) -> None:
             for layer in block.modules():
                 if isinstance(layer, nn.LayerNorm):
                     layer.register_forward_pre_hook(_copy)
+
+
+def require_exact_weights(name: str, patcher: Any) -> None:
+    """Lets ComfyUI multiply with the unpacked weights of scaled fp8, not with its inputs rounded to
+    fp8 too. Call it before the network is loaded onto the device.
+
+    Raises ValueError if weights are packed in another format, whose products round the inputs.
+    """
+    layers = patcher.model.diffusion_model.modules()
+    formats = {str(kind) for layer in layers if (kind := getattr(layer, "quant_format", None))}
+    if others := sorted(formats - set(_EXACT)):
+        raise ValueError(
+            f"{name} has weights packed as {' and '.join(others)}, through which there are no "
+            "right gradients. Choose the bf16 or the fp8 file of the model."
+        )
+    if formats:
+        patcher.force_cast_weights = True
 
 
 def _copy(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,7 +1,7 @@
 """A flow model as teacher: a transformer that ComfyUI samples as rectified flow.
 
 The network is called through ComfyUI's apply_model with the conditions that ComfyUI makes for each
-class, so that what is trained is what is sampled. FLOW_MODELS are the classes that were tested.
+class, so that what is trained is what is sampled. kinds.py lists the classes that were tested.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ from ..data.bank import FEATURES, apart, grown, shape_of, together
 from ..objectives.solver import Line
 from ..teacher import Teacher, Tensors
 
-# The classes of comfy.model_base; Z-Image is a Lumina2, and Wan draws a video of one frame.
-FLOW_MODELS = (
-    "SD3", "Lumina2", "QwenImage", "Flux", "LongCatImage", "Chroma", "Flux2", "Anima", "WAN21",
-)  # fmt: skip
 VIDEO = 3  # dimensions of its latents: frames, height, width
 
 
@@ -84,6 +80,10 @@ class FlowTeacher(Teacher):
     def has_guidance(self) -> bool:
         """Whether the network has an input for the guidance scale, and so needs no empty prompt."""
         return bool(getattr(getattr(self.network, "params", None), "guidance_embed", False))
+
+    @property
+    def guided_calls(self) -> int:
+        return 1 if self.has_guidance else 2
 
     def use_guidance(self, scale: tuple[float, ...]) -> None:
         if self.has_guidance and len(set(scale)) > 1:

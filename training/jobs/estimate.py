@@ -13,7 +13,6 @@ from ..data.sources import read_prompts
 from ..objectives.table import forward_passes
 from ..spec import Spec, read
 from ..state.checkpoints import room
-from ..teacher import SHRINK
 from . import metrics
 from .job import Job
 from .store import Store
@@ -60,7 +59,7 @@ class Estimate:
 
 
 class Earlier(NamedTuple):
-    """A job that has trained the same architecture on the same device."""
+    """A job that has trained such a network on the same device."""
 
     spec: Spec
     samples_per_second: float
@@ -74,15 +73,16 @@ def estimate(spec: Spec, name: str, device: str, processes: int, store: Store) -
     same = [job for job in earlier if _work(job.spec) == _work(spec)]
     drawn = spec.data.count if spec.data.kind == "prompts" else 0
     training, drawing, time = None, 0.0 if not drawn else None, UNKNOWN
-    if earlier:
+    if file and earlier:
         basis = (same or earlier)[0]
         # Forward passes of this resolution a second.
-        pace = basis.samples_per_second * forward_passes(basis.spec)
+        pace = basis.samples_per_second * forward_passes(basis.spec, file.guided_calls)
         pace *= (basis.spec.resolution / spec.resolution) ** 2
-        training = spec.steps * spec.batch * processes * forward_passes(spec) / pace
+        passes = forward_passes(spec, file.guided_calls)
+        training = spec.steps * spec.batch * processes * passes / pace
         time = MEASURED if same else ESTIMATED
         has_bank = any(_bank(job.spec) == _bank(spec) for job in earlier)
-        drawing = 0.0 if has_bank else drawn * 2 * spec.data.draw_steps / pace
+        drawing = 0.0 if has_bank else drawn * file.guided_calls * spec.data.draw_steps / pace
     memory, how = _memory(spec, file, same)
     return Estimate(
         spec.steps, spec.batch, spec.resolution, drawn,
@@ -107,7 +107,7 @@ def _measured(job: Job, path: Path, spec: Spec, file: CheckpointFile) -> Earlier
     except ValueError:  # damaged
         return None
     other = _checkpoint(theirs.checkpoint)
-    if other is None or other.architecture != file.architecture or _how(theirs) != _how(spec):
+    if other is None or other.network != file.network or _how(theirs) != _how(spec):
         return None
     speed, memory = (metrics.COLUMNS.index(name) for name in ("samples_per_second", "memory"))
     rows = metrics.read(path)["rows"]
@@ -140,6 +140,8 @@ def _memory(
         return peak, MEASURED
     if file and file.architecture in PEAKS and spec.resolution == file.resolution:
         return PEAKS[file.architecture], ESTIMATED
+    if file and (arithmetic := file.step_bytes(spec.rank, spec.resolution, spec.precision)):
+        return arithmetic, ESTIMATED
     return None, UNKNOWN
 
 
@@ -148,7 +150,7 @@ def _disk(spec: Spec, file: CheckpointFile | None, drawn: int) -> float | None:
         return None
     parameters = file.lora_parameters(spec.rank)
     needed = room(parameters, spec.keep, spec.objective) + 2 * parameters
-    latent = file.latent_channels * (spec.resolution // SHRINK) ** 2
+    latent = file.latent_channels * (spec.resolution // file.shrink) ** 2
     texts = min(drawn, len(spec.data.prompts or _prompts(spec.data.path))) if drawn else 0
     kept = 4 * drawn * latent if spec.passes > 1 else 0
     return needed + 2 * (drawn * latent + texts * file.text_numbers) + kept

@@ -59,7 +59,8 @@ class DataOrder:
     resolution: int = same(Spec, "resolution")
     auto_resolution: bool = setting(
         "Use the resolution that the checkpoint's architecture is made for instead of the number "
-        "above: 512 for SD1.5, 512 or 768 for SD2, 1024 for SDXL and its relatives.",
+        "above: 512 for SD1.5, 512 or 768 for SD2, 640 for Wan, 1024 for SDXL, its relatives and "
+        "the other flow models.",
         False,
         widget={"optional": True},
     )
@@ -74,8 +75,8 @@ class TeacherOrder:
 
     diffusion_model: str = setting(
         "The model to accelerate: a flow model (SD3, Flux, Chroma, Flux2, Qwen-Image, Z-Image, "
-        "Lumina2, Anima or Wan) from ComfyUI's diffusion_models folder, with weights in bf16, fp16 "
-        "or fp32.",
+        "Lumina2, Anima or Wan) from ComfyUI's diffusion_models folder, with weights in bf16, "
+        "fp16, fp32 or fp8.",
         "",
         is_path=True,
     )

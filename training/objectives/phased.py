@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from ...samplers.families import ORIGIN_STEPS
-from ...samplers.timesteps import timesteps
-from .batch import Batch, table
+from ...samplers.families import FAMILIES, ORIGIN_STEPS
+from .batch import Batch, edge_below
 from .lcm import pseudo_huber
 from .solver import Network, Process
 
@@ -25,7 +24,7 @@ def loss(
     z_s and the adapter: as in lcm.loss.
     """
     t, s = batch.t, batch.s
-    edge = edge_below(t, phases)
+    edge = edge_below(t, edges(schedule, phases))
     z_t = schedule.noised(batch.z0, batch.eps, t)
     with torch.no_grad():
         target = schedule.noised(*schedule.predict(network, z_s, s, batch.cond), edge)
@@ -33,8 +32,8 @@ def loss(
     return pseudo_huber(student, target)
 
 
-def edges(phases: int) -> list[int]:
-    """The lower edges of the segments, ascending: 0, 259, 499, 759 for 4 phases.
+def edges(schedule: Process, phases: int) -> tuple[int, ...]:
+    """The lower edges of the segments, ascending: 0, 259, 499, 759 for 4 phases of SD.
 
     They are the timesteps of our sampler in a run of `phases` steps, so that each of its steps
     crosses one segment. (The paper's code has 0, 239, 499, 739, where a step from 759 would have
@@ -44,10 +43,4 @@ def edges(phases: int) -> list[int]:
     """
     if not 1 <= phases <= ORIGIN_STEPS:
         raise ValueError(f"phases must be 1 to {ORIGIN_STEPS}, found {phases}.")
-    return [0, *timesteps(phases)[:0:-1]]
-
-
-def edge_below(t: torch.Tensor, phases: int) -> torch.Tensor:
-    """The highest edge below each timestep: int64 [B] -> [B]."""
-    lower = table(tuple(edges(phases)), t.device)
-    return lower[torch.searchsorted(lower, t) - 1]
+    return 0, *schedule.run(FAMILIES["phased"], phases)[:0:-1]

@@ -8,17 +8,38 @@ from dataclasses import dataclass
 import torch
 
 from ...samplers.consistency import consistency, x0_and_eps
+from ...samplers.families import ORIGIN_STEPS, Family
 from ..adapter import Adapter
-from .batch import Batch, Inputs
+from .batch import GRID, Batch, Inputs
 
+TIMES = 840  # of a flow model
 Network = Callable[..., torch.Tensor]
 """network(z [B, C, H, W], t int64 [B], **inputs) -> raw output [B, C, H, W]."""
 
 
 class Process:
-    """How a model mixes picture and noise at timesteps 0..999: z = alpha(t) x0 + sigma(t) eps."""
+    """How a model mixes picture and noise at timesteps 0..T - 1: z = alpha(t) x0 + sigma(t) eps."""
 
     prediction: str
+
+    @property
+    def T(self) -> int:  # noqa: N802 (as the papers call it)
+        """The number of timesteps."""
+        raise NotImplementedError
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The timesteps where a step of the solver begins, ascending."""
+        raise NotImplementedError
+
+    @property
+    def skip(self) -> int:
+        """How many timesteps a step of the solver covers."""
+        return self.T // ORIGIN_STEPS
+
+    def run(self, family: Family, steps: int) -> list[int]:
+        """The timesteps at which our sampler calls the network in a run of `steps`, descending."""
+        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +86,17 @@ class Schedule(Process):
     def dtype(self) -> torch.dtype:
         return self.alphas_cumprod.dtype
 
+    @property
+    def T(self) -> int:  # noqa: N802
+        return len(self.alphas_cumprod)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return GRID
+
+    def run(self, family: Family, steps: int) -> list[int]:
+        return family.timesteps(steps)
+
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         return self.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
 
@@ -77,7 +109,11 @@ class Schedule(Process):
 
 @dataclass(frozen=True)
 class Line(Process):
-    """Of a flow model: alpha + sigma = 1. sigmas: [1000], ascending to 1, with the model's shift.
+    """Of a flow model: alpha + sigma = 1. sigmas: [TIMES], ascending to 1, with the model's shift.
+
+    A sampler divides the time before the shift into equal parts, 1, 0.75, 0.5, 0.25 for 4 steps. As
+    TIMES can be divided by 1 to 8, each of these is one of the timesteps, and a step of the solver
+    begins at any of them.
 
     ComfyUI turns the velocity eps - x0 that the network predicts into x0 before we see it.
     """
@@ -88,6 +124,17 @@ class Line(Process):
     @property
     def dtype(self) -> torch.dtype:
         return self.sigmas.dtype
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        return len(self.sigmas)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(range(self.T))
+
+    def run(self, family: Family, steps: int) -> list[int]:
+        return [round(time * self.T) - 1 for time in family.times(steps)]
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         return (1 - self.sigmas[t]).view(-1, 1, 1, 1)
@@ -144,14 +191,14 @@ def ddim(
     network: Network, schedule: Process, noise: torch.Tensor, steps: int,
     cond: Inputs, uncond: Inputs, cfg: float, between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # fmt: skip
-    """`steps` guided DDIM steps from noise [B, C, H, W] at t = 999 to the clean latent.
+    """`steps` guided DDIM steps from noise [B, C, H, W] at t = T - 1 to the clean latent.
 
-    Evenly spaced from the noisiest timestep (999, 979, ..., 19 for 50 steps). A DDIM step to s
-    noises x0 with the predicted eps, and the last one keeps x0 (arXiv 2010.02502, equation 12).
-    between() is called before each step.
+    Evenly spaced from the noisiest timestep (999, 979, ..., 19 for 50 steps of 1000). A DDIM step
+    to s noises x0 with the predicted eps, and the last one keeps x0 (arXiv 2010.02502, equation
+    12). between() is called before each step.
     """
     z = noise.float()
-    grid = torch.linspace(999, -1, steps + 1).round().long().tolist()
+    grid = torch.linspace(schedule.T - 1, -1, steps + 1).round().long().tolist()
     for t, s in zip(grid[:-1], grid[1:], strict=True):
         between()
         now = torch.full((len(z),), t, device=z.device)

@@ -19,9 +19,9 @@ def few_steps(
 ) -> torch.Tensor:
     """Clean latents [B, C, h, w] of a network, sampled as its family requires (samplers/lcm.py).
 
-    noise(0) [B, C, h, w] is the start at t = 999, noise(i) the fresh noise of step i.
+    noise(0) [B, C, h, w] is the start at t = T - 1, noise(i) the fresh noise of step i.
     """
-    start, timesteps = noise(0), family.timesteps(steps)
+    start, timesteps = noise(0), schedule.run(family, steps)
     t = torch.tensor(timesteps, device=start.device)
     # samplers/lcm.py works in ComfyUI's scale: a flow model's own, or else x = z / alpha, whose
     # noise level is sigma / alpha.
@@ -29,8 +29,9 @@ def few_steps(
         levels, shares = (1 / schedule.alphas_cumprod - 1).sqrt(), variance_exploding
         scale = schedule.alpha
     else:
-        levels, shares = schedule.sigma(torch.arange(1000, device=t.device)).flatten(), _line
+        levels, shares = schedule.sigma(torch.arange(schedule.T, device=t.device)).flatten(), _line
         scale = _unscaled
+
     sigmas = torch.cat([levels[t], torch.zeros(1, device=start.device)])
     remaining = iter(timesteps)
 
@@ -40,10 +41,12 @@ def few_steps(
         x0, _ = schedule.predict(network, z, now, cond)
         return schedule.consistency(z, x0, now) if family.boundary else x0
 
-    kept = kept_noise(
-        sigmas[:-1], family.eta,
-        lambda _, eta: levels[((1 - eta) * t[1:].float()).floor().long()], shares,
-    )  # fmt: skip
+    def earlier(sigmas: torch.Tensor, eta: float) -> torch.Tensor:
+        if isinstance(schedule, Schedule):
+            return levels[((1 - eta) * t[1:].float()).floor().long()]
+        return sigmas * (1 - eta)
+
+    kept = kept_noise(sigmas[:-1], family.eta, earlier, shares)
     return lcm(
         denoised, start / scale(t[:1]), sigmas,
         noise=lambda step: noise(step + 1), kept=[*kept, 0.0], signals=shares(sigmas)[0],

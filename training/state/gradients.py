@@ -17,7 +17,7 @@ from ..data.answers import Answers, folder
 from ..data.bank import Bank, Tensors
 from ..objectives.batch import Batch
 from ..objectives.solver import teacher_step
-from ..objectives.table import loss_of
+from ..objectives.table import loss_of, solver_of
 from ..ranks import Ranks
 from ..spec import Spec
 from ..teacher import Teacher
@@ -122,7 +122,8 @@ class Consistency:
         numbers = range(first + places.start, first + places.stop)
         rows = self.shuffle.rows(step)
         latents, texts, sizes = self.bank.batch([rows[number] for number in numbers])
-        drawn = draws.draw(spec.seed, step, numbers, latents.shape[1:], spec.guidance)
+        starts = len(self.teacher.schedule.starts)
+        drawn = draws.draw(spec.seed, step, numbers, latents.shape[1:], spec.guidance, starts)
         return Part(places, numbers, latents, *drawn, texts, sizes)
 
     def batch(self, part: Part) -> Batch:
@@ -132,7 +133,8 @@ class Consistency:
         z0, eps, index, cfg = (
             sent(x, device) for x in (part.latents, part.eps, part.index, part.cfg)
         )
-        return Batch(z0, eps, index, cond, uncond, cfg)
+        schedule = self.teacher.schedule
+        return Batch(z0, eps, index, cond, uncond, cfg, *solver_of(self.spec, schedule))
 
     def result(self) -> State:
         """The factors that the LoRA file gets, as Adapter.state gives them."""

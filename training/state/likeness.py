@@ -26,7 +26,7 @@ from .few_steps import few_steps
 
 STEPS = (1, 2, 4)
 PICTURES, LEAST = 64, 16  # with fewer, chance says more than the student
-TIMESTEP = 49  # of 999: little noise, so that sharpness counts
+TIMESTEP = 49  # of 1000: little noise, so that sharpness counts
 NEIGHBOURS = 3
 AT_ONCE = 8  # pictures in a call
 Figures = dict[str, dict[str, float]]
@@ -101,7 +101,7 @@ class Likeness:
         """Of latents [B, C, h, w]: [B, features], float32 on the CPU."""
         teacher = self.teacher
         eps = picture_noise(latents.cpu(), self.seed + 1, rows)(0).to(teacher.device)
-        t = torch.full((len(rows),), TIMESTEP, device=teacher.device)
+        t = torch.full((len(rows),), TIMESTEP * teacher.schedule.T // 1000, device=teacher.device)
         seen: list[Tensor] = []
         hook = self._tap.register_forward_hook(lambda _m, _i, output: seen.append(summary(output)))
         try:

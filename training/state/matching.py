@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ class Matching(Consistency):
             self.average = {name: x.detach().clone() for name, x in self.adapter.state().items()}
             self.fake.restore(self.average)
         total = torch.zeros((), device=self.teacher.device)
-        timesteps = draws.run(self.spec.seed, step, FAMILIES["lcm"].timesteps)
+        timesteps = draws.run(
+            self.spec.seed, step, partial(self.teacher.schedule.run, FAMILIES["lcm"])
+        )
         judged = step >= self.judges_from
         for part in self.parts(step, at_a_time):
             batch, drawn = self.batch(part), self._draws(step, part)
@@ -74,7 +77,7 @@ class Matching(Consistency):
 
     def _draws(self, step: int, part: Part) -> Draws:
         shape = part.latents.shape[1:]
-        drawn = draws.matching(self.spec.seed, step, part.numbers, shape)
+        drawn = draws.matching(self.spec.seed, step, part.numbers, shape, self.teacher.schedule.T)
         return Draws(*(sent(x, self.teacher.device) for x in drawn))
 
     def rates(self, step: int) -> list[float]:

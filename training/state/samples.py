@@ -28,7 +28,6 @@ Drawn = Callable[[float], None]
 TEACHER = "teacher.safetensors"
 TEACHER_STEPS = 50
 # In calls of the network:
-GUIDED = 2  # a guided step
 DECODED = 3  # about as long as decoding takes
 CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # `draw`, if there are the teacher's latents
 
@@ -58,7 +57,7 @@ class Samples:
 
     def calls(self, samplings: int) -> float:
         """How many calls of the network the next samplings take, each for all prompts."""
-        teacher = samplings and GUIDED * TEACHER_STEPS * self._lacks_teacher
+        teacher = samplings and self.teacher.guided_calls * TEACHER_STEPS * self._lacks_teacher
         compared = self.likeness.calls / len(self.texts) if self.likeness else 0
         return teacher + samplings * (CALLS + compared)
 
@@ -141,7 +140,7 @@ class Samples:
 
         def many_step(numbers: Sequence[int]) -> list[torch.Tensor]:
             noise, cond, uncond = self._inputs(numbers)
-            network = self._counted(numbers, GUIDED)
+            network = self._counted(numbers, teacher.guided_calls)
             return list(ddim(network, teacher.schedule, noise(0), TEACHER_STEPS, cond, uncond, cfg))
 
         with adapter.off():

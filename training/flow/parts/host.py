@@ -12,13 +12,7 @@ from ... import disk
 from ...data.bank import together
 from ...memory import is_out_of_memory
 from ...teacher import Teacher
-
-# What ComfyUI must know to tell the kind of a text encoder, by the model's class.
-_TYPES = {
-    "SD3": "SD3", "Lumina2": "LUMINA2", "QwenImage": "QWEN_IMAGE", "Flux": "FLUX",
-    "LongCatImage": "LONGCAT_IMAGE", "Chroma": "CHROMA", "Flux2": "FLUX2",
-    "Anima": "STABLE_DIFFUSION", "WAN21": "WAN",
-}  # fmt: skip
+from ..kinds import FLOW_MODELS
 
 
 def load_parts(
@@ -39,7 +33,7 @@ def load_parts(
         ),
     )  # fmt: skip
     kind = type(patcher.model).__name__
-    if kind not in _TYPES:
+    if kind not in FLOW_MODELS:
         raise ValueError(
             f"{network.name} is a {type(patcher.model.model_config).__name__} model, which is not "
             "distilled from parts. Choose a diffusion model of SD3, Lumina2, Z-Image, Qwen-Image, "
@@ -49,7 +43,7 @@ def load_parts(
         text_encoders, f"a text encoder for {kind}",
         lambda: comfy.sd.load_clip(
             list(map(str, text_encoders)), list(embeddings) or None,
-            getattr(comfy.sd.CLIPType, _TYPES[kind]), disable_dynamic=True,
+            getattr(comfy.sd.CLIPType, FLOW_MODELS[kind]), disable_dynamic=True,
         ),
     )  # fmt: skip
 
@@ -84,7 +78,7 @@ def require_fitting_parts(teacher: Teacher, text_encoders: Sequence[Path], vae: 
             f"{its[1]} channels, and those of {teacher.architecture} have {ours[0]} and {ours[1]}."
         )
     z = torch.zeros(1, *teacher.latent_shape(128), device=teacher.device)
-    t = torch.tensor([999], device=teacher.device)
+    t = torch.tensor([teacher.schedule.T - 1], device=teacher.device)
     texts = together([{name: x.cpu() for name, x in teacher.uncond.items()}])
     try:
         with torch.no_grad():
