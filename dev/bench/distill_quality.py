@@ -32,6 +32,7 @@ from .report import Report
 RUN = environment.ROOT / "training" / "run.py"
 LATENTS = 600
 STEPS, MINUTES, PASSES = 600, 45, 8
+GUIDED = 2  # calls of the teacher for a guided prediction, of SD
 FIRST = "lcm"
 # What goes on from the first LoRA -> the objective.
 ARMS = {"lcm, then lcm": "lcm", "lcm, then dmd": "dmd"}
@@ -60,7 +61,7 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
             "banks": specs[FIRST]["banks"], "start_from": specs[FIRST]["output"],
             "objective": objective, "passes": 1, "lr": 1e-4, "warmup": 0, "decay": "constant",
         }  # fmt: skip
-    costs = {name: forward_passes(build(Spec, specs[name], name)) for name in ARMS}
+    costs = {name: forward_passes(build(Spec, specs[name], name), GUIDED) for name in ARMS}
     for name, cost in costs.items():
         specs[name]["steps"] = round(chosen.matching * max(costs.values()) / cost)
     all_settings = json.dumps([specs, chosen.pictures])
