@@ -90,7 +90,7 @@ def memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Lets `memory` begin anew on CUDA."""
+    """Resets the peak that `memory` reports on CUDA."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -106,7 +106,7 @@ class Teacher:
 
     @property
     def guided_calls(self) -> int:
-        """Of the network, for a guided prediction of one picture."""
+        """How many calls of the network a guided prediction of one picture takes."""
         return 2
 
     def use_guidance(self, scale: tuple[float, ...]) -> None:  # noqa: B027 (most have no input for it)

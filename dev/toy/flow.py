@@ -64,23 +64,11 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     }  # fmt: skip
 
 
-def contexts(captions: list[str], device: torch.device, batch: int = 32) -> torch.Tensor:
-    """[N, 78, 768], float16: the 77 features that ComfyUI's SD3 gives, and then the pooled one."""
+def encoder() -> comfy.sd.CLIP:
+    """The demo's CLIP-L, as ComfyUI loads it for SD3."""
     prefix = "cond_stage_model.transformer."
     state = {name.removeprefix(prefix): value for name, value in text.state_dict().items()}
-    clip = comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.SD3)
-    encoder = clip.cond_stage_model.clip_l.to(device)
-    encoder.execution_device = device
-    made = []
-    for begun in range(0, len(captions), batch):
-        tokens = [
-            [token[0] for token in clip.tokenize(caption)["l"][0]]
-            for caption in captions[begun : begun + batch]
-        ]
-        with torch.no_grad(), learn.autocast(device):
-            features, pooled = encoder(tokens)[:2]
-        made.append(torch.cat([features, pooled[:, None]], 1).half())
-    return torch.cat(made)
+    return comfy.sd.load_text_encoder_state_dicts([state], clip_type=comfy.sd.CLIPType.SD3)
 
 
 def velocity_loss(
@@ -126,13 +114,15 @@ def make(work: Path, cache: Path, minutes: float) -> None:
     def drawn() -> dict[str, torch.Tensor]:
         painter = learn.Painter({"3d": sprites.load("3d", cache).to(device)}, 61)
         specs = painter.specs("3d", CAPTIONS)
-        each = [spec for spec in specs for _ in range(DRAWINGS)]
+        repeated = [spec for spec in specs for _ in range(DRAWINGS)]
         vae = networks.vae().to(device, memory_format=torch.channels_last)
         vae.load_state_dict(_demo_vae())
         return {
-            "latents": learn.latents(vae, painter, "3d", each, batch=32),
+            "latents": learn.latents(vae, painter, "3d", repeated, batch=32),
             "caption": torch.arange(len(specs)).repeat_interleave(DRAWINGS),
-            "contexts": contexts([*(spec.caption for spec in specs), ""], device),
+            "contexts": learn.contexts(
+                encoder(), [*(spec.caption for spec in specs), ""], device, 32, with_pooled=True
+            ),
         }
 
     kept = learn.stage(work, "flow-pictures", drawn)

@@ -342,8 +342,11 @@ def decode(model: nn.Module, latents: torch.Tensor, batch: int = 256) -> torch.T
 
 
 @torch.no_grad()
-def contexts(clip, captions: list[str], device: torch.device, batch: int = 256) -> torch.Tensor:
-    """The host's CLIP, on `device`, of every caption: [N, 77, 768], float16."""
+def contexts(
+    clip, captions: list[str], device: torch.device, batch: int = 256, with_pooled: bool = False
+) -> torch.Tensor:  # fmt: skip
+    """The host's CLIP, on `device`, of every caption: [N, 77, 768], float16. with_pooled: the
+    pooled feature is one row more, the last."""
     encoder = clip.cond_stage_model.clip_l.to(device)
     encoder.execution_device = device
     made = []
@@ -353,7 +356,9 @@ def contexts(clip, captions: list[str], device: torch.device, batch: int = 256) 
             for text in captions[start : start + batch]
         ]
         with autocast(device):
-            made.append(encoder(tokens)[0].half())
+            features, pooled = encoder(tokens)[:2]
+        rows = torch.cat([features, pooled[:, None]], 1) if with_pooled else features
+        made.append(rows.half())
     return torch.cat(made)
 
 

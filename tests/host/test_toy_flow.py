@@ -26,12 +26,14 @@ def loaded(comfy, tmp_path_factory):
 
 def test_comfyui_computes_what_was_trained(loaded):
     import comfy.model_management
-    from lcm_lora.dev.toy import flow
+    from lcm_lora.dev.toy import flow, learn
 
     network, toy = loaded
     assert type(toy.base.model).__name__ == "SD3" and toy.latent == (16, 16, 16)
     assert toy.base.model.model_sampling.shift == flow.SHIFT
-    features = flow.contexts(list(CAPTIONS), torch.device("cpu")).float()
+    features = learn.contexts(
+        flow.encoder(), list(CAPTIONS), torch.device("cpu"), with_pooled=True
+    ).float()
     text, more = toy.encode(*CAPTIONS)[0]
     assert not text[..., 768:].any() and not more["pooled_output"][:, 768:].any()
     torch.testing.assert_close(text[..., :768], features[:, :-1], rtol=0.05, atol=0.05)  # bfloat16

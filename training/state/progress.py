@@ -46,7 +46,7 @@ class Progress:
     def first(cls, spec: Spec, half: bool = False) -> Progress:
         """The progress before step 1. half: whether the network computes in float16.
 
-        A LoRA that the job starts from is sampled too: what it can do is what is to be improved.
+        A job that starts from a LoRA draws samples first, to show what it improves on.
         """
         return cls(
             min(spec.micro_batch or spec.batch, spec.batch), spec.checkpointing == "on",
