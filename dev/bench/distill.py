@@ -45,13 +45,14 @@ def run(chosen: argparse.Namespace, checkpoint: Path) -> Report:
 
 def new_case(folder: Path, architecture: str, side: int) -> Case:
     """A case of float32 whose folder is new."""
-    import comfy
+    import comfy.model_management
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config, diffusers = networks.ARCHITECTURES[architecture], networks.DIFFUSERS[architecture]
     host = Path(comfy.__path__[0]).parent
-    return Case(host, folder, architecture, config, side, diffusers=diffusers)
+    device = comfy.model_management.get_torch_device().type
+    return Case(host, folder, architecture, config, side, diffusers=diffusers, device=device)
 
 
 def compare(case: Case, steps: int, threads: int) -> tuple[Turns, dict[str, int]]:

@@ -72,7 +72,7 @@ def prepare(
 def frozen(case: Case, dtype: torch.dtype) -> nn.Module:
     if not case.weights.exists():
         return networks.host_unet(case.config, case.device, dtype).requires_grad_(False).eval()
-    network = networks.host_unet(case.config, "meta", dtype).to_empty(device="cpu")
+    network = networks.host_unet(case.config, "meta", dtype).to_empty(device=case.device)
     network.load_state_dict(load_file(case.weights))
     return network.requires_grad_(False).eval()
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
+import comfy.model_management as management
 
 from .. import commands
 from . import distill, engine, networks
@@ -42,7 +42,7 @@ def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
         case = distill.new_case(commands.LOCAL / "fullsize", name, side)
         case = replace(case, dtype=chosen.precision, recompute=side > 64)
         add = partial(report.add, title, "engine")
-        needed, free = weights_and_lora(case) / 1e9, psutil.virtual_memory().available / 1e9
+        needed, free = weights_and_lora(case) / 1e9, management.get_free_memory() / 1e9
         add("network, LoRA, AdamW", "GB", [needed])
         if needed > 0.9 * free:
             log.info("%s: left out, it needs %.1f GB and %.1f GB are free", title, needed, free)

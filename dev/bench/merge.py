@@ -146,7 +146,10 @@ def exact_sums(report: Report, architecture: str, shapes: Shapes, runs: int) -> 
             tensors[f"{module}.alpha"] = torch.tensor(float(rank))
         save_file(tensors, path)
     outputs = {way: folder / f"{way}.safetensors" for way in (OURS, SAFELY, PLAINLY)}
-    processes = {way: Process(prepare, Merge(inputs, path, way)) for way, path in outputs.items()}
+    processes = {
+        way: Process(prepare, Merge(inputs, path, way), processor_only=True)
+        for way, path in outputs.items()
+    }
 
     def synced(process: Process) -> Taken:
         os.sync()  # so that no subject waits for what another has written
@@ -176,16 +179,20 @@ def exact_sums(report: Report, architecture: str, shapes: Shapes, runs: int) -> 
 
 
 def reductions(report: Report, case: str, shapes: Shapes, runs: int) -> None:
-    """To rank 64, in turn: this pack, and once PEFT's add_weighted_adapter, on the same factors."""
+    """To rank 64, in turn: this pack, and once PEFT's add_weighted_adapter, on the same factors and
+    on ComfyUI's device."""
+    import comfy.model_management  # not at the top: a merging process has no ComfyUI
+
+    device = comfy.model_management.get_torch_device()
     generator = torch.Generator().manual_seed(1)
     vectors = [
         Vector({
-            name: Delta(*factors(shape, rank, generator), None, float(rank))
+            name: Delta(*factors(shape, rank, generator), None, float(rank)).on(device)
             for name, shape in shapes.items()
         })
         for rank in RANKS
     ]  # fmt: skip
-    model = peft_model(shapes, vectors)
+    model = peft_model(shapes, vectors).to(device)
 
     def ours() -> list[Delta]:
         combined, _ = exact(vectors, WEIGHTS)

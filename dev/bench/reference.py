@@ -44,17 +44,19 @@ def prepare(case: Case) -> Callable[[], Step]:
     empty = write_bank(case.bank, encoders)
     shape = (4, case.side, case.side)
     order = draws.Shuffle([shape] * PICTURES, 1, SEED)
-    clock, numbers = Clock(parameters, teacher_unet, unet), itertools.count()
+    clock = Clock(parameters, teacher_unet, unet, device=case.device)
+    numbers, table = itertools.count(), alphas_cumprod().to(case.device)
 
     def step() -> Step:
         number = next(numbers)
         rows = order.rows(number)
-        eps, index, cfg = draws.draw(SEED, number, range(1), shape, (CFG,))
+        drawn = draws.draw(SEED, number, range(1), shape, (CFG,))
+        eps, index, cfg = (x.to(case.device) for x in drawn)
         with torch.no_grad():
             z0 = torch.cat([encoders.latents(row) for row in rows])
             text = torch.cat([encoders.context(CAPTIONS[row]) for row in rows])
         loss = loss_of(
-            partial(output, unet), partial(output, teacher_unet), alphas_cumprod(), z0, eps,
+            partial(output, unet), partial(output, teacher_unet), table, z0, eps,
             20 * index + 19, text, empty.expand_as(text), cfg,
         )  # fmt: skip
         loss.backward()
@@ -104,7 +106,7 @@ def loss_of(unet, teacher_unet, table, z0, eps, t, text, empty, cfg) -> torch.Te
 def frozen(case: Case) -> diffusers.UNet2DConditionModel:
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**case.diffusers)
-    unet.to_empty(device="cpu")
+    unet.to_empty(device=case.device)
     with safe_open(case.weights, framework="pt") as file:
         unet.load_state_dict({
             name: file.get_tensor(case.names[name]) for name in unet.state_dict()
@@ -135,13 +137,14 @@ class Encoders:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ).requires_grad_(False)  # fmt: skip
-        width = case.config["context_dim"]
+        self.vae.to(case.device)
+        self.device, width = case.device, case.config["context_dim"]
         self.clip = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
                 hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12,
                 num_attention_heads=max(1, width // 64),
             )
-        ).requires_grad_(False)  # fmt: skip
+        ).requires_grad_(False).to(self.device)  # fmt: skip
         tokens = case.host / "comfy" / "sd1_tokenizer"
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(str(tokens))
         pixels = 8 * case.side
@@ -151,7 +154,8 @@ class Encoders:
     def latents(self, row: int) -> torch.Tensor:
         """[1, 4, side, side] at diffusion scale."""
         generator = torch.Generator().manual_seed(row)
-        encoded = self.vae.encode(self.pictures[row : row + 1]).latent_dist
+        pixels = self.pictures[row : row + 1].to(self.device)
+        encoded = self.vae.encode(pixels).latent_dist
         return encoded.sample(generator) * self.vae.config.scaling_factor
 
     def context(self, caption: str) -> torch.Tensor:
@@ -159,4 +163,4 @@ class Encoders:
         ids = self.tokenizer(
             caption, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.clip(ids)[0]
+        return self.clip(ids.to(self.device))[0]

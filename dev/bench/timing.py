@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from ..environment import ROOT
 from .step import Step
 
@@ -24,23 +26,40 @@ Settings = TypeVar("Settings")
 
 @dataclass
 class Taken:
-    """What one run took: seconds, seconds of all cores, and the process's peak in bytes."""
+    """What one run took: seconds, seconds of all cores, and the peak memory in bytes."""
 
     seconds: float
     cpu_seconds: float
-    peak: int
+    peak: int  # of the tensors on the device, if there is a GPU
     result: Any  # what the subject returned: of a process, a Step or nothing
 
 
 Subject = Callable[[], Taken]
 
 
-def timed(run: Callable[[], Any]) -> Taken:
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is used now
+def timed(run: Callable[[], Any], processor_only: bool = False) -> Taken:
+    """Runs and measures a function, and waits for the GPU if there is one. processor_only: the
+    peak is that of the process all the same."""
+    cuda = torch.cuda if torch.cuda.is_available() and not processor_only else None
+    if cuda:
+        cuda.reset_peak_memory_stats()
+        cuda.synchronize()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is used now
     begun, used = time.perf_counter(), time.process_time()
     result = run()
+    if cuda:
+        cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - used
-    return Taken(seconds, cpu_seconds, memory("VmHWM"), result)
+    peak = cuda.max_memory_allocated() if cuda else memory("VmHWM")
+    return Taken(seconds, cpu_seconds, peak, result)
+
+
+def in_use(processor_only: bool) -> int:
+    """Bytes in use now, by the same measure as Taken.peak."""
+    if torch.cuda.is_available() and not processor_only:
+        return torch.cuda.memory_allocated()
+    return memory("VmRSS")
 
 
 def memory(name: str) -> int:
@@ -50,11 +69,12 @@ def memory(name: str) -> int:
 
 
 class Process:
-    """A subject in a process of its own. prepare(settings) returns there the function to time."""
+    """A subject in a process of its own. prepare(settings) returns there the function to time.
+    processor_only: as of `timed`."""
 
     def __init__(
         self, prepare: Callable[[Settings], Callable[[], Any]], settings: Settings,
-        threads: int | None = None,
+        threads: int | None = None, processor_only: bool = False,
     ) -> None:  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(ROOT)],
@@ -62,7 +82,8 @@ class Process:
             env=os.environ | {"OMP_NUM_THREADS": str(threads or os.cpu_count())},
         )  # fmt: skip
         names = [(made.__module__, made.__name__) for made in (prepare, type(settings))]
-        self._send(json.dumps([*names, vars(settings)], default=lambda path: {"path": str(path)}))
+        words = [*names, vars(settings), processor_only]
+        self._send(json.dumps(words, default=lambda path: {"path": str(path)}))
         self.start: int = self._answer()  # bytes in use before the first run
 
     def __call__(self) -> Taken:
@@ -104,12 +125,12 @@ def answer() -> None:
     def restored(values: dict[str, Any]) -> Any:
         return Path(values["path"]) if values.keys() == {"path"} else values
 
-    *names, settings = json.loads(sys.stdin.readline(), object_hook=restored)
+    *names, settings, processor_only = json.loads(sys.stdin.readline(), object_hook=restored)
     prepare, kind = (getattr(importlib.import_module(module), name) for module, name in names)
     run = prepare(kind(**settings))
-    print(memory("VmRSS"), file=answers)  # noqa: T201
+    print(in_use(processor_only), file=answers)  # noqa: T201
     while sys.stdin.readline():
-        print(json.dumps(asdict(timed(run))), file=answers)  # noqa: T201
+        print(json.dumps(asdict(timed(run, processor_only))), file=answers)  # noqa: T201
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""The front ends that developers' commands keep in the cache."""
+"""What developers' commands prepare: front ends in the cache, and the device."""
 
+import os
 import zipfile
 
 import pytest
-from lcm_lora.dev import environment
+import torch
+from lcm_lora.dev import commands, environment
 
 VERSION = "9.8.7"
 
@@ -85,3 +87,19 @@ def test_a_run_chooses_host_and_front_end(arguments, chosen):
 def test_what_is_no_version_is_refused(arguments, found):
     with pytest.raises(environment.SetupError, match=found):
         environment.chosen(arguments)
+
+
+def test_device_is_chosen_by_hiding_the_others(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert commands.choose_device(["merge", "--device", "cpu", "--runs", "1"]) == [
+        "merge", "--runs", "1",
+    ]  # fmt: skip
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    with pytest.raises(SystemExit, match="expected cpu or the number of a GPU, found gpu"):
+        commands.choose_device(["--device", "gpu"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="sees no GPU 7"):
+            commands.choose_device(["--device", "7"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert commands.choose_device(["merge"]) == ["merge"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
