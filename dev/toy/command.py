@@ -9,7 +9,9 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -42,6 +44,8 @@ STYLE_BITS, FINE_TUNED_BITS, LCM_BITS = 5, 4, 6
 # Pictures that the classifier sees, in thousands.
 SEEN = {"3d": 16, "noto": 5, "sticker": 5, "blueprint": 5, "faces": 5}
 LCM_STEPS, LCM_PICTURES = 1_000, 1_600
+# Of the second job, which goes on from the first one's LoRA.
+PROMPT_STEPS, PROMPTS = 2_000, 600
 VAE_BITS = 8
 
 
@@ -147,23 +151,46 @@ def write_lora(layers: dict[str, torch.Tensor], alpha: float, path: Path) -> Non
 
 
 def distil(work: Path, painter: learn.Painter) -> None:
-    """The LCM-LoRA: a job of the shipped engine on captioned scenes."""
-    job = work / "lcm"
-    output = job / "lcm-lora.safetensors"
-    if not output.exists():
-        job.mkdir(exist_ok=True)
-        write_pictures(job / "pictures", painter, LCM_PICTURES)
+    """The LCM-LoRA: two jobs of the shipped engine, on captioned scenes and then on prompts."""
+    folder = work / "lcm"
+    pictures = folder / "pictures"
+
+    def captioned() -> dict[str, Any]:
+        write_pictures(pictures, painter, LCM_PICTURES)
+        data = {"kind": "pictures", "path": str(pictures), "flip": False}
+        return {"steps": LCM_STEPS, "data": data}
+
+    first = job(folder, captioned)
+
+    def from_prompts() -> dict[str, Any]:
+        specs = world.specs(PROMPTS, torch.Generator().manual_seed(71))
+        captions = [spec.caption for spec in specs]
+        data = {"kind": "prompts", "prompts": captions, "count": PROMPTS, "draw_steps": 20}
+        return {
+            "steps": PROMPT_STEPS, "data": data, "rank": LCM_RANK, "decay": "cosine",
+            "start_from": str(first),
+        }  # fmt: skip
+
+    ship_lcm_lora(job(work / "lcm-prompts", from_prompts), work)
+
+
+def job(folder: Path, settings: Callable[[], dict[str, Any]]) -> Path:
+    """The LoRA of a job of the engine in `folder`, which goes on where it stopped."""
+    output, description = folder / "lcm-lora.safetensors", folder / "spec.json"
+    if output.exists():
+        return output
+    if not description.exists():
+        folder.mkdir(exist_ok=True)
         spec = {
             "host": str(Path(comfy.__path__[0]).parent), "checkpoint": str(assemble.checkpoint()),
-            "banks": str(job / "banks"), "output": str(output), "resolution": world.SIZE,
-            "steps": LCM_STEPS, "guidance": DISTILLED,
-            "data": {"kind": "pictures", "path": str(job / "pictures"), "flip": False},
+            "banks": str(folder / "banks"), "output": str(output), "resolution": world.SIZE,
+            "guidance": DISTILLED,
         }  # fmt: skip
-        (job / "spec.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
-        run = environment.ROOT / "training" / "run.py"
-        if status := subprocess.run([sys.executable, str(run), str(job / "spec.json")]).returncode:
-            raise SystemExit(f"The distillation ended with status {status}. Run this again.")
-    ship_lcm_lora(output, work)
+        description.write_text(json.dumps(spec | settings(), indent=1), encoding="utf-8")
+    run = environment.ROOT / "training" / "run.py"
+    if status := subprocess.run([sys.executable, str(run), str(description)]).returncode:
+        raise SystemExit(f"The distillation ended with status {status}. Run this again.")
+    return output
 
 
 def ship_lcm_lora(output: Path, work: Path) -> None:
