@@ -97,6 +97,10 @@ class Delta:
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
         return Delta(self.up, down, None, self.alpha)
 
+    def factors(self) -> list[Tensor]:
+        """The tensors that it consists of."""
+        return [self.up, self.down] if self.mid is None else [self.up, self.mid, self.down]
+
     def on(self, device: torch.device) -> Delta:
         """The delta with its factors on a device."""
         mid = None if self.mid is None else self.mid.to(device)

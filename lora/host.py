@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
+from .agree import require_numbers
 from .architecture import DOUBT, SDXL_TYPE, Architecture, Shapes, architecture_of
 from .combine import one_for_each
 from .delta import Delta, Vector, as_matrix
@@ -82,8 +83,10 @@ def apply(
     A part whose strength is 0 stays unpatched. Modules that do not fit are logged as a warning.
 
     Raises:
-        ValueError: the vector was made for another architecture, or none of its modules fits.
+        ValueError: the vector was made for another architecture, none of its modules fits, or it
+            contains NaN or infinity.
     """
+    require_numbers(vector)
     model, clip = model.clone(), clip.clone() if clip is not None else None
     layers = Layers(model)
     made_for, actual = architecture_of(vector.shapes), detect(model, layers)
@@ -127,7 +130,8 @@ def apply(
 def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
     """The deltas of a vector by the model's layers, for live.py; None if the vector, apart from its
     text encoder part, changes more than plain layers by plain deltas. `apply` says what does not
-    fit."""
+    fit. Raises ValueError if it contains NaN or infinity."""
+    require_numbers(vector)
     layers = Layers(model)
     network = _Network(layers, comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
     kind = detect(model, layers)
