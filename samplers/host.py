@@ -331,6 +331,13 @@ def fitted(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
 
 
+def _mask(latent: dict[str, Any]) -> Any:
+    """The noise mask of a LATENT, in floating point. Some nodes give truth values or bytes, which
+    ComfyUI cannot scale (Comfy-Org/ComfyUI #2727)."""
+    mask = latent.get("noise_mask")
+    return mask.float() if isinstance(mask, torch.Tensor) else mask
+
+
 @dataclass(frozen=True)
 class Run:
     """The settings of a sampling run.
@@ -377,7 +384,8 @@ def sample(
     model = _prepared(model)
     sigmas = schedule(model, run.steps, run.denoise)
     image = fitted(model, latent)
-    batch_index = picture_numbers(latent.get("batch_index"), len(image))
+    # Not len(), which the latent of a video with sound lacks.
+    batch_index = picture_numbers(latent.get("batch_index"), image.shape[0])
     if seeds is None:
         noise = comfy.sample.prepare_noise(image, run.seed, batch_index)
     else:
@@ -392,7 +400,7 @@ def sample(
         positive,
         negative,
         image,
-        noise_mask=latent.get("noise_mask"),
+        noise_mask=_mask(latent),
         callback=callback or latent_preview.prepare_callback(model, run.steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=run.seed,

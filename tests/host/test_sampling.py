@@ -169,6 +169,17 @@ def test_a_noise_mask_keeps_what_it_covers():
         assert torch.equal(result["noise_mask"], mask)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_a_mask_of_any_numbers_is_that_of_floating_point(kind):
+    mask = torch.zeros(1, 32, 32)
+    mask[..., :17] = 1
+    right, found = (
+        ours(build("v"), latent={**picture(), "noise_mask": one})["samples"]
+        for one in (mask, mask.to(kind))
+    )
+    assert torch.equal(found, right) and right.isfinite().all()
+
+
 def test_inputs_stay_as_they_were():
     model = build("v")
     own = model.get_model_object("model_sampling")
