@@ -39,6 +39,7 @@ from .report import Acceleration, Applied, Line, ran, warnings
 from .timesteps import parse, parse_sigmas, refuse_ascent, times, timesteps
 
 APPLIED = "lcm_lora"  # where a MODEL carries an Applied, which its clones keep
+SMALLEST = 1e-4  # below the sigma of any timestep
 HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # an empty latent may have them
 
 
@@ -252,10 +253,14 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
+        if not sigmas.is_floating_point():  # whole numbers, as a user may type them
+            sigmas = sigmas.float()
         exploding = isinstance(model_wrap.inner_model.model_sampling, ms.EPS)  # or v or x0
         if exploding and latent_image is not None and not self.max_denoise(model_wrap, sigmas):
             empty = ~latent_image.flatten(1).any(1).view(-1, *[1] * (noise.ndim - 1))
-            noise = torch.where(empty, noise * (1 + sigmas[0] ** -2).sqrt(), noise)
+            # The end of a schedule that a node has split may be 0, where the noise is 0 too.
+            first = sigmas[0].clamp(min=SMALLEST)
+            noise = torch.where(empty, noise * (1 + first**-2).sqrt(), noise)
         return super().sample(
             model_wrap,
             sigmas,
