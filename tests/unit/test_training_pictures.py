@@ -17,7 +17,7 @@ import torch
 from lcm_lora.training.data.bank import Unreadable
 from lcm_lora.training.data.captioned import find, picture_suffixes, summary
 from lcm_lora.training.data.pictures import Pictures, buckets
-from lcm_lora.training.data.sources import source
+from lcm_lora.training.data.sources import read_prompts, source
 from lcm_lora.training.spec import Data, Spec
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -494,6 +494,15 @@ def test_everything_that_is_not_used_is_named(folder):
     sentence = summary(pictures.unused)
     assert "Not used (13)" in sentence and "and 3 more (neither" in sentence
     assert summary([]) == ""
+
+
+def test_a_file_of_prompts_is_read_however_it_was_saved(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n# no prompt\r\n  # nor this\n\ta dog, #1 \ra cat")
+    assert read_prompts(str(file)) == ["a cat", "a dog, #1", "a cat"]
+    file.write_bytes(b"  # nothing else\n")
+    with pytest.raises(ValueError, match="contains no prompt: expected one per line"):
+        read_prompts(str(file))
 
 
 def test_prompts_beyond_the_count_are_named():
