@@ -13,6 +13,7 @@ NOT_LINEAR = {
     "dora_scale": "DoRA",
     "magnitude": "DoRA",
     "oft_blocks": "OFT or BOFT",
+    "oft_blocks.0": "OFT or BOFT",  # of the first part of a layer that is turned in parts
     "rescale": "OFT or BOFT",
     "a1.weight": "GLoRA",
     "a2.weight": "GLoRA",

@@ -24,7 +24,7 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.[^.]+)?$"), None),
     # Not linear in the weights. PEFT and ai-toolkit call DoRA's scale a magnitude.
     (re.compile(r"\.(?:lora_)?(magnitude)(?:_vector)?(?:\.[^.]+)?(?:\.weight)?$"), None),
-    (re.compile(r"\.(dora_scale|oft_blocks|rescale|(?:[ab][12]|bm)\.weight)$"), None),
+    (re.compile(r"\.(dora_scale|oft_blocks(?:\.\d+)?|rescale|(?:[ab][12]|bm)\.weight)$"), None),
 )
 
 # Adapters that are not supported, by what follows the module in one of their keys.

@@ -42,6 +42,8 @@ _TIMES = {
 _STREAMS = {
     _SPLIT: "img_attn.qkv",
     _SPLIT_TEXT: "txt_attn.qkv",
+    "attn.to_qkv": "img_attn.qkv",  # where its projections are fused
+    "attn.to_added_qkv": "txt_attn.qkv",
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
     "attn.norm_q": "img_attn.norm.query_norm",

@@ -270,6 +270,33 @@ def test_diffusers_names_are_those_that_diffusers_itself_gives(kind):
         assert abs(difference) <= 1e-5 * delta.inner(delta), name
 
 
+def test_a_lokr_of_projections_that_diffusers_fuses():
+    """ai-toolkit's LoKr for Flux2, as diffusers converts it."""
+    from diffusers.loaders import lora_conversion_utils
+
+    generator, file = torch.Generator().manual_seed(5), {}
+    layers = {
+        f"double_blocks.1.{side}_{layer}": size
+        for side in ("img", "txt")
+        for layer, size in {
+            "attn.qkv": (192, 64), "attn.proj": (64, 64), "mlp.0": (384, 64), "mlp.2": (64, 192),
+        }.items()
+    } | {"single_blocks.0.linear1": (576, 64), "single_blocks.0.linear2": (64, 256)}  # fmt: skip
+    for module, (out, columns) in layers.items():
+        name = f"diffusion_model.{module}"
+        file[f"{name}.lokr_w1"] = torch.randn(4, 4, generator=generator)
+        file[f"{name}.lokr_w2"] = torch.randn(out // 4, columns // 4, generator=generator)
+        file[f"{name}.alpha"] = torch.tensor(1e10)  # without factors, it counts for nothing
+    theirs = lora_conversion_utils._convert_non_diffusers_flux2_lokr_to_diffusers(dict(file))
+    assert any("to_qkv.lokr_w1" in key for key in theirs)
+    right, found = (
+        settled([parse(one, {}, "LoKr")], called("Flux2"))[0].deltas for one in (file, theirs)
+    )
+    assert found.keys() == right.keys() and len(right) == len(layers)
+    for name, delta in right.items():
+        assert torch.equal(found[name].matrix(), delta.matrix()), name
+
+
 def test_the_file_of_a_wan_with_a_change_of_its_modulation_is_recognised():
     file = native_file(wan(1536))
     file["diffusion_model.blocks.0.diff_m"] = torch.randn(1, 6, 1536)
