@@ -210,11 +210,12 @@ def _outputs(blocks: Tensor | None) -> int:
 
 def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor:
     """The outputs rotated, each part of them by its blocks, and rescaled."""
-    turned, at = [], 0
-    for blocks in _all_blocks(parts):
-        end = at + _outputs(blocks)
-        turned.append(_turned(blocks.float(), alpha, weight[at:end]))
-        at = end
+    all_blocks = _all_blocks(parts)
+    pieces = weight.split([_outputs(blocks) for blocks in all_blocks])
+    turned = [
+        _turned(blocks.float(), alpha, piece)
+        for blocks, piece in zip(all_blocks, pieces, strict=True)
+    ]
     rows = torch.cat(turned)
     if "rescale" in parts:
         rows = rows * parts["rescale"].float().reshape(-1, 1)
