@@ -137,7 +137,7 @@ def _folder(
     listed: dict[Path, str] = {}
     for table in tables:
         listed |= captions.table(table, name(table), unused)
-    texts: dict[Path, list[Path]] = {}
+    texts: dict[str, list[Path]] = {}
     for file in files:
         if file.suffix.lower() in captions.SUFFIXES:
             texts.setdefault(_stem(file), []).append(file)

@@ -162,7 +162,7 @@ def _without_texts(data: bytes) -> bytes:
     kept, at = [PNG], len(PNG)
     while at < len(data):
         # The length of the chunk's content, its kind, the content, and a checksum.
-        end = at + 12 + int.from_bytes(data[at : at + 4])
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] not in PNG_TEXTS:
             kept.append(data[at:end])
         at = end
