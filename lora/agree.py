@@ -1,9 +1,11 @@
-"""Checks of vectors before they are merged."""
+"""Checks of vectors before they are merged or applied."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from torch import Tensor
 
 from .architecture import architecture_of
 from .delta import Vector, as_matrix
@@ -46,3 +48,35 @@ def require_finite(name: str, vectors: Sequence[Vector]) -> None:
                 f"{vector.source} contains NaN or infinity in {name}: the file is damaged, or its "
                 "training diverged. Leave it out."
             )
+
+
+def require_numbers(vector: Vector) -> None:
+    """Raises ValueError if a tensor of the vector contains NaN or infinity. A model with it draws
+    black pictures (bmaltais/kohya_ss #1986)."""
+    found = sorted(
+        name for name, tensors in _tensors(vector).items() if not all(map(_finite, tensors))
+    )
+    if found:
+        raise ValueError(
+            f"{vector.source} contains NaN or infinity in {len(found)} of its "
+            f"{len(vector.modules())} modules, such as {found[0]}: the file is damaged, or its "
+            "training diverged. Use another file, or an earlier one of the same training."
+        )
+
+
+def _tensors(vector: Vector) -> dict[str, list[Tensor]]:
+    """The tensors of each module."""
+    tensors = {name: delta.factors() for name, delta in vector.deltas.items()}
+    for name, parts in vector.opaque.items():
+        tensors.setdefault(name, []).extend(parts.values())
+    for key, diff in vector.diffs.items():
+        tensors.setdefault(key.rpartition(".")[0], []).append(diff)
+    return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    numbers = tensor.half() if tensor.itemsize == 1 else tensor  # fp8 has no order
+    # The quickest: both are NaN if any number is.
+    return all(math.isfinite(float(end)) for end in numbers.aminmax())

@@ -13,6 +13,7 @@ NOT_LINEAR = {
     "dora_scale": "DoRA",
     "magnitude": "DoRA",
     "oft_blocks": "OFT or BOFT",
+    "oft_blocks.0": "OFT or BOFT",  # of the first part of a layer that is turned in parts
     "rescale": "OFT or BOFT",
     "a1.weight": "GLoRA",
     "a2.weight": "GLoRA",
@@ -96,6 +97,10 @@ class Delta:
             return self
         down = torch.einsum("pqhw,qi->pihw", self.mid.float(), self.down.float().flatten(1))
         return Delta(self.up, down, None, self.alpha)
+
+    def factors(self) -> list[Tensor]:
+        """The tensors that it consists of."""
+        return [self.up, self.down] if self.mid is None else [self.up, self.mid, self.down]
 
     def on(self, device: torch.device) -> Delta:
         """The delta with its factors on a device."""

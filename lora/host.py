@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,17 +13,19 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
 
+from .agree import require_numbers
 from .architecture import DOUBT, SDXL_TYPE, Architecture, Shapes, architecture_of
 from .combine import one_for_each
 from .delta import Delta, Vector, as_matrix
 from .formats.kinds import left_out_because
-from .formats.module_names import is_text
+from .formats.module_names import UNET, is_text
 from .formats.places import places
-from .formats.spelling import for_host
-from .formats.transformers import is_known
+from .formats.spelling import for_host, renamed
+from .formats.transformers import called, flat, is_known
 from .formats.wire import to_wire
 from .live import fits
 from .opaque import misfit
+from .slices import settled
 from .weights.host import Layers, Merge, bias_of, detect, input_scale
 
 logger = logging.getLogger("lcm_lora")
@@ -80,8 +83,10 @@ def apply(
     A part whose strength is 0 stays unpatched. Modules that do not fit are logged as a warning.
 
     Raises:
-        ValueError: the vector was made for another architecture, or none of its modules fits.
+        ValueError: the vector was made for another architecture, none of its modules fits, or it
+            contains NaN or infinity.
     """
+    require_numbers(vector)
     model, clip = model.clone(), clip.clone() if clip is not None else None
     layers = Layers(model)
     made_for, actual = architecture_of(vector.shapes), detect(model, layers)
@@ -94,9 +99,9 @@ def apply(
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         networks.append(_Network(Layers(clip.patcher), keys, strength_clip))
 
-    vector = for_host(vector)
+    vector = for_host(settled([vector], called(actual.name) if actual else ())[0])
     for network in networks:
-        vector = one_for_each(vector, network.targets)
+        vector = one_for_each(network.spelled(vector), network.targets)
     modules = vector.modules()
     strengths = {True: 0.0 if clip is None else strength_clip, False: strength_model}
     wanted = {module for module in modules if strengths[is_text(module)] != 0}
@@ -125,11 +130,15 @@ def apply(
 def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
     """The deltas of a vector by the model's layers, for live.py; None if the vector, apart from its
     text encoder part, changes more than plain layers by plain deltas. `apply` says what does not
-    fit."""
-    network = _Network(Layers(model), comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
-    vector = one_for_each(for_host(vector), network.targets)
+    fit. Raises ValueError if it contains NaN or infinity."""
+    require_numbers(vector)
+    layers = Layers(model)
+    network = _Network(layers, comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
+    kind = detect(model, layers)
+    vector = for_host(settled([vector], called(kind.name) if kind else ())[0])
+    vector = one_for_each(network.spelled(vector), network.targets)
     targets, _ = network._match(vector, {name for name in vector.modules() if not is_text(name)})
-    layers: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, target in targets.items():
         layer, _, part = str(target).rpartition(".")
         if (
@@ -141,8 +150,8 @@ def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
             or not fits(model.model.get_submodule(layer), vector.deltas[module])
         ):
             return None
-        layers[layer] = vector.deltas[module]
-    return layers
+        deltas[layer] = vector.deltas[module]
+    return deltas
 
 
 class _Network:
@@ -155,6 +164,18 @@ class _Network:
         """keys: ComfyUI's own map from module names to targets."""
         self.patcher, self.layers, self.strength = layers.patcher, layers, strength
         self.targets = places(keys)
+
+    def spelled(self, vector: Vector) -> Vector:
+        """The vector, with ComfyUI's names for modules that it knows under another prefix."""
+        known = {}
+        for name in vector.modules() - self.targets.keys():
+            if not is_text(name) and (own := UNET + flat(name)) in self.targets:
+                known[name] = own
+        # Of a layer under two such names, neither is surely right; apply reports both.
+        taken = vector.modules() | {
+            own for own, uses in Counter(known.values()).items() if uses > 1
+        }
+        return renamed(vector, {n: own for n, own in known.items() if own not in taken})
 
     def patch(
         self, vector: Vector, sums: dict[str, Tensor], modules: Collection[str]

@@ -112,7 +112,7 @@ def merged(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor) -> 
     parts: the tensors of an Opaque on the weight's device, without alpha.
     """
     weight = weight.float()
-    if "oft_blocks" in parts:
+    if _all_blocks(parts):
         return _rotated(parts, alpha or 0.0, weight)
     if "a1.weight" in parts:
         return weight + _glora_change(parts, alpha, weight)
@@ -165,9 +165,28 @@ def _base(parts: Mapping[str, Tensor], alpha: float | None) -> Delta:
     return Delta(up, down, parts.get("lora_mid.weight"), alpha)
 
 
+def _all_blocks(parts: Mapping[str, Tensor]) -> list[Tensor]:
+    """The blocks of OFT, for each part of the outputs. There is one part, but sd-scripts' networks/
+    oft_flux.py turns the parts of a fused layer (qkv) each by its own."""
+    names = [name for name in parts if name.startswith("oft_blocks")]
+    return [parts[name] for name in sorted(names, key=lambda name: (len(name), name))]
+
+
 def _oft_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
     """[out]. Raises ValueError if the blocks are missing or cannot rotate the outputs."""
-    blocks = parts.get("oft_blocks")
+    all_blocks = _all_blocks(parts)
+    if "oft_blocks" in parts and len(all_blocks) > 1:
+        raise ValueError("it has oft_blocks of the whole layer and of parts; expected one of them")
+    numbered = [f"oft_blocks.{number}" for number in range(len(all_blocks))]
+    if "oft_blocks" not in parts:
+        for name in numbered:
+            if name not in parts:
+                raise ValueError(f"it has no {name} beside its other oft_blocks")
+    return (sum(map(_outputs, all_blocks)) or _outputs(None),)
+
+
+def _outputs(blocks: Tensor | None) -> int:
+    """How many outputs some blocks rotate. Raises ValueError if they cannot rotate any."""
     if (
         blocks is None
         or blocks.dim() not in (3, 4)
@@ -186,16 +205,29 @@ def _oft_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
             f"its oft_blocks are {list(blocks.shape)}; the {out} outputs cannot be paired in "
             f"{len(blocks)} stages of a butterfly"
         )
-    return (out,)
+    return out
 
 
 def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor:
+    """The outputs rotated, each part of them by its blocks, and rescaled."""
+    all_blocks = _all_blocks(parts)
+    pieces = weight.split([_outputs(blocks) for blocks in all_blocks])
+    turned = [
+        _turned(blocks.float(), alpha, piece)
+        for blocks, piece in zip(all_blocks, pieces, strict=True)
+    ]
+    rows = torch.cat(turned)
+    if "rescale" in parts:
+        rows = rows * parts["rescale"].float().reshape(-1, 1)
+    return rows.reshape(weight.shape)
+
+
+def _turned(blocks: Tensor, alpha: float, weight: Tensor) -> Tensor:
     """The outputs rotated by Cayley's R = (I + Q)(I - Q)^-1, Q = B - B' (2306.07280, section 3.3),
-    and rescaled. BOFT rotates in stages, and pairs outputs that are 2^stage n / 2 apart
+    as rows [out, ...]. BOFT rotates in stages, and pairs outputs that are 2^stage n / 2 apart
     (2311.06243, equation 3). The norm of Q is at most alpha times the number of outputs; an alpha
     of 0 sets no limit.
     """
-    blocks = parts["oft_blocks"].float()
     q = blocks - blocks.mT
     if alpha > 0:
         q = q * (alpha * len(weight) / (q.norm() + 1e-8)).clamp(max=1)
@@ -210,9 +242,7 @@ def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tenso
         paired = rows.unflatten(0, (-1, 2, apart)).transpose(1, 2)
         turned = torch.einsum("bnm,bmx->bnx", r[stage], paired.reshape(-1, n, rows.shape[1]))
         rows = turned.reshape(paired.shape).transpose(1, 2).flatten(0, 2)
-    if "rescale" in parts:
-        rows = rows * parts["rescale"].float().reshape(-1, 1)
-    return rows.reshape(weight.shape)
+    return rows
 
 
 def _glora_factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

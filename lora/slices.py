@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .addition import stacked
-from .delta import Delta, Vector
+from .delta import Delta, Vector, as_matrix
 from .formats.module_names import UNET, is_text, is_unet
 from .formats.transformers import Place, Transformer, flat, recognised
 
 Kinds = Sequence[Transformer]
+COPIED = 0.01  # share of a change by which a copy of it may differ; bf16 rounds by 0.004
 
 
 def own_paths(vector: Vector) -> dict[str, str]:
@@ -30,21 +31,27 @@ def own_paths(vector: Vector) -> dict[str, str]:
     return {name: UNET + places[name].path if name in places else name for name in vector.modules()}
 
 
-def settled(vectors: Sequence[Vector]) -> list[Vector]:
+def settled(vectors: Sequence[Vector], kind: Kinds = ()) -> list[Vector]:
     """The vectors, with the same name for the same layer in all of them.
 
     Layers get kohya's names with the authors' paths, which ComfyUI knows for every model. Parts of
     layers get diffusers' names, and become changes of the whole layer if one of the vectors changes
-    that. Several modules for one layer are added. Modules of UNets, text encoders and unknown
-    models keep their names.
+    that, or if ComfyUI does not know them. Several modules for one layer are added, but copies of
+    one change count once. Modules of UNets, text encoders and unknown models keep their names.
+
+    kind: of the model, if it is known; else the vectors show it.
     """
-    kinds = _shared([_kinds(vector) for vector in vectors])
+    kinds = [kind for _ in vectors] if kind else _shared([_kinds(vector) for vector in vectors])
     all_places = [_places(vector, k) for vector, k in zip(vectors, kinds, strict=True)]
+    vectors = [
+        _without_copies(vector, places) for vector, places in zip(vectors, all_places, strict=True)
+    ]
     whole = {
         place.path
-        for vector, places in zip(vectors, all_places, strict=True)
+        for vector, places, some in zip(vectors, all_places, kinds, strict=True)
         for name, place in places.items()
-        if place.is_whole and (name in vector.deltas or f"{name}.diff" in vector.diffs)
+        if (place.is_whole and (name in vector.deltas or f"{name}.diff" in vector.diffs))
+        or not (place.is_whole or any(one.has_parts for one in some))
     }
     spelled = _unplaced(vectors, all_places)
     return [
@@ -80,6 +87,55 @@ def _places(vector: Vector, kinds: Kinds) -> dict[str, Place]:
         if len(found) == 1 and (place := found.pop()):
             places[name] = place
     return places
+
+
+def _without_copies(vector: Vector, places: Mapping[str, Place]) -> Vector:
+    """The vector without changes that it holds under another name too.
+
+    Some files have both spellings, for programs that know one of them: Z-Image-Fun's distilled
+    LoRAs have `attention_qkv` beside `attention_to_q`, ... (huggingface/diffusers #13203).
+    """
+    of_layer: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(vector.deltas.keys() & places.keys()):
+        of_layer[places[name].path].append(name)
+    copies = set()
+    for names in of_layer.values():
+        kept: list[str] = []
+        for name in sorted(names, key=lambda name: places[name].rows is not None):
+            if any(_is_copy(vector, places, name, other) for other in kept):
+                copies.add(name)
+            else:
+                kept.append(name)
+    deltas = {name: delta for name, delta in vector.deltas.items() if name not in copies}
+    return replace(vector, deltas=deltas) if copies else vector
+
+
+def _is_copy(vector: Vector, places: Mapping[str, Place], name: str, other: str) -> bool:
+    """Whether a module's change is in the change of another one, which is not smaller."""
+    place, whole = places[name], places[other]
+    one, two = vector.deltas[name], vector.deltas[other]
+    if (
+        whole.rows not in (None, place.rows)
+        or as_matrix(one.shape)[1] != as_matrix(two.shape)[1]
+        or one.up.is_meta  # products, which no such file has, and shapes without numbers
+        or two.up.is_meta
+    ):
+        return False
+    one, two = _unswapped(one, place), _unswapped(two, whole)
+    if whole.rows is None and place.rows is not None:
+        first, count, _ = place.rows
+        two = replace(two, up=two.up[first : first + count])
+    if len(one.up) != len(two.up):
+        return False
+    sizes = one.inner(one), two.inner(two)
+    # Both were rounded on the way, to half precision at worst.
+    return sizes[0] + sizes[1] - 2 * one.inner(two) <= COPIED**2 * max(sizes)
+
+
+def _unswapped(delta: Delta, place: Place) -> Delta:
+    """A delta with its rows in the layer's order."""
+    plain = delta.plain()
+    return replace(plain, up=in_whole(plain.up, replace(place, rows=None)))
 
 
 def _unplaced(

@@ -39,6 +39,7 @@ from .report import Acceleration, Applied, Line, ran, warnings
 from .timesteps import parse, parse_sigmas, refuse_ascent, times, timesteps
 
 APPLIED = "lcm_lora"  # where a MODEL carries an Applied, which its clones keep
+SMALLEST = 1e-4  # below the sigma of any timestep
 HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # an empty latent may have them
 
 
@@ -252,10 +253,14 @@ class FewStepSampler(comfy.samplers.KSAMPLER):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
+        if not sigmas.is_floating_point():  # whole numbers, as a user may type them
+            sigmas = sigmas.float()
         exploding = isinstance(model_wrap.inner_model.model_sampling, ms.EPS)  # or v or x0
         if exploding and latent_image is not None and not self.max_denoise(model_wrap, sigmas):
             empty = ~latent_image.flatten(1).any(1).view(-1, *[1] * (noise.ndim - 1))
-            noise = torch.where(empty, noise * (1 + sigmas[0] ** -2).sqrt(), noise)
+            # The end of a schedule that a node has split may be 0, where the noise is 0 too.
+            first = sigmas[0].clamp(min=SMALLEST)
+            noise = torch.where(empty, noise * (1 + first**-2).sqrt(), noise)
         return super().sample(
             model_wrap,
             sigmas,
@@ -331,6 +336,13 @@ def fitted(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
 
 
+def _mask(latent: dict[str, Any]) -> Any:
+    """The noise mask of a LATENT, in floating point. Some nodes give truth values or bytes, which
+    ComfyUI cannot scale (Comfy-Org/ComfyUI #2727)."""
+    mask = latent.get("noise_mask")
+    return mask.float() if isinstance(mask, torch.Tensor) else mask
+
+
 @dataclass(frozen=True)
 class Run:
     """The settings of a sampling run.
@@ -377,7 +389,8 @@ def sample(
     model = _prepared(model)
     sigmas = schedule(model, run.steps, run.denoise)
     image = fitted(model, latent)
-    batch_index = picture_numbers(latent.get("batch_index"), len(image))
+    # Not len(), which the latent of a video with sound lacks.
+    batch_index = picture_numbers(latent.get("batch_index"), image.shape[0])
     if seeds is None:
         noise = comfy.sample.prepare_noise(image, run.seed, batch_index)
     else:
@@ -392,7 +405,7 @@ def sample(
         positive,
         negative,
         image,
-        noise_mask=latent.get("noise_mask"),
+        noise_mask=_mask(latent),
         callback=callback or latent_preview.prepare_callback(model, run.steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=run.seed,

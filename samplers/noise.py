@@ -37,7 +37,7 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
     items. If there is none, the numbers are 0 to count - 1.
 
     Raises:
-        ValueError: they are not integers, or not one for each picture.
+        ValueError: they are not integers from 0 on, or not one for each picture.
     """
     numbers = [] if given is None else getattr(given, "tolist", lambda: given)()
     numbers = [numbers] if isinstance(numbers, int) else list(numbers)
@@ -47,6 +47,10 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
         raise ValueError(
             f"The latent's batch_index is {str(given)[:80]}; expected one integer for each picture."
         ) from None
+    if min(numbers, default=0) < 0:
+        raise ValueError(
+            f"The latent's batch_index has {min(numbers)}; expected numbers of pictures, from 0 on."
+        )
     if len(numbers) != count:
         raise ValueError(
             f"The latent's batch_index has {len(numbers)} numbers for {count} pictures; expected "

@@ -24,7 +24,7 @@ _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.[^.]+)?$"), None),
     # Not linear in the weights. PEFT and ai-toolkit call DoRA's scale a magnitude.
     (re.compile(r"\.(?:lora_)?(magnitude)(?:_vector)?(?:\.[^.]+)?(?:\.weight)?$"), None),
-    (re.compile(r"\.(dora_scale|oft_blocks|rescale|(?:[ab][12]|bm)\.weight)$"), None),
+    (re.compile(r"\.(dora_scale|oft_blocks(?:\.\d+)?|rescale|(?:[ab][12]|bm)\.weight)$"), None),
 )
 
 # Adapters that are not supported, by what follows the module in one of their keys.
@@ -66,6 +66,8 @@ _WRAPPED = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forwa
 _WRAPPERS = re.compile(
     rf"[._]{_WRAPPED}(?=[._])|^{_WRAPPED}[._]|(?:^|(?<=\.))module(?:\.{_WRAPPED})*\."
 )
+# In the LoRAs of Wan that Kijai extracted (Comfy-Org/ComfyUI #8922).
+_MODULATION = re.compile(r"\.diff_m$")
 _FLAT = re.compile(r"(?:lora|oft)_unet_|lora_te\d?_|lycoris_")
 _FLAT_WRAPPERS = re.compile(r"_(?:module|base_model_model)(?=_)")
 
@@ -89,7 +91,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def unwrapped(key: str) -> str:
     """A key without `_orig_mod`, `module` and the like, anywhere in it."""
-    key = _WRAPPERS.sub("", key)
+    key = _MODULATION.sub(".modulation.diff", _WRAPPERS.sub("", key))
     return _FLAT_WRAPPERS.sub("", key) if _FLAT.match(key) else key
 
 

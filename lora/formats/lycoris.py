@@ -51,6 +51,9 @@ class Product(Delta):
         up, down = _formed(self.parts, self.rank)
         return Delta(up.reshape(self.up.shape), down.reshape(self.down.shape), None, self.alpha)
 
+    def factors(self) -> list[Tensor]:
+        return list(self.parts.values())
+
     def matrix(self) -> Tensor:
         one, two = (_matrix(self.parts, i) for i in (1, 2))
         change = one * two if _is_loha(self.parts) else torch.kron(one, two)

@@ -14,6 +14,7 @@ from typing import Any
 from ..architecture import OR, SDXL_TYPE, Architecture, architecture_of
 from ..delta import Vector
 from ..family import forgotten
+from .peft_config import HEADER_ALPHAS
 
 KIND = "modelspec.architecture"
 RECIPE, METHOD = "lcm_lora_recipe", "lcm_lora_method"
@@ -43,6 +44,7 @@ _VERSION = re.compile(r"sd_v\d|sdxl|stable-diffusion-(?:v\d|xl)")
 # Keys that describe the tensors of one file: checksums, kind and ranks, its name and date.
 _OF_ITS_TENSORS = re.compile(
     r"sshs_.*|ss_network_(?:args|dim|alpha)|modelspec\.(?:hash_sha256|title|date)"
+    rf"|(?:\w+\.)?(?:{'|'.join(HEADER_ALPHAS)})"
 )
 
 

@@ -38,6 +38,9 @@ _TEXT = re.compile(r"lora_(?:prior_)?te\d?_|text_encoders?[._]|(?:clip_[lgh]|t5|
 _UNET_PREFIX = re.compile(
     r"(?:lora|oft)_unet_+|(?:model\.)?diffusion_model\.|unet\.|lycoris_|(?=[a-z])"
 )
+# Numbers of a model that are no layer's weight. ComfyUI knows them by their own path alone.
+NO_LAYER = re.compile(r"(?:.*[._])?(?:modulation|scale_shift_table)")
+_NATIVE = "diffusion_model."
 # The first level of the Stable Diffusion types. Other models keep their own names.
 _UNET_ROOT = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding"
@@ -99,6 +102,8 @@ def canonical(module: str) -> str:
             number = number or match[1] or "1"
             return _text_module(number, name[match.end() :].replace(".", "_")) or unknown
     if prefix := _UNET_PREFIX.match(name):
+        if prefix[0].endswith(_NATIVE) and NO_LAYER.fullmatch(name):
+            return _NATIVE + name[prefix.end() :]
         flat = name[prefix.end() :].replace(".", "_")
         if _UNET_ROOT.match(flat):
             flat = flat.replace("_processor_to_", "_to_")

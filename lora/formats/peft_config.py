@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from .module_names import PEFT_MODEL
 
 # diffusers keeps the adapter's configuration under this key of the file's header.
 PEFT_METADATA = "lora_adapter_metadata"
+# Keys of a header that hold an alpha; the first counts.
+HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
+_NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 LONGEST_PATTERN = 1000  # characters
 MOST = 1e30  # no training uses a larger alpha or rank
 PATIENCE = 2.0  # seconds for all patterns of a file; in practice they take milliseconds
@@ -31,6 +35,8 @@ class PeftConfig:
         except (ValueError, RecursionError):
             values = {}
         self._values: Mapping[str, Any] = values if isinstance(values, dict) else {}
+        if not self._values:
+            self._values = _of_header(metadata)
         self._patterns: dict[str, regex.Pattern[str]] = {}
         self._left = PATIENCE
 
@@ -105,6 +111,18 @@ class PeftConfig:
             ) from None
         finally:
             self._left -= time.monotonic() - begin
+
+
+def _of_header(metadata: Mapping[str, str]) -> dict[str, float]:
+    """The alphas that stand in the file's header themselves, for all modules or for those of a
+    prefix: Lightx2v's Turbo LoRAs for MiniMax-H3 have `alpha` (sgl-project/sglang #35952)."""
+    alphas: dict[str, float] = {}
+    for name in reversed(HEADER_ALPHAS):
+        for key, text in metadata.items():
+            prefix, _, last = key.rpartition(".")
+            if last == name and _NUMBER.fullmatch(text.strip()):
+                alphas[f"{prefix}.lora_alpha" if prefix else "lora_alpha"] = float(text)
+    return alphas
 
 
 def rank_in(parts: Mapping[str, Tensor]) -> int | None:

@@ -15,6 +15,9 @@ _CLIP_WITHOUT_KOHYA = re.compile(
 )
 _CLIP_OF_WIDTH = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 CLIPS = frozenset(("clip_l", "clip_g", "clip_h"))
+# Levels of a language model that tools spell in these ways, as the classes of transformers do.
+_LANGUAGE_MODEL = "model."
+_LANGUAGE_MODELS = ("", "model.", "model.language_model.", "language_model.")
 _HOST_TEXT = re.compile(r"text_encoders\.(?!transformer\.)([^.]+)\.transformer\.(.+)")
 Target = TypeVar("Target")
 
@@ -51,24 +54,33 @@ def places(host_names: Mapping[str, Target]) -> dict[str, Target]:
             by_name.setdefault(name.replace("transformer.", PEFT_MODEL, 1), target)
     paths = [match for name in host_names if (match := _HOST_TEXT.fullmatch(name))]
     encoders = {match[1] for match in paths}
-    uses = Counter(_flat_path(match) for match in paths)
+    uses = Counter(_flat_path(match[2]) for match in paths)
     for match in paths:
-        encoder, path, target = match[1], _flat_path(match), host_names[match[0]]
+        encoder, path, target = match[1], _flat_path(match[2]), host_names[match[0]]
         names = [f"{encoder}.{match[2]}"]
         if encoder in CLIPS:
             if len(encoders & CLIPS) == 1:  # a file may call the only CLIP by any name
                 names += [f"text_encoders.{clip}.transformer.{match[2]}" for clip in CLIPS]
             names += [f"lora_te{number}_{path}" for number in _clip_numbers(encoder, encoders)]
         elif uses[path] == 1:  # only one encoder has this path, so any number means that one
-            names += [f"lora_te{number}_{path}" for number in ("", 1, 2, 3, 4)]
-            names += [f"text_encoder{number}.{match[2]}" for number in ("", "_2", "_3", "_4")]
+            for dotted in _paths(match[2]):
+                flat = _flat_path(dotted)
+                names += [f"lora_te{number}_{flat}" for number in ("", 1, 2, 3, 4)]
+                names += [f"text_encoder{number}.{dotted}" for number in ("", "_2", "_3", "_4")]
         for name in names:
             by_name.setdefault(name, target)
     return by_name
 
 
-def _flat_path(match: re.Match[str]) -> str:
-    return match[2].removeprefix("bert.").replace(".", "_")  # HunyuanDiT adds the level bert
+def _paths(path: str) -> list[str]:
+    """A path within a text encoder, as its classes in transformers spell it."""
+    if not path.startswith(_LANGUAGE_MODEL):
+        return [path]
+    return [level + path.removeprefix(_LANGUAGE_MODEL) for level in _LANGUAGE_MODELS]
+
+
+def _flat_path(path: str) -> str:
+    return path.removeprefix("bert.").replace(".", "_")  # HunyuanDiT adds the level bert
 
 
 def _clip_numbers(encoder: str, encoders: Set[str]) -> tuple[str, ...]:

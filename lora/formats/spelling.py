@@ -64,6 +64,12 @@ def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
     return settled(alike)
 
 
+def renamed(vector: Vector, names: Mapping[str, str]) -> Vector:
+    """The vector with other names for some of its modules. Raises ValueError if two get the same
+    name."""
+    return _renamed(vector, lambda name: names.get(name, name)) if names else vector
+
+
 def _renamed(vector: Vector, spell: Callable[[str], str]) -> Vector:
     """The vector with other names for its modules. Raises ValueError if two get the same name."""
     names = {name: spell(name) for name in vector.modules()}
@@ -71,7 +77,7 @@ def _renamed(vector: Vector, spell: Callable[[str], str]) -> Vector:
     if uses > 1:
         raise ValueError(f"{vector.source} holds two LoRAs for the module {name}; expected one.")
 
-    def renamed(values: Mapping[str, Value]) -> dict[str, Value]:
+    def with_names(values: Mapping[str, Value]) -> dict[str, Value]:
         return {names[name]: value for name, value in values.items()}
 
     diffs = {}
@@ -79,5 +85,5 @@ def _renamed(vector: Vector, spell: Callable[[str], str]) -> Vector:
         name, _, part = key.rpartition(".")
         diffs[f"{names[name]}.{part}"] = diff
     return replace(
-        vector, deltas=renamed(vector.deltas), diffs=diffs, opaque=renamed(vector.opaque)
+        vector, deltas=with_names(vector.deltas), diffs=diffs, opaque=with_names(vector.opaque)
     )

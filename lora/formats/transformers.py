@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from .module_names import NO_LAYER
+
 Shapes = Mapping[str, Sequence[int]]
 Table = Mapping[str, tuple[str, Mapping[str, str]]]
 """By a block of diffusers: the authors' block, and the authors' layers by diffusers' layers.
@@ -20,10 +22,11 @@ Table = Mapping[str, tuple[str, Mapping[str, str]]]
 order of their rows; `*4` means four times as many rows, `-` that they have no name. `~` means that
 the halves are swapped."""
 
-# The dialects' prefixes: kohya, OneTrainer, SimpleTuner, diffusers, ComfyUI, PEFT, or none.
+# The dialects' prefixes: kohya, OneTrainer, SimpleTuner, diffusers, ComfyUI, PEFT,
+# DiffSynth-Studio, HunyuanVideo-I2V, or none.
 _PREFIX = re.compile(
     r"(?:lora|oft)_unet_+|lora_transformer_|lycoris_|(?:unet\.)?base_model\.model\.|transformer\."
-    r"|(?:model\.)?diffusion_model\.|unet\."
+    r"|(?:model\.)?diffusion_model\.|unet\.|pipe\.dit\.|Hunyuan_video_I2V_lora_"
 )
 _SPLIT = "attn.to_q attn.to_k attn.to_v"
 _SPLIT_TEXT = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
@@ -39,6 +42,8 @@ _TIMES = {
 _STREAMS = {
     _SPLIT: "img_attn.qkv",
     _SPLIT_TEXT: "txt_attn.qkv",
+    "attn.to_qkv": "img_attn.qkv",  # where its projections are fused
+    "attn.to_added_qkv": "txt_attn.qkv",
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
     "attn.norm_q": "img_attn.norm.query_norm",
@@ -183,7 +188,55 @@ _KREA2: Table = {
         "text_fusion.projector": "txtfusion.projector", "final_layer.linear": "last.linear",
     }),
 }  # fmt: skip
-# Tencent's own names, which differ from ComfyUI's in these layers only.
+_LUMINA_BLOCK = {
+    # It has a third as many heads for keys and values as for queries.
+    "attn.to_q*3 attn.to_k attn.to_v": "attention.qkv", "attn.to_out.0": "attention.out",
+    "attn.norm_q": "attention.q_norm", "attn.norm_k": "attention.k_norm",
+    **{f"feed_forward.linear_{n}": f"feed_forward.w{n}" for n in (1, 2, 3)},
+    "norm1.linear": "adaLN_modulation.1",
+}  # fmt: skip
+_LUMINA2: Table = {
+    f"{b}.#": (f"{b}.#", _LUMINA_BLOCK) for b in ("layers", "context_refiner", "noise_refiner")
+}
+_WAN_BLOCK = {
+    f"{theirs}.{layer}": f"{ours}.{own}"
+    for theirs, ours in {"attn1": "self_attn", "attn2": "cross_attn"}.items()
+    for layer, own in {
+        "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q",
+        "norm_k": "norm_k", "add_k_proj": "k_img", "add_v_proj": "v_img",
+        "norm_added_k": "norm_k_img",
+    }.items()
+} | {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3"}  # fmt: skip
+_WAN: Table = {
+    "blocks.#": ("blocks.#", _WAN_BLOCK),
+    "vace_blocks.#": ("vace_blocks.#", _WAN_BLOCK | {
+        "proj_in": "before_proj", "proj_out": "after_proj",
+    }),
+    "": ("", {
+        **{
+            f"condition_embedder.{kind}_embedder.linear_{number}": f"{kind}_embedding.{place}"
+            for kind in ("text", "time") for number, place in ((1, 0), (2, 2))
+        },
+        "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
+        "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+        "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    }),
+}  # fmt: skip
+_LTX: Table = {
+    "transformer_blocks.#": ("transformer_blocks.#", {
+        f"attn{n}.norm_{part}": f"attn{n}.{part}_norm" for n in (1, 2) for part in "qk"
+    }),
+    "": ("", {
+        "proj_in": "patchify_proj", "time_embed.linear": "adaln_single.linear",
+        **{
+            f"time_embed.emb.timestep_embedder.linear_{n}":
+            f"adaln_single.emb.timestep_embedder.linear_{n}" for n in (1, 2)
+        },
+    }),
+}  # fmt: skip
+# Tencent's own names, which differ from ComfyUI's in these layers only, and diffusers'.
 _HUNYUAN: Table = {
     "double_blocks.#": ("double_blocks.#", {
         "img_mod.linear": "img_mod.lin", "img_mlp.fc1": "img_mlp.0", "img_mlp.fc2": "img_mlp.2",
@@ -193,6 +246,27 @@ _HUNYUAN: Table = {
     "txt_in.individual_token_refiner.blocks.#": (
         "txt_in.individual_token_refiner.blocks.#", {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
     ),
+    "transformer_blocks.#": ("double_blocks.#", _FLUX["transformer_blocks.#"][1]),
+    "single_transformer_blocks.#": ("single_blocks.#", _SINGLE_STREAM | {
+        f"{_SPLIT} proj_mlp*4": "linear1", "norm.linear": "modulation.lin",
+    }),
+    "context_embedder.token_refiner.refiner_blocks.#": (
+        "txt_in.individual_token_refiner.blocks.#", {
+            _SPLIT: "self_attn.qkv", "attn.to_out.0": "self_attn.proj", "ff.net.0.proj": "mlp.0",
+            "ff.net.2": "mlp.2", "norm_out.linear": "adaLN_modulation.1",
+        },
+    ),
+    "": ("", _TIMES | {
+        "x_embedder.proj": "img_in.proj", "context_embedder.proj_in": "txt_in.input_embedder",
+        "proj_out": "final_layer.linear", "norm_out.linear": "~final_layer.adaLN_modulation.1",
+        **{
+            f"context_embedder.time_text_embed.{theirs}.linear_{n}": f"txt_in.{ours}.{layer}"
+            for theirs, ours in {
+                "timestep_embedder": "t_embedder", "text_embedder": "c_embedder",
+            }.items()
+            for n, layer in ((1, "in_layer"), (2, "out_layer"))
+        },
+    }),
 }  # fmt: skip
 
 
@@ -239,6 +313,7 @@ class Transformer:
         widths: of the published models; empty if any is possible.
         blocks: how many blocks of each name the published models have.
         rows: how many times as many outputs as inputs layers have, by the ends of their paths.
+        has_parts: whether ComfyUI knows the parts of its layers by diffusers' names.
     """
 
     name: str
@@ -248,6 +323,7 @@ class Transformer:
     widths: frozenset[int] = frozenset()
     blocks: Mapping[str, int] = field(default_factory=dict, hash=False)
     rows: Mapping[str, int] = field(default_factory=dict, hash=False)
+    has_parts: bool = True
 
     def place(self, path: str, shape: Sequence[int]) -> Place | None:
         """The layer with a flat path in any spelling. None if this kind of model has none.
@@ -296,6 +372,10 @@ _FLUX_BLOCKS = {
     "single_transformer_blocks": 38,
 }  # fmt: skip
 _FLUX_ROWS = {"_linear1": 7, "_mlp_0": 4}
+_HUNYUAN_BLOCKS = {
+    "double_blocks": 20, "single_blocks": 40, "transformer_blocks": 20,
+    "single_transformer_blocks": 40,
+}  # fmt: skip
 _HUNYUAN_OWN = (
     *_FLUX_OWN,
     *_FLUX_MODULATION,
@@ -333,11 +413,11 @@ TRANSFORMERS = (
     ),
     Transformer(
         "HunyuanVideo", _pattern(*_HUNYUAN_OWN), _FLUX_INPUTS, _HUNYUAN, frozenset({3072}),
-        {"double_blocks": 20, "single_blocks": 40}, _FLUX_ROWS,
+        _HUNYUAN_BLOCKS, _FLUX_ROWS, has_parts=False,
     ),
     Transformer(
         "HunyuanImage", _pattern(*_HUNYUAN_OWN), _FLUX_INPUTS, _HUNYUAN, frozenset({3584}),
-        {"double_blocks": 20, "single_blocks": 40}, _FLUX_ROWS,
+        _HUNYUAN_BLOCKS, _FLUX_ROWS, has_parts=False,
     ),
     Transformer(
         "SD3",
@@ -368,7 +448,9 @@ TRANSFORMERS = (
         _pattern(r"blocks_#_(?:attn|cross_attn)_(?:qkv|proj|q_linear)"), _PIXART, frozenset({1152}),
     ),
     Transformer("Z-Image", _pattern(*_NEXT_DIT), _NEXT_INPUTS, _Z_IMAGE, frozenset({3840})),
-    Transformer("Lumina2", _pattern(*_NEXT_DIT), _NEXT_INPUTS, {}, frozenset({2304})),
+    Transformer(
+        "Lumina2", _pattern(*_NEXT_DIT), _NEXT_INPUTS, _LUMINA2, frozenset({2304}), has_parts=False
+    ),
     Transformer(
         "Qwen-Image",
         _pattern(
@@ -393,7 +475,7 @@ TRANSFORMERS = (
             r"(?:vace_)?blocks_#_(?:(?:self|cross)_attn_(?:[qkvo]|[kv]_img)|ffn_[02]|\w+_proj)",
             r"(?:text|time)_embedding_[02]|time_projection_1|head_head|img_emb_\w+|patch_embedding",
         ),
-        _pattern(r"blocks_#_(?:self|cross)_attn_[qo]"), {}, frozenset({1536, 3072, 5120}),
+        _pattern(r"blocks_#_(?:self|cross)_attn_[qo]"), _WAN, frozenset({1536, 3072, 5120}),
     ),
     Transformer(
         "Cosmos-Predict2",
@@ -436,7 +518,7 @@ TRANSFORMERS = (
             r"transformer_blocks_#_(?:attn[12]_to_(?:[qkv]|out_0)|ff_net_(?:0_proj|2))",
             r"adaln_single_\w+|caption_projection_linear_[12]|patchify_proj|proj_out",
         ),
-        _pattern(r"transformer_blocks_#_attn1_to_\w+"), {}, frozenset({2048, 4096}),
+        _pattern(r"transformer_blocks_#_attn1_to_\w+"), _LTX, frozenset({2048, 4096}),
     ),
     Transformer(
         "Kandinsky5",
@@ -467,7 +549,8 @@ _BLOCK_NUMBER = re.compile(r"((?:(?:single_)?transformer|double|single)_blocks)_
 
 def flat(module: str) -> str:
     """The flat path in a module's name of any dialect."""
-    return _PREFIX.sub("", module, count=1).replace(".", "_")
+    # Some files add a `_` to the end.
+    return _PREFIX.sub("", module, count=1).replace(".", "_").rstrip("_")
 
 
 def recognised(shapes: Shapes) -> tuple[tuple[Transformer, ...], int | None]:
@@ -476,7 +559,11 @@ def recognised(shapes: Shapes) -> tuple[tuple[Transformer, ...], int | None]:
 
     shapes: of the modules of the model, without text encoders, by names of any dialect.
     """
-    paths = {flat(name): tuple(shape) for name, shape in shapes.items() if len(shape) > 1}
+    paths = {
+        path: tuple(shape)
+        for name, shape in shapes.items()
+        if len(shape) > 1 and not NO_LAYER.fullmatch(path := flat(name))
+    }
     # Models of other kinds have embeddings of the same names.
     has_blocks = any(map(_NUMBERED.fullmatch, paths))
     numbers = _last_blocks(paths)
@@ -493,15 +580,20 @@ def recognised(shapes: Shapes) -> tuple[tuple[Transformer, ...], int | None]:
     return tuple(whole or kinds), width
 
 
+def called(name: str) -> tuple[Transformer, ...]:
+    """The kind of this name; none if files for this kind of model are not recognised."""
+    return tuple(kind for kind in TRANSFORMERS if kind.name == name)
+
+
 def is_known(name: str) -> bool:
     """Whether files for this kind of model are recognised."""
-    return any(kind.name == name for kind in TRANSFORMERS)
+    return bool(called(name))
 
 
 def width_of(name: str, shapes: Shapes) -> int | None:
     """The width of a model whose kind is known by name."""
     paths = {flat(module): shape for module, shape in shapes.items() if len(shape) > 1}
-    return next((_width(kind, paths) for kind in TRANSFORMERS if kind.name == name), None)
+    return next((_width(kind, paths) for kind in called(name)), None)
 
 
 def _fits(kind: Transformer, paths: Shapes, numbers: Mapping[str, int]) -> bool:

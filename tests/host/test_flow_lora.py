@@ -46,6 +46,112 @@ def test_every_dialect_does_what_the_hosts_own_loader_does(comfy, kind):
         assert_same_weights(by_host(model, to_wire(vector)), expected)
 
 
+SPELLED = [
+    # Comfy-Org/ComfyUI #4347: TheLastBen's trainer.
+    ("Flux", "lora_unet_proj_out_", "final_layer.linear"),
+    ("Flux", "lora_unet_transformer_blocks_0_attn_to_out_0_", "double_blocks.0.img_attn.proj"),
+    ("Flux", "transformer.base_model.model.proj_out", "final_layer.linear"),
+    # kohya-ss/musubi-tuner #905.
+    ("Flux2", "diffusion_model.double_blocks.0.img_attn_proj", "double_blocks.0.img_attn.proj"),
+    # Tencent-Hunyuan/HunyuanVideo-I2V #61.
+    (
+        "HunyuanVideo", "Hunyuan_video_I2V_lora_double_blocks_0_img_mlp_fc1",
+        "double_blocks.0.img_mlp.0",
+    ),
+    # Comfy-Org/ComfyUI #8285, and what diffusers itself saves.
+    ("WAN21_T2V", "lycoris_blocks_1_attn1_to_k", "blocks.1.self_attn.k"),
+    ("WAN21_T2V", "transformer.blocks.1.ffn.net.0.proj", "blocks.1.ffn.0"),
+    ("WAN21_T2V", "pipe.dit.blocks.1.self_attn.k", "blocks.1.self_attn.k"),
+    (
+        "QwenImage", "lora_transformer_transformer_blocks_1_attn_to_k",
+        "transformer_blocks.1.attn.to_k",
+    ),
+    (
+        "PixArtSigma", "lora_transformer_transformer_blocks_0_attn2_to_q",
+        "blocks.0.cross_attn.q_linear",
+    ),
+    ("LTXV", "transformer.transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn1.to_q"),
+    ("LTXV", "transformer.proj_in", "patchify_proj"),
+    (
+        "CosmosT2IPredict2", "base_model.model.blocks.0.self_attn.q_proj",
+        "blocks.0.self_attn.q_proj",
+    ),
+    # Comfy-Org/ComfyUI #7502.
+    ("Lumina2", "transformer.layers.1.feed_forward.linear_1", "layers.1.feed_forward.w1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "path"), SPELLED, ids=[name for _, name, _ in SPELLED])
+def test_a_layer_is_found_that_only_the_model_shows(comfy, kind, name, path):
+    """Files of one layer, which do not show their architecture. Expected: what the host makes of
+    the same factors under its own name."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+
+    model = flow_model(kind)
+    own = f"diffusion_model.{path}"
+    file = file_of(model, {own: f"{own}.weight"})
+    vector = parse({key.replace(own, name): tensor for key, tensor in file.items()}, {}, name)
+    patched, _, coverage = apply(model, None, vector, 0.7, 0.0)
+    assert coverage.taken == coverage.total == 1 and not coverage.left_over, str(coverage)
+    assert_same_weights(patched, by_host(model, file, weights=[0.7]))
+
+
+def test_parts_that_the_host_does_not_know_are_applied_as_one_layer(comfy):
+    """HunyuanVideo as OneTrainer and diffusers name it (Comfy-Org/ComfyUI #6531). Expected: the
+    products of the parts, one below the other, in float64."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply
+
+    model, generator, file, rows = (
+        flow_model("HunyuanVideo"),
+        torch.Generator().manual_seed(2),
+        {},
+        [],
+    )
+    at = "lora_transformer_single_transformer_blocks_1"
+    for part, out in {
+        "attn_to_q": 128,
+        "attn_to_k": 128,
+        "attn_to_v": 128,
+        "proj_mlp": 512,
+    }.items():
+        up, down = (
+            torch.randn(out, 2, generator=generator),
+            torch.randn(2, 128, generator=generator),
+        )
+        file |= {f"{at}_{part}.lora_up.weight": up, f"{at}_{part}.lora_down.weight": down}
+        file[f"{at}_{part}.alpha"] = torch.tensor(1.0)
+        rows.append(up.double() @ down.double() / 2)
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    expected = model.model.state_dict()[key].double() + 0.5 * torch.cat(rows)
+    vector = parse(file, {}, "parts")
+    patched, _, coverage = apply(model, None, vector, 0.5, 0.0)
+    assert not coverage.left_over
+    found = patched_weights(patched)[key].double()
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_the_modulation_of_wan_is_changed(comfy):
+    """Kijai's name for it, in Lightx2v's LoRAs, which the host does not load (ComfyUI #8922)."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.formats.wire import from_wire, to_wire
+    from lcm_lora.lora.host import apply
+
+    model = flow_model("WAN21_T2V")
+    own = "diffusion_model.blocks.1"
+    file = file_of(model, {f"{own}.self_attn.q": f"{own}.self_attn.q.weight"})
+    change = torch.randn(1, 6, 128, generator=torch.Generator().manual_seed(1))
+    expected = by_host(model, file | {f"{own}.modulation.diff": change})
+    assert len(expected.patches) == 2
+    vector = parse(file | {f"{own}.diff_m": change}, {}, "kijai")
+    for one in (vector, from_wire(to_wire(vector))):
+        patched, _, coverage = apply(model, None, one, 1.0, 0.0)
+        assert coverage.taken == 2 and not coverage.left_over
+        assert_same_weights(patched, expected)
+    assert_same_weights(by_host(model, to_wire(vector)), expected)
+
+
 FUSED = {
     "Flux": ("double_blocks.1.img_attn.qkv", "transformer_blocks.1.attn.to_{}"),
     "SD3": ("joint_blocks.1.x_block.attn.qkv", "transformer_blocks.1.attn.to_{}"),

@@ -213,3 +213,37 @@ def test_a_part_of_a_fused_weight_is_merged_alone(model, kind):
     merged = comfy.lora.calculate_weight(patcher.patches[key], weight.clone(), key)
     assert torch.equal(merged[:320], weight[:320]) and torch.equal(merged[640:], weight[640:])
     assert_near(merged[320:640], part + 0.5 * (expected - part), part)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "part", ["lora_down.weight", "dora_scale", "hada_w2_b", "diff", "diff_b", "8 bits"]
+)
+def test_numbers_that_are_none_are_refused_with_file_and_module(model, part, number):
+    """A model with them draws black pictures, and nothing says which LoRA it was."""
+    from lcm_lora.lora.formats.parse import parse
+    from lcm_lora.lora.host import apply as apply_vector
+
+    tensors = dialects(model)["kohya"]
+    name = next(key for key in tensors if key.endswith("attn1_to_q.lora_up.weight"))
+    name = name.removesuffix(".lora_up.weight")
+    if part == "hada_w2_b":
+        del tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        for side in ("1", "2"):
+            tensors[f"{name}.hada_w{side}_a"] = torch.ones(320, 2)
+            tensors[f"{name}.hada_w{side}_b"] = torch.ones(2, 320)
+    elif part == "dora_scale":
+        tensors[f"{name}.dora_scale"] = torch.ones(320, 1)
+    elif part.startswith("diff"):
+        tensors[f"{name}.{part}"] = torch.ones(320, 320) if part == "diff" else torch.ones(320)
+    key = f"{name}.{'lora_down.weight' if part == '8 bits' else part}"
+    if part == "diff_b":  # of a layer that has a bias
+        wanted = name.replace("attn1_to_q", "attn1_to_out_0")
+        tensors[f"{wanted}.diff_b"], name, key = tensors.pop(key), wanted, f"{wanted}.diff_b"
+    apply_vector(model, None, parse(tensors, {}, "good"), 1.0, 0.0)
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[7 % tensors[key].numel()] = number
+    if part == "8 bits":  # which have no infinity in this format
+        tensors[key] = tensors[key].nan_to_num(float("nan"), float("nan")).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"bad contains NaN or infinity in 1 of .* {name}: .*"):
+        apply_vector(model, None, parse(tensors, {}, "bad"), 1.0, 0.0)

@@ -30,14 +30,24 @@ UNETS = {**ARCHITECTURES, "KOALA": KOALA, "refiner": REFINER}
 def text_model(family: str) -> torch.nn.Module:
     """The host's text encoders of a family, without numbers."""
     from comfy import sd1_clip, sdxl_clip
-    from comfy.text_encoders import flux, hunyuan_video, hydit, pixart_t5, sd2_clip, sd3_clip
+    from comfy.text_encoders import (
+        flux,
+        hunyuan_video,
+        hydit,
+        pixart_t5,
+        qwen_image,
+        sd2_clip,
+        sd3_clip,
+        z_image,
+    )  # fmt: skip
 
     kinds = {
         "SD1": sd1_clip.SD1ClipModel, "SD2": sd2_clip.SD2ClipModel,
         "SDXL": sdxl_clip.SDXLClipModel, "refiner": sdxl_clip.SDXLRefinerClipModel,
         "SD3": sd3_clip.SD3ClipModel, "Flux": flux.FluxClipModel,
         "PixArt": pixart_t5.PixArtT5XXL, "HunyuanVideo": hunyuan_video.HunyuanVideoClipModel,
-        "HunyuanDiT": hydit.HyditModel,
+        "HunyuanDiT": hydit.HyditModel, "Qwen-Image": qwen_image.QwenImageTEModel,
+        "Z-Image": z_image.ZImageTEModel,
     }  # fmt: skip
     with torch.device("meta"):
         return kinds[family](device="meta", dtype=torch.float16)
@@ -71,6 +81,8 @@ ENCODERS = {
         "hydit_clip": (("te1_",), "text_encoder", "hydit_clip"),
         "mt5xl": (("te2_",), "text_encoder_2", "mt5xl"),
     },
+    "Qwen-Image": {"qwen25_7b": (("te_", "te1_"), "text_encoder", "qwen25_7b")},
+    "Z-Image": {"qwen3_4b": (("te_", "te1_"), "text_encoder", "qwen3_4b")},
 }
 WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.")
 FLAT_WRAPPERS = ("_orig_mod_", "module_", "base_model_model_")
@@ -85,6 +97,13 @@ def spellings(encoder: str, path: str, family: str) -> list[str]:
     names += [f"{diffusers}.{wrapper}{path}" for wrapper in WRAPPERS]
     if path.startswith("text_model."):  # a prefix that transformers 5 dropped
         names.append(f"{diffusers}.{path.removeprefix('text_model.')}")
+    # The levels that the classes of transformers have: Qwen3Model has none (Comfy-Org/ComfyUI
+    # #13747), Qwen3ForCausalLM the first, Qwen2_5_VLForConditionalGeneration the second.
+    if path.startswith("model."):
+        for level in ("", "model.", "model.language_model."):
+            dotted = level + path.removeprefix("model.")
+            names += [f"lora_{prefix}{dotted.replace('.', '_')}" for prefix in kohya]
+            names.append(f"{diffusers}.{dotted}")
     return names
 
 

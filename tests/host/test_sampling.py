@@ -169,6 +169,48 @@ def test_a_noise_mask_keeps_what_it_covers():
         assert torch.equal(result["noise_mask"], mask)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_a_mask_of_any_numbers_is_that_of_floating_point(kind):
+    mask = torch.zeros(1, 32, 32)
+    mask[..., :17] = 1
+    right, found = (
+        ours(build("v"), latent={**picture(), "noise_mask": one})["samples"]
+        for one in (mask, mask.to(kind))
+    )
+    assert torch.equal(found, right) and right.isfinite().all()
+
+
+def sampled(sampler, sigmas: torch.Tensor, latent: dict) -> torch.Tensor:
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    arguments = patched(build("v")), True, 11, 1.0, conditioning(1), conditioning(2)
+    return SamplerCustom.execute(*arguments, sampler, sigmas, latent).result[0]["samples"]
+
+
+def test_sigmas_that_are_whole_numbers_are_those_of_floating_point():
+    from lcm_lora.nodes.sampling import LCMSampler
+
+    sampler, sigmas = LCMSampler.execute(0.3, "cpu").result[0], torch.tensor([14, 7, 3, 0])
+    for latent in (empty(), picture()):
+        right = sampled(sampler, sigmas.float(), latent)
+        assert torch.equal(sampled(sampler, sigmas, latent), right) and right.isfinite().all()
+
+
+@pytest.mark.parametrize("sigmas", [[0.0], []])
+def test_the_end_of_a_split_schedule_changes_nothing(sigmas):
+    """As with the host's Euler."""
+    from comfy.samplers import sampler_object
+    from lcm_lora.nodes.sampling import LCMSampler
+
+    for latent in (empty(), picture()):
+        theirs, found = (
+            sampled(sampler, torch.tensor(sigmas), latent)
+            for sampler in (sampler_object("euler"), LCMSampler.execute(1.0, "cpu").result[0])
+        )
+        assert torch.equal(found, theirs)
+        torch.testing.assert_close(found, latent["samples"])  # the host scales it there and back
+
+
 def test_inputs_stay_as_they_were():
     model = build("v")
     own = model.get_model_object("model_sampling")

@@ -15,6 +15,7 @@ from lcm_lora.tests.host.reference import assert_same
 from lcm_lora.tests.host.tiny_flow import (
     IMAGES,
     NETWORKS,
+    SOUND,
     build,
     conditioning,
     empty,
@@ -221,6 +222,58 @@ def test_a_video_of_many_frames_and_an_image_latent(name):
     assert (frames[:, :, 0] - frames[:, :, 1]).abs().mean() > 0.1
     flat = ours(model, {"samples": torch.zeros(2, 4, 8, 8)})
     assert torch.equal(flat, ours(model, empty(name, 2)))
+
+
+@pytest.fixture
+def with_sound(comfy, monkeypatch):
+    """A small LTX-2 and a function that makes latents for it: of the video and of its sound."""
+    from comfy.nested_tensor import NestedTensor
+
+    monkeypatch.setitem(NETWORKS, "LTXAV", SOUND)
+    model = build("LTXAV")
+
+    def latent(batch: int = 1, scale: float = 0.0) -> dict:
+        generator = torch.Generator().manual_seed(3)
+        video = torch.randn(batch, 128, 2, 4, 4, generator=generator)
+        return {"samples": NestedTensor([scale * video, scale * torch.ones(batch, 8, 6, 16)])}
+
+    return model, latent
+
+
+def drawn_with_sound(model, latent: dict, family: str, **settings) -> list[torch.Tensor]:
+    from lcm_lora.nodes.sampling import LCMKSampler, LCMModelSampling
+
+    text = [[torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(1)), {}]]
+    model = LCMModelSampling.execute(model, family).result[0]
+    arguments = {"seed": 11, "steps": 4, "cfg": 1.0, "denoise": 1.0} | settings
+    output = LCMKSampler.execute(model, positive=text, negative=text, latent=latent, **arguments)
+    return output.result[0]["samples"].unbind()
+
+
+def test_a_video_with_its_sound_is_that_of_the_hosts_sampler(with_sound):
+    import nodes
+
+    model, latent = with_sound
+    text = [[torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(1)), {}]]
+    for denoise, scale in ((1.0, 0.0), (0.5, 1.0)):
+        found = drawn_with_sound(model, latent(1, scale), "flow", denoise=denoise)
+        theirs = nodes.KSampler().sample(
+            model, 11, 4, 1.0, "euler", "simple", text, text, latent(1, scale), denoise
+        )[0]["samples"].unbind()  # fmt: skip
+        assert [one.shape for one in found] == [(1, 128, 2, 4, 4), (1, 8, 6, 16)]
+        for one, right in zip(found, theirs, strict=True):
+            if denoise == 1:  # below, the host divides the times in another way
+                assert_same(one, right.double(), 1e-4)
+            assert one.isfinite().all()
+
+
+def test_a_video_with_its_sound_is_the_same_alone_and_in_a_batch(with_sound):
+    model, latent = with_sound
+    batch = drawn_with_sound(model, latent(2), "lcm")
+    alone = drawn_with_sound(model, {**latent(), "batch_index": [1]}, "lcm")
+    for one, both in zip(alone, batch, strict=True):
+        assert_same(one[0], both[1].double(), 1e-5)
+        assert (one[0] - both[0]).norm() > 0.1 * both[0].norm()
 
 
 def test_the_guidance_of_the_prompt_reaches_the_network():

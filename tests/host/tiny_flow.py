@@ -40,6 +40,11 @@ NETWORKS = {
         "rope_enable_fps_modulation": False,
     },
 }  # fmt: skip
+SOUND = {  # of LTXAV, which draws a video with its sound
+    "image_model": "ltxav", "num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2,
+    "cross_attention_dim": 64, "audio_attention_head_dim": 32, "audio_num_attention_heads": 1,
+    "audio_cross_attention_dim": 32, "caption_channels": 64,
+}  # fmt: skip
 IMAGES = ("SD3", "Flux")  # the others draw videos of one frame or more
 
 

@@ -132,6 +132,24 @@ def test_the_prefix_of_sd_scripts_oft():
     assert_merges(kohya, expected, weight)
 
 
+@pytest.mark.parametrize("kind", ["OFT", "OFT, bound and rescaled"])
+@pytest.mark.parametrize("sizes", [(32,), (32, 32, 32), (32,) * 3 + (96,) * 8], ids=len)
+def test_the_parts_of_a_fused_layer_are_turned_one_by_one(kind, sizes):
+    """networks/oft_flux.py of sd-scripts (Comfy-Org/ComfyUI #5230): q, k, v and the MLP have blocks
+    and a limit of their own. Expected: LyCORIS' merge of each part."""
+    weight, tensors, expected, rescales = weight_of((sum(sizes), 48)), {}, [], []
+    for number, rows in enumerate(weight.split(sizes)):
+        of_part, merged_part = of_lycoris(kind, NAME, rows, number)
+        tensors[f"{NAME}.oft_blocks.{number}"] = of_part.pop(f"{NAME}.oft_blocks")
+        rescales.append(of_part.pop(f"{NAME}.rescale", None))
+        tensors |= of_part
+        expected.append(merged_part)
+    if rescales[0] is not None:
+        tensors[f"{NAME}.rescale"] = torch.cat(rescales)
+    kohya = {key.replace("lora_unet_", "oft_unet_"): t for key, t in tensors.items()}
+    assert_merges(kohya, torch.cat(expected), weight)
+
+
 def test_nothing_stays_nothing():
     """A row of zeros has no direction that could get a magnitude."""
     weight = weight_of(SHAPES["linear"])
@@ -156,6 +174,8 @@ PAIR = {"lora_up.weight": (8, 2), "lora_down.weight": (2, 6)}
         ({"oft_blocks": (3, 2, 4, 4)}, "8 outputs cannot be paired in 3 stages"),
         ({**PAIR, "dora_scale": (5,)}, "5 numbers; expected one for each of the 8 outputs"),
         ({"oft_blocks": (2, 4, 4), "rescale": (6,)}, "s rescale has 6 numbers"),
+        ({"oft_blocks.0": (2, 4, 4), "oft_blocks.2": (2, 4, 4)}, "has no oft_blocks.1"),
+        ({"oft_blocks.0": (2, 4, 4), "oft_blocks": (2, 4, 4)}, "of the whole layer and of parts"),
     ],
 )
 def test_parts_that_make_no_module_are_refused(pieces, says):

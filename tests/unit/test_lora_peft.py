@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from lcm_lora.lora.formats import peft_config
-from lcm_lora.lora.formats.files import read
+from lcm_lora.lora.formats.files import read, write
 from lcm_lora.lora.formats.parse import parse
 from safetensors.torch import load_file, save_file
 
@@ -178,3 +178,37 @@ def test_an_expression_that_would_take_for_ever_is_refused(monkeypatch):
     config = config.replace("!?", "(?!)")
     with pytest.raises(ValueError, match="takes too long to match"):
         parse(tensors, {"lora_adapter_metadata": config}, "a")
+
+
+@pytest.mark.parametrize(
+    ("header", "scale"),
+    [
+        # lightx2v's Minimax-h3-Turbo (sgl-project/sglang #35952): rank 128.
+        ({"alpha": "8"}, 8 / 128), ({"alpha": "128"}, 1.0), ({"lora_alpha": "64.0"}, 0.5),
+        ({"network_alpha": "16", "rank": "128"}, 16 / 128),
+        ({"alpha": "1", "lora_alpha": "8"}, 8 / 128),
+        # Comfy-Org/ComfyUI PR 15830: of one of the parts of a pipeline.
+        ({"transformer.lora_alpha": "32", "transformer.r": "128"}, 32 / 128),
+        ({"text_encoder.lora_alpha": "32"}, 1.0),
+        ({"alpha": "auto"}, 1.0), ({"alpha": "-8"}, 1.0), ({"ss_network_alpha": "8"}, 1.0),
+        # What PEFT writes goes before.
+        ({"alpha": "8", "lora_adapter_metadata": '{"transformer.lora_alpha": 64}'}, 0.5),
+    ],
+)  # fmt: skip
+def test_an_alpha_that_only_the_header_tells(tmp_path, header, scale):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    up, down = torch.randn(64, 128), torch.randn(128, 64)
+    file = tmp_path / "a.safetensors"
+    tensors = {f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": down}
+    save_file(tensors, file, header)
+    (delta,) = read(file).deltas.values()
+    expected = (up.double() @ down.double() * scale).float()
+    torch.testing.assert_close(delta.matrix(), expected, rtol=1e-4, atol=1e-4)
+    # A module's own alpha goes before, also in what we write.
+    save_file(tensors | {f"{name}.alpha": torch.tensor(32.0)}, file, header)
+    vector = read(file)
+    assert next(iter(vector.deltas.values())).scale == 0.25
+    write(tmp_path / "b.safetensors", vector, "fp32", overwrite=False)
+    again = read(tmp_path / "b.safetensors")
+    assert next(iter(again.deltas.values())).scale == 0.25
+    assert not again.metadata.keys() & {"alpha", "lora_alpha", "network_alpha"}

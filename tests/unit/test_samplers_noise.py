@@ -87,6 +87,7 @@ def test_one_number_alone():
         (np.array([0.5, 1.0]), "expected one integer"),
         (["a", "b"], "expected one integer"),
         ([[3], [5]], "expected one integer"),
+        ([-1, 0], "has -1; expected numbers of pictures, from 0 on"),
         ([3], "has 1 numbers for 2 pictures"),
         (torch.arange(3), "has 3 numbers for 2 pictures"),
     ],

@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import tarfile
+import unicodedata
 import zlib
 from dataclasses import replace
 
@@ -16,9 +17,10 @@ import torch
 from lcm_lora.training.data.bank import Unreadable
 from lcm_lora.training.data.captioned import find, picture_suffixes, summary
 from lcm_lora.training.data.pictures import Pictures, buckets
-from lcm_lora.training.data.sources import source
+from lcm_lora.training.data.sources import read_prompts, source
 from lcm_lora.training.spec import Data, Spec
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 
 def gradient(width, height, mode="RGB"):
@@ -361,6 +363,33 @@ def test_a_picture_that_a_table_names_is_taken_whatever_its_ending(tmp_path):
     assert Pictures(tmp_path, 64).example(0).caption == "x"
 
 
+def test_a_table_made_on_windows_names_its_pictures(tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.png").write_bytes(encoded(gradient(8, 8)))
+    table = tmp_path / "metadata.jsonl"
+    table.write_text(json.dumps({"file_name": "some\\a.png", "text": "x"}))
+    assert [(one.name, one.caption) for one in find(tmp_path)] == [("some/a.png", "x")]
+    table.write_text(json.dumps({"file_name": "..\\a.png", "text": "x"}))
+    with pytest.raises(ValueError, match="leaves its folder"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+def test_a_name_is_found_in_both_of_its_spellings(tmp_path, on_disk, listed):
+    """macOS unpacks é as two characters, and a table or a caption may have it as one."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[on_disk]
+    picture, text = (unicodedata.normalize(form, "é") for form in (on_disk, other))
+    (tmp_path / f"{picture}.png").write_bytes(encoded(gradient(8, 8)))
+    if listed:
+        row = {"file_name": f"{text}.png", "text": "x"}
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    else:
+        (tmp_path / f"{text}.txt").write_text("x")
+    pictures = find(tmp_path)
+    assert [one.caption for one in pictures] == ["x"] and not pictures.unused
+
+
 HALF = "\\ud800"
 
 
@@ -387,6 +416,29 @@ def test_a_caption_that_is_no_unicode_is_refused_with_its_line(tmp_path, files, 
         tar = shard(tmp_path / "s.tar", {**files, "a.png": picture})
         with pytest.raises(ValueError, match=f"s.tar/{message}"):
             find(tar)
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP", "after"])
+def test_a_png_with_long_texts_beside_its_pixels_is_read(tmp_path, kind):
+    """Such as a workflow. Pillow refuses more than 1 MB compressed, or 64 MB in all."""
+    image, info, options = gradient(64, 64), PngInfo(), {}
+    if kind == "tEXt":
+        for number in range(7):
+            info.add_text(f"part {number}", "x" * 10_000_000)
+    elif kind == "iCCP":
+        options["icc_profile"] = bytes(2_000_000)
+    elif kind == "after":
+        info.add(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2_000_000)), after_idat=True)
+    else:
+        add = info.add_itxt if kind == "iTXt" else info.add_text
+        add("workflow", "x" * 2_000_000, zip=True)
+    data = encoded(image, pnginfo=info, **options)
+    with pytest.raises(ValueError, match=r"too large|Too much"):
+        Image.open(io.BytesIO(data)).load()
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "a.txt").write_text("x")
+    found = Pictures(tmp_path, 64, flip=False).example(0).pixels
+    assert torch.equal(found, torch.from_numpy(np.asarray(image, np.float32) / 255))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -442,6 +494,15 @@ def test_everything_that_is_not_used_is_named(folder):
     sentence = summary(pictures.unused)
     assert "Not used (13)" in sentence and "and 3 more (neither" in sentence
     assert summary([]) == ""
+
+
+def test_a_file_of_prompts_is_read_however_it_was_saved(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n# no prompt\r\n  # nor this\n\ta dog, #1 \ra cat")
+    assert read_prompts(str(file)) == ["a cat", "a dog, #1", "a cat"]
+    file.write_bytes(b"  # nothing else\n")
+    with pytest.raises(ValueError, match="contains no prompt: expected one per line"):
+        read_prompts(str(file))
 
 
 def test_prompts_beyond_the_count_are_named():

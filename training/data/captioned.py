@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -136,15 +137,15 @@ def _folder(
     listed: dict[Path, str] = {}
     for table in tables:
         listed |= captions.table(table, name(table), unused)
-    texts: dict[Path, list[Path]] = {}
+    texts: dict[str, list[Path]] = {}
     for file in files:
         if file.suffix.lower() in captions.SUFFIXES:
-            texts.setdefault(file.with_suffix(""), []).append(file)
+            texts.setdefault(_stem(file), []).append(file)
     pictures = {file for file in files if file.suffix.lower() in picture_suffixes()} | set(listed)
     captioned, missing, taken = [], [], set()
     for picture in sorted(pictures):
         caption = listed.get(picture, "").strip()
-        beside = texts.get(picture.with_suffix(""), [])
+        beside = texts.get(_stem(picture), [])
         for text in sorted(beside, key=lambda file: captions.SUFFIXES.index(file.suffix.lower())):
             if not caption:
                 taken.add(text)
@@ -156,15 +157,20 @@ def _folder(
         stamp = stat.st_size, stat.st_mtime_ns
         captioned.append(Captioned(name(picture), caption, stamp, picture))
     _require_captions(missing, len(pictures))
-    stems = {picture.with_suffix("") for picture in pictures}
+    stems = set(map(_stem, pictures))
     for file in files:
         if file in taken or file in pictures or file in tables:
             continue
         is_caption = file.suffix.lower() in captions.SUFFIXES
-        reason = SECOND if file.with_suffix("") in stems else ALONE
+        reason = SECOND if _stem(file) in stems else ALONE
         unused.append((name(file), reason if is_caption else UNKNOWN))
     unused += [(name(file), reason) for file, reason in skipped if file not in pictures]
     return captioned
+
+
+def _stem(file: Path) -> str:
+    """What a picture and its caption share. macOS spells é as two characters, others as one."""
+    return unicodedata.normalize("NFC", str(file.with_suffix("")))
 
 
 def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:

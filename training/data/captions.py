@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, st
                 f"Line {number} of {name} is not of the form {form}, with text or caption: "
                 f"{str(row)[:80]!r}"
             )
+        picture_name = _spelled(file.parent, picture_name)
         picture = file.parent / picture_name
         # Only the name is checked, because in a Hugging Face download the pictures are links.
         if Path(picture_name).is_absolute() or ".." in Path(picture_name).parts:
@@ -75,6 +77,14 @@ def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, st
         captions[picture] = _valid(caption, f"Line {number} of {name}")
         lines[picture] = number
     return captions
+
+
+def _spelled(folder: Path, name: str) -> str:
+    """A picture's name as its folder has it. Tables that were made on Windows have backslashes, and
+    macOS spells é as two characters."""
+    slashed = name.replace("\\", "/")
+    forms = [name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))]
+    return next((form for form in forms if (folder / form).is_file()), slashed)
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Any]]:

@@ -24,6 +24,8 @@ from .bank import Sizes, Unreadable
 from .captioned import Captioned, find
 
 log = logging.getLogger("lcm_lora")
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,13 @@ def _opened(source: Captioned) -> Image.Image:
     except (FileNotFoundError, PermissionError) as error:
         raise Unreadable(f"{source.name}: {error.strerror}") from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            # The further frames of a camera's MPO are previews, those of a PSD its layers.
-            if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
-                log.warning("only the first frame of %s is used", source.name)
-            return _rgb(image)
+        try:
+            return _decoded(data, source.name)
+        except ValueError:
+            # Pillow refuses a PNG for long texts beside its pixels, such as a workflow.
+            if (bare := _without_texts(data)) == data:
+                raise
+            return _decoded(bare, source.name)
     except UnidentifiedImageError:
         raise Unreadable(f"{source.name}: Pillow cannot read this as a picture.") from None
     except MemoryError:
@@ -140,6 +142,31 @@ def _opened(source: Captioned) -> Image.Image:
     # Pillow raises many kinds of error for a broken file, SyntaxError among them.
     except Exception as error:
         raise Unreadable(f"{source.name}: {error}") from error
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    """A picture's bytes -> RGB, upright, on white. Raises what Pillow raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data))
+        # The further frames of a camera's MPO are previews, those of a PSD its layers.
+        if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+            log.warning("only the first frame of %s is used", name)
+        return _rgb(image)
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without the chunks that hold texts and colour profiles. Other data stays the same."""
+    if not data.startswith(PNG):
+        return data
+    kept, at = [PNG], len(PNG)
+    while at < len(data):
+        # The length of the chunk's content, its kind, the content, and a checksum.
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in PNG_TEXTS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

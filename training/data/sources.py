@@ -140,7 +140,8 @@ def read_prompts(path: str) -> list[str]:
         raise ValueError(f"There is no file of prompts {shown(file)}.") from None
     # splitlines would also split at Unicode's paragraph separators.
     lines = re.split("\r\n?|\n", decoded(data, shown(file.name)))
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    stripped = (line.strip() for line in lines)
+    prompts = [line for line in stripped if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{shown(file.name)} contains no prompt: expected one per line.")
     return prompts
