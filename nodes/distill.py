@@ -40,8 +40,8 @@ class LCMDistillData(io.ComfyNode):
             display_name="Distillation Data",
             category=CATEGORY,
             description=(
-                "Sets what an LCM-LoRA is distilled from. With prompts, the checkpoint draws the "
-                "pictures itself and you need no data set. You can also use your own pictures "
+                "Chooses what an LCM-LoRA is distilled from. With prompts, the checkpoint draws "
+                "the pictures itself and you need no data set. You can also use your own pictures "
                 "with captions."
             ),
             search_aliases=["dataset", "training data", "captions", "prompts"],
@@ -60,7 +60,7 @@ class LCMDistillData(io.ComfyNode):
             outputs=[
                 LCMData.Output(
                     display_name="LCM_DATA",
-                    tooltip="Connect it to Distil LCM-LoRA. It holds settings, not pictures.",
+                    tooltip="The settings of the data, for Distil LCM-LoRA. It holds no pictures.",
                 )
             ],
         )
@@ -105,15 +105,16 @@ class LCMTeacher(io.ComfyNode):
             display_name="Distillation Teacher",
             category=CATEGORY,
             description=(
-                "Names the parts of a flow model that is in several files: diffusion model, text "
-                "encoders and VAE. Connect it to Distil LCM-LoRA, where it replaces the checkpoint."
+                "Names the files of a flow model that comes in several files: diffusion model, "
+                "text encoders and VAE. Connect it to Distil LCM-LoRA, where it replaces the "
+                "checkpoint."
             ),
             search_aliases=["diffusion model", "unet", "text encoder", "vae", "flow model"],
             inputs=[_part_input(name, kind) for name, kind in PARTS.items()],
             outputs=[
                 LCMTeacherParts.Output(
                     display_name="LCM_TEACHER",
-                    tooltip="Connect it to Distil LCM-LoRA. It holds names, not models.",
+                    tooltip="The names of the files, for Distil LCM-LoRA. It holds no models.",
                 )
             ],
         )
@@ -141,9 +142,9 @@ class LCMDistill(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Distils an LCM-LoRA from a checkpoint in a separate process. This node returns "
-                "immediately and the graph stays free. The job goes on when you close the browser "
-                "or ComfyUI; the tab LCM-LoRA jobs shows it. Queuing the same settings again gives "
-                "the same job."
+                "immediately, so you can go on using ComfyUI. The job continues when you close the "
+                "browser or ComfyUI; the sidebar tab LCM-LoRA jobs shows it. Queuing the same "
+                "settings again gives the same job."
             ),
             search_aliases=["train lora", "training", "distill", "make lcm lora", "train"],
             is_output_node=True,

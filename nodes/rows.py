@@ -80,7 +80,7 @@ class LCMLoRAStack(io.ComfyNode):
                     options=lora_names(),
                     tooltip=(
                         "The LCM-LoRA, or another few-step LoRA, for this model's architecture. "
-                        "It decides how the model is sampled."
+                        "Its family sets how the model is sampled."
                     ),
                 ),
                 weight_input(

@@ -28,7 +28,9 @@ class LCMLoRABlocks(io.ComfyNode):
             ),
             search_aliases=["lora block weight", "lbw", "block weights", "b-lora", "layer weights"],
             inputs=[
-                io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
+                io.LoraModel.Input(
+                    "vector", tooltip="A vector from Load LoRA Vector or Combine LoRA Vectors."
+                ),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),

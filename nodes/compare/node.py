@@ -67,8 +67,8 @@ class LCMCompare(io.ComfyNode):
                 ),
                 io.Clip.Input(
                     "clip", optional=True,
-                    tooltip="Only needed to compare prompts. Text encoder parts of vectors then "
-                    "count too.",
+                    tooltip="Only needed to compare prompts. The text encoder parts of the vectors "
+                    "are then applied too.",
                 ),
                 io.Vae.Input("vae", tooltip="Decodes the pictures."),
                 io.Conditioning.Input(
@@ -77,7 +77,7 @@ class LCMCompare(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True,
-                    tooltip="What they should not show. Only used where cfg is not 1.",
+                    tooltip="What the pictures should not show. Only used where cfg is not 1.",
                 ),
                 io.Latent.Input(
                     "latent", tooltip="An empty latent, or a picture's latent for image to image."
@@ -128,8 +128,8 @@ class LCMCompare(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="settings",
-                    tooltip="A line with the settings of each cell, row by row. Paste the lines of "
-                    "the best cells into columns (settings) to compare only those.",
+                    tooltip="One line with the settings of each picture, row by row. Paste the "
+                    "lines of the best ones into columns (settings) to compare only those.",
                 ),
             ],
         )  # fmt: skip
@@ -258,22 +258,22 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
 
     vector = io.Int.Input(
         "vector", display_name=f"vector ({name})", default=2, min=1, max=MOST_VECTORS,
-        tooltip="The number of the vector: the 2 of vector_2. LoRA files and checkpoints take its "
-        "place, with weight_2.",
+        tooltip="The number of the vector, such as 2 for vector_2. LoRA files and checkpoints take "
+        "its place, and get its weight.",
     )  # fmt: skip
     own = {
         "weight": [vector, values(NUMBERS["weight"].example)],
         "prompt": [
             io.String.Input(
                 "prompts", display_name=f"prompts ({name})", default="", multiline=True,
-                tooltip="A prompt in each line. They are used instead of positive.",
+                tooltip="One prompt per line. These prompts replace positive.",
             )
         ],
         "LoRA file": [
             vector,
             io.String.Input(
                 "files", display_name=f"files ({name})", default="", multiline=True,
-                tooltip="A LoRA in each line, by its name in the loras folder. my-style-* stands "
+                tooltip="One LoRA per line, by its name in the loras folder. my-style-* stands "
                 "for all files whose name begins with my-style-.",
             ),
         ],
@@ -285,8 +285,8 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         "settings": [
             io.String.Input(
                 "lines", display_name=f"lines ({name})", default="", multiline=True,
-                tooltip="The settings of a cell in each line, as the settings output has them, "
-                "such as steps=4, weight_2=0.8.",
+                tooltip="The settings of one picture per line, such as steps=4, weight_2=0.8. The "
+                "output settings has such lines.",
             )
         ],
     }  # fmt: skip

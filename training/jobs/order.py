@@ -81,7 +81,7 @@ class TeacherOrder:
         is_path=True,
     )
     text_encoder: str = setting(
-        "The model's text encoder. ComfyUI knows its kind from the file and the model.",
+        "The model's text encoder. ComfyUI recognises its kind from the file and the model.",
         "",
         is_path=True,
     )
@@ -113,8 +113,8 @@ class Order:
 
     checkpoint: str = setting(
         "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega, KOALA, or a flow model (SD3, "
-        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE. none: the "
-        "model comes from Distillation Teacher.",
+        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE. Choose none "
+        "if the model comes from Distillation Teacher.",
         is_path=True,
     )
     data: DataOrder = setting("The data from Distillation Data.", factory=DataOrder)
@@ -149,7 +149,7 @@ class Order:
     checkpoint_every: int = same(Spec, "checkpoint_every")
     device: str = setting(
         'GPU numbers, such as "1" or "0,1"; leave it empty for the first GPU. "ray" uses one '
-        'worker of your Ray cluster, "ray:4" four.',
+        'worker of your Ray cluster, and "ray:4" uses four.',
         "",
         pattern="([0-9]{1,3}(,[0-9]{1,3})*)?|ray(:[1-9][0-9]{0,2})?",
         expected='empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" for so many '
@@ -162,7 +162,7 @@ class Order:
         "How long to train. try: 200 steps and at most 250 drawn pictures, to see that it works; "
         "about a quarter of the time of good. good: 1000 steps, with which the demo model was "
         "measured. best: 4000 steps, like the paper's LoRAs; about three times the time of good. "
-        "custom: the value of steps counts.",
+        "custom: as many steps as the input steps says.",
         CUSTOM,
         choices=(CUSTOM, *LENGTHS),
         widget={"optional": True},
@@ -176,8 +176,8 @@ class Order:
     )
     start_from: str = same(Spec, "start_from")
     teacher: TeacherOrder = setting(
-        "A flow model by the files of its parts, from Distillation Teacher. It replaces the "
-        "checkpoint, which is then not read.",
+        "The files of a flow model, from Distillation Teacher. They replace the checkpoint, which "
+        "is then not read.",
         factory=TeacherOrder,
         widget={"optional": True},
     )
