@@ -1,4 +1,4 @@
-"""Nodes for existing distillation jobs: their progress, and the LoRA they make."""
+"""Nodes for existing distillation jobs: their progress, and their LoRA."""
 
 from __future__ import annotations
 

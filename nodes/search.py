@@ -234,8 +234,9 @@ def _row(number: int) -> list[io.Input]:
 def _sum(
     vectors: list[Vector], weights: tuple[float, ...], strengths: tuple[float, ...]
 ) -> tuple[Vector, torch.Tensor]:
-    """The vectors at their weights, and a picture of where they support or fight each other. The
-    text encoders' part of a style is searched for at its strength, so it keeps that."""
+    """The sum of the vectors at their weights, and a picture of where they support or fight each
+    other. The search used each style's text encoder part at the style's strength, so it keeps that.
+    """
     texts = [weights[0], *strengths]
     parts = [
         (vector, weight, text if any(map(is_text, vector.modules())) else weight)
@@ -249,11 +250,12 @@ def _sum(
 def _show(point: Point, number: int) -> None:
     weights = ", ".join(f"{weight:.2f}" for weight in point.weights)
     values = {"number": number, "weights": weights, "distance": f"{point.j / 2:.3f}"}
-    show([Line("Measured {number}: {weights}, distance {distance} of the default's", values)])
+    text = "Measurement {number}: {weights}, {distance} times the distance of the default"
+    show([Line(text, values)])
 
 
 def _lines(outcome: Outcome) -> list[Line]:
-    """The result on the node."""
+    """The result, as lines on the node."""
     values = {"weights": " + ".join(f"{weight:g}" for weight in outcome.weights)}
     if outcome.found.stopped and outcome.held_out is None:
         return [Line("Interrupted; the best weights so far: {weights}", values, warning=True)]

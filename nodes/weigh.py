@@ -73,7 +73,7 @@ class LCMLoRABlocks(io.ComfyNode):
             return math.prod(factor(module) for factor in of_lora)
 
         result = weighted(lora, weight, "; ".join(texts) or "all")
-        # Names in presets and "text" may fit nothing, so they are only shown.
+        # Names from presets, and "text", may match no module. That is no error, so only show them.
         idle = [name for factor in factors for name in factor.idle(lora)]
         values = {"source": lora.source, "names": ", ".join(idle)}
         lines = [Line("{source} has no modules for {names}.", values)] if idle else []

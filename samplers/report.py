@@ -109,11 +109,11 @@ def origin_of(family: Family) -> Line:
     """Where the sigmas of a flow model come from that is sampled as `family`."""
     if family.lists:
         counts = ", ".join(str(len(each)) for each in family.lists)
-        text = "at steps {known}, the sigmas that its authors list"
+        text = "at {known} steps, the sigmas that the LoRA's authors give"
         return Line(text, {"known": counts})
     if family.shift is not None:
-        return Line("shift {shift}, as its authors sample", {"shift": f"{family.shift:g}"})
-    return Line("the model's own shift: {family} has no other", {"family": family.name})
+        return Line("shift {shift}, as the LoRA's authors use it", {"shift": f"{family.shift:g}"})
+    return Line("the model's own shift: {family} sets none", {"family": family.name})
 
 
 def guidance_other(family: Family, positive: Sequence[Sequence[Any]]) -> list[Line]:
@@ -146,7 +146,7 @@ def warnings(
     if made and not any(steps in lora.steps for lora in made):
         source, known = made[0].source, ", ".join(map(str, made[0].steps))
         values = {"source": source, "known": known}
-        text = "{source} is made for steps {known}: set steps to that."
+        text = "{source} is made for {known} steps: change steps."
         found.append(Line(text, values, warning=True))
     elif not made and steps > MOST_STEPS and (applied.accelerations or others):
         text = "More than 8 steps hardly help a few-step LoRA: use 1 to 8."

@@ -28,7 +28,7 @@ function duration(seconds) {
 function time({ training_seconds: training, drawing_seconds: drawing, time: basis }) {
   if (basis === "unknown") return say("time unknown: no job of this architecture has run on this device yet");
   const words = [basis === "measured"
-    ? say("training {time}, as an earlier job measured", { time: duration(training) })
+    ? say("training {time}, measured by an earlier job", { time: duration(training) })
     : say("training {time}, estimated from an earlier job", { time: duration(training) })];
   if (drawing) words.push(say("drawing {time}, estimated", { time: duration(drawing) }));
   return words.join(" · ");
@@ -71,7 +71,7 @@ function lines(estimate, name) {
 async function forecast(node, order) {
   const files = node.widgets.find(({ name }) => name === "checkpoint").options.values;
   if (Array.isArray(files) && !files.includes(order.checkpoint)) {
-    return [[say("{name} is not here: choose another checkpoint, or download it and press R.", { name: order.checkpoint }), {}, true]];
+    return [[say("{name} is missing: choose another checkpoint, or download it and press R.", { name: order.checkpoint }), {}, true]];
   }
   const estimate = await call("estimate", order).catch(() => null); // the server may be gone
   return !estimate ? [] : estimate.refused ? [[estimate.refused, {}, true]] : lines(estimate, order.name);

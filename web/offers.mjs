@@ -41,7 +41,7 @@ export async function wantNotified(isWanted) {
   if (isWanted && !isAllowed) {
     app.extensionManager.toast.add({
       severity: "warn", life: 8000, summary: say("LCM-LoRA jobs"),
-      detail: say("The browser does not allow notifications of this page: allow them in its settings."),
+      detail: say("The browser does not allow notifications from this page: allow them in its settings."),
     });
   }
   return isAllowed;

@@ -45,7 +45,7 @@ export class Viewer {
     this.slider.max = String(files.length - 1);
     this.slider.value = String(at);
     this.first.hidden = this.slider.hidden = files.length < 2;
-    this.first.replaceChildren(this.both, say("with those after step {step} beside", files[0]));
+    this.first.replaceChildren(this.both, say("beside those after step {step}", files[0]));
     this.element.showModal();
     this.show();
   }

@@ -61,16 +61,16 @@ class Beside:
         if busy:
             self._busy_at = now
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
-        asked = False
+        changed = False
         for job in jobs:
             if job.on_cluster:
                 continue  # it uses nothing of this machine
             with self.store.unless_deleted(job.id):
                 if job.policy == "yield" and busy and _can_pause(job):
-                    asked |= self.store.ask(job.id, "pause", Process.this(), only=_can_pause)
+                    changed |= self.store.ask(job.id, "pause", Process.this(), only=_can_pause)
                 elif rested and _can_resume(job):
-                    asked |= self.store.ask(job.id, "", only=_can_resume)
-        if asked:
+                    changed |= self.store.ask(job.id, "", only=_can_resume)
+        if changed:
             jobs = self.store.jobs()
         if any(job.waits for job in jobs):
             self.work()
