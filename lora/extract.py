@@ -46,8 +46,8 @@ def extract(
         for change in (weight, bias):
             if change is not None and not change.isfinite().all():
                 raise ValueError(
-                    f"The difference of {name} holds NaN or infinity: one of the models is "
-                    "damaged. Download its file again."
+                    f"The difference of {name} is not finite (NaN or infinity): one of the models "
+                    "is damaged. Download its file again."
                 )
         if weight is not None and weight.any():
             if weight.dim() < 2:

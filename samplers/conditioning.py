@@ -11,7 +11,7 @@ Conditioning = list[Any]
 
 
 def form(text: Conditioning) -> Hashable:
-    """A key that is equal for texts that can share a batch. A text with several parts gets its own."""
+    """A key, equal for texts that can share a batch. A text with several parts has its own key."""
     if len(text) != 1:
         return id(text)
     encoded, more = text[0]
