@@ -131,7 +131,7 @@ class Studio:
         settings: Settings,
         tick: Callable[[int], None],
     ) -> None:
-        """latent: an empty one, for its size. tick(n) is called after n network calls of a picture."""
+        """latent: an empty one, for its size. tick(n): called after n calls for a picture."""
         accelerations = sampling.applied_to(model).accelerations
         own = model.get_model_object("model_sampling")
         if accelerations or sampling.set_family(own):

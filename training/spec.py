@@ -13,7 +13,7 @@ from pathlib import Path
 from . import disk
 from .schema import build, check, declared, setting
 
-LATER = ("start_from", "text_encoders", "vae")  # settings that spec.json holds only if they are set
+LATER = ("start_from", "text_encoders", "vae")  # newer settings; spec.json has them only if set
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ class Spec:
     def __post_init__(self) -> None:
         if bool(self.text_encoders) != bool(self.vae):
             raise ValueError(
-                "text_encoders and vae belong together: name both for a diffusion model in a file "
-                "of its own, or none for a checkpoint that contains them."
+                "text_encoders and vae belong together, but only one is set: set both if the "
+                "checkpoint holds only a diffusion model, or none if it contains them."
             )
         for name in ("host", "checkpoint", "output", "banks"):
             if not Path(getattr(self, name)).is_absolute():
@@ -225,8 +225,8 @@ class Spec:
     def to_json(self) -> str:
         """Valid Unicode, from which `read` builds an equal Spec whatever bytes the paths have.
 
-        A job is found again by the hash of this text. So a setting that came later is in it only
-        if it is set: the jobs of earlier versions keep their hashes.
+        The hash of this text identifies a job. Newer settings are left out unless they are set, so
+        that the jobs of earlier versions keep their hashes.
         """
         settings = asdict(self)
         for name in LATER:
