@@ -96,7 +96,7 @@ class Pipeline:
         replaces = self.spec.overwrite or result.interrupted(self.job, output)
         if output.exists() and not replaces:
             raise ValueError(
-                f"{output.name} exists already: choose another name, or allow overwrite."
+                f"{output.name} exists already: choose another name, or switch overwrite on."
             )
         banks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(banks / f"{disk.name_of(str(output))}.lock")

@@ -300,7 +300,7 @@ def test_a_finished_job_trains_on_from_its_last_checkpoint(store, tmp_path):
     assert state(store, job) == "done" and output.read_bytes() == b"another LoRA"
     output.write_bytes(b"made by it")
     rival, _ = store.create(spec(tmp_path, steps=5, overwrite=True), "a")
-    with pytest.raises(ValueError, match="Another job that makes a is queued: delete it"):
+    with pytest.raises(ValueError, match="makes a is queued: delete that job first"):
         store.extend(job, 10)
     store.delete(rival)
     store.extend(job, 10)

@@ -229,8 +229,8 @@ class Follower:
         if output.exists() and not self.spec.overwrite:
             if disk.sha256(output) != result.sha256:
                 raise ValueError(
-                    f"{output.name} exists already: choose another name, or allow overwrite. The "
-                    f"cluster's result is {made}."
+                    f"{output.name} exists already: choose another name, or switch overwrite on. "
+                    f"The cluster's result is {made}."
                 )
         output.parent.mkdir(parents=True, exist_ok=True)
         with disk.whole_file(output) as new:

@@ -18,7 +18,8 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True)
 class Length:
-    """What a choice of `length` sets: the steps, and how many pictures are drawn at most."""
+    """The settings that a choice of `length` stands for: the steps, and a limit for the number of
+    pictures that the job draws."""
 
     steps: int
     drawn: int | None = None
@@ -28,8 +29,8 @@ class Length:
         return min(count, self.drawn or count)
 
 
-# good is what the demo model was measured with (docs/measured.md), best what the paper took. From
-# prompts, with the calls of docs/distillation.md, try takes 0.22 times as long as good, best 2.7.
+# good is the length of the measurements in docs/measured.md, best that of the paper's LoRAs. With
+# prompts, counted in network calls, try takes 0.22 times as long as good, and best 2.7 times.
 LENGTHS = {"try": Length(200, 250), "good": Length(1000), "best": Length(4000)}
 
 
@@ -195,8 +196,8 @@ class Order:
 
 
 def again(order: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The order, as a job's folder keeps it, for a job of so many steps: a job that was trained on
-    has more than its length says."""
+    """The order of a job's folder, changed so that it gives a job of `steps` steps. A job that was
+    trained for more steps has more than its length says."""
     chosen = LENGTHS.get(order.get("length", CUSTOM))
     if chosen is None:
         return order | {"steps": steps}
