@@ -124,5 +124,5 @@ def test_a_bank_of_few_pictures_is_not_compared(teacher, rows, monkeypatch):
     from lcm_lora.training.state import likeness
 
     monkeypatch.setattr(likeness, "LEAST", 17)
-    with pytest.raises(ValueError, match="16 latents of one shape in the bank, at least 17"):
+    with pytest.raises(ValueError, match="16 latents of one shape, expected 17 or more"):
         likeness.Likeness(teacher, rows, "lcm", 5)
