@@ -1,5 +1,5 @@
-// The page's words. Its English stands where it is used; here it is the key, as in gettext.
-// JSON, for a test reads it: every word of the page in every language of ../locales.
+// The page's texts in every language of ../locales. The code uses the English texts; here they are the
+// keys, as in gettext. The table is JSON, because a test reads it.
 const WORDS = {
   "ko": {
     "Add Load LCM-LoRA": "LCM-LoRA 로드 추가",
@@ -640,7 +640,7 @@ export const SPOKEN = Object.keys(WORDS); // besides English
 
 let locale = "en";
 
-/** Sets the language of what is said from now on; one without words here keeps the English. */
+/** Sets the language of the texts. A language without a table here gets English. */
 export function speak(language) {
   locale = language;
 }
@@ -657,7 +657,7 @@ export function date(seconds) {
     .format(seconds * 1000);
 }
 
-/** The text in the page's language, each {name} in it replaced by that value. */
+/** The text in the page's language, with the values in place of each {name}. */
 export function say(text, values = {}) {
   return (WORDS[locale]?.[text] ?? text).replace(/\{(\w+)\}/g, (_, name) => {
     const value = values[name];
