@@ -186,7 +186,7 @@ class LCMCompare(io.ComfyNode):
 
 
 class Result(NamedTuple):
-    """sheet: [1, H, W, 3]. pictures: [N, H, W, 3]. settings: a line for each cell that is drawn."""
+    """sheet: [1, H, W, 3]. pictures: [N, H, W, 3]. settings: one line for each drawn cell."""
 
     sheet: torch.Tensor
     pictures: torch.Tensor
@@ -195,8 +195,8 @@ class Result(NamedTuple):
 
 
 def drawn(drawing: Drawing, columns: Axis, rows: Axis, note: str) -> Result:
-    """Draws all cells, and shows the sheet so far on the node. After an interruption, the result
-    has the cells that are drawn; without any, the interruption goes on."""
+    """Draws all cells, and shows the growing sheet on the node. After an interruption, the result
+    has the cells drawn so far; if there are none, raises the interruption again."""
     cells = drawing.cells
     bar = comfy.utils.ProgressBar(sum(cell.run.steps for cell in cells))
     pictures: dict[int, torch.Tensor] = {}
@@ -246,10 +246,11 @@ def _row(number: int) -> list[io.Input]:
 
 
 def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Input:
-    """What changes along an axis. Its inputs are named with it, for apps show them without it."""
+    """The input for an axis. The names of its inner inputs contain the axis, because apps show them
+    alone."""
 
     def values(default: str) -> io.Input:
-        # One text for all kinds, because translations know only the input's name.
+        # One tooltip for all kinds, because translations are found by the input's name alone.
         return io.String.Input(
             "values", display_name=f"values ({name})", default=default,
             tooltip="A list such as 1, 2, 4, 8, a range from:to:step such as 0.4:1.2:0.2, or both. "
@@ -301,7 +302,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
 
 
 def _axis_of(given: dict[str, Any], name: str) -> Axis:
-    """The axis that a user has set. Raises ValueError for values that cannot be used."""
+    """The user's axis. Raises ValueError for values that cannot be used."""
     kind = given[name]
     if kind == NONE:
         return ALONE
@@ -318,7 +319,7 @@ def _axis_of(given: dict[str, Any], name: str) -> Axis:
 
 
 def _named(axis: Axis, wired: Sequence[Vector | None]) -> Axis:
-    """The axis with a title for people."""
+    """The axis with a readable title."""
     kind, _, number = axis.title.partition("_")
     vector = wired[int(number) - 1] if number else None
     if kind == "weight":
