@@ -103,7 +103,7 @@ def prepare(version: str, front_end: str = "") -> tuple[Path, Path, Path | None]
             shared = host
         else:
             host = _host(version)
-            # One environment serves every version: that of the newest.
+            # All versions share the environment of the newest.
             shared = _host(PRIMARY)
         requirements = (shared / "requirements.txt").read_text(encoding="utf-8")
         python = _environment(requirements)

@@ -283,7 +283,7 @@ class _BankProgress:
         log.info("bank, %s", count)
 
     def end_if_asked(self) -> None:
-        # Each process reads the control file itself and none waits for another's answer, because
+        # Each process reads the control file itself and does not wait for the others, because
         # torchrun ends the other processes when one ends.
         self.pipeline.request.end_if_asked(self.reached)
 

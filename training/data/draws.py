@@ -68,8 +68,8 @@ LOWEST, HIGHEST = 20, 979
 
 
 def run(seed: int, step: int, timesteps: Callable[[int], list[int]]) -> list[int]:
-    """The timesteps of a run of the sampler up to the call that a step of distribution matching
-    trains; the same for all pictures. timesteps(n): those of a run of n steps."""
+    """The timesteps of a sampling run up to the call that a step of distribution matching trains.
+    They are the same for all pictures. timesteps(n): the timesteps of a run of n steps."""
     generator = torch.Generator().manual_seed(picture_seed(seed, step, 1 << 41))
     steps = RUNS[int(torch.randint(len(RUNS), (), generator=generator))]
     call = int(torch.randint(steps, (), generator=generator))

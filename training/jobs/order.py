@@ -110,7 +110,7 @@ class TeacherOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A distillation. The order of the fields is that of the node's inputs: append new ones."""
+    """A distillation. The node's inputs have the order of the fields, so append new fields."""
 
     checkpoint: str = setting(
         "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega, KOALA, or a flow model (SD3, "
@@ -133,8 +133,8 @@ class Order:
     policy: str = setting(
         "What happens while you generate. yield: the job saves and ends, and resumes when the "
         "queue is empty; ComfyUI unloads its models each time the job starts. exclusive: the job "
-        "goes on; ComfyUI unloads its models when the job starts and each time the queue becomes "
-        "empty. share: the job goes on, and ComfyUI does not unload its models.",
+        "keeps training; ComfyUI unloads its models when the job starts and each time the queue "
+        "becomes empty. share: the job keeps training, and ComfyUI does not unload its models.",
         "yield",
         choices=POLICIES,
     )
