@@ -17,8 +17,8 @@ def read(job: Path, first: int = 0, last: int = 1 << 40, points: int = 300) -> d
     most `points` rows.
 
     rows: the figures of COLUMNS, None if not finite. errors: step, and the distance of the sample
-    pictures to the teacher's at 1, 2 and 4 steps. likeness: step, their distance to the data at 1, 2
-    and 4 steps, and their recall at 1, 2 and 4 steps.
+    pictures to the teacher's at 1, 2 and 4 steps. likeness: step, their distance to the data at 1,
+    2 and 4 steps, and their recall at 1, 2 and 4 steps.
     """
     rows: list[Row] = []
     errors: list[Row] = []
