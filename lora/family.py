@@ -133,7 +133,7 @@ def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, tuple[str
         return metadata[FAMILY], (IN_METADATA, FAMILY)
     for text, where in _places(metadata, name):
         families = _signed(_FLOW_SIGNS, text) or _signed(_SIGNS, text)
-        # "lcm" counts only without another sign: file names use it for the sampler and this pack too.
+        # "lcm" counts only without another sign: names use it for the sampler and this pack too.
         if families or _LCM.search(text):
             return SEVERAL.join(families) or "lcm", where
     return "", ("", "")

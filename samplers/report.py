@@ -119,7 +119,7 @@ def origin_of(family: Family) -> Line:
 def guidance_other(family: Family, positive: Sequence[Sequence[Any]]) -> list[Line]:
     """A warning if the conditioning [[text, options], ...] sets another guidance for the network's
     own input than the family is made for. Without one, ComfyUI uses 3.5."""
-    prompt_guidance = next((o["guidance"] for _, o in positive if "guidance" in o), None)
+    prompt_guidance = next((c[1]["guidance"] for c in positive if "guidance" in c[1]), None)
     if family.guidance is None or prompt_guidance in (None, family.guidance):
         return []
     values = {
