@@ -115,7 +115,7 @@ def test_a_collapse_ends_matching_and_names_the_last_good_checkpoint(run):
 
     made, _ = run(steps=4, objective="dmd", sample_every=3)
     made.progress.best_recall, made.progress.best_step = 10.0, 1
-    words = "step 3 their recall is 0.* was 10.00 before. The checkpoint of step 1 is the best"
+    words = "step 3 their recall is 0.* was 10.00 before. The best checkpoint, of step 1, is kept"
     with pytest.raises(Diverged, match=words):
         made.train()
 
