@@ -24,12 +24,12 @@ Settings = TypeVar("Settings")
 
 @dataclass
 class Taken:
-    """The cost of one run: seconds, seconds of all cores, and the process's peak in bytes."""
+    """What one run took: seconds, seconds of all cores, and the process's peak in bytes."""
 
     seconds: float
     cpu_seconds: float
     peak: int
-    result: Any  # the subject's return value; from a process, a Step or nothing
+    result: Any  # what the subject returned: of a process, a Step or nothing
 
 
 Subject = Callable[[], Taken]
@@ -50,7 +50,7 @@ def memory(name: str) -> int:
 
 
 class Process:
-    """A subject in its own process, where prepare(settings) returns the function to time."""
+    """A subject in a process of its own. prepare(settings) returns there the function to time."""
 
     def __init__(
         self, prepare: Callable[[Settings], Callable[[], Any]], settings: Settings,
