@@ -37,7 +37,7 @@ def end_cleanly():
     """Treats SIGTERM and SIGHUP like Ctrl-C, so that no pip and no server is left running."""
 
     def interrupt(number, _frame):
-        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -65,7 +65,7 @@ def main(arguments):
         return 1
     inside = dict(os.environ, **{INSIDE: str(host), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
     inside[environment.PAGES] = str(pages or "")
-    # A proxy for the outside must not be asked for the server on this machine.
+    # Requests to the server on this machine must not go through a proxy.
     inside["no_proxy"] = ",".join(filter(None, ["127.0.0.1", os.environ.get("no_proxy")]))
     child = subprocess.Popen([str(python), HERE, *arguments], env=inside)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())

@@ -1,7 +1,7 @@
-"""Pictures that show at first sight what something does: template cards, the gallery, the banner.
+"""Draws pictures for people who look for the first time: template cards, the gallery, the banner.
 
-A card has two captions, one below the other: to the left what the template begins with, to the
-right its result.
+A card has a row for each of two captions: to the left the picture that the template starts from, to
+the right its result.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ GALLERY = tuple(
 
 @dataclass(frozen=True)
 class Card:
-    """captions: of the result. before: from the template's prompt to one of the picture that it
-    begins with; without it that is the picture that LoadImage reads."""
+    """captions: of the result. before: changes the template's prompt into one that draws the
+    picture on the left; without it, that is the picture that LoadImage reads."""
 
     captions: tuple[str, ...]
     before: Callable[[Prompt], Prompt] | None = None
@@ -87,7 +87,7 @@ CARDS = {
     WITH_STYLE: Card(STYLED, without_styles),
     **{name: Card(captions, without_styles) for name, captions in zip(FLOW, OF_FLOW, strict=True)},
     "Merge three LoRAs into one (SDXL)": Card(STYLED[::-1], without_styles),
-    # The network never saw pictures of 192 pixels, so it repeats parts; these two gain by it.
+    # The network never saw pictures of 192 pixels, so it repeats parts; these two look good so.
     "Hires fix": Card(
         ("a photo of a castle on a pink background", "a photo of a sunflower on a blue background"),
         first_pass,
@@ -188,7 +188,7 @@ def many(subject: Subject, captions: tuple[str, ...], steps: int) -> Prompt:
 def strokes(
     workflow: dict, subject: Subject, draw: Draw, counts: Iterable[int]
 ) -> list[Image.Image]:
-    """Paintings with so many strokes, and to the right of each what is drawn over it."""
+    """Paintings with more and more strokes, and to the right of each the drawn picture."""
     prompt, frames = fitted(workflow, replace(subject, captions=GALLERY[:1])), []
     for node in prompt.values():
         if node["class_type"] == "PreviewImage":

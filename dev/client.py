@@ -107,7 +107,7 @@ class Client:
 
 
 def _refusal(text: str) -> PromptError:
-    """The server's answer to a prompt it does not accept, as one sentence a node."""
+    """The server's answer to a refused prompt, as one sentence for each node."""
     try:
         answer = json.loads(text)
         lines = [answer["error"]["message"]]

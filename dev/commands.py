@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import environment
 
-LOCAL = environment.ROOT / ".dev"  # what belongs to this checkout alone
+LOCAL = environment.ROOT / ".dev"  # the files of this checkout alone
 FAULTS = ["-m", "faults", "--times", "20"]
 # Each has a function main(arguments, folder of ComfyUI, LOCAL), and is imported when it is needed,
 # because importing some takes seconds.

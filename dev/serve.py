@@ -22,7 +22,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     with server:
         log.info("ComfyUI is at %s, its log is %s", server.url, server.log)
         log.info(
-            "Of the demo model there are %s (for %d pixels a side) and %s. "
+            "The demo model's files are %s (for %d pixels a side) and %s. "
             "It knows prompts such as 'a photo of a fox on a teal background'.",
             assemble.checkpoint().name, world.SIZE, assemble.LCM_LORA,
         )  # fmt: skip

@@ -146,7 +146,7 @@ def gathered(cells: dict[str, Cell], pictures: dict[str, list[Path]]) -> dict[Ce
 
 
 def compose(files: dict[Cell, list[Path]], tile: int, across: int = 1, gap: int = 0) -> Image.Image:
-    """A table of pictures with titles. A cell holds them `across` abreast, each `tile` pixels."""
+    """A table of pictures with titles. A cell has `across` pictures per row, each `tile` pixels."""
     rows = list(dict.fromkeys(row for row, _ in files))
     columns = list(dict.fromkeys(column for _, column in files))
     down = -(-max(map(len, files.values())) // across)

@@ -20,7 +20,7 @@ def sampled(strength: float = 1.0, **settings: Any) -> Setting:
 def styled(
     weight: float, share: float = 0.0, blocks: str = "", strength: float = 1.0, **settings: Any
 ) -> Setting:
-    """The sum of the LCM-LoRA and a style, which passes through the node that the page is about."""
+    """The sum of the LCM-LoRA and a style, after the node that the help page describes."""
 
     def inputs(graph: Graph, base: Wire) -> dict[str, Any]:
         lcm, style = graph.vectors()

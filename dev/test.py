@@ -26,7 +26,7 @@ def main(arguments: list[str], host: Path) -> int:
         if subprocess.run([*ruff, *check, str(ROOT)]).returncode:
             return 1
     os.environ["LCM_LORA_TEST_HOST"] = str(host)
-    # Or each of the processes that the tests start would compile all of ComfyUI again.
+    # Otherwise each process that the tests start would compile all of ComfyUI again.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     tests = ROOT / "tests"
     # pytest collects below tests/ only: the __init__ above it imports ComfyUI.
@@ -47,8 +47,8 @@ def main(arguments: list[str], host: Path) -> int:
 def _check_types() -> int:
     """mypy on the product; -> its exit status.
 
-    The parts import each other as the pack's subpackages, so mypy sees them below one folder with a
-    package's name. The checkout's own name may not be one.
+    The parts import each other as subpackages, so mypy gets a folder with a package's name that
+    contains them. The checkout's own name may be no valid package name.
     """
     command = [
         str(tool(MYPY) / "mypy"), "--config-file", str(ROOT / "pyproject.toml"),
@@ -62,10 +62,10 @@ def _check_types() -> int:
 
 
 def _side_by_side() -> list[str]:
-    """Arguments for two processes that share the tests: most tests wait a lot.
+    """Arguments for two processes that share the tests, because most tests spend time waiting.
 
-    tests/conftest.py says which tests stay in one process, and what comes first. Each process gets
-    half of the threads, because two programs that both want every core slow each other down.
+    tests/conftest.py says which tests stay in one process, and which run first. Each process gets
+    half of the threads, because two programs that both use every core slow each other down.
     """
     cores = os.cpu_count() or 1
     if cores < 2:

@@ -22,7 +22,7 @@ def require_sum(vector: Vector) -> None:
 
 
 def require_one_shape(name: str, changes: Sequence[tuple[Vector, Sequence[int]]]) -> None:
-    """Raises ValueError if vectors change one weight in different shapes.
+    """Raises ValueError if the changes of one weight have different shapes.
 
     Shapes are compared as matrices, because some tools save 1x1 convolutions as [out, in].
     """
@@ -46,7 +46,7 @@ def require_finite(name: str, vectors: Sequence[Vector]) -> None:
         if not math.isfinite(delta.inner(delta)) and not delta.matrix().isfinite().all():
             raise ValueError(
                 f"{vector.source} contains NaN or infinity in {name}: the file is damaged, or its "
-                "training diverged. Leave it out."
+                "training diverged. Leave this LoRA out, or download it again."
             )
 
 

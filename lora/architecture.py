@@ -12,12 +12,12 @@ from .formats.transformers import recognised
 Shapes = Mapping[str, Sequence[int]]
 """The shape of each module's change, [out, in, ...], by the module's canonical name."""
 
-# By the width of the text features, which is the number of inputs of every attn2.to_k.
+# By the width of the text features: the number of inputs of every attn2.to_k.
 _BY_WIDTH = {768: "SD1.5", 1024: "SD2", 1280: "SDXL refiner"}
 DOUBT = "It seems made for {made}; on {actual} its effect may be weaker."
 SDXL_TYPE = "SDXL type"
 _BLOCKS = ("down_blocks_1", "down_blocks_2", "mid_block", "up_blocks_0", "up_blocks_1")
-# The SDXL type differs in how many transformer blocks each attention of its blocks holds.
+# Models of the SDXL type differ in the number of transformer blocks in each attention.
 _SDXL_TYPES = {
     name: {
         f"{block}_attentions_{place}": depth
@@ -45,9 +45,10 @@ class Architecture:
     """The kind of a model.
 
     Attributes:
-        name: for people, such as "SD1.5". Several, joined by "or", if the modules do not show more.
-        width: of the cross-attention of a UNet, or of the layers of a transformer. None if the
-            modules do not show it.
+        name: for people, such as "SD1.5". Several names, joined by "or", if the modules fit several
+            architectures.
+        width: of a UNet's cross-attention, or of a transformer's layers. None if the modules do not
+            show it.
         is_unet: whether it is a UNet of a Stable Diffusion type.
     """
 
@@ -99,8 +100,8 @@ def architecture_of(shapes: Shapes) -> Architecture | None:
     """The architecture that the modules were made for. None if they do not show it.
 
     SDXL has every layer that its relatives have. Modules therefore belong to a relative only if
-    every attention is exactly as deep as in the relative. Otherwise they belong to SDXL, or to "the
-    SDXL type" if they may be a part of a relative's modules.
+    every attention is exactly as deep as in the relative. Otherwise they belong to SDXL, or to
+    "SDXL type" if they could also be a part of a relative's modules.
     """
     if not any(map(is_unet, shapes)):
         return _transformer({name: shape for name, shape in shapes.items() if not is_text(name)})

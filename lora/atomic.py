@@ -23,10 +23,10 @@ def temporary_beside(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to. It becomes `path` if the body raises nothing; until then an old file
-    stays as it is.
+    """A temporary path to write to. If the body raises nothing, the new file then replaces `path`;
+    until then an old file stays as it is.
 
-    It is in the same folder, because a rename is atomic only within one file system.
+    The temporary file is in the same folder, because a rename is atomic only within a file system.
 
     Raises:
         OSError: the disk is full, or writing is not allowed.

@@ -15,7 +15,7 @@ from .formats.module_names import UNET, in_doubt, is_text, is_unet
 from .formats.transformers import flat
 from .slices import own_paths
 
-# By how a canonical name begins, or what it contains. The first that fits counts.
+# By the beginning of a canonical name, or by a part of it. The first match counts.
 _PLACES = (
     ("middle", re.compile(rf"{UNET}mid(dle)?_block")),
     ("output", re.compile(rf"{UNET}(up_blocks|output_blocks|conv_out|conv_norm_out)")),
@@ -29,7 +29,7 @@ _KINDS = (
     ("attention", re.compile(r".*(_attn[12]_|_attentions_|_self_attn_|put_blocks_\d+_1_[pn])")),
     ("resnet", re.compile(r".*(_resnets_|samplers_\d+_conv|conv_in|conv_out|put_blocks_\d+_)")),
 )
-# The same of transformers, by their own paths. A layer such as Flux' linear1 is of both kinds.
+# The same for transformers, by the authors' paths. Flux' linear1 is both kinds, so it matches none.
 _OWN_PLACE = re.compile(r"(\w*?(?:blocks|layers|refiner))_\d+_")
 _OWN_KINDS = (
     ("attention", re.compile(r".*(_attn\d?_|attention_)")),
@@ -59,8 +59,8 @@ PRESETS = {
 
 
 def place_of(module: str) -> str:
-    """ "input", "middle", "output", "text", or "other" for a canonical module name. Of a
-    transformer, the name of the blocks: "double_blocks"."""
+    """ "input", "middle", "output", "text", or "other" for a canonical module name; for a
+    transformer's module, the name of its blocks, such as "double_blocks"."""
     if is_text(module):
         return TEXT
     if place := next((name for name, pattern in _PLACES if pattern.match(module)), ""):
@@ -79,8 +79,8 @@ def kind_of(module: str) -> str:
 
 
 def block_of(module: str) -> str:
-    """The block by its authors' name, "down_blocks_1_attentions_0" or "double_blocks_3"; the place
-    of a module that is in none."""
+    """The name of the module's block, such as "down_blocks_1_attentions_0" or "double_blocks_3";
+    its place if it is in no block."""
     match = _BLOCK.match(module)
     return match[1] if match else place_of(module)
 
@@ -126,8 +126,11 @@ class Weights:
             if name not in NAMES:
                 blocks = sorted({match[1] for module in modules if (match := _BLOCK.match(module))})
                 near = get_close_matches(name, blocks, 3, 0.0)
-                has = f"the nearest that it has are {', '.join(near)}" if near else "it has no such"
-                raise ValueError(f"{name} fits no module of {vector.source}; {has}.")
+                has = f"its nearest blocks are {', '.join(near)}" if near else "it has no blocks"
+                raise ValueError(
+                    f"{name} fits no module of {vector.source}; {has}. Correct the name, or leave "
+                    "it out."
+                )
 
 
 def _fits(name: str, module: str) -> bool:
@@ -143,7 +146,7 @@ def parse_weights(text: str) -> Weights:
     `rest`, whose weight is 1 if it is not in the text.
 
     Raises:
-        ValueError: an entry is not `name=number`, its name is unknown, or a name comes twice.
+        ValueError: an entry is not `name=number`, its name is unknown, or a name appears twice.
     """
     weights: dict[str, float] = {}
     for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
@@ -159,7 +162,7 @@ def parse_weights(text: str) -> Weights:
                 f"{entry!r} has no weight; expected a finite number, such as {name}=0.5."
             )
         if name in weights:
-            raise ValueError(f"{name} has two weights; expected one.")
+            raise ValueError(f"{name} has two weights; expected one. Remove the other.")
         weights[name] = float(value)
     rest = weights.pop(REST, 1.0)
     return Weights(weights, rest)
@@ -186,9 +189,12 @@ def weighted(vector: Vector, weight: Callable[[str], float], description: str) -
             f"{bad[0]} the weight 0 or 1, found {weights[bad[0]]:g}."
         )
     if not any(weights.values()):
-        raise ValueError(f"No module of {vector.source} has a weight other than 0.")
+        raise ValueError(
+            f"No module of {vector.source} has a weight other than 0; give at least one part a "
+            "weight other than 0."
+        )
     metadata = {**vector.metadata, **recipe([(vector, 1.0)], f"by blocks, {description}")}
-    # An acceleration works in the UNet. Without positive weights there, the vector is not one.
+    # An acceleration works in the UNet. Without a positive weight there, the vector is none.
     in_unet = {value for name, value in weights.items() if place_of(name) != TEXT}
     if not any(value > 0 for value in in_unet):
         metadata = forgotten(metadata)
@@ -202,5 +208,5 @@ def weighted(vector: Vector, weight: Callable[[str], float], description: str) -
         opaque={name: parts for name, parts in vector.opaque.items() if weights[name]},
         metadata=metadata,
         source=f"{vector.source} [{description}]",
-        sha256="",  # that of the file stays in the recipe
+        sha256="",  # the recipe keeps the file's hash
     )

@@ -44,11 +44,11 @@ def exact(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, 
 
 
 def summed(vectors: Sequence[Vector], weights: Sequence[float]) -> tuple[Vector, str, Grams]:
-    """As `exact`, and the inner products of the terms, which are the vectors whose weight is not 0,
-    times their weights."""
+    """As `exact`, and the inner products of the terms. A term is a vector times its weight, if that
+    is not 0."""
     terms = _terms(vectors, weights)
     deltas, grams, holders_of = {}, Grams(len(terms)), _holders(terms)
-    # Of all terms together, because one alone may not show the kind of its model.
+    # From all terms together, because one vector alone may not show which model it is for.
     paths = own_paths(Vector({n: terms[held[0]][0].deltas[n] for n, held in holders_of.items()}))
     for name, holders in holders_of.items():
         deltas[name] = stacked([(terms[i][0].deltas[name], terms[i][1]) for i in holders])
@@ -115,9 +115,9 @@ def elementwise(
 
 
 def one_for_each(vector: Vector, target_of: Mapping[str, Hashable]) -> Vector:
-    """The vector with one module per weight of a model. Modules that change the same weight, which
-    only the model can show, are added. DoRA, OFT and GLoRA modules, and modules of different
-    shapes, stay as they are.
+    """The vector with one module per weight of a model. Adds modules that change the same weight;
+    only the model can show that. DoRA, OFT and GLoRA modules, and modules of different shapes, stay
+    as they are.
 
     target_of: the weight that a module changes, by the module's name.
     """
@@ -150,8 +150,8 @@ def _terms(vectors: Sequence[Vector], weights: Sequence[float]) -> list[tuple[Ve
         raise ValueError("All weights are 0, so the sum is empty; set at least one of them.")
     for vector, _ in terms:
         require_sum(vector)
-    alike = in_one_spelling([vector for vector, _ in terms])
-    terms = [(vector, weight) for vector, (_, weight) in zip(alike, terms, strict=True)]
+    respelled = in_one_spelling([vector for vector, _ in terms])
+    terms = [(vector, weight) for vector, (_, weight) in zip(respelled, terms, strict=True)]
     require_one_architecture((vector.source, vector.shapes) for vector, _ in terms)
     return terms
 
@@ -184,7 +184,7 @@ def _sum_diffs(terms: Sequence[tuple[Vector, float]]) -> dict[str, Tensor]:
 
 
 def _metadata(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
-    """What all vectors share, the family of the accelerations among them, and the recipe."""
+    """The metadata that all vectors share, the family of their accelerations, and the recipe."""
     vectors = [vector for vector, _ in terms]
     family = joined([scaled(vector.metadata, weight) for vector, weight in terms if weight > 0])
     return agreed(vectors) | family | recipe(terms, method)

@@ -15,8 +15,8 @@ from .delta import Delta
 class Grams:
     """The inner products of the terms of a sum, by places and blocks of the model.
 
-    They follow from the stacked factors U = [U_1 U_2 ...] and D of the sum: over the blocks i and
-    j, the elementwise product of U'U and DD' adds up to <U_i D_i, U_j D_j>.
+    They follow from the sum's stacked factors U = [U_1 U_2 ...] and D: the elementwise product of
+    U'U and DD', added up over the rows of term i and the columns of term j, is <U_i D_i, U_j D_j>.
     """
 
     def __init__(self, terms: int):
@@ -26,14 +26,14 @@ class Grams:
     def add(
         self, module: str, stacked: Delta, holders: Sequence[int], ranks: Sequence[int]
     ) -> Tensor:
-        """Adds a module. -> the inner products of the terms in it, [terms, terms].
+        """Adds a module. -> the inner products of the terms in this module, [terms, terms].
 
-        module: with its path in the model. holders, ranks: the indices of the terms that have it,
-        and their ranks in it.
+        module: its name, as `slices.own_paths` gives it. holders, ranks: the indices of the terms
+        that have the module, and their ranks there.
         """
         up, down = stacked.up.flatten(1), stacked.down.flatten(1)
         products = (up.T @ up).double() * (down @ down.T).double()
-        # A one for the term that each row of the factors belongs to.
+        # owners[row, term] is 1 if this row of the factors belongs to the term.
         owners = products.new_zeros(len(products), self.terms)
         begin = 0
         for term, rank in zip(holders, ranks, strict=True):
@@ -68,6 +68,6 @@ class Grams:
 
 
 def cosine(gram: Tensor, i: int, j: int) -> float:
-    """Of the angle between terms i and j; 0 if one of them is 0."""
+    """The cosine of the angle between terms i and j; 0 if one of them is 0."""
     norms = float(gram[i, i] * gram[j, j]) ** 0.5
     return float(gram[i, j]) / norms if norms else 0.0

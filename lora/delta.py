@@ -112,12 +112,12 @@ class Delta:
         return replace(self, alpha=self.scale * factor * self.rank)
 
     def inner(self, other: Delta) -> float:
-        """The Frobenius inner product of two deltas of one weight, in float32. It forms no matrix
-        of the weight's size: <U1 D1, U2 D2> = <U1' U2, D1 D2'>."""
-        one, two = self.plain(), other.plain()
-        ups = one.up.float().flatten(1).T @ two.up.float().flatten(1)
-        downs = one.down.float().flatten(1) @ two.down.float().flatten(1).T
-        return float((ups.double() * downs.double()).sum()) * one.scale * two.scale
+        """The Frobenius inner product of two deltas of one weight, in float32, without a matrix of
+        the weight's size: <U1 D1, U2 D2> = <U1' U2, D1 D2'>."""
+        a, b = self.plain(), other.plain()
+        ups = a.up.float().flatten(1).T @ b.up.float().flatten(1)
+        downs = a.down.float().flatten(1) @ b.down.float().flatten(1).T
+        return float((ups.double() * downs.double()).sum()) * a.scale * b.scale
 
     def matrix(self) -> Tensor:
         """The dense delta in float32, scale included, in the shape of `self.shape`."""
@@ -131,7 +131,8 @@ class Opaque(dict[str, Tensor]):
     their kohya keys after the module's name.
 
     Attributes:
-        shape: of the weight that it changes: [out, in, ...], or [out] if the tensors show no more.
+        shape: the shape of the changed weight: [out, in, ...], or [out] if the tensors show only
+            that.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]):
@@ -151,7 +152,7 @@ class Vector:
         source: the name of this vector in messages: a file name, or how it was made.
         ignored: keys of the file that are not part of the LoRA.
         opaque: modules whose change depends on the weight (DoRA, OFT, GLoRA), see opaque.py.
-        sha256: of the file, if the vector was read from one to be combined.
+        sha256: the hash of the file, if `files.read_named` read the vector from one.
     """
 
     deltas: Mapping[str, Delta]
@@ -170,8 +171,8 @@ class Vector:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each module's change: [out, in, ...], or [out] if its tensors show no more.
-        Modules with a change of the bias only are missing."""
+        """The shape of each module's change: [out, in, ...], or [out] if its tensors show only
+        that. Modules that change only a bias are missing."""
         shapes = {
             key.removesuffix(".diff"): tuple(diff.shape)
             for key, diff in self.diffs.items()

@@ -17,7 +17,7 @@ from .truncation import Truncation
 
 CPU = torch.device("cpu")
 Layer = tuple[str, Tensor | None, Tensor | None]
-"""(canonical name, difference of the weights, difference of the biases); None for no difference"""
+"""(canonical name, difference of the weights, difference of the biases); None if they are equal"""
 
 
 def extract(
@@ -29,8 +29,8 @@ def extract(
 ) -> tuple[Vector, str]:
     """The differences of the layers as a vector, and a report of what this rank loses.
 
-    Matrices and convolutions become deltas of this rank. Norms and biases, which have no rank, stay
-    full differences (`.diff` and `.diff_b`). Equal layers are left out.
+    Matrices and convolutions become deltas of this rank. Norms and biases have no rank, so they
+    stay full differences (`.diff` and `.diff_b`). Equal layers are left out.
 
     device: where the layers are decomposed; the deltas come back to the CPU.
 
@@ -46,7 +46,8 @@ def extract(
         for change in (weight, bias):
             if change is not None and not change.isfinite().all():
                 raise ValueError(
-                    f"The difference of {name} is not finite: one of the models is damaged."
+                    f"The difference of {name} is not finite (NaN or infinity): one of the models "
+                    "is damaged. Download its file again."
                 )
         if weight is not None and weight.any():
             if weight.dim() < 2:

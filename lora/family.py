@@ -16,8 +16,8 @@ WEIGHT = "lcm_lora.acceleration_weight"  # of the one acceleration in a sum, if 
 
 _TITLES = ("modelspec.title", "ss_output_name")  # where other trainers keep a file's first name
 _ONE_STEP = r".*(?<!\d)1[-_ ]?step"
-# As the authors name their files. Styles have the words hyper and lightning in their names too, so
-# these count only together with the words that the authors put around them.
+# How the authors name their files. Names of styles contain hyper and lightning too, so these words
+# count only together with the words that the authors put around them.
 _SIGNS = {
     family: re.compile(rf"(?<![a-z0-9]){sign}", re.IGNORECASE)
     for family, sign in {
@@ -29,8 +29,8 @@ _SIGNS = {
         "lightning": r"(?:sdxl[-_ ]?lightning|lightning[-_ ]?\d+[-_ ]?step)",
     }.items()
 }
-# Those of flow models have the model's name in theirs. They are looked for first, because what
-# SD's are called may be a part of it: Qwen-Image-Lightning-4steps.
+# Names of flow-model LoRAs contain the model's name. They are tried first, because they may contain
+# a name from the table above: Qwen-Image-Lightning-4steps.
 _FLOW_SIGNS = {
     family: re.compile(rf"(?<![a-z0-9]){sign}", re.IGNORECASE)
     for family, sign in {
@@ -52,13 +52,13 @@ _FLOW_SIGNS = {
 _LCM = re.compile(r"(?<![a-z0-9])lcm(?:[-_ ]?like)?(?![a-z])", re.IGNORECASE)
 
 _STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
-# But not PCM's smallcfg, nor lightx2v's cfg_step_distill, which needs none.
+# Not PCM's smallcfg, and not lightx2v's cfg_step_distill, which needs no cfg.
 _CFG = re.compile(r"(?<![a-z])(?:normal)?cfg(?![a-z])(?!.*distill)", re.IGNORECASE)
-# What full models are called that draw in a few steps: sd_turbo, flux1-schnell, flux-2-klein.
+# In the names of full models that draw in a few steps: sd_turbo, flux1-schnell, flux-2-klein.
 _FEW_STEP = re.compile(r"turbo|schnell|klein|lightning|distill|(?<![a-z])fast", re.IGNORECASE)
-# Why a family is chosen, as the node shows it.
+# Reasons for the choice of a family, as the node shows them.
 CHOSEN = "chosen on this node"
-UNNAMED = "the default: neither the file's metadata nor its name says otherwise"
+UNNAMED = "the default: neither the file's metadata nor its name gives a family"
 IN_METADATA = "from the file's metadata, {what}"
 IN_NAME = "from the name {what}"
 
@@ -71,7 +71,7 @@ class MadeFor:
         families: their names; several for a sum of several accelerations.
         steps: the numbers of sampling steps; empty if nothing names them.
         cfg: whether it was made for guidance in sampling.
-        weight: that it has in this vector already, as a part of a sum.
+        weight: the weight that it already has in this vector, if that is a sum.
     """
 
     families: tuple[str, ...]
@@ -97,40 +97,43 @@ def choose(
     default: str,
     kind: str = "this model",
 ) -> tuple[str, tuple[str, str]]:
-    """(the family to sample as, (why, what {what} stands for in it)).
+    """(the family to sample as, (the reason, the value of {what} in the reason)).
 
-    wanted: what the user chose; "auto" reads the file. name: the file's name, with its folders.
-    families: those that can be sampled. default: the family of a file that names none. kind: of the
-    model, for the message.
+    Args:
+        wanted: what the user chose; "auto" reads the file.
+        name: the file's name, with its folders.
+        families: the families that the model can be sampled as.
+        default: the family of a file that names none.
+        kind: what the model is, for the message.
 
     Raises:
-        ValueError: the file names several families, or one that cannot be sampled.
+        ValueError: the file names several families, or one that the model cannot be sampled as.
     """
     if wanted != "auto":
         return wanted, (CHOSEN, "")
-    family, (where, what) = family_named(metadata, name)
+    family, (reason, what) = family_named(metadata, name)
     if not family:
         return default, (UNNAMED, "")
     if family not in families:
         raise ValueError(
             f"{name} on {kind} cannot be sampled as {family!r}, which comes "
-            f"{where.format(what=what)}. "
+            f"{reason.format(what=what)}. "
             f"Expected one of {', '.join(families)}. Choose the family on the node."
         )
-    return family, (where, what)
+    return family, (reason, what)
 
 
 def family_named(metadata: Mapping[str, str], name: str) -> tuple[str, tuple[str, str]]:
-    """(family, (where it is named, what {what} stands for in it)) of a LoRA. All are empty if
-    nothing names one.
+    """(the family of a LoRA, (where it is named, the value of {what} there)). All texts are empty
+    if nothing names a family; SEVERAL joins the names of several.
 
-    name: the file's name, with its folders as the user sees them. SEVERAL joins several families.
+    name: the file's name, with its folders as the user sees them.
     """
     if metadata.get(FAMILY):
         return metadata[FAMILY], (IN_METADATA, FAMILY)
     for text, where in _places(metadata, name):
         families = _signed(_FLOW_SIGNS, text) or _signed(_SIGNS, text)
-        # "lcm" counts only without another sign: the sampler and this pack have it in their names.
+        # "lcm" counts only without another sign: names use it for the sampler and this pack too.
         if families or _LCM.search(text):
             return SEVERAL.join(families) or "lcm", where
     return "", ("", "")
@@ -154,22 +157,22 @@ def _places(metadata: Mapping[str, str], name: str) -> list[tuple[str, tuple[str
 def made_for(metadata: Mapping[str, str], name: str, family: str = "") -> MadeFor | None:
     """What an acceleration was made for, by its metadata or its name. None for any other LoRA.
 
-    name: as in `family_named`. family: replaces what they say of the family, if it is not empty.
+    name: as in `family_named`. family: if not empty, replaces the family in metadata and name.
     """
     family = family or family_named(metadata, name)[0]
     if not family:
         return None
     texts = [text for text, _ in _places(metadata, name)]
     steps = _numbers(metadata.get(STEPS, ""))
-    if STEPS not in metadata and family != "hyper-sd-1step":  # which is for 1 to 8 steps
+    if STEPS not in metadata and family != "hyper-sd-1step":  # that one is for 1 to 8 steps
         steps = next((tuple(map(int, n)) for text in texts if (n := _STEPS.findall(text))), ())
     cfg = CFG in metadata or any(map(_CFG.search, texts))
     return MadeFor(tuple(family.split(SEVERAL)), steps, cfg, _weight(metadata))
 
 
 def recorded(metadata: Mapping[str, str]) -> MadeFor | None:
-    """What an acceleration was made for, by this pack's keys alone. None for any other vector: one
-    whose UNet was left out is none, whatever its title says."""
+    """What an acceleration was made for, by this pack's keys alone. None for any other vector: a
+    vector without its UNet part is no acceleration, whatever its title says."""
     if not metadata.get(FAMILY):
         return None
     families = tuple(metadata[FAMILY].split(SEVERAL))
@@ -182,7 +185,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _weight(metadata: Mapping[str, str]) -> float:
-    """The weight of an acceleration in a sum; 1 if nothing, or nothing that can be, says it."""
+    """The weight of an acceleration in a sum; 1 if the metadata have none, or an impossible one."""
     try:
         weight = float(metadata.get(WEIGHT, 1.0))
     except ValueError:  # another program wrote it
@@ -199,13 +202,13 @@ def scaled(metadata: Mapping[str, str], weight: float) -> dict[str, str]:
 
 
 def forgotten(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what says that a LoRA is an acceleration."""
-    ours = (FAMILY, STEPS, CFG, WEIGHT)
-    return {key: value for key, value in metadata.items() if key not in ours}
+    """The metadata without the keys that mark a LoRA as an acceleration."""
+    marks = (FAMILY, STEPS, CFG, WEIGHT)
+    return {key: value for key, value in metadata.items() if key not in marks}
 
 
 def joined(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a sum that says what it was made for; empty if no part is an acceleration."""
+    """The keys that say what a sum was made for; empty if no part of it is an acceleration."""
     parts = [made for metadata in all_metadata if (made := recorded(metadata))]
     families = {family for made in parts for family in made.families}
     steps = {number for made in parts for number in made.steps}

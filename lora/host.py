@@ -46,7 +46,7 @@ class Coverage:
         skipped: the number of modules left out on purpose: those of text encoders if no CLIP is
             connected, and those of a part whose strength is 0.
         left_over: the modules that do not fit the model, each with the reason.
-        doubt: (what it was made for, what the model is) if the architectures differ in depth only.
+        doubt: (what the vector was made for, what the model is), if they are only relatives.
     """
 
     source: str
@@ -128,9 +128,9 @@ def apply(
 
 
 def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
-    """The deltas of a vector by the model's layers, for live.py; None if the vector, apart from its
-    text encoder part, changes more than plain layers by plain deltas. `apply` says what does not
-    fit. Raises ValueError if it contains NaN or infinity."""
+    """The deltas of a vector by the model's layers, for live.py, without its text encoder part.
+    None if anything but a plain delta on a plain layer is among them. Does not report what does not
+    fit the model; `apply` does. Raises ValueError if the vector contains NaN or infinity."""
     require_numbers(vector)
     layers = Layers(model)
     network = _Network(layers, comfy.lora.model_lora_keys_unet(model.model, {}), 1.0)
@@ -157,7 +157,7 @@ def beside(model: ModelPatcher, vector: Vector) -> dict[str, Delta] | None:
 class _Network:
     """The UNet or the text encoders of a model, to which a vector is added.
 
-    targets: what each module changes, by all names that a vector may use for the module.
+    targets: the weight that each module changes, by every name that a vector may use for it.
     """
 
     def __init__(self, layers: Layers, keys: Mapping[str, Target], strength: float):
@@ -192,7 +192,7 @@ class _Network:
                 del targets[module]
         # Added one kind after the other, because one weight may have several kinds.
         for kind in (patches, self._diffs(vector, targets), _merges(vector, targets)):
-            if kind:  # or the host makes a state dict for nothing
+            if kind:  # with an empty dict, the host would still build a state dict
                 self.patcher.add_patches(_on_scaled_inputs(kind, self.patcher), self.strength)
         return targets.keys(), reasons
 
@@ -219,8 +219,8 @@ class _Network:
     def _misfit(self, vector: Vector, shapes: Shapes, module: str, target: Target) -> str:
         """Why a module cannot be added to its target; empty if it can.
 
-        This is checked before patching, because ComfyUI would notice it while sampling only, and
-        then only log it. shapes: those of the vector, because computing them takes time.
+        Checked before patching, because ComfyUI notices it only while sampling, and then only logs
+        it. shapes: `vector.shapes`, which the caller computes once.
         """
         key = _weight_of(target)
         changes = [(shapes[module], target)] if module in shapes else []
@@ -255,7 +255,8 @@ class _Network:
         }
 
     def _outside(self, target: Target) -> str:
-        """Why a target is no part of its weight: ComfyUI's table is for another size of model."""
+        """Why a target lies outside its weight, as when ComfyUI's table is for a larger model;
+        empty if it does not."""
         if isinstance(target, str) or target[1] is None:
             return ""
         (dim, begin, size), shape = target[1], self.layers.shape(_weight_of(target))
@@ -309,7 +310,7 @@ def _on_scaled_inputs(patches: Mapping[Target, Any], patcher: ModelPatcher) -> d
 
 
 def _weight_of(target: Target) -> str:
-    """The key of the weight that a target is, or is a part of."""
+    """The key of the target's weight."""
     return target if isinstance(target, str) else target[0]
 
 
@@ -324,7 +325,8 @@ def _require_architecture(
 
 
 def _is_certain(made_for: Architecture, actual: Architecture) -> bool:
-    """Whether files for the model would be recognised. Other models share names with known ones."""
+    """Whether this pack would recognise files for the model. Unknown models share layer names with
+    known ones, so a LoRA for them may look like one for a known model."""
     return made_for.is_unet or actual.is_unet or is_known(actual.name)
 
 

@@ -19,12 +19,12 @@ from .delta import Delta
 class Live:
     """The deltas of several vectors beside the layers that they change.
 
-    A layer's factors are stacked, so a layer is two products whatever the number of vectors: the
-    weights of the vectors come between them (arXiv 2311.05556, equation 3).
+    The factors of each layer are stacked, so that any number of vectors takes two products. The
+    weights of the vectors are applied between the two (arXiv 2311.05556, equation 3).
     """
 
     def __init__(self, network: nn.Module, deltas: Sequence[Mapping[str, Delta]]):
-        """deltas: those of each vector, by the layer's name in the network."""
+        """deltas: for each vector, its deltas by the layer's name in the network."""
         self.count = len(deltas)
         names = dict.fromkeys(name for of_vector in deltas for name in of_vector)
         self._layers = {
@@ -34,8 +34,8 @@ class Live:
 
     @contextmanager
     def weighted(self, weights: Sequence[Sequence[float]]) -> Iterator[None]:
-        """Within it, the network computes with these weights, [pictures, vectors]. A network that
-        is asked for the pictures several times over (with guidance) repeats them in this order."""
+        """Inside, the network computes with these weights, [pictures, vectors]. With guidance, a
+        batch holds the pictures several times, in this order."""
         table = torch.tensor(weights, dtype=torch.float32)
         hooks = [layer.attach(table) for layer in self._layers.values()]
         try:
@@ -77,7 +77,7 @@ class _Layer:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             nonlocal rows
             x = inputs[0]
-            # Done once, at the first call; then they are there already.
+            # Moves them at the first call; later calls find them there.
             self.up, self.down, rows = self.up.to(x), self.down.to(x), rows.to(x)
             by_picture = rows.repeat(len(x) // len(rows), 1)
             if isinstance(module, nn.Conv2d):

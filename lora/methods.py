@@ -1,4 +1,4 @@
-"""The methods of combining vectors, by name, and what each of them can be asked for."""
+"""The methods of combining vectors, by name, and the settings that each of them accepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settings:
         seed: for the rules that drop values at random.
 
     Raises:
-        ValueError: the method cannot do what a setting asks for.
+        ValueError: the method does not support a setting.
     """
 
     method: str
@@ -45,12 +45,12 @@ class Settings:
         is_limited = self.keep_energy != 1 or self.max_error != 0
         if self.method == "exact" and (self.rank != 0 or is_limited):
             raise ValueError(
-                f"The method exact keeps every rank, so it cannot honour rank {self.rank}, "
+                f"The method exact keeps every rank, but the settings are rank {self.rank}, "
                 f"{limits}; choose svd, or set rank to 0, keep_energy to 1 and max_error to 0."
             )
         if self.method in RULES and is_limited:
             raise ValueError(
-                f"The method {self.method} only reduces to a rank, so it cannot honour {limits}; "
+                f"The method {self.method} reduces only to a rank, but the settings are {limits}; "
                 "set them to 1 and 0."
             )
 
@@ -70,13 +70,13 @@ def combine(
     """
     rank, density, seed = settings.rank, settings.density, settings.seed
     if rule := RULES.get(settings.method):
-        grams = summed(vectors, weights)[2]  # their sum itself would only take memory
+        grams = summed(vectors, weights)[2]  # drop the sum, which would only take memory
         merged = elementwise(vectors, weights, rule, density, rank, seed, device, watch)
         return *merged, grams
     total, report, grams = summed(vectors, weights)
     if settings.method == "exact":
         return total, report, grams
-    # The squares of what is kept and of what is lost add up to the square of the sum.
+    # The kept energy and the squared error add up to the energy of the sum.
     shares = {settings.keep_energy, 1 - settings.max_error**2} - {1.0}
     reduced, truncation = truncated(total, rank, max(shares, default=1.0))
     return reduced, f"{report}\n{truncation}", grams

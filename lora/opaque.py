@@ -96,8 +96,8 @@ def with_settled_magnitudes(modules: Mapping[str, Opaque]) -> dict[str, Opaque]:
 
 
 def misfit(module: Opaque, shape: Sequence[int]) -> str:
-    """Why the module's magnitude does not fit a weight of this shape; empty if it does. This does
-    not check the shape of the module's change."""
+    """Why the module's magnitude does not fit a weight of this shape; empty if it does. Does not
+    check the shape of the module's change."""
     if "dora_scale" in module and _axis(module["dora_scale"], shape) is None:
         return (
             f"its dora_scale is {list(module['dora_scale'].shape)}, the model has {list(shape)}: "

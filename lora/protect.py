@@ -1,8 +1,8 @@
-"""Keeps a style LoRA from disturbing the acceleration that it is added to.
+"""Keeps a style LoRA from disturbing an acceleration.
 
-Where a style changes what a layer does to the main directions of the acceleration, pictures of few
-steps break. The null-space projection of NP-LoRA (arXiv 2511.11051, section 4) removes that part of
-the style, or a share of it.
+Few-step pictures break where a style acts on the main directions of the acceleration. The
+null-space projection of NP-LoRA (arXiv 2511.11051, section 4) removes that part of the style, or a
+share of it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
 
     A layer D of the style becomes `D (I - share V' V)`. The rows of V are the right singular
     vectors of the acceleration's delta in that layer. This changes only the down factors, so the
-    ranks stay. Layers that only the style has stay as they are. So do layers that one of the two
-    changes without factors; the report counts these.
+    ranks stay. Layers that only the style has stay as they are. Layers that either vector changes
+    without factors stay too; the report counts these.
 
     Raises:
         ValueError: share is not within 0 to 1, the style cannot be added (DoRA, OFT, GLoRA), the
@@ -54,7 +54,7 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
         deltas[name] = delta
     percent = 100 * removed_energy / energy if energy else 0.0
     method = f"protected from {acceleration.source}, share {share:g}"
-    # The weight of 0 records the acceleration's hash. Nothing of it is added.
+    # The weight 0 records the acceleration's hash without adding the acceleration.
     metadata = {**style.metadata, **recipe([(style, 1.0), (acceleration, 0.0)], method)}
     source = f"{style.source}, protected"
     result = replace(style, deltas=deltas, metadata=metadata, source=source, sha256="")
@@ -66,7 +66,7 @@ def protected(style: Vector, acceleration: Vector, share: float) -> tuple[Vector
 
 
 def _not_protected(style: Vector, acceleration: Vector) -> list[str]:
-    """Sentences about the layers that both change, but not both with factors."""
+    """Sentences about the layers that both vectors change, but at least one without factors."""
     without_factors = _full_differences(acceleration) | acceleration.opaque.keys()
     lines = []
     if count := len(without_factors & style.deltas.keys()):

@@ -90,10 +90,10 @@ def decomposed(delta: Delta) -> Decomposed:
 
 
 def _threshold(values: list[Tensor], keep_energy: float) -> float:
-    """The smallest singular value to keep for this share of the energy of all modules."""
+    """The smallest singular value that must stay to keep this share of all modules' energy."""
     if keep_energy == 1:
         return 0.0
     ordered = torch.cat(values).double().sort(descending=True).values
     energy = ordered.square().cumsum(0)
-    # The last value that is needed. If several modules have the same value, all of them keep it.
+    # The last needed value. If several modules have the same value, all of them keep it.
     return float(ordered[int(torch.searchsorted(energy, keep_energy * energy[-1]))])

@@ -1,8 +1,8 @@
 """Vectors for transformers, with one name for each layer or part of a layer.
 
-diffusers splits layers that the authors keep as one (formats/transformers.py), so two files may
-change the same numbers under different names. A part of a layer is the whole layer's change with
-zeros in all other rows, so the sum of both is exact.
+diffusers splits some layers that the models' authors keep whole (formats/transformers.py), so two
+files may change the same numbers under different names. The change of a part equals a change of the
+whole layer with zeros in all other rows, so their sum is exact.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COPIED = 0.01  # share of a change by which a copy of it may differ; bf16 rounds
 
 
 def own_paths(vector: Vector) -> dict[str, str]:
-    """The authors' path of the layer that each module changes, as a kohya name, by the module's
-    name. Modules of UNets, text encoders and unknown models keep their own."""
+    """The path of each module's layer in the authors' code, as a kohya name, by the module's name.
+    Modules of UNets, text encoders and unknown models keep their names."""
     places = _places(vector, _kinds(vector))
     return {name: UNET + places[name].path if name in places else name for name in vector.modules()}
 
@@ -35,9 +35,10 @@ def settled(vectors: Sequence[Vector], kind: Kinds = ()) -> list[Vector]:
     """The vectors, with the same name for the same layer in all of them.
 
     Layers get kohya's names with the authors' paths, which ComfyUI knows for every model. Parts of
-    layers get diffusers' names, and become changes of the whole layer if one of the vectors changes
-    that, or if ComfyUI does not know them. Several modules for one layer are added, but copies of
-    one change count once. Modules of UNets, text encoders and unknown models keep their names.
+    layers get diffusers' names. If one of the vectors changes the whole layer, or if ComfyUI does
+    not know the parts, they become changes of the whole layer. Several modules for one layer are
+    added, but copies of one change count once. Modules of UNets, text encoders and unknown models
+    keep their names.
 
     kind: of the model, if it is known; else the vectors show it.
     """
@@ -68,23 +69,23 @@ def _kinds(vector: Vector) -> Kinds:
 
 
 def _shared(kinds: Sequence[Kinds]) -> list[Kinds]:
-    """The kinds that each vector may be for, if one vector alone does not show it."""
-    shown = [set(some) for some in kinds if some]
-    common = set.intersection(*shown) if shown else set()
-    return [[kind for kind in some if kind in common] or some for some in kinds]
+    """The kinds of transformer that each vector may be for, reduced to those that all share."""
+    possible = [set(of_vector) for of_vector in kinds if of_vector]
+    common = set.intersection(*possible) if possible else set()
+    return [[kind for kind in of_vector if kind in common] or of_vector for of_vector in kinds]
 
 
 def _places(vector: Vector, kinds: Kinds) -> dict[str, Place]:
-    """What each module changes. Modules are missing if the kinds do not agree on it."""
+    """The place that each module changes. Modules are missing if the kinds disagree about it."""
     shapes, places = vector.shapes, {}
     for name in vector.modules() if kinds else ():
         if is_text(name):
             continue
-        # A module with a change of the bias only has as many rows as that.
+        # If a module changes only the bias, the bias shows the number of rows.
         bias = vector.diffs.get(f"{name}.diff_b")
         shape = shapes.get(name) or (() if bias is None else tuple(bias.shape))
-        found = {kind.place(flat(name), shape) for kind in kinds}
-        if len(found) == 1 and (place := found.pop()):
+        candidates = {kind.place(flat(name), shape) for kind in kinds}
+        if len(candidates) == 1 and (place := candidates.pop()):
             places[name] = place
     return places
 
@@ -141,7 +142,7 @@ def _unswapped(delta: Delta, place: Place) -> Delta:
 def _unplaced(
     vectors: Sequence[Vector], all_places: Sequence[Mapping[str, Place]]
 ) -> dict[str, str]:
-    """One spelling for each name that stays as it is, if the vectors spell it in several ways."""
+    """One spelling for each name without a place, if the vectors spell it in several ways."""
     spellings: dict[str, set[str]] = defaultdict(set)
     for vector, places in zip(vectors, all_places, strict=True):
         for name in vector.modules() - places.keys():
@@ -170,7 +171,7 @@ def _settled(
         return UNET + place.path if place.is_whole else place.name
 
     def widened(module: str) -> Place | None:
-        """The place of a part, if another change is of its whole layer."""
+        """The place of a part whose whole layer is changed too; None for any other module."""
         place = places.get(module)
         return place if place and not place.is_whole and place.path in whole else None
 

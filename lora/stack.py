@@ -40,7 +40,7 @@ def added(loras: Sequence[tuple[Vector, float, float]]) -> tuple[Vector, str]:
 
 
 def terms(loras: Sequence[tuple[Vector, float, float]]) -> list[Vector]:
-    """What `added` adds: the vectors times their strengths, without those that are 0."""
+    """The vectors times their strengths, as `added` adds them. Leaves out those with strength 0."""
     vectors = []
     for vector, model, clip in loras:
         strengths = {name: clip if is_text(name) else model for name in vector.modules()}

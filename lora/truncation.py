@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .blocks import group_of
 
 Energies = tuple[float, float]
-"""The squared Frobenius norm of what is left out, and of the full change."""
+"""(the squared Frobenius norm of the part that is left out, that of the full change)"""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Truncation:
     """What each module loses, by its canonical name.
 
     Attributes:
-        energies: what is left out of each module.
+        energies: of each module.
         ranks: (before, after). Before is the sum of the ranks, or the smaller side of the layer if
             its change had no factors.
     """

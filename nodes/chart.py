@@ -12,8 +12,8 @@ GROUND, AXIS, LINE, WORDS = "#1e1e1e", "#606060", "#4ea8de", "#d0d0d0"
 
 
 def chart(points: Sequence[tuple[float, float | None]], title: str) -> Image.Image:
-    """A line through the points (x, y) with a positive y, on a logarithmic scale. A single point is
-    a dot; without any there is only the title."""
+    """A line through the points (x, y) with a positive y, on a logarithmic scale. A single point
+    becomes a dot; without points the picture shows only the title."""
     picture = Image.new("RGB", SIZE, GROUND)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     draw.text((SIZE[0] / 2, 8), title[:80], fill=WORDS, font=font, anchor="ma")

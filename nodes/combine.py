@@ -119,7 +119,7 @@ class LCMLoRACombine(io.ComfyNode):
                     tooltip=(
                         "Replaces the weights above: the weights of Find LoRA Weights, or the info "
                         "of a file that it made. One line for each vector, such as "
-                        "0.8 x style.safetensors. Without it, the weights above count."
+                        "0.8 x style.safetensors. If nothing is connected, the weights above count."
                     ),
                 ),
             ],
@@ -137,8 +137,8 @@ class LCMLoRACombine(io.ComfyNode):
                 io.Image.Output(
                     display_name="overlap",
                     tooltip=(
-                        "Where the vectors support or fight each other: the size of each one's "
-                        "change in every block, and its angle to vector 1."
+                        "Where the vectors support or fight each other: how large the change of "
+                        "each vector is in every block, and its angle to vector 1."
                     ),
                 ),
             ],

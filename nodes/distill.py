@@ -22,14 +22,14 @@ LCMData = io.Custom("LCM_DATA")
 LCMTeacherParts = io.Custom("LCM_TEACHER")
 LCMJob = io.Custom("LCM_JOB")
 NONE = "none"
-CHOICES = ("checkpoint", "data", "name", "length")  # of every user; the host folds the rest
-PARTS = {  # the folders of ComfyUI's models, by the node's inputs
+CHOICES = ("checkpoint", "data", "name", "length")  # always shown; the host folds the other inputs
+PARTS = {  # ComfyUI's model folder of each input
     "diffusion_model": "diffusion_models", "text_encoder": "text_encoders",
     "text_encoder_2": "text_encoders", "text_encoder_3": "text_encoders", "vae": "vae",
 }  # fmt: skip
 FURTHER = ("text_encoder_2", "text_encoder_3")  # a file from ComfyUI's list, or NONE
 LORAS = ("style_lora", "start_from")  # a file from ComfyUI's list, or NONE
-JOB = "lcm_lora_job"  # in a node's output: the job it shows; web/distill.mjs reads it
+JOB = "lcm_lora_job"  # key of the job's id in a node's output; web/distill.mjs reads it
 
 
 class LCMDistillData(io.ComfyNode):
@@ -40,8 +40,8 @@ class LCMDistillData(io.ComfyNode):
             display_name="Distillation Data",
             category=CATEGORY,
             description=(
-                "Sets what an LCM-LoRA is distilled from. With prompts, the checkpoint draws the "
-                "pictures itself and you need no data set. You can also use your own pictures "
+                "Chooses what an LCM-LoRA is distilled from. With prompts, the checkpoint draws "
+                "the pictures itself and you need no data set. You can also use your own pictures "
                 "with captions."
             ),
             search_aliases=["dataset", "training data", "captions", "prompts"],
@@ -60,7 +60,7 @@ class LCMDistillData(io.ComfyNode):
             outputs=[
                 LCMData.Output(
                     display_name="LCM_DATA",
-                    tooltip="Connect it to Distil LCM-LoRA. It holds settings, not pictures.",
+                    tooltip="The settings of the data, for Distil LCM-LoRA. It holds no pictures.",
                 )
             ],
         )
@@ -105,23 +105,24 @@ class LCMTeacher(io.ComfyNode):
             display_name="Distillation Teacher",
             category=CATEGORY,
             description=(
-                "Names the parts of a flow model that is in several files: diffusion model, text "
-                "encoders and VAE. Connect it to Distil LCM-LoRA, where it replaces the checkpoint."
+                "Names the files of a flow model that comes in several files: diffusion model, "
+                "text encoders and VAE. Connect it to Distil LCM-LoRA, where it replaces the "
+                "checkpoint."
             ),
             search_aliases=["diffusion model", "unet", "text encoder", "vae", "flow model"],
             inputs=[_part_input(name, kind) for name, kind in PARTS.items()],
             outputs=[
                 LCMTeacherParts.Output(
                     display_name="LCM_TEACHER",
-                    tooltip="Connect it to Distil LCM-LoRA. It holds names, not models.",
+                    tooltip="The names of the files, for Distil LCM-LoRA. It holds no models.",
                 )
             ],
         )
 
     @classmethod
     def execute(cls, **names: str) -> io.NodeOutput:
-        given = {name: "" if file == NONE else file for name, file in names.items()}
-        return io.NodeOutput(asdict(TeacherOrder(**given)))
+        files = {name: "" if file == NONE else file for name, file in names.items()}
+        return io.NodeOutput(asdict(TeacherOrder(**files)))
 
 
 def _part_input(name: str, kind: str) -> io.Input:
@@ -141,9 +142,9 @@ class LCMDistill(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Distils an LCM-LoRA from a checkpoint in a separate process. This node returns "
-                "immediately and the graph stays free. The job goes on when you close the browser "
-                "or ComfyUI; the tab LCM-LoRA jobs shows it. Queuing the same settings again gives "
-                "the same job."
+                "immediately, so you can go on using ComfyUI. The job continues when you close the "
+                "browser or ComfyUI; the sidebar tab LCM-LoRA jobs shows it. Queuing the same "
+                "settings again gives the same job."
             ),
             search_aliases=["train lora", "training", "distill", "make lcm lora", "train"],
             is_output_node=True,
@@ -154,7 +155,7 @@ class LCMDistill(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
-        return float("nan")  # a job may have been deleted, or its LoRA, since the last time
+        return float("nan")  # the job or its LoRA may have been deleted since the last run
 
     @classmethod
     def execute(
@@ -162,9 +163,9 @@ class LCMDistill(io.ComfyNode):
     ) -> io.NodeOutput:
         order = {"data": data, "teacher": teacher or {}, **settings}
         order |= {name: "" for name in LORAS if settings.get(name) == NONE}
-        # An order over the API has no graph, and one outside a prompt no hidden inputs.
-        more = cls.hidden.extra_pnginfo if cls.hidden else None
-        workflow = more.get("workflow") if isinstance(more, dict) else None
+        # Prompts sent over the API have no graph, and calls outside a prompt no hidden inputs.
+        extra = cls.hidden.extra_pnginfo if cls.hidden else None
+        workflow = extra.get("workflow") if isinstance(extra, dict) else None
         job, new, spec = host.start(build(Order, order, "the order"), workflow)
         line = Line("Queued") if new else Line("This job already exists")
         shown = said(line, of_order(spec)) | {JOB: [job]}

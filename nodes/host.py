@@ -1,4 +1,4 @@
-"""What several nodes need of ComfyUI: folders of models, its device, progress, text on a node."""
+"""What several nodes need from ComfyUI: model folders, the device, progress, text on a node."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..lora.formats.filenames import inside, offered
 from ..samplers.report import Line
 
 interruptions: Counter[str] = Counter()
-"""How often a run of a node was interrupted that then gave what it had, by the node's id. A node
-has it in its fingerprint, for ComfyUI would keep those outputs as if they were complete."""
+"""How often a node returned partial results after an interruption, by the node's id. The node puts
+this count into its fingerprint; otherwise ComfyUI would cache the partial outputs as complete."""
 
 
 def lora_names() -> list[str]:
@@ -32,7 +32,7 @@ def checkpoint_names() -> list[str]:
 
 
 def part_names(kind: str) -> list[str]:
-    """The files of a kind of parts ("diffusion_models", "text_encoders", "vae"), in that way."""
+    """The files in a kind of folder ("diffusion_models", "text_encoders", "vae")."""
     return folder_paths.get_filename_list(kind)
 
 
@@ -42,13 +42,13 @@ def lora_path(name: str) -> Path:
 
 
 def new_lora_path(name: str) -> Path:
-    """The path of a new LoRA: in the first of ComfyUI's LoRA folders. Raises as `inside`."""
+    """The path of a new LoRA, in the first of ComfyUI's LoRA folders. Raises as `inside`."""
     return inside(Path(folder_paths.get_folder_paths("loras")[0]), name)
 
 
 def device() -> torch.device:
-    """Where full changes are computed: on ComfyUI's device if it is CUDA or ROCm, otherwise on the
-    CPU, because other devices lack float64 or decompositions."""
+    """The device for full weight changes: ComfyUI's if it is CUDA or ROCm, otherwise the CPU,
+    because other devices lack float64 or decompositions."""
     comfy_device = comfy.model_management.get_torch_device()
     return comfy_device if comfy_device.type == "cuda" else torch.device("cpu")
 
@@ -69,7 +69,7 @@ def weight_input(name: str, tooltip: str, default: float = 1.0) -> io.Float.Inpu
 
 
 def show(lines: Sequence[Line]) -> None:
-    """Shows lines on the running node until it says more. Does nothing outside a prompt."""
+    """Replaces the lines on the running node. Does nothing outside a prompt."""
     if (context := get_executing_context()) is None:
         return
     # Imported here, because it loads the web application, which only a server has.
@@ -77,5 +77,5 @@ def show(lines: Sequence[Line]) -> None:
 
     server = PromptServer.instance
     # Not `send_progress_text`: pages show it in English only, and newer ones remove it.
-    said = {"node": context.node_id, "lines": [list(line) for line in lines]}
-    server.send_sync("lcm_lora.text", said, server.client_id)
+    message = {"node": context.node_id, "lines": [list(line) for line in lines]}
+    server.send_sync("lcm_lora.text", message, server.client_id)

@@ -1,4 +1,4 @@
-"""Nodes for existing distillation jobs: their progress, and the LoRA they make."""
+"""Nodes for existing distillation jobs: their progress, and their LoRA."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class LCMJobStatus(io.ComfyNode):
             display_name="Distillation Job Status",
             category=CATEGORY,
             description=(
-                "Shows how far a distillation is: its state, a plot of its loss and its newest "
-                "sample pictures (columns: the teacher at 50 steps, then the LoRA at 1, 2 and 4 "
-                "steps)."
+                "Shows the progress of a distillation: its state, a plot of its loss and its "
+                "newest sample pictures (columns: the teacher at 50 steps, then the LoRA at 1, 2 "
+                "and 4 steps)."
             ),
             search_aliases=["progress", "loss", "training status"],
             is_output_node=True,
@@ -70,9 +70,9 @@ class LCMJobResult(io.ComfyNode):
             display_name="Distillation Job Result",
             category=CATEGORY,
             description=(
-                "Gives the LoRA of a distillation job. It waits until the job is done, and "
-                "interrupting it does the job no harm. With wait off, it gives the LoRA of the "
-                "newest checkpoint."
+                "Gives the LoRA of a distillation job. It waits until the job is done; if you "
+                "interrupt it, the job continues. With wait off, it gives the LoRA of the newest "
+                "checkpoint."
             ),
             search_aliases=["trained lora", "wait for training"],
             inputs=[
@@ -81,13 +81,13 @@ class LCMJobResult(io.ComfyNode):
                     "wait",
                     default=True,
                     tooltip="Wait until the job is done. If off, you get the LoRA of its newest "
-                    "checkpoint while it goes on.",
+                    "checkpoint, and the job continues.",
                 ),
             ],
             outputs=[
                 io.LoraModel.Output(
                     display_name="LORA_MODEL",
-                    tooltip="The LoRA as a vector, for Apply LoRA Vector or Combine.",
+                    tooltip="The LoRA as a vector, for Apply LoRA Vector or Combine LoRA Vectors.",
                 ),
                 io.String.Output(
                     display_name="file name",

@@ -54,16 +54,15 @@ class LCMLoRALoader(io.ComfyNode):
                     options=lora_names(),
                     tooltip=(
                         "The LCM-LoRA, or another few-step LoRA, for this model's architecture "
-                        "(SD1.5, SDXL, SSD-1B, or a flow model). An SD1.5, SD2 or SDXL LoRA is "
-                        "refused on a model of another of the three. Between SDXL and its "
-                        "relatives (SSD-1B, Vega, KOALA), the LoRA is applied as far as it fits, "
-                        "with a warning."
+                        "(SD1.5, SDXL, SSD-1B, or a flow model). The node refuses a LoRA for "
+                        "another architecture. Between SDXL and its relatives (SSD-1B, Vega, "
+                        "KOALA), and between Flux and Chroma, it applies what fits and warns you."
                     ),
                 ),
                 weight_input(
                     "strength",
-                    "Weight of the LoRA. Most are made for 1; the node warns if this one is not. "
-                    "0 leaves it out.",
+                    "Weight of the LoRA. Most are made for 1; the node warns if yours is made for "
+                    "another weight. 0 leaves it out.",
                 ),
                 io.Combo.Input(
                     "family",

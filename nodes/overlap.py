@@ -19,16 +19,16 @@ GROUND, AXIS, WORDS, FIGHT, SUPPORT = "#1e1e1e", "#606060", "#d0d0d0", "#e0604c"
 COLOURS = (
     "#4ea8de", "#e9a23b", "#c678dd", "#56b6c2", "#d17a9b", "#a3a3a3", "#b58900", "#7f9f7f",
 )  # fmt: skip
-LEAST_SCALE = 0.1  # of a cosine: smaller ones are noise
+LEAST_SCALE = 0.1  # the scale's smallest end; smaller cosines are noise
 PLACES = ("text", "input", "middle", "output")
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def overlap(grams: Grams, names: Sequence[str]) -> Tensor:
-    """A row for each block: how large each vector's change is there (the norm), and the cosine of
-    the angle between the first and each other. Negative ones work against each other.
+    """A row for each block: the norm of each vector's change there, and the cosine of the angle
+    between vector 1 and each other vector. Below 0 they work against each other.
 
-    names: of the terms. -> an image [1, H, W, 3] in 0..1.
+    names: of the vectors. -> an image [1, H, W, 3] in 0..1.
     """
     rows = sorted(grams.by_block, key=_depth)
     row = max(LEAST_ROW, len(names) * BAR + GAP)
@@ -88,5 +88,6 @@ def _depth(part: tuple[str, str]) -> tuple[int, list[str | int]]:
     """Sorts blocks as the network goes through them; transformers' by name and number."""
     place, block = part
     order = PLACES.index(place) if place in PLACES else len(PLACES)
-    words = re.split(r"(\d+)", block.replace("samplers", "~"))  # they end their level
+    # "~" sorts last, because down- and upsamplers end their level.
+    words = re.split(r"(\d+)", block.replace("samplers", "~"))
     return order, [int(word) if word.isdigit() else word for word in words]

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     @property
     def weights(self) -> str:
-        """The weights as text: one number if they are equal."""
+        """The weights as text; a single number if they are equal."""
         numbers = dict.fromkeys((f"{self.weight:g}", f"{self.text_weight:g}"))
         return " / ".join(numbers)
 
@@ -80,7 +80,7 @@ class LCMLoRAStack(io.ComfyNode):
                     options=lora_names(),
                     tooltip=(
                         "The LCM-LoRA, or another few-step LoRA, for this model's architecture. "
-                        "It decides how the model is sampled."
+                        "Its family sets how the model is sampled."
                     ),
                 ),
                 weight_input(
@@ -132,7 +132,7 @@ class LCMLoRAStack(io.ComfyNode):
     def fingerprint_inputs(
         cls, lora_name: str, count: dict[str, Any] | None = None, **_: Any
     ) -> list[tuple[str, int, int]]:
-        # A connected input is None here: its row may be applied.
+        # A connected input is None here, so its row may be on.
         connected = [key for key, value in (count or {}).items() if value is None]
         maybe = {key: True for key in connected if not key.startswith("lora_")}
         names = [lora_name, *(row.name for row in _rows((count or {}) | maybe))]
@@ -160,8 +160,9 @@ class LCMLoRAStack(io.ComfyNode):
         for vector, row in zip(vectors, rows, strict=True):
             before = model
             model, clip, coverage = apply(model, clip, vector, row.weight, row.text_weight)
-            what = acceleration(vector.source, recorded(vector.metadata), row.weight)
-            record(before, model, what)
+            record(
+                before, model, acceleration(vector.source, recorded(vector.metadata), row.weight)
+            )
             coverages.append(coverage)
         total, report = _total(vectors, rows)
         weights = [row.weights for row in rows]
@@ -220,8 +221,8 @@ def _rows(count: dict[str, Any]) -> list[Row]:
 def _total(
     vectors: Sequence[Vector], rows: Sequence[Row]
 ) -> tuple[LoraModel | ExecutionBlocker, str]:
-    """The sum as a vector, and a report. Some LoRAs can be applied, but not added up (DoRA, say):
-    then a node that wants the sum says so, and the others work."""
+    """The sum as a vector, and a report. Some LoRAs can be applied but not added up, such as DoRA:
+    then only a node that is connected to the sum stops, and says why."""
     try:
         parts = [(v, row.weight, row.text_weight) for v, row in zip(vectors, rows, strict=True)]
         vector, report = added(parts)
@@ -231,6 +232,6 @@ def _total(
 
 
 def _info(vector: Vector, row: Row, coverage: Coverage) -> str:
-    """What was applied of a LoRA, and what its file says."""
+    """How much of a LoRA was applied, and what its file says about itself."""
     head = f"{row.weights} x {row.name}: {coverage.taken} of {coverage.total} modules applied"
     return "\n".join([head, *(f"  {line}" for line in lines(facts(vector, row.name)))])

@@ -12,7 +12,7 @@ from ..samplers.families import DEFAULT, FAMILIES
 from .texts import of_family, of_run, of_sampling, said
 
 CATEGORY = "LCM-LoRA"
-# auto was the last one before there were families of flow models.
+# Saved workflows fix this order: families of flow models came after auto.
 FAMILY_CHOICES = [
     *(name for name, family in FAMILIES.items() if family.tables),
     "auto",
@@ -208,12 +208,13 @@ class LCMKSampler(io.ComfyNode):
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01,
                     tooltip="Use 1 to 2, because guidance is distilled into the LCM-LoRA. At 1 the "
-                    "negative prompt is not used and a step takes half the work; above 2 colours "
-                    "burn.",
+                    "negative prompt is not used and each step needs half the work; above 2 "
+                    "colours burn.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input(
-                    "negative", tooltip="What it should not show. Only used when cfg is not 1."
+                    "negative",
+                    tooltip="What the picture should not show. Only used when cfg is not 1.",
                 ),
                 io.Latent.Input(
                     "latent", tooltip="An empty latent, or a picture's latent for image to image."

@@ -47,10 +47,11 @@ class LCMWeightSearch(io.ComfyNode):
             display_name="Find LoRA Weights",
             category="LCM-LoRA",
             description=(
-                "Finds the weights at which an LCM-LoRA and up to 5 styles draw in a few steps "
-                "what the styles alone draw in many. It draws that reference once, measures about "
-                "15 sets of weights against it, and checks the result on prompts that it did not "
-                "search on. If nothing is better than the default, it keeps the default."
+                "Finds weights for an LCM-LoRA and up to 5 styles, so that a few steps draw what "
+                "the styles alone draw in many. It draws a reference with the styles alone, "
+                "measures about 15 sets of weights against it, and checks the result on prompts "
+                "that it did not search on. If no weights are better than the default, it keeps "
+                "the default."
             ),
             search_aliases=[
                 "lora weight", "auto weight", "optimize", "lora strength", "xy plot", "tune",
@@ -67,11 +68,11 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 weight_input(
                     "acceleration_weight",
-                    "Default weight of the LCM-LoRA: where the search begins, and what it keeps if "
-                    "nothing is better.",
+                    "Default weight of the LCM-LoRA: the search begins there, and keeps it if no "
+                    "other weight is better.",
                 ),
                 io.DynamicCombo.Input(
-                    "count", options=counts, tooltip="How many styles there are."
+                    "count", options=counts, tooltip="How many styles the node has."
                 ),
                 io.Latent.Input(
                     "latent", tooltip="An empty latent, for the size of the pictures."
@@ -81,9 +82,9 @@ class LCMWeightSearch(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip=(
-                        "Prompts to search on, one a line, as you use the styles: with their "
-                        "trigger words. Every third one is held out for the check. Empty: prompts "
-                        "of this pack."
+                        "Prompts to search on, one per line, with the trigger words of the "
+                        "styles. Every third prompt is held out for the check. Leave it empty to "
+                        "use the prompts that come with this pack."
                     ),
                 ),
                 io.Int.Input(
@@ -92,7 +93,7 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "budget", default=40, min=1, max=200,
-                    tooltip="The most sets of weights to measure. Two weights need about "
+                    tooltip="How many sets of weights to measure at most. Two weights need about "
                     "15, six about 40.",
                 ),
                 io.Int.Input(
@@ -109,8 +110,8 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance", default=0.0, min=0.0, max=30.0, step=0.1, advanced=True,
-                    tooltip="Guidance scale (cfg) of the reference. 0 takes that of the LCM-LoRA's "
-                    "distillation if its file names it, else 7.5.",
+                    tooltip="Guidance scale (cfg) of the reference. 0 takes the guidance that the "
+                    "LCM-LoRA was distilled with if its file names it, otherwise 7.5.",
                 ),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1, advanced=True,
@@ -126,9 +127,9 @@ class LCMWeightSearch(io.ComfyNode):
                 io.Float.Input(
                     "style_at_least", default=0.0, min=0.0, max=1.5, step=0.05, optional=True,
                     advanced=True,
-                    tooltip="How much of the styles' effect must show, where 1 is what they show "
-                    "in many steps without the LCM-LoRA. The search then takes the best weights "
-                    "that reach it. 0: whatever is nearest to the reference.",
+                    tooltip="The least share of the styles' effect that must show; 1 is their "
+                    "effect in many steps without the LCM-LoRA. The search takes the best weights "
+                    "that reach this share. 0 sets no limit.",
                 ),
             ],
             outputs=[
@@ -138,22 +139,23 @@ class LCMWeightSearch(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="weights",
-                    tooltip="The weights, one a line. Combine LoRA Vectors takes them.",
+                    tooltip="The weights, one per line, for Combine LoRA Vectors.",
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What was found, which weights are equally good, and how much of the "
-                    "style shows.",
+                    tooltip="The weights found, which other weights are equally good, and how much "
+                    "of the style shows.",
                 ),
                 io.Image.Output(
                     display_name="sheet",
-                    tooltip="The path of the search, and held-out pictures: the reference, the "
-                    "default, the weights found, and the edges of what is equally good.",
+                    tooltip="The path of the search, and pictures of held-out prompts: the "
+                    "reference, the default, the weights found, and the two ends of the range of "
+                    "equally good weights.",
                 ),
                 io.Image.Output(
                     display_name="overlap",
-                    tooltip="Where the styles support or fight the LCM-LoRA: the size of each "
-                    "one's change in every block at the weights found, and its angle to the "
+                    tooltip="Where the styles support or fight the LCM-LoRA: how large the change "
+                    "of each style is in every block at the weights found, and its angle to the "
                     "LCM-LoRA.",
                 ),
             ],
@@ -217,13 +219,13 @@ def _row(number: int) -> list[io.Input]:
         io.LoraModel.Input(f"style_{number}", tooltip=f"The vector of style {number}."),
         weight_input(
             f"strength_{number}",
-            f"How strong you want style {number} to be. The reference is drawn at this strength, "
-            "without the LCM-LoRA.",
+            f"How strong you want style {number} to be. The node draws the reference at this "
+            "strength, without the LCM-LoRA.",
         ),
         weight_input(
             f"weight_{number}",
-            f"Default weight of style {number}: where the search begins, and what it keeps if "
-            "nothing is better.",
+            f"Default weight of style {number}: the search begins there, and keeps it if no "
+            "other weight is better.",
             0.8,
         ),
     ]
@@ -232,8 +234,9 @@ def _row(number: int) -> list[io.Input]:
 def _sum(
     vectors: list[Vector], weights: tuple[float, ...], strengths: tuple[float, ...]
 ) -> tuple[Vector, torch.Tensor]:
-    """The vectors at their weights, and a picture of where they support or fight each other. The
-    text encoders' part of a style is searched for at its strength, so it keeps that."""
+    """The sum of the vectors at their weights, and a picture of where they support or fight each
+    other. The search used each style's text encoder part at the style's strength, so it keeps that.
+    """
     texts = [weights[0], *strengths]
     parts = [
         (vector, weight, text if any(map(is_text, vector.modules())) else weight)
@@ -247,11 +250,12 @@ def _sum(
 def _show(point: Point, number: int) -> None:
     weights = ", ".join(f"{weight:.2f}" for weight in point.weights)
     values = {"number": number, "weights": weights, "distance": f"{point.j / 2:.3f}"}
-    show([Line("Measured {number}: {weights}, distance {distance} of the default's", values)])
+    text = "Measurement {number}: {weights}, {distance} times the distance of the default"
+    show([Line(text, values)])
 
 
 def _lines(outcome: Outcome) -> list[Line]:
-    """The result on the node."""
+    """The result, as lines on the node."""
     values = {"weights": " + ".join(f"{weight:g}" for weight in outcome.weights)}
     if outcome.found.stopped and outcome.held_out is None:
         return [Line("Interrupted; the best weights so far: {weights}", values, warning=True)]

@@ -1,4 +1,4 @@
-"""What the nodes say about what they did, the verdict first. The page translates it."""
+"""The lines that nodes show about their run, the most important first. The page translates them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..samplers.report import Acceleration, Line, guidance_other, origin_of
 from ..training.jobs.job import Job
 from ..training.spec import Spec
 
-TEXT = "lcm_lora_text"  # in the output of a node; web/texts.mjs reads it
+TEXT = "lcm_lora_text"  # the key in a node's output; web/texts.mjs reads it
 
 
 def said(*lines: Line) -> dict[str, Any]:
-    """The lines for the page, as the `ui` of a node's output. Without lines, the node's old text
-    goes."""
+    """The `ui` of a node's output, which shows these lines on the node. Without lines, the node's
+    old text disappears."""
     return {TEXT: [list(line) for line in lines]}
 
 
@@ -47,8 +47,8 @@ def of_coverage(coverage: Coverage, families: str = "") -> list[Line]:
 
 def of_load(coverage: Coverage, family: str, why: tuple[str, str]) -> list[Line]:
     """How much of an acceleration a model took, and why it is sampled as this family."""
-    text, what = why
-    return [*of_coverage(coverage, family), Line(text, {"what": what})]
+    reason, where = why
+    return [*of_coverage(coverage, family), Line(reason, {"what": where})]
 
 
 def of_rows(
@@ -56,7 +56,7 @@ def of_rows(
 ) -> list[Line]:  # fmt: skip
     """How much of each LoRA of a stack a model took, and why it is sampled as this family.
 
-    rows: each with its weights as text; the acceleration first.
+    rows: (coverage, weights as text) of each LoRA, the acceleration first.
     """
     lines = [Line("{family}; LoRAs applied: {count}", {"family": family, "count": len(rows)})]
     for coverage, weights in rows:
@@ -65,23 +65,23 @@ def of_rows(
         values = {"weights": weights, "source": name, **counts}
         lines.append(Line("{weights} x {source}: {taken} of {total} modules", values))
         lines += of_coverage(coverage)[1:]
-    text, what = why
-    return [*lines, Line(text, {"what": what})]
+    reason, where = why
+    return [*lines, Line(reason, {"what": where})]
 
 
 def of_family(model: ModelPatcher, wanted: str, family: str) -> list[Line]:
-    """Why LCM Model Sampling chose `family`, and whether the LoRAs on the MODEL are of another.
+    """Why LCM Model Sampling chose `family`, and a warning if the MODEL's LoRAs have another one.
 
     wanted: what the user chose.
     """
-    known = host.applied_to(model)
-    values = {"family": family, "source": " + ".join(each.source for each in known.accelerations)}
+    applied = host.applied_to(model)
+    values = {"family": family, "source": " + ".join(x.source for x in applied.accelerations)}
     if wanted == "auto":
-        if known.accelerations:
+        if applied.accelerations:
             return [Line("{family}, from {source}", values)]
-        return [Line("{family}: no LoRA on the MODEL says otherwise", values)]
-    if known.accelerations and family not in known.families():
-        values |= {"other": " + ".join(known.families())}
+        return [Line("{family}: no LoRA on the MODEL sets a family", values)]
+    if applied.accelerations and family not in applied.families():
+        values |= {"other": " + ".join(applied.families())}
         text = "{source} is {other}, not {family}: choose auto."
         return [Line(text, values, warning=True)]
     return []
@@ -90,20 +90,20 @@ def of_family(model: ModelPatcher, wanted: str, family: str) -> list[Line]:
 def of_sampling(
     model: ModelPatcher, strength: float = 0.0, made: MadeFor | None = None
 ) -> list[Line]:  # fmt: skip
-    """Where the sigmas of a flow model that was set for a family come from, and whether the
-    strength of its LoRA is another than it is made for. Nothing for other models.
+    """Where a flow model's sigmas come from, and a warning if its LoRA is made for another
+    strength. No lines for other models.
 
-    strength: 0 if there is no LoRA. made: what it was made for.
+    strength: of the LoRA; 0 if there is none. made: what the LoRA was made for.
     """
     family = host.family_for(model)
     if not host.is_flow(model.get_model_object("model_sampling")):
         return []
     lines = [origin_of(family)]
-    # A merged file has a weight of its acceleration in it.
+    # In a merged file, the acceleration already has a weight.
     right = family.weight / (made.weight if made else 1.0)
     if strength and family.weight != 1 and not isclose(strength, right, rel_tol=0.01):
         values = {"family": family.name, "weight": f"{right:g}"}
-        text = "{family} is made for strength {weight}: set strength to that."
+        text = "{family} is made for strength {weight}: change strength."
         lines.append(Line(text, values, warning=True))
     return lines
 
@@ -111,14 +111,14 @@ def of_sampling(
 def of_run(
     model: ModelPatcher, run: host.Run, positive: Sequence[Sequence[Any]] = ()
 ) -> list[Line]:
-    """What is wrong with a run of LCM KSampler, and what it did. positive: its conditioning."""
+    """Warnings about a run of LCM KSampler, and what it did. positive: its conditioning."""
     file = host.file_of(model)
     fast = file is not None and few_step_model(file.name)
     return [*guidance_other(host.family_for(model), positive), *host.report(model, run, fast=fast)]
 
 
 def of_order(spec: Spec) -> Line:
-    """What a job was ordered to do."""
+    """What a job will do: its steps, batch, resolution and data."""
     values = {"steps": spec.steps, "batch": spec.batch, "pixels": spec.resolution}
     if spec.data.kind == "prompts":
         text = "{steps} steps of {batch} pictures, {pixels} pixels, {count} drawn from prompts"
@@ -127,7 +127,7 @@ def of_order(spec: Spec) -> Line:
 
 
 def of_job(job: Job) -> list[Line]:
-    """How far a job is: what it does now, and below it step, loss and time left."""
+    """A job's progress: what it does now, and in a second line its step, loss and time left."""
     parts = []
     if job.step:
         values = {"step": job.step, "steps": job.steps}
@@ -136,7 +136,7 @@ def of_job(job: Job) -> list[Line]:
         parts.append(Line("loss {loss}", {"loss": f"{job.loss:.4f}"}))
     if job.seconds_left is not None:
         parts.append(_time_left(int(job.seconds_left)))
-    # That of a finished job says nothing new. The page knows some; the others stay English.
+    # The message of a finished job says nothing new. The page translates the fixed messages.
     if job.message and not job.activity and job.state != "done":
         message = Line(job.message) if "{" not in job.message else job.message
         parts.append(Line("{message}", {"message": message}))
@@ -172,6 +172,6 @@ def acceleration(source: str, made: MadeFor | None, strength: float) -> Accelera
     if made is None or strength <= 0:
         return None
     name = source.removesuffix(".safetensors")
-    known = [FAMILIES[each].steps for each in made.families if each in FAMILIES]
-    steps = made.steps or tuple(sorted({number for numbers in known for number in numbers}))
+    usual = {n for family in made.families if family in FAMILIES for n in FAMILIES[family].steps}
+    steps = made.steps or tuple(sorted(usual))
     return Acceleration(name, made.families, steps, made.cfg)

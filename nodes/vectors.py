@@ -70,8 +70,8 @@ class LCMLoRAApply(io.ComfyNode):
             description=(
                 "Adds a LoRA vector to a model and, if a CLIP is connected, to its text encoder. "
                 "It refuses a LoRA for another architecture and names the modules that do not fit. "
-                "It does not change the sampling, but LCM KSampler and LCM Model Sampling (auto) "
-                "know the LoRA's family from it."
+                "It does not change the sampling, but it passes the LoRA's family on to LCM "
+                "KSampler and LCM Model Sampling (auto)."
             ),
             search_aliases=["apply lora", "load lora model", "lora vector"],
             inputs=[
@@ -79,7 +79,9 @@ class LCMLoRAApply(io.ComfyNode):
                 io.Clip.Input(
                     "clip", optional=True, tooltip="The text encoder, for LoRAs that change it too."
                 ),
-                io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
+                io.LoraModel.Input(
+                    "vector", tooltip="A vector from Load LoRA Vector or Combine LoRA Vectors."
+                ),
                 weight_input("strength_model", "Weight on the model; 0 leaves the model as it is."),
                 weight_input("strength_clip", "Weight on the text encoder; 0 leaves it as it is."),
             ],

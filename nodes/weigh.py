@@ -28,7 +28,9 @@ class LCMLoRABlocks(io.ComfyNode):
             ),
             search_aliases=["lora block weight", "lbw", "block weights", "b-lora", "layer weights"],
             inputs=[
-                io.LoraModel.Input("vector", tooltip="A vector from Load LoRA Vector or Combine."),
+                io.LoraModel.Input(
+                    "vector", tooltip="A vector from Load LoRA Vector or Combine LoRA Vectors."
+                ),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
@@ -71,7 +73,7 @@ class LCMLoRABlocks(io.ComfyNode):
             return math.prod(factor(module) for factor in of_lora)
 
         result = weighted(lora, weight, "; ".join(texts) or "all")
-        # Names in presets and "text" may fit nothing, so they are only shown.
+        # Names from presets, and "text", may match no module. That is no error, so only show them.
         idle = [name for factor in factors for name in factor.idle(lora)]
         values = {"source": lora.source, "names": ", ".join(idle)}
         lines = [Line("{source} has no modules for {names}.", values)] if idle else []

@@ -11,7 +11,7 @@ Conditioning = list[Any]
 
 
 def form(text: Conditioning) -> Hashable:
-    """Is equal for texts that can be one batch. One with several parts stands alone."""
+    """A key, equal for texts that can share a batch. A text with several parts has its own key."""
     if len(text) != 1:
         return id(text)
     encoded, more = text[0]

@@ -1,4 +1,4 @@
-"""The families of few-step models, and how each is sampled. A MODEL carries its family along."""
+"""The families of few-step models, and how each is sampled. A MODEL keeps its family."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Family:
     Attributes:
         eta: share of fresh noise between steps; 1 means that all noise is fresh (see lcm.py).
         boundary: whether its own scheduler applies the consistency function to x0.
-        origin_steps: the number of points in the distillation grid, from which a run takes some.
-            None if a run takes trailing timesteps from all of them.
+        origin_steps: the number of points in the distillation grid that a run chooses from. None if
+            a run takes trailing timesteps from all timesteps.
         single: the timestep of a run of one step, if the family has a separate model for that.
-        tables, flow: whether it is of models with a table of timesteps, and of flow models.
-        shift: of the sigmas of a flow model; None leaves the model's own.
-        lists: whole runs that its authors give as sigmas of a flow model, each of another length.
+        tables, flow: whether the family is for models with a table of timesteps; for flow models.
+        shift: of a flow model's sigmas; None keeps the model's own.
+        lists: whole runs that the authors give as a flow model's sigmas, each of another length.
         weight: the strength that its LoRA is made for.
-        steps: the numbers of steps that it is made for, if its file does not say them.
+        steps: the numbers of steps that it is made for, if its file does not name them.
         cfg: whether it needs guidance, so that a high cfg is right.
-        guidance: what it is made for where the network has an input for it.
+        guidance: the value that it is made for, if the network has an input for guidance.
     """
 
     name: str
@@ -61,13 +61,13 @@ class Family:
         Raises:
             ValueError: the grid has fewer points than `steps`.
         """
-        # A family of both kinds has its grid from the one with timesteps.
+        # The grid of a family for both kinds holds only for models with timesteps.
         return ts.times(steps, strength, None if self.tables else self.origin_steps)
 
     def listed(self, steps: int, strength: float = 1.0) -> list[float] | None:
         """The authors' sigmas of a whole run of `steps`. None if they give none."""
-        found = [own for own in self.lists if len(own) == steps and strength == 1]
-        return list(found[0]) if found else None
+        matches = [sigmas for sigmas in self.lists if len(sigmas) == steps and strength == 1]
+        return list(matches[0]) if matches else None
 
     def grid(self, T: int = 1000) -> list[int]:  # noqa: N803
         """All timesteps that a run can take, ascending."""
@@ -84,7 +84,7 @@ def of_flow(name: str, eta: float = 0.0, **settings: Any) -> Family:
 
 
 def _rectified(angle: float) -> float:
-    """The sigma of a time of TrigFlow, whose x is cos(t) x0 + sin(t) eps."""
+    """The rectified-flow sigma of a TrigFlow time; TrigFlow's x is cos(t) x0 + sin(t) eps."""
     return sin(angle) / (sin(angle) + cos(angle))
 
 
@@ -112,8 +112,7 @@ FAMILIES = {
         Family("lightning", eta=0.0),
         # Trained by this pack (arXiv 2405.18407): from edge to edge of its phases.
         Family("phased", eta=0.0, origin_steps=ORIGIN_STEPS, flow=True),
-        # What nearly all few-step flow models are sampled with: Euler, trailing, at the shift that
-        # the model has.
+        # How most few-step flow models are sampled: Euler, trailing, at the model's own shift.
         of_flow(DEFAULT_FLOW),
         # Qwen-Image-Lightning: "we use shift=3 in distillation", Euler, trailing.
         of_flow("qwen-lightning", shift=3.0, steps=(4, 8)),

@@ -21,7 +21,7 @@ def refuse_guidance_embedding(file: Path) -> None:
         )
 
 
-@lru_cache(maxsize=64)  # a run asks several times, and the header may have a megabyte
+@lru_cache(maxsize=64)  # a run calls this several times, and the header may have a megabyte
 def _lists_it(file: Path, _changed: int) -> bool:
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

@@ -38,21 +38,21 @@ from .process.host import (
 from .report import Acceleration, Applied, Line, ran, warnings
 from .timesteps import parse, parse_sigmas, refuse_ascent, times, timesteps
 
-APPLIED = "lcm_lora"  # where a MODEL carries an Applied, which its clones keep
+APPLIED = "lcm_lora"  # the MODEL's attachment that holds an Applied; clones keep it
 SMALLEST = 1e-4  # below the sigma of any timestep
-HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # an empty latent may have them
+HINTS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of some empty latents
 
 
 def file_of(model: ModelPatcher) -> Path | None:
     """The file that a MODEL was loaded from, if the MODEL knows it."""
-    # A MODEL knows how to load itself again, with a loader and its arguments. The first argument of
+    # A MODEL keeps the loader that can load it again, and its arguments. The first argument of
     # ComfyUI's loaders is the file.
     _, arguments, *_ = model.cached_patcher_init or (None, ())
     return Path(arguments[0]) if arguments and isinstance(arguments[0], str) else None
 
 
 def own_sampling(model: ModelPatcher) -> Any:
-    """The sampling object of a MODEL, with all its timesteps, or its own shift.
+    """A MODEL's sampling object before this pack changed it: with all timesteps, or its own shift.
 
     Raises:
         ValueError: the model has no discrete schedule, or ComfyUI dropped its guidance embedding.
@@ -69,7 +69,7 @@ def own_sampling(model: ModelPatcher) -> Any:
         bare.object_patches.pop("model_sampling")
         own = bare.get_model_object("model_sampling")
         sampling_class(own, type(model.model).__name__)
-        if zsnr and not own.zsnr:  # set with that patch; a copy, because the model owns `own`
+        if zsnr and not own.zsnr:  # the patch sets zsnr; copied, because the model owns `own`
             own = copy.deepcopy(own)
             own.zsnr = True
             own.set_sigmas(ms.rescale_zero_terminal_snr_sigmas(own.sigmas))
@@ -84,16 +84,16 @@ def patch_sampling(model: ModelPatcher, family: str = DEFAULT) -> ModelPatcher:
     """
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}, expected one of: {', '.join(FAMILIES)}.")
-    return _set(model, FAMILIES[family])
+    return _with_family(model, FAMILIES[family])
 
 
-def _set(model: ModelPatcher, family: Family) -> ModelPatcher:
+def _with_family(model: ModelPatcher, family: Family) -> ModelPatcher:
     own, name = own_sampling(model), type(model.model).__name__
     if family.name not in families_of(own):
         raise ValueError(
             f"The family {family.name!r} is for {'flow' if family.flow else 'Stable Diffusion'} "
             f"models, and this MODEL is {_kind(own, name)}. Choose one of "
-            f"{', '.join(families_of(own))}, or load the LoRA on the model it was made for."
+            f"{', '.join(families_of(own))}, or use the LoRA with the model it was made for."
         )
     patched = model.clone()
     if is_flow(own):
@@ -109,8 +109,8 @@ def _kind(sampling: Any, model_name: str) -> str:
 
 
 def offered(model: ModelPatcher) -> tuple[list[str], str, str]:
-    """(the families that a MODEL can be sampled as, that of a LoRA which names none, what the MODEL
-    is, for a message)."""
+    """(the families that a MODEL can be sampled as, the default family of a LoRA that names none,
+    what the MODEL is, for messages)."""
     own = own_sampling(model)
     default = DEFAULT_FLOW if is_flow(own) else DEFAULT
     return families_of(own), default, _kind(own, type(model.model).__name__)
@@ -122,14 +122,14 @@ def applied_to(model: ModelPatcher) -> Applied:
 
 
 def record(before: ModelPatcher, after: ModelPatcher, acceleration: Acceleration | None) -> None:
-    """Notes on `after`, a new clone of `before`, that a LoRA was added to it.
+    """Records on `after`, a new clone of `before`, that a LoRA was added to it.
 
-    acceleration: what the LoRA is, or None for a style.
+    acceleration: the LoRA, or None if it is a style.
     """
-    known = applied_to(before)
-    more = () if acceleration is None else (acceleration,)
-    patches = known.patches + _patches(after) - _patches(before)
-    after.set_attachments(APPLIED, Applied((*known.accelerations, *more), patches))
+    earlier_loras = applied_to(before)
+    new = () if acceleration is None else (acceleration,)
+    patches = earlier_loras.patches + _patches(after) - _patches(before)
+    after.set_attachments(APPLIED, Applied((*earlier_loras.accelerations, *new), patches))
 
 
 def _patches(model: ModelPatcher) -> int:
@@ -137,7 +137,7 @@ def _patches(model: ModelPatcher) -> int:
 
 
 def family_for(model: ModelPatcher) -> Family:
-    """The family that a MODEL's sampling is set for; if it is not set, that of its accelerations.
+    """The family that a MODEL's sampling is set for; if none is set, its accelerations' family.
 
     Raises:
         ValueError: the sampling is not set and the accelerations have no single family.
@@ -147,13 +147,13 @@ def family_for(model: ModelPatcher) -> Family:
         return family
     family = FAMILIES[applied_to(model).family(*offered(model))]
     if is_flow(sampling) and "model_sampling" in model.object_patches:
-        # The user has chosen a shift after the LoRA, with a node of the host.
+        # The user set a shift after the LoRA, with one of ComfyUI's nodes.
         return replace(family, shift=None, lists=())
     return family
 
 
 def auto_family(model: ModelPatcher) -> str:
-    """The family of a MODEL's accelerations; without any, the one that is set, or DEFAULT.
+    """The family of a MODEL's accelerations; if it has none, as `family_for`.
 
     Raises:
         ValueError: the accelerations have no single family.
@@ -165,9 +165,9 @@ def auto_family(model: ModelPatcher) -> str:
 
 
 def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
-    """What is wrong with a run that `sample` did, and then what it did.
+    """Warnings about a run of `sample`, and then what it did.
 
-    fast: whether the checkpoint itself is known to be a few-step model.
+    fast: whether the checkpoint itself is a few-step model.
     """
     applied, family = applied_to(model), family_for(model)
     others = fast or _patches(model) > applied.patches or bool(model.injections)
@@ -176,8 +176,8 @@ def report(model: ModelPatcher, run: Run, fast: bool = False) -> list[Line]:
         shown = [f"{sigma:.3g}" for sigma in schedule(model, run.steps, run.denoise)[:-1].tolist()]
     else:
         shown = [str(t) for t in family.timesteps(run.steps, run.denoise, len(full_table(own)))]
-    found = warnings(applied, others, run.steps, run.cfg, family.cfg)
-    return [*found, ran(family.name, shown, run.cfg)]
+    advice = warnings(applied, others, run.steps, run.cfg, family.cfg)
+    return [*advice, ran(family.name, shown, run.cfg)]
 
 
 def schedule(
@@ -190,8 +190,8 @@ def schedule(
     """SIGMAS at the exact timesteps of the MODEL's family, then 0: float32 [N + 1] on the CPU.
 
     origin_steps: any number but 50 replaces the family's grid by an LCM grid with that many points.
-    timesteps_text: a user's list, which replaces the grid, steps and strength. For a flow model it
-        is one of sigmas.
+    timesteps_text: a user's list, which replaces the grid, steps and strength. For a flow model a
+        list of sigmas.
 
     Raises:
         ValueError: the list is not valid, or the numbers do not fit together.
@@ -231,15 +231,15 @@ def _prepared(model: ModelPatcher) -> ModelPatcher:
     """The MODEL with its sampling set."""
     if set_family(model.get_model_object("model_sampling")):
         return model
-    return _set(model, family_for(model))
+    return _with_family(model, family_for(model))
 
 
 class FewStepSampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that starts from pure noise at any timestep if the latent is empty.
 
-    ComfyUI does so at the last timestep only. At any other it adds noise to the latent. If that is
-    empty, the variance is less than 1 (VP scale), which DMD2's single step at 399 needs. A flow
-    model's noise is as large as its sigma says, wherever it starts.
+    ComfyUI does so at the last timestep only; at any other it adds noise to the latent. With an
+    empty latent the variance is then less than 1 (VP scale), but DMD2's single step at 399 needs 1.
+    A flow model's noise always has the size that its sigma says.
     """
 
     def sample(
@@ -281,8 +281,8 @@ def sampler(
 ) -> FewStepSampler:
     """The few-step SAMPLER.
 
-    eta: None takes that of the MODEL's family. batch_index: the numbers of the pictures in their
-    batch; None means 0..B-1. seeds: one for each picture; None takes the run's for all.
+    eta: None takes the eta of the MODEL's family. batch_index: the numbers of the pictures in their
+    batch; None means 0..B-1. seeds: one for each picture; None uses the run's seed for all.
     """
     options = {
         "eta": eta, "noise_device": noise_device, "batch_index": batch_index, "seeds": seeds,
@@ -313,7 +313,7 @@ def sample_lcm_exact(
         default = DEFAULT_FLOW if is_flow(sampling) else DEFAULT
         eta = (set_family(sampling) or FAMILIES[default]).eta
     noise = picture_noise(x, seeds or extra_args.get("seed") or 0, batch_index, noise_device)
-    on_cpu = sigmas.cpu()  # the only moment that waits for the device before the loop
+    on_cpu = sigmas.cpu()  # before the loop, only this waits for the device
     refuse_ascent(on_cpu.tolist())
     kept = kept_noise(on_cpu, eta, partial(earlier, sampling), partial(shares, sampling))
     signals, levels = shares(sampling, on_cpu)
@@ -331,7 +331,7 @@ def sample_lcm_exact(
 
 
 def fitted(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
-    """The samples of a LATENT; an empty one with the channels and the scale that the MODEL has."""
+    """The samples of a LATENT. An empty latent gets the MODEL's channels and scale."""
     hints = {name: latent[name] for name in HINTS if name in latent}  # 0.16.3 has the first only
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **hints)
 
@@ -352,7 +352,7 @@ class Run:
         steps: network calls per picture.
         cfg: the guidance scale; 1 is no guidance.
         denoise: above 0 to 1; 1 starts from pure noise.
-        eta: share of fresh noise between steps; None takes that of the MODEL's family.
+        eta: share of fresh noise between steps; None takes the eta of the MODEL's family.
         noise_device: where noise is drawn, "cpu" or "gpu" (the sampling device).
     """
 
@@ -376,11 +376,11 @@ def sample(
 ) -> dict[str, Any]:
     """Samples a LATENT with the schedule, noise and sampler of the MODEL's family.
 
-    A MODEL whose sampling is not set is sampled as `family_for` says.
+    If the MODEL's sampling is not set, `family_for` chooses the family.
 
     Args:
-        seeds: one for each picture of the latent; None takes the run's for all.
-        callback: is called after each step as ComfyUI's samplers do; None shows the step's picture
+        seeds: one for each picture of the latent; None uses the run's seed for all.
+        callback: called after each step, as by ComfyUI's samplers; None shows the step's picture
             and the progress of this run on the node.
 
     Raises:
@@ -394,8 +394,8 @@ def sample(
     if seeds is None:
         noise = comfy.sample.prepare_noise(image, run.seed, batch_index)
     else:
-        drawn = zip(image.split(1), seeds, batch_index, strict=True)
-        noise = torch.cat([comfy.sample.prepare_noise(one, s, [n]) for one, s, n in drawn])
+        pictures = zip(image.split(1), seeds, batch_index, strict=True)
+        noise = torch.cat([comfy.sample.prepare_noise(x, s, [n]) for x, s, n in pictures])
     samples = comfy.sample.sample_custom(
         model,
         noise,

@@ -1,7 +1,7 @@
 """The few-step sampling loop, in the scale of the model at hand: x = alpha x0 + beta eps.
 
-Stable Diffusion's is alpha = 1 and beta = sigma (VE) in ComfyUI, and a flow model's is
-alpha = 1 - sigma and beta = sigma, so that alpha is 0 in its pure noise: nothing is divided by it.
+In ComfyUI, Stable Diffusion has alpha = 1 and beta = sigma (VE), and a flow model alpha = 1 - sigma
+and beta = sigma. A flow model's alpha is 0 in pure noise, so nothing here is divided by alpha.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 Shares = tuple[list[float], list[float]]
-"""(alpha, beta) of some noise levels: how much of the picture and of the noise x consists of."""
+"""(alpha, beta) at some noise levels: the shares of the picture and of the noise in x."""
 
 
 def variance_exploding(sigmas: torch.Tensor) -> Shares:
@@ -29,13 +29,13 @@ def kept_noise(
 ) -> list[float]:
     """The standard deviation of the predicted noise that each step keeps: one number per step.
 
-    eta is the gamma of TCD (arXiv 2402.19159, section 3.3). A step to the time t' goes to
-    s = (1 - eta) t' with the predicted noise, and from there to t' with fresh noise. On the way the
-    picture's share goes from alpha(s) to alpha(t'), and the noise's with it, so the step keeps
-    beta(s) alpha(t') / alpha(s). eta 0 keeps all of it; 1 keeps none, which is LCM.
+    eta is the gamma of TCD (arXiv 2402.19159, section 3.3). A step to the time t' first goes to
+    s = (1 - eta) t' with the predicted noise, and from there to t' with fresh noise. From s to t'
+    the picture's share changes from alpha(s) to alpha(t'). The predicted noise is scaled with it,
+    so the step keeps beta(s) alpha(t') / alpha(s). eta 0 keeps all of it; 1 keeps none (LCM).
 
-    sigmas: [N + 1], descending; they are read, which waits for any device but the CPU.
-    earlier(sigmas, eta): the sigmas of these s. shares: of the model.
+    sigmas: [N + 1], descending. Reading them waits for any device but the CPU.
+    earlier(sigmas, eta): the sigmas at these times s. shares: the model's.
 
     Raises:
         ValueError: eta is outside [0, 1].
@@ -44,7 +44,7 @@ def kept_noise(
         raise ValueError(
             f"eta must be between 0 (deterministic) and 1 (all noise fresh), found {eta:g}."
         )
-    # Both ends are exact for every schedule; rounding t' down would leave a little of either noise.
+    # Both ends skip `earlier`, whose rounding would leave a little of the other noise.
     if eta == 1 or len(sigmas) < 2:
         return [0.0] * len(sigmas[1:])
     alphas, betas = shares(sigmas[1:])
@@ -80,9 +80,9 @@ def lcm(
         callback: gets each step's state, in the form of k-diffusion.
         noise: the fresh noise of step i, as x.
         kept: see kept_noise; None keeps none.
-        levels: the beta of each of sigmas; None takes sigmas, and reads them, which waits for the
-            device.
-        signals: the alpha of each of sigmas; None is 1 everywhere.
+        levels: beta at each of the sigmas; None uses the sigmas themselves, and waits for the
+            device to read them.
+        signals: alpha at each of the sigmas; None means 1 everywhere.
     """
     extra_args = extra_args or {}
     levels = sigmas.tolist() if levels is None else levels  # not in the loop: reading waits

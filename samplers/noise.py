@@ -1,6 +1,6 @@
 """Noise that belongs to a picture: it depends only on the seed, the batch index and the step.
 
-A picture is the same alone and in a batch, and on every device if its noise is drawn on the CPU.
+So a picture gets the same noise alone and in a batch, and on every device if the CPU draws it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
         numbers = [integer(number) for number in numbers] or list(range(count))
     except TypeError:
         raise ValueError(
-            f"The latent's batch_index is {str(given)[:80]}; expected one integer for each picture."
+            f"The latent's batch_index is {str(given)[:80]}; expected one integer for each "
+            "picture. Use another node in place of the one that wrote it."
         ) from None
     if min(numbers, default=0) < 0:
         raise ValueError(
@@ -54,7 +55,8 @@ def picture_numbers(given: Iterable[SupportsIndex] | None, count: int) -> list[i
     if len(numbers) != count:
         raise ValueError(
             f"The latent's batch_index has {len(numbers)} numbers for {count} pictures; expected "
-            "one for each. The node before this one changed the batch and left the old numbers."
+            "one for each. An earlier node changed the batch but kept the old numbers; leave that "
+            "node out, or put it after the sampling."
         )
     return numbers
 
@@ -84,7 +86,7 @@ def picture_noise(
     seeds = [seed] * len(like) if isinstance(seed, int) else seed
     try:
         generator = torch.Generator(device=where)
-    except RuntimeError:  # of DirectML
+    except RuntimeError:  # as on DirectML
         raise ValueError(
             f"PyTorch cannot draw noise on the device {where}. Set noise_device to cpu."
         ) from None

@@ -1,4 +1,4 @@
-"""What a few-step run did, and what is wrong with its settings, in lines for the node."""
+"""Lines for the node: what a few-step run did, and warnings about its settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from .families import DEFAULT, FAMILIES, Family
 
-MOST_CFG = 2.0  # above it, guidance on top of the distilled guidance burns the colours
-MOST_STEPS = 8  # above it, more steps of a LoRA that names no number of its own hardly help
+MOST_CFG = 2.0  # a higher cfg, on top of the distilled guidance, burns the colours
+MOST_STEPS = 8  # more steps hardly help, unless the LoRA names its own numbers of steps
 TIMESTEPS_SHOWN = 8
 
 
@@ -19,8 +19,8 @@ class Line(NamedTuple):
 
     Attributes:
         text: English, with the names of values in braces.
-        values: what stands for each name: text, a number or another Line.
-        warning: whether it tells the user to change something.
+        values: the value of each name: text, a number or another Line.
+        warning: whether the user should change something.
     """
 
     text: str
@@ -36,9 +36,9 @@ class Acceleration:
     """An acceleration LoRA on a MODEL.
 
     Attributes:
-        source: what the LoRA is called.
+        source: the LoRA's name.
         families: how it was distilled; several names for a sum of several accelerations.
-        steps: the numbers of steps that it was made for; empty if nothing says so.
+        steps: the numbers of steps that it was made for; empty if unknown.
         cfg: whether it was made for guidance, so that a high cfg is right.
     """
 
@@ -50,11 +50,11 @@ class Acceleration:
 
 @dataclass(frozen=True)
 class Applied:
-    """What this pack's nodes added to a MODEL, which carries it along.
+    """What this pack's nodes added to a MODEL. The MODEL and its clones keep it.
 
     Attributes:
-        accelerations: the acceleration LoRAs among it.
-        patches: how many patches they are; a MODEL that has more has LoRAs of another pack.
+        accelerations: the acceleration LoRAs that were added.
+        patches: the number of patches that were added. A MODEL with more patches has other LoRAs.
     """
 
     accelerations: tuple[Acceleration, ...] = field(default=())
@@ -69,7 +69,7 @@ class Applied:
     ) -> str:
         """The family to sample as; `default` if there is no acceleration.
 
-        possible: those that the MODEL can be sampled as. kind: what it is.
+        possible: the families that the MODEL can be sampled as. kind: what the MODEL is.
 
         Raises:
             ValueError: there are several families, or one that is not possible.
@@ -106,23 +106,25 @@ def ran(family: str, timesteps: Sequence[object], cfg: float) -> Line:
 
 
 def origin_of(family: Family) -> Line:
-    """Where the sigmas of a flow model come from that is sampled as `family`."""
+    """Where the sigmas come from when a flow model is sampled as `family`."""
     if family.lists:
-        counts = ", ".join(str(len(each)) for each in family.lists)
-        text = "at steps {known}, the sigmas that its authors list"
+        counts = ", ".join(str(len(sigmas)) for sigmas in family.lists)
+        text = "at {known} steps, the sigmas that the LoRA's authors give"
         return Line(text, {"known": counts})
     if family.shift is not None:
-        return Line("shift {shift}, as its authors sample", {"shift": f"{family.shift:g}"})
-    return Line("the model's own shift: {family} has no other", {"family": family.name})
+        return Line("shift {shift}, as the LoRA's authors use it", {"shift": f"{family.shift:g}"})
+    return Line("the model's own shift: {family} sets none", {"family": family.name})
 
 
 def guidance_other(family: Family, positive: Sequence[Sequence[Any]]) -> list[Line]:
-    """A warning if the conditioning [[text, options], ...] carries another guidance for the
-    network's own input than the family is made for. One that carries none has the host's: 3.5."""
-    given = next((part[1]["guidance"] for part in positive if "guidance" in part[1]), None)
-    if family.guidance is None or given in (None, family.guidance):
+    """A warning if the conditioning [[text, options], ...] sets another guidance for the network's
+    own input than the family is made for. Without one, ComfyUI uses 3.5."""
+    prompt_guidance = next((c[1]["guidance"] for c in positive if "guidance" in c[1]), None)
+    if family.guidance is None or prompt_guidance in (None, family.guidance):
         return []
-    values = {"family": family.name, "made": f"{family.guidance:g}", "found": f"{given:g}"}
+    values = {
+        "family": family.name, "made": f"{family.guidance:g}", "found": f"{prompt_guidance:g}",
+    }  # fmt: skip
     text = "{family} is made for guidance {made}, and the prompt has {found}: change FluxGuidance."
     return [Line(text, values, warning=True)]
 
@@ -130,25 +132,25 @@ def guidance_other(family: Family, positive: Sequence[Sequence[Any]]) -> list[Li
 def warnings(
     applied: Applied, others: bool, steps: int, cfg: float, guided: bool = False
 ) -> list[Line]:
-    """What is wrong with a run, each with the remedy.
+    """What is wrong with a run, and what to change.
 
-    others: whether the MODEL may be accelerated by what this pack does not know: the LoRA of
-    another loader, or the checkpoint itself. guided: whether its family needs guidance.
+    others: whether something that this pack does not know may accelerate the MODEL: a LoRA from
+    another loader, or the checkpoint itself. guided: whether the family needs guidance.
     """
-    found = []
+    lines = []
     if not applied.accelerations and not others:
         text = "No acceleration LoRA on the MODEL: add Load LCM-LoRA after the checkpoint."
-        found.append(Line(text, warning=True))
+        lines.append(Line(text, warning=True))
     if cfg > MOST_CFG and not guided and not any(lora.cfg for lora in applied.accelerations):
         values = {"cfg": f"{cfg:g}"}
-        found.append(Line("cfg {cfg} burns the colours: use 1 to 2.", values, warning=True))
+        lines.append(Line("cfg {cfg} burns the colours: use 1 to 2.", values, warning=True))
     made = [lora for lora in applied.accelerations if lora.steps]
     if made and not any(steps in lora.steps for lora in made):
         source, known = made[0].source, ", ".join(map(str, made[0].steps))
         values = {"source": source, "known": known}
-        text = "{source} is made for steps {known}: set steps to that."
-        found.append(Line(text, values, warning=True))
+        text = "{source} is made for {known} steps: change steps."
+        lines.append(Line(text, values, warning=True))
     elif not made and steps > MOST_STEPS and (applied.accelerations or others):
         text = "More than 8 steps hardly help a few-step LoRA: use 1 to 8."
-        found.append(Line(text, warning=True))
-    return found
+        lines.append(Line(text, warning=True))
+    return lines

@@ -19,7 +19,7 @@ def of_family(
     Args:
         origin_steps: the points of the grid that the family was distilled on; None spreads the
             steps over all T timesteps.
-        single: where a run of one step starts, for a family with a timestep of its own.
+        single: the timestep of a run of one step, if the family has a special one.
 
     Raises:
         ValueError: there are fewer timesteps than `steps`.
@@ -43,7 +43,7 @@ def grid(origin_steps: int = 50, strength: float = 1.0, T: int = 1000) -> list[i
     if not 1 <= origin_steps <= T:
         raise ValueError(
             f"origin_steps is the number of grid points the model was distilled on: expected 1 to "
-            f"{T}, found {origin_steps}. LCM-LoRAs use 50."
+            f"{T}, found {origin_steps}. Use 50 for LCM-LoRAs."
         )
     _check_strength(strength)
     skip = T // origin_steps
@@ -101,8 +101,8 @@ def trailing(steps: int, strength: float = 1.0, T: int = 1000) -> list[int]:  # 
 def times(steps: int, strength: float = 1.0, origin_steps: int | None = None) -> list[float]:
     """`steps` times of a flow model, descending from `strength`: 1, 0.75, 0.5, 0.25 for 4.
 
-    This is what ComfyUI's scheduler `simple` and the pipelines of diffusers start from; the model
-    shifts them. origin_steps: the points of the grid that they are taken from, with the gaps of
+    ComfyUI's scheduler `simple` and diffusers' pipelines start from these times; the model then
+    shifts them. origin_steps: the number of grid points to choose from, with the gaps of
     `timesteps`; None divides the range into equal parts.
 
     Raises:
@@ -172,7 +172,7 @@ def refuse_ascent(sigmas: Sequence[float]) -> None:
     for before, after in zip(sigmas, sigmas[1:], strict=False):
         if after > before:
             raise ValueError(
-                f"A run goes from noise to the picture, so its sigmas descend; these SIGMAS have "
+                f"A run goes from noise to the picture, so sigmas must descend; these SIGMAS have "
                 f"{after:g} after {before:g}. Take them from LCM Schedule, or reverse them."
             )
 

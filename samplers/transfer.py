@@ -6,8 +6,8 @@ import torch
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`. From the CPU to CUDA it goes through pinned memory: another copy
-    would wait until the device has done what it was given before."""
+    """The tensor on `device`. From the CPU to CUDA it goes through pinned memory, because any other
+    copy waits until the device has finished its earlier work."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

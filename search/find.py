@@ -13,14 +13,14 @@ from torch import Tensor
 from .objective import Residuals
 from .surface import Array, Region, Surface
 
-EQUAL = 0.02  # a rise of J that no one is expected to see
-SMALL = 5e-5  # of J, which is 2 at the default: below it, weights are as good as exact
-SAME = 1e-3  # the same in measurements, which the model predicted with small errors
-REACH, POLISH = 0.25, 0.08  # how far apart the first points are, and those around a minimum
-NEAR = 0.004  # a step shorter than this changes nothing
-WORTH = 1e-3  # a promised fall of J, of its lowest value, that is worth a measurement
-TRIES = 4  # to find the region's nearest point
-RADIUS = 0.6  # how far the first step may go
+EQUAL = 0.02  # relative rise of J that nobody can see
+SMALL = 5e-5  # of J, which is 2 at the default: below this, weights count as exact
+SAME = 1e-3  # of J: the model's own error, when a measurement is compared with its prediction
+REACH, POLISH = 0.25, 0.08  # distance of the first points from the default, and around a minimum
+NEAR = 0.004  # a shorter step changes nothing
+WORTH = 1e-3  # a measurement pays if the model promises to lower J by this share
+TRIES = 4  # measurements to find the region's point nearest to the default
+RADIUS = 0.6  # the longest first step
 
 Measure = Callable[[Array], Residuals]
 
@@ -41,13 +41,15 @@ class Point:
 
 @dataclass
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        points: all that was measured, in order; the first is the default.
-        best: the lowest of them.
-        region: where J is nearly as low.
+        points: all measured points, in order; the first is the default.
+        best: the point with the lowest J.
+        region: the weights at which J is nearly as low.
         taken: the region's point nearest to the default.
+        stopped: whether the user interrupted the search.
+        tied: pairs of weights whose sum alone matters.
     """
 
     points: list[Point]
@@ -63,7 +65,7 @@ class Found:
 
 
 class Search:
-    """One search. `steps` yields after each measurement, so that a caller may stop at any."""
+    """One search. `steps` yields after each measurement, so that the caller can stop there."""
 
     def __init__(
         self, measure: Measure, default: Sequence[float], low: float, high: float, budget: int
@@ -113,7 +115,7 @@ class Search:
         return Surface([point.weights for point in self.points], self.gram, centre)
 
     def found(self, stopped: bool = False) -> Found:
-        """What is known by now. If the search was not stopped, it may measure a few more points."""
+        """The result so far. If the search was not stopped, this may measure a few more points."""
         region, taken = self._region(), self.best
         # With fewer points the curvature is unknown.
         if not stopped and len(self.points) > 2 * len(self.default):
@@ -146,9 +148,9 @@ class Search:
         return point.j <= self.best.j + 2 * self._rise + SAME
 
     def _flattened(self, region: Region) -> Region:
-        """The region, as long as it can be along those of its axes on which nothing changes: there,
-        the model bends only by its own small errors. If the default lies elsewhere along an axis,
-        the caller measures that way; otherwise this does."""
+        """The region, extended to the full range along axes on which J does not change. Along such
+        an axis the model bends only by its own small errors. If the default lies far away along an
+        axis, the caller will measure in that direction; otherwise this measures it."""
         for axis in region.flattest():
             far = float(axis @ (self.default - region.centre))
             if abs(far) < 2 * POLISH:
@@ -183,7 +185,7 @@ class Search:
                 yield np.clip(point, self.low, self.high)
 
     def measured(self, weights: Array) -> Point:
-        """Measures, and adds the inner products with all points so far."""
+        """Measures, and adds the inner products with all earlier points to `gram`."""
         residuals = self.measure(weights)
         first = self.points[0].residuals if self.points else residuals
         scales = [max(scale, 1e-12) for scale in (first.d_path, first.d_spec)]
@@ -201,7 +203,7 @@ class Search:
         return self.points[-1]
 
     def _tied(self, region: Region) -> list[tuple[int, int]]:
-        """Pairs of weights of which only the sum is known."""
+        """Pairs of weights whose sum alone matters."""
         pairs = []
         for i, j in combinations(range(len(self.default)), 2):
             apart = np.zeros(len(self.default))

@@ -64,12 +64,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the styles alone draw in many steps, picture by picture.
+    """Pictures that the styles alone draw in many steps.
 
     Attributes:
-        states: on its way at the few-step timesteps, as the network sees them, [N, steps, ...].
-        ends: where it ends, in the network's scale.
-        latents: the same as ComfyUI's LATENT has it.
+        states: x at the few-step timesteps, as the network sees it, [N, steps, ...].
+        ends: the finished pictures in the network's scale.
+        latents: the finished pictures in the scale of ComfyUI's LATENT.
     """
 
     states: Tensor
@@ -78,16 +78,16 @@ class Reference:
 
 
 class Weighable:
-    """A MODEL to which vectors are added with any weights: ComfyUI adds up the products of the
-    factors where it loads the weights. patches: those of each vector, as `_added` makes them."""
+    """A MODEL to which vectors can be added at any weights. ComfyUI multiplies the factors and adds
+    the products when it loads the model. patches: of each vector, as `_added` makes them."""
 
     def __init__(self, model: ModelPatcher, patches: Sequence[Patches]) -> None:
         self.model, self.patches = model, patches
         self.last: tuple[tuple[float, ...], ModelPatcher] | None = None
 
     def at(self, weights: Sequence[float]) -> ModelPatcher:
-        """A clone with the vectors at these weights; for the same weights again the same one, so
-        that ComfyUI keeps it loaded."""
+        """A clone with the vectors at these weights. Returns the last clone again for the same
+        weights, so that ComfyUI keeps it loaded."""
         key = tuple(map(float, weights))
         if self.last is not None and self.last[0] == key:
             return self.last[1]
@@ -98,7 +98,7 @@ class Weighable:
             for name, entries in patches.items():
                 scaled = [(strength * weight, *rest) for strength, *rest in entries]
                 made.patches[name] = [*made.patches.get(name, []), *scaled]
-        made.patches_uuid = uuid.uuid4()  # by which ComfyUI sees that the weights differ
+        made.patches_uuid = uuid.uuid4()  # tells ComfyUI that the weights differ
         self.last = key, made
         return made
 
@@ -131,7 +131,7 @@ class Studio:
         settings: Settings,
         tick: Callable[[int], None],
     ) -> None:
-        """latent: an empty one, for its size. tick: is told of each network call for a picture."""
+        """latent: an empty one, for its size. tick(n): called after n calls for a picture."""
         accelerations = sampling.applied_to(model).accelerations
         own = model.get_model_object("model_sampling")
         if accelerations or sampling.set_family(own):
@@ -161,7 +161,7 @@ class Studio:
         self.sigmas = sampling.schedule(self.fast.model, settings.steps)
 
     def parts(self, prompts: Sequence[str], first: int) -> list[Part]:
-        """The pictures of prompts, one each. first: the number of the first one."""
+        """One picture for each prompt, in parts. first: the number of the first picture."""
         most = max(1, AT_ONCE // self.empty.shape[-2:].numel())
         encoded = [(number, self._encode(prompt)) for number, prompt in enumerate(prompts, first)]
         made = []
@@ -173,7 +173,7 @@ class Studio:
         return made
 
     def reference(self, parts: Sequence[Part], styled: bool = True) -> Reference:
-        """What the styles alone draw, or without `styled`, the bare model."""
+        """Pictures of the styles alone; with styled=False, of the bare model."""
         strengths = self.settings.strengths if styled else [0.0] * len(self.settings.strengths)
         model = self.bare.at(strengths)
         long = sampling.schedule(self.fast.model, self.settings.reference_steps)
@@ -215,7 +215,7 @@ class Studio:
         return made
 
     def answers(self, weights: Sequence[float], parts: Sequence[Part], states: Tensor) -> Tensor:
-        """What the network answers in one call at each of the reference's states."""
+        """The network's prediction in one call, at each of the reference's states."""
         model, answers, begin = self.fast.at(weights), [], 0
         for part in parts:
             at = states[begin : (begin := begin + len(part.numbers))]
@@ -252,7 +252,7 @@ class Studio:
     def _run(
         self, model: ModelPatcher, part: Part, function: Any, sigmas: Tensor, cfg: float
     ) -> Tensor:
-        """A sampling whose loop is `function`."""
+        """Samples with `function` as the sampling loop."""
         image = self.empty.repeat(len(part.numbers), *[1] * (self.empty.ndim - 1))
         seed = self.settings.seed
         with torch.no_grad():
@@ -291,8 +291,8 @@ class Measured:
         if not (answers.isfinite().all() and drawn.isfinite().all()):
             numbers = ", ".join(f"{weight:.2f}" for weight in weights)
             raise ValueError(
-                f"At the weights {numbers} the MODEL answers with NaN or infinity. Narrow the "
-                "range of the weights."
+                f"At the weights {numbers} the MODEL predicts NaN or infinity. Narrow the range of "
+                "the weights."
             )
         return residuals(answers, self.targets, drawn, self.wanted)
 
@@ -308,19 +308,19 @@ def _family(acceleration: Vector, default: str) -> str:
         return default
     if len(made.families) > 1:
         raise ValueError(
-            f"{acceleration.source} is an acceleration of several families "
-            f"({', '.join(made.families)}); the search needs one that is sampled in one way."
+            f"{acceleration.source} is a sum of accelerations of several families "
+            f"({', '.join(made.families)}); expected one family. Use a single acceleration."
         )
     return made.families[0]
 
 
 _KEPT: dict[str, tuple[list[weakref.ref[Any]], Any]] = {}
-"""The last references by their keys, each with weak references to the MODEL and CLIP it is of."""
+"""The last references by their keys, each with weak references to its MODEL and CLIP."""
 
 
 def kept(studio: Studio, name: str, make: Callable[[], Any]) -> Any:
-    """A reference that is drawn only once, for as long as ComfyUI keeps this MODEL and CLIP and
-    nothing else changes that it depends on."""
+    """A kept reference. Draws it only once, as long as ComfyUI keeps this MODEL and CLIP and
+    nothing else that it depends on changes."""
     key = f"{studio.key} {name}"
     owners, reference = _KEPT.get(key, ([], None))
     if owners and all(ref() is own for ref, own in zip(owners, studio.owners, strict=True)):
@@ -344,7 +344,7 @@ def _key(styles: Sequence[Vector], latent: dict[str, Any], settings: Settings) -
         for name, diff in sorted(style.diffs.items()):
             digest.update(name.encode())
             digest.update(diff.contiguous().view(torch.uint8).numpy().data)
-    # The timesteps where it is kept depend on the steps.
+    # `steps` stays in the key, because the states are kept at the few-step timesteps.
     own = replace(settings, cfg=0.0)
     words = tuple(latent["samples"].shape), own
     return digest.hexdigest() + repr(words)

@@ -1,4 +1,4 @@
-"""A search as a picture: where it measured, and pictures at the weights that matter."""
+"""A search as a picture: the measured weights, and pictures at the weights that matter."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def path(found: Found, names: Sequence[str]) -> Image.Image:
 
 
 def _cut(found: Found) -> np.ndarray:
-    """The region's cut through the first two weights: what turns a circle into its outline."""
+    """The matrix that maps a unit circle to the region's outline in the first two weights."""
     region = found.region
     bent = (region.axes * (2 * region.rise / region.lengths**2)) @ region.axes.T
     values, axes = np.linalg.eigh(bent[:2, :2])

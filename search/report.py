@@ -1,4 +1,4 @@
-"""What a search found, as text for users."""
+"""The result of a search, as text for users."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..lora.formats.searched import written
 from .session import Order, Outcome
 
 NEAR_THE_EDGE = 0.01
-NEARLY = 0.05  # of a share: it was searched for on other prompts
+NEARLY = 0.05  # tolerance for a share, because the search used other prompts
 
 
 def report(outcome: Outcome, order: Order) -> str:
@@ -19,8 +19,8 @@ def report(outcome: Outcome, order: Order) -> str:
         lines.append(f"{result} of the style's full effect shows; {default} at the default.")
         if outcome.shown[1] < order.shown - NEARLY:
             lines.append(
-                f"You asked for {100 * order.shown:.0f} %: no weights that were measured show as "
-                "much. Widen the range, or take more steps."
+                f"You set style_at_least to {100 * order.shown:.0f} %, but no measured weights "
+                "show that much. Widen the range, or use more steps."
             )
     elif not found.stopped:
         lines.append("Even in many steps the style has no effect, so its share cannot be measured.")
@@ -31,7 +31,7 @@ def report(outcome: Outcome, order: Order) -> str:
     ):
         text = f"  {name}: {least:.2f} to {most:.2f}"
         if number in tied:
-            text += ", only together with the other (see below)"
+            text += ", but only together with another weight (see below)"
         elif most - least > 0.9 * (order.high - order.low):
             text += ": it makes no difference"
         lines.append(text)
@@ -43,7 +43,7 @@ def report(outcome: Outcome, order: Order) -> str:
     for name, weight in zip(order.names, found.best.weights, strict=True):
         if min(weight - order.low, order.high - weight) < NEAR_THE_EDGE:
             lines.append(f"The best weight of {name} is at the end of its range: widen the range.")
-    best = found.best  # its distances are in units of the default's
+    best = found.best  # its distances are relative to the default
     lines += [
         "",
         f"At the best weights measured, the distance to the reference is {best.d_path:.3f} of the "
@@ -60,12 +60,12 @@ def _verdict(outcome: Outcome) -> str:
     percent = 100 * (1 - outcome.held_out / 2)
     if percent < 0 and not outcome.is_default:
         return (
-            "The default shows less of the style than you asked for. On held-out prompts, these "
+            "The default shows less of the style than style_at_least. On held-out prompts, these "
             f"weights are {-percent:.1f} % farther from the reference than the default."
         )
     if outcome.is_default:
         return (
-            f"The default is kept: on held-out prompts, the weights that the search found are "
-            f"{-percent:.1f} % worse."
+            f"The default is kept, because on held-out prompts the weights that the search found "
+            f"are {-percent:.1f} % worse."
         )
     return f"On held-out prompts these weights are {percent:.1f} % nearer to the reference."

@@ -1,4 +1,4 @@
-"""A whole search: reference, search, the check on held-out pictures, and what to show of it."""
+"""A whole search: reference, search, check on held-out pictures, and the pictures to show."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Order:
 
     Attributes:
         names: of the acceleration and of the styles.
-        prompts: one for each picture to search on; `held_out` decides at the end.
+        prompts: one for each picture to search on.
+        held_out: the prompts of the check at the end.
         default: the weights to begin with, and to keep if no others are better.
         low, high: the range of all weights.
-        budget: how many weights may be measured.
-        shown: the least share of the styles' effect that must show; 0 for any.
+        budget: the most sets of weights to measure.
+        shown: the least share of the styles' effect that must show; 0 sets no limit.
     """
 
     names: tuple[str, ...]
@@ -53,8 +54,8 @@ class Order:
         outside = [weight for weight in self.default if not self.low <= weight <= self.high]
         if outside:
             raise ValueError(
-                f"The search begins at the weight {outside[0]:g}, which is outside of its range "
-                f"from {self.low:g} to {self.high:g}. Widen the range."
+                f"The search begins at the weight {outside[0]:g}, which is outside the range from "
+                f"{self.low:g} to {self.high:g}. Widen the range, or change that weight."
             )
         least = 2 * len(self.default) + 2
         if not least <= self.budget <= MOST_BUDGET:
@@ -67,9 +68,9 @@ class Order:
 def split(
     text: str, usual: Sequence[str], pictures: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The prompts to search on and the held-out ones, of a text with one a line.
+    """The prompts to search on and the held-out ones, from a text with one prompt per line.
 
-    usual: the prompts to take if the text is empty.
+    usual: the prompts to use if the text is empty.
 
     Raises:
         ValueError: there is only one prompt, or pictures is less than 1.
@@ -86,18 +87,18 @@ def split(
     prompts = prompts or list(usual)
     if len(prompts) < 2:
         raise ValueError(
-            f"There is only one prompt ({prompts[0][:60]!r}). The search needs at least 2, because "
-            "it checks its result on a prompt that it did not search on."
+            f"There is only one prompt ({prompts[0][:60]!r}). Write at least 2, because the search "
+            "checks its result on a prompt that it did not search on."
         )
     beside = max(1, (pictures + 1) // 2)
-    # Every third prompt is held out; the same ones again where there are too few.
+    # Every third prompt is held out. With too few prompts, `_spread` repeats them.
     held = prompts[1::3]
     searched = [prompt for prompt in prompts if prompt not in held]
     return _spread(searched, pictures), _spread(held, beside)
 
 
 def _spread(prompts: Sequence[str], count: int) -> tuple[str, ...]:
-    """`count` prompts from all over a list; each again if there are too few."""
+    """`count` prompts spread over a list; repeats them if there are too few."""
     if count <= len(prompts):
         return tuple(prompts[i * len(prompts) // count] for i in range(count))
     return tuple(prompts[i % len(prompts)] for i in range(count))
@@ -105,15 +106,15 @@ def _spread(prompts: Sequence[str], count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search came to.
+    """The outcome of a search.
 
     Attributes:
-        weights: the result: those taken, or the default if the held-out pictures speak for it.
-        held_out: J on them at the weights taken, where the default's is 2; None if interrupted
-            before.
-        shown: (at the default, at the result) the share of the styles' effect that few steps show;
-            None if it is unknown.
-        rows: titles, and latents of pictures of held-out prompts.
+        weights: the result: the weights taken, or the default if it is better on held-out pictures.
+        held_out: J on held-out pictures at the weights taken; the default has 2. None without the
+            check.
+        shown: the share of the styles' effect that few steps show, at the default and at the
+            result; None if it is unknown.
+        rows: latents of pictures of held-out prompts, by their titles.
     """
 
     found: Found
@@ -128,9 +129,9 @@ class Outcome:
 
 
 def calls(order: Order, steps: int, reference_steps: int) -> int:
-    """How many network calls of one picture a search makes at most."""
+    """The most network calls of one picture that a search makes."""
     searched, held = len(order.prompts), len(order.held_out)
-    # With a wanted strength: also the bare model, and each set of weights without the styles.
+    # With `shown`, also the bare model, and each set of weights without the styles.
     references, drawings = (2, 3) if order.shown else (1, 2)
     return (references * searched + 2 * held) * reference_steps + steps * (
         drawings * searched * order.budget + 8 * held
@@ -138,10 +139,11 @@ def calls(order: Order, steps: int, reference_steps: int) -> int:
 
 
 def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) -> Outcome:
-    """Runs a search. An interruption ends it with what is found by then, but goes through during
-    the reference and the first measurement. A second one ends only the check and the pictures.
+    """Runs a search. If the user interrupts it, it returns the best weights so far. During the
+    reference and the first measurement, an interruption is raised instead; during the check and the
+    final pictures, it ends only those.
 
-    watch: is told of each measurement, with their number so far.
+    watch(point, number) is called after each measurement.
     """
     minimizer()  # before the reference, which takes long
     parts = studio.parts(order.prompts, 0)
@@ -156,7 +158,7 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
         Measured(studio, parts, styled), order.default, order.low, order.high, order.budget
     )
     share = None
-    if order.shown:  # before the search, because it may be refused
+    if order.shown:  # before the search, because Share may raise
         plain = kept(studio, "plain" + key(order.prompts), lambda: studio.reference(parts, False))
         share = Share(studio, parts, styled, plain)
     stopped, number, is_enough = False, 0, True
@@ -201,10 +203,8 @@ def search(studio: Studio, order: Order, watch: Callable[[Point, int], None]) ->
 
 
 class Share:
-    """The share of the styles' effect that shows at a point of the search, where 1 is what the
-    styles alone show in many steps.
-
-    Raises ValueError if they show nothing there.
+    """The share of the styles' effect that shows at a point of the search; 1 is their effect alone,
+    in many steps. Raises ValueError if they have no effect there.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ def _edges(found: Found) -> dict[str, tuple[float, ...]]:
 
 
 def figures(outcome: Outcome, order: Order, studio: Studio) -> dict[str, str]:
-    """What a combined file's metadata keep of a search."""
+    """The figures of a search for the metadata of a combined file."""
     settings = studio.settings
     prompts = hashlib.sha256("\n".join((*order.prompts, *order.held_out)).encode()).hexdigest()
     values = {
@@ -276,7 +276,7 @@ def figures(outcome: Outcome, order: Order, studio: Studio) -> dict[str, str]:
 
 
 def _better(outcome: Outcome) -> float | None:
-    """How much lower J is than at the default, on held-out pictures; 0 if the default was kept."""
+    """By which share J is lower than at the default, on held-out pictures; 0 for the default."""
     if outcome.held_out is None:
         return None
     return 0.0 if outcome.is_default else round(1 - outcome.held_out / 2, 3)

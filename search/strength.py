@@ -9,18 +9,18 @@ import numpy as np
 from .find import NEAR, TRIES, Point, Search
 from .surface import Array, Surface, minimizer, terms
 
-REACH = 0.4  # how far from measured weights the models are trusted
-SLACK = 0.005  # of a share: less than anyone sees
+REACH = 0.4  # distance from measured weights within which the models are trusted
+SLACK = 0.005  # tolerance for a share, less than anyone sees
 
 
 def at_least(
     run: Search, share: Callable[[Point], float], wanted: float, watch: Callable[[Point], None]
 ) -> Point:
-    """The point with the lowest J among those whose share is `wanted` or more; if there is none,
-    the one with the largest share. It may measure up to TRIES more, within the search's budget.
+    """The point with the lowest J among those with at least the share `wanted`; if there is none,
+    the point with the largest share. May measure up to TRIES more points, within the budget.
 
-    share(point): the share of the styles' effect that shows there. watch(point) is called after
-    each new measurement.
+    share(point): the share of the styles' effect that shows at a point. watch(point) is called
+    after each new measurement.
     """
     shares = [share(point) for point in run.points]
     for _ in range(TRIES):
@@ -44,8 +44,8 @@ def _best(points: list[Point], shares: list[float], wanted: float) -> Point:
 
 
 def _lowest(run: Search, surface: Surface, shares: Array, wanted: float, centre: Array) -> Array:
-    """Where the model of J is lowest and the model of the share is `wanted`; if it is so nowhere
-    within reach, where the share is largest."""
+    """The weights within REACH at which the model of J is lowest and the model of the share reaches
+    `wanted`; if it reaches that nowhere, the weights with the largest share."""
     low, high = np.maximum(run.low, centre - REACH), np.minimum(run.high, centre + REACH)
     bounds = list(zip(low, high, strict=True))
     fitted = surface.solve @ shares

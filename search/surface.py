@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-FLAT = 0.01  # of the largest curvature
-KEEP = 1e-4  # of J, for a weight of 1 away from the centre: what stays where nothing changes
+FLAT = 0.01  # an axis is flat if its curvature is below this share of the largest
+KEEP = 1e-4  # of J at distance 1: a small pull to the centre where J does not change
 
 
 def terms(x: Array, order: int) -> Array:
@@ -55,7 +55,7 @@ class Surface:
         return float(at @ self.quadratic @ at)
 
     def lowest(self, starts: Sequence[Array], low: Array, high: Array) -> Array:
-        """Where the model is lowest between low and high; if it is flat, near the centre."""
+        """The lowest point of the model between low and high; near the centre if it is flat."""
         minimize = minimizer()
         best = starts[0]
         bounds = list(zip(low, high, strict=True))
@@ -107,13 +107,13 @@ class Region:
         self.curvature = curvature
         values, self.axes = np.linalg.eigh(curvature)
         longest = float(np.linalg.norm(high - low))
-        # No axis is longer than the whole range, so that a flat one has a length.
+        # Limited to the whole range, because a flat axis would be infinitely long.
         least = 2 * rise / longest**2
         self.values = np.where(values > least, values, 0.0)
         self.lengths = np.sqrt(2 * rise / np.maximum(values, least))
 
     def flattest(self) -> list[Array]:
-        """The axes along which J bends so little beside the others that it may not bend at all."""
+        """The axes along which J bends so little, compared with the others, that it may be flat."""
         return [
             axis
             for value, axis in zip(self.values, self.axes.T, strict=True)
@@ -127,7 +127,7 @@ class Region:
         return Region(self.centre, bent, self.rise, self.low, self.high)
 
     def ranges(self) -> list[tuple[float, float]]:
-        """From where to where each weight goes within the region."""
+        """The lowest and the highest value of each weight within the region."""
         half = np.sqrt(((self.axes * self.lengths) ** 2).sum(1))
         least = np.clip(self.centre - half, self.low, self.high)
         most = np.clip(self.centre + half, self.low, self.high)
@@ -153,5 +153,5 @@ class Region:
         for _ in range(100):
             middle = (lower + upper) / 2
             lower, upper = (middle, upper) if excess(middle) > 0 else (lower, middle)
-        found = self.centre + self.axes @ (c / (1 + upper * self.values))
-        return np.clip(found, self.low, self.high)
+        nearest = self.centre + self.axes @ (c / (1 + upper * self.values))
+        return np.clip(nearest, self.low, self.high)

@@ -36,12 +36,12 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 class LowRank(nn.Module):
-    """x -> scale * up(down(x)) beside one Linear or Conv2d, at first 0 (arXiv 2106.09685).
+    """x -> scale * up(down(x)) beside one Linear or Conv2d; 0 before training (arXiv 2106.09685).
 
     `down` is [rank, in] or [rank, in, k, k] with the layer's stride and padding, `up` [out, rank]
     or [out, rank, 1, 1]. Both are float32 and are cast to the input's dtype when they are used.
 
-    cast: both in another dtype, for as long as `Adapter.cast` keeps them.
+    cast: (down, up) in another dtype, inside `Adapter.cast`.
     """
 
     cast: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -71,8 +71,7 @@ class LowRank(nn.Module):
 
 
 class _Cast(torch.autograd.Function):
-    """Casts many tensors at once, and their gradients too: a few kernels instead of one for each.
-    Otherwise these are thousands a step."""
+    """Casts many tensors, and their gradients, with a few kernels instead of thousands per step."""
 
     @staticmethod
     def forward(_ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -90,11 +89,11 @@ def _cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Te
 
 
 class Adapter(nn.Module):
-    """LoRA layers on every target layer of `network`, which is frozen. It is on at first.
+    """LoRA layers beside every target layer of `network`, which it freezes. Starts switched on.
 
-    rank, alpha: of every layer; the delta is up @ down * alpha / rank. targets: is found in the
-    names of the layers that are trained. Raises ValueError if the network has no target layer, or
-    if the rank is below 1 or above the full rank of a layer.
+    rank, alpha: of every layer; the delta is up @ down * alpha / rank. targets: matches a part of
+    the names of the layers to train. Raises ValueError if the network has no target layer, or if
+    the rank is below 1 or above the full rank of a layer.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Adapter(nn.Module):
             if rank > full:
                 raise ValueError(
                     f"Rank {rank} is too high for the layer {name}, whose full rank is {full}: "
-                    "choose at most that."
+                    f"choose a rank of at most {full}."
                 )
             low = LowRank(layer, rank, self.alpha, generator)
             self.names.append(name)
@@ -153,8 +152,8 @@ class Adapter(nn.Module):
 
     @contextmanager
     def cast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, the factors are cast to the network's dtype once instead of at each call. The
-        backward pass belongs inside too, and only one."""
+        """Inside, the factors are cast to the network's dtype only once, not at each call. Run the
+        backward pass inside too, and only one."""
         layers = [layer for layer in self.layers if isinstance(layer, LowRank)]
         if dtype != torch.float32:
             cast = iter(_Cast.apply(dtype, *(f for low in layers for f in (low.down, low.up))))
@@ -168,7 +167,7 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What every layer's product is multiplied by."""
+        """The factor of every layer's product: alpha / rank."""
         return self.alpha / self.rank
 
     def detach(self) -> None:
@@ -190,7 +189,7 @@ class Adapter(nn.Module):
         return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over the factors that `state` gave. Raises KeyError if a layer's are missing."""
+        """Sets the factors to those in `state`. Raises KeyError if a layer has none there."""
         with torch.no_grad():
             for name, up, down in self.tensors():
                 up.copy_(state[f"{name}.up"])

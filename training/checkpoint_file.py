@@ -22,7 +22,7 @@ PREFIXES = (NETWORK, "net.", "")  # of the weights in a checkpoint, and in two k
 TOKEN = 16  # pixels a side that are one token of each of the flow models
 _CROSS_ATTENTION = re.compile(r".*attn2\.to_k\.weight")
 _DOWN = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.(\d+)\..*")
-# By it, ComfyUI tells SD2 with v prediction (768 pixels) from SD2-base (512).
+# Shows ComfyUI whether the model is SD2 with v prediction (768 pixels) or SD2-base (512).
 _OF_V_PREDICTION = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _LEAST_DEVIATION = 0.09
 _FP8 = "F8_E4M3"
@@ -31,13 +31,16 @@ _OF_PACKED = "scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale"
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint of an architecture that is known.
+    """A checkpoint of a known architecture.
 
     Attributes:
-        architecture: "SD1.5", "SDXL", ... resolution: the side in pixels that it is made for.
-        width: of its text features. shapes: of the network's weights, by their names in it.
-        flow: its kind, if it is a flow model. dtype: of most of its weights, as safetensors calls
-        it. is_packed: whether layers have scales beside them.
+        architecture: "SD1.5", "SDXL", ...
+        resolution: the side in pixels of the pictures that it is made for.
+        width: of its text features.
+        shapes: of the network's weights, by their names in the network.
+        flow: its kind, if it is a flow model.
+        dtype: of most of its weights, as safetensors names it.
+        is_packed: whether layers have scales beside their weights.
     """
 
     architecture: str
@@ -50,9 +53,9 @@ class CheckpointFile:
 
     @classmethod
     def read(cls, path: Path) -> CheckpointFile:
-        """Of a checkpoint, or of the file of a flow model's network alone.
+        """Reads a checkpoint, or a file that holds only the network of a flow model.
 
-        Raises ValueError if it is no safetensors file, or none of the known architectures.
+        Raises ValueError if it is no safetensors file, or of no known architecture.
         """
         return _read(path, path.stat().st_mtime_ns)
 
@@ -92,7 +95,7 @@ class CheckpointFile:
         except SafetensorError as error:
             raise ValueError(
                 f"{path.name} is not a complete safetensors file, so its architecture cannot be "
-                f"read: {error}."
+                f"read: {error}. Download it again, or use a .safetensors checkpoint."
             ) from error
         return cls(kind.name, side, width, shapes)
 
@@ -112,19 +115,19 @@ class CheckpointFile:
 
     @property
     def network(self) -> tuple[str, int, int]:
-        """What networks that take the same time have in common: an architecture may have several
-        sizes."""
+        """A key that is equal for networks that take the same time. The architecture alone is not
+        enough, because it may have several sizes."""
         return self.architecture, self.guided_calls, self.lora_parameters(1)
 
     @property
     def text_numbers(self) -> int:
-        """How many numbers a short caption's embeddings are."""
+        """How many numbers the embeddings of a short caption have."""
         if self.flow:
             return self.flow.tokens * self.width + self.flow.pooled
         return 77 * self.width + (1280 if self.width == 2048 else 0)
 
     def lora_parameters(self, rank: int) -> int:
-        """Of a LoRA on all its target layers."""
+        """The number of parameters of a LoRA on all target layers."""
         return sum(rank * (shape[0] + prod(shape[1:])) for shape in self._layers().values())
 
     def _layers(self) -> dict[str, tuple[int, ...]]:
@@ -137,13 +140,13 @@ class CheckpointFile:
         }  # fmt: skip
 
     def step_bytes(self, rank: int, side: int, precision: str) -> float | None:
-        """Bytes of a step with one picture and with blocks recomputed, by arithmetic; None where
-        only a measurement tells.
+        """Calculates the bytes of a step with one picture and with blocks recomputed; None if only
+        a measurement can tell.
 
-        side: of the picture, in pixels. precision: the job's. These are the weights; the LoRA with
-        its gradient and AdamW's moments in float32; what goes into each block; and one block's
+        side: of the picture, in pixels. precision: the job's. Adds up the weights; the LoRA with
+        its gradient and AdamW's moments in float32; the input of each block; and one block's
         activations, 17 numbers for each feature of a token (arXiv 2205.05198, equation 2, without
-        the square of the attention).
+        the attention matrix).
         """
         if self.flow is None:
             return None

@@ -64,8 +64,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def read_surely(path: Path) -> Any:
-    """The parsed file, or None if it is missing or incomplete. Raises OSError if the disk fails, so
-    that a caller does not overwrite the file or drop what it describes."""
+    """The parsed file, or None if it is missing or incomplete. Raises OSError if the disk fails.
+    Otherwise a caller could overwrite a good file, or drop what the file describes."""
     try:
         return json.loads(patiently(path.read_text, encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -137,14 +137,14 @@ def stamps(roots: Sequence[Path]) -> str:
 
 
 def clear_torn(folder: Path) -> None:
-    """Removes what interrupted writers left. No other process may be writing to the folder."""
+    """Removes temporary files of interrupted writers. No other process may write to the folder."""
     for left in folder.glob(f"{TEMPORARY}*"):
         _remove(left)
 
 
 def clear_dead(folder: Path, deep: bool = False) -> None:
-    """Removes what dead writers left. Other processes may be writing to the folder, but not this
-    one. deep: also in the folders inside."""
+    """Removes temporary files of dead writers. Other processes may write to the folder meanwhile,
+    but not this one. deep: also in subfolders."""
     for left in folder.glob(f"{'**/' if deep else ''}{TEMPORARY}*"):
         pid = left.name.removeprefix(TEMPORARY).partition("-")[0]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
@@ -161,6 +161,6 @@ def name_of(text: str) -> str:
 
 
 def numbered(folder: Path, prefix: str) -> list[int]:
-    """The numbers of what is called `prefix` and eight digits in a folder, in order."""
+    """The numbers of the files and folders named `prefix` and eight digits, in order."""
     paths = folder.glob(prefix + 8 * "[0-9]")
     return sorted(int(path.name.removeprefix(prefix)) for path in paths)

@@ -16,11 +16,11 @@ from .spec import Spec
 
 
 def family_metadata(spec: Spec) -> dict[str, str]:
-    """How a sampler must sample the LoRA of a job."""
-    made_for = {STEPS: str(spec.phases)} if spec.objective == "phased" else {}
+    """The metadata that tell a sampler how to sample the LoRA of a job."""
+    steps = {STEPS: str(spec.phases)} if spec.objective == "phased" else {}
     family = family_of(spec)
-    trained = {} if spec.objective == family else {"lcm_lora.objective": spec.objective}
-    return {FAMILY: family, **trained, **made_for}
+    objective = {} if spec.objective == family else {"lcm_lora.objective": spec.objective}
+    return {FAMILY: family, **objective, **steps}
 
 
 def vector(

@@ -1,8 +1,8 @@
-"""Whether the host's network gives right gradients: measured before a job relies on them.
+"""Measures whether ComfyUI's network gives right gradients, before a job relies on them.
 
-Some of the host's networks change activations in place, or call kernels without a backward. Most
-then raise an error, but a few give gradients that are wrong without one, above all when blocks are
-recomputed. So the gradient along a random direction is held against a finite difference.
+Some of ComfyUI's networks change activations in place, or call kernels without a backward. Most of
+them raise an error, but a few silently give wrong gradients, above all when blocks are recomputed.
+So the gradient along a random direction is compared with a finite difference.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .teacher import SHRINK, Teacher
 
 log = logging.getLogger("lcm_lora")
 SIDE = 16  # of the latents, in cells
-SMALL = 0.1  # of the second factors: then the function is nearly linear, and a step may be large
+SMALL = 0.1  # size of the up factors: the function is then nearly linear, and a step may be large
 DIRECTIONS = 3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """step: of the finite difference, relative to the factors. worst: a larger relative error is a
-    wrong gradient. Half precision rounds small differences away, so its step is larger."""
+    """step: of the finite difference, relative to the factors. worst: the largest relative error of
+    a right gradient. Half precision rounds small differences away, so its step is larger."""
 
     step: float
     worst: float
@@ -41,15 +41,16 @@ LIMITS = {
 
 
 def require_right_gradients(teacher: Teacher, adapter: Adapter) -> None:
-    """Raises ValueError if a gradient of the network is wrong or cannot be had, as it is or with
-    blocks recomputed in backward. Changes neither the network nor the adapter."""
+    """Raises ValueError if the network has no gradients, or wrong ones: as it is, or with blocks
+    recomputed in backward. Changes neither the network nor the adapter."""
     for how in ("", " with blocks recomputed in backward"):
         undo = recompute_blocks(teacher.network) if how else lambda: None
         try:
             error = gradient_error(teacher, adapter)
         except (RuntimeError, NotImplementedError) as reason:
             raise ValueError(
-                f"ComfyUI's {teacher.architecture} network cannot be trained here{how}: {reason}"
+                f"ComfyUI's {teacher.architecture} network cannot be trained here{how}: {reason}. "
+                "Try another precision, or another version of ComfyUI."
             ) from reason
         finally:
             undo()
@@ -58,7 +59,8 @@ def require_right_gradients(teacher: Teacher, adapter: Adapter) -> None:
             raise ValueError(
                 f"ComfyUI's {teacher.architecture} network gives wrong gradients here{how}: they "
                 f"differ by {error:.1%} from finite differences. A LoRA trained with them would be "
-                "useless, so the job does not start."
+                "useless, so the job does not start. Try precision fp32, or another version of "
+                "ComfyUI."
             )
 
 
@@ -87,7 +89,7 @@ def gradient_error(teacher: Teacher, adapter: Adapter) -> float:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         errors = []
         for _ in range(DIRECTIONS):
-            # Towards the gradient too, or most directions would hardly change the value.
+            # Partly along the gradient, because most random directions hardly change the value.
             ways = [
                 random(p) * g.norm() + g * p.numel() ** 0.5
                 for p, g in zip(parameters, gradients, strict=True)
@@ -119,7 +121,7 @@ def _set(parameters: list[torch.nn.Parameter], values: list[torch.Tensor]) -> No
 def _value(
     teacher: Teacher, random: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[], torch.Tensor]:
-    """A function of the adapter's factors that is a number."""
+    """A function without arguments whose result, a number, depends on the adapter's factors."""
     last = teacher.schedule.T - 1
     t = torch.tensor([last, last // 2], device=teacher.device)
     z = random(torch.empty(2, teacher.channels, SIDE, SIDE, device=teacher.device))

@@ -1,7 +1,7 @@
 """ComfyUI in a training process: enters it, and loads a checkpoint as a teacher.
 
-Call `enter` before anything imports ComfyUI. `load_teacher` says what is wrong with a checkpoint
-that cannot be one. teacher.py and flow.py call ComfyUI too, but of what is loaded here.
+Call `enter` before anything imports ComfyUI. `load_teacher` explains why a checkpoint cannot be a
+teacher. teacher.py and flow/teacher.py call ComfyUI too, but only through the model loaded here.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _ATTENTION = {
 def enter(host: Path, flags: tuple[str, ...] = ()) -> None:
     """Puts ComfyUI on the import path with its flags set. Call before any import of ComfyUI.
 
-    Raises ValueError if the folder holds no ComfyUI, or if the device that the job asks for does
-    not exist. It does not fall back to the CPU, because a server without --cpu has a device.
+    Raises ValueError if the folder holds no ComfyUI, or if the job's device does not exist. Does
+    not fall back to the CPU, because a server without --cpu has a device.
     """
     if not (host / "comfy" / "sd.py").is_file():
         raise ValueError(f"There is no ComfyUI in {host}: expected a folder with comfy/sd.py.")
@@ -106,7 +106,10 @@ def load_teacher(
     import comfy.model_management as management
 
     if not checkpoint.is_file():
-        raise ValueError(f"There is no checkpoint {disk.shown(checkpoint)}.")
+        raise ValueError(
+            f"There is no checkpoint {disk.shown(checkpoint)}: put it back, or start a new job "
+            "with another one."
+        )
     refuse_guidance_embedding(checkpoint)
     device = management.get_torch_device()
     dtype = _dtype(precision, device)
@@ -123,7 +126,7 @@ def load_teacher(
         patcher, style = _with_style(patcher, lora)
         styles.append((style, lora.strength))
     if prediction == FLOW:
-        if precision != "auto":  # where ComfyUI would compute in another
+        if precision != "auto":  # ComfyUI might choose another dtype to compute in
             patcher.model.manual_cast_dtype = dtype
         dtype = patcher.model.get_dtype_inference()
         require_exact_weights(checkpoint.name, patcher)
@@ -207,7 +210,8 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
-    """(architecture, prediction type). Raises ValueError saying what the checkpoint is instead."""
+    """(architecture, prediction type). Raises ValueError if the checkpoint cannot be distilled; the
+    message says what the checkpoint is."""
     import comfy.model_base as base
 
     from ..lora.weights.host import detect
@@ -220,7 +224,7 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
     ):
         raise ValueError(
             f"{name} is not a full checkpoint: expected network, text encoder and VAE in one file. "
-            "Give the parts of a flow model with Distillation Teacher."
+            "If it is a flow model in several files, name them in Distillation Teacher."
         )
     model = patcher.model
     architecture = detect(patcher)
@@ -252,7 +256,7 @@ def _checked(name: str, patcher: Any, clip: Any, vae: Any) -> tuple[str, str]:
 
 
 def _require_prompt_only(name: str, patcher: Any) -> None:
-    """Raises ValueError for the kinds of a flow model that take a picture besides the prompt."""
+    """Raises ValueError for a flow model that takes a picture besides the prompt."""
     format_ = patcher.model.latent_format
     frames = (1,) * (format_.latent_dimensions - 2)
     noise = torch.zeros(1, format_.latent_channels, *frames, 16, 16)
@@ -264,8 +268,8 @@ def _require_prompt_only(name: str, patcher: Any) -> None:
 
 
 def _with_style(patcher: Any, lora: StyleLoRA) -> tuple[Any, Vector]:
-    """The model patched with a style LoRA, which ComfyUI bakes in when it loads the model, and the
-    part of the LoRA that fits. Raises ValueError if the LoRA cannot be added to another."""
+    """The model patched with a style LoRA, which ComfyUI merges when it loads the model, and the
+    part of the LoRA that fits. Raises ValueError if the LoRA cannot be added to other LoRAs."""
     from ..lora.host import apply
 
     vector = files.read(Path(lora.path))

@@ -1,4 +1,4 @@
-"""The device's memory: how much is used, and what to do when it runs out. Also compiled blocks."""
+"""The device's memory: how much is used, and how to need less. Also compiles blocks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def in_parts(
 
 
 def give_back() -> None:
-    """Frees what no tensor uses any more, also on the device."""
+    """Gives unused memory back to the system, also on the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -98,7 +98,7 @@ def forget_peak(device: torch.device) -> None:
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The blocks of a UNet or a transformer, each recomputed or compiled as a whole.
 
-    Raises ValueError if there are none, because otherwise neither would happen.
+    Raises ValueError if there are none, because then nothing could be recomputed or compiled.
     """
     kinds = {"ResBlock", "SpatialTransformer"}
     blocks = [
@@ -151,8 +151,8 @@ def recompute_blocks(network: nn.Module) -> Callable[[], None]:
 
 
 def _of_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Some transformers' blocks change their inputs in place. Computed again from what they left, a
-    block would give a wrong gradient, and no error."""
+    """`forward` on copies of its inputs. Some transformers' blocks change their inputs in place;
+    recomputed from the changed inputs, they would silently give wrong gradients."""
 
     def copied(*args: Any, **kwargs: Any) -> Any:
         args = tuple(map(_copied, args))
@@ -166,14 +166,14 @@ def _copied(value: Any) -> Any:
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:
-    """torch.compile for each block, with these options of it. The first steps take longer.
+    """Compiles each block with torch.compile and these options. The first steps take longer.
 
     Raises ValueError if the network has no such blocks.
     """
     blocks = blocks_of(network)
-    # For Dynamo all blocks are one function, which it no longer compiles after the eighth variant.
-    # Each block has variants with the adapter off, on, and on with gradients, for two or three
-    # batch sizes.
+    # Dynamo counts all blocks as one function and stops compiling it after the eighth variant. Each
+    # block has variants with the adapter off, on, and on with gradients, for two or three batch
+    # sizes.
     config, variants = torch._dynamo.config, 16 * len(blocks)
     for limit in (
         "recompile_limit", "accumulated_recompile_limit",

@@ -1,4 +1,4 @@
-"""A job from its description to the LoRA file, in named steps that each of its processes takes."""
+"""A job from its description to the LoRA file, in named steps that each of its processes runs."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Pipeline:
     request: waiting.Request
 
     def run(self, dry_run: bool = False) -> None:
-        """Distils and writes the LoRA, or goes on where an earlier process ended.
+        """Distils and writes the LoRA, or continues where an earlier process ended.
 
-        dry_run: prints the plan instead. Raises Paused, ValueError for what the user must change,
-        and OSError if the disk fails.
+        dry_run: prints the plan instead. Raises Paused, ValueError if the user must change
+        something, and OSError if the disk fails.
         """
         output = Path(self.spec.output)
         if result.finished(self.job, output):
@@ -96,7 +96,7 @@ class Pipeline:
         replaces = self.spec.overwrite or result.interrupted(self.job, output)
         if output.exists() and not replaces:
             raise ValueError(
-                f"{output.name} exists already: choose another name, or allow overwrite."
+                f"{output.name} exists already: choose another name, or switch overwrite on."
             )
         banks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(banks / f"{disk.name_of(str(output))}.lock")
@@ -134,7 +134,7 @@ class Pipeline:
         return teacher
 
     def read_data(self, teacher: Teacher) -> sources.Source:
-        """Finds the prompts or pictures, and logs what is not used of them."""
+        """Finds the prompts or pictures, and logs those that the job does not use."""
         source = sources.source(self.spec, teacher)
         if self.ranks.first:
             for name, reason in source.unused[:LISTED]:
@@ -149,13 +149,13 @@ class Pipeline:
         spec = self.spec
         parameters = sum(parameter.numel() for parameter in adapter.parameters())
         needed = checkpoints.room(parameters, spec.keep, spec.objective)
-        if spec.passes > 1:  # the teacher's steps are kept, in float32
+        if spec.passes > 1:  # the teacher's outputs are kept, in float32
             needed += 4 * len(source) * teacher.latent_shape(spec.resolution).numel()
         written = _bytes_in(self.job / "checkpoints", self.job / answers.FOLDER)
         waiting.require_room(self.job, needed - written, "the checkpoints")
 
     def choose_samples(self, teacher: Teacher, source: sources.Source) -> Samples | None:
-        """The sample pictures of the run: of the job's own prompts, or of its first captions."""
+        """The run's sample pictures, for the job's own prompts or its first captions."""
         spec = self.spec
         if not (self.ranks.first and spec.sample_every):
             return None
@@ -175,14 +175,14 @@ class Pipeline:
         if self.ranks.first:
             for path in paths:
                 result.file_hash(path, cache)
-        self.ranks.wait()  # the other processes read what the first has written down
+        self.ranks.wait()  # the other processes read the hashes that the first has written
         return [result.file_hash(path, cache) for path in paths]
 
     def build_bank(
         self, teacher: Teacher, source: sources.Source, adapter: Adapter,
         base_hash: str, style_hashes: list[str],
     ) -> bank.Bank:  # fmt: skip
-        """The finished latent bank, an existing one if it fits."""
+        """The finished latent bank; an earlier job's if it fits."""
         spec, banks = self.spec, Path(self.spec.banks)
         strengths = [lora.strength for lora in spec.loras]
         settings = source.settings() | {"loras": list(zip(style_hashes, strengths, strict=True))}
@@ -240,7 +240,7 @@ class Pipeline:
         try:
             return Likeness(teacher, rows, family_of(self.spec), self.spec.seed)
         except ValueError as reason:
-            log.info("sample pictures are compared with the teacher's only: %s", reason)
+            log.info("the job compares sample pictures with the teacher's only: %s", reason)
             return None
 
     def write_result(self, run: Run, base_hash: str, notes: tuple[str, ...]) -> None:
@@ -263,7 +263,7 @@ class Pipeline:
 
 
 class _BankProgress:
-    """Reports how far the bank is, every two seconds at most."""
+    """Reports the progress of the bank, at most every two seconds."""
 
     def __init__(self, pipeline: Pipeline, unused: str):
         self.pipeline, self.unused = pipeline, unused
@@ -283,7 +283,7 @@ class _BankProgress:
         log.info("bank, %s", count)
 
     def end_if_asked(self) -> None:
-        # Each process reads the control file itself and none waits for another's answer, because
+        # Each process reads the control file itself and does not wait for the others, because
         # torchrun ends the other processes when one ends.
         self.pipeline.request.end_if_asked(self.reached)
 

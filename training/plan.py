@@ -27,24 +27,24 @@ from .teacher import Teacher
 
 
 def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
-    """The plan as text. It runs a step with random latents twice, the first time to warm up."""
+    """The plan as text. Runs a step with random latents twice, the first time to warm up."""
     parameters = sum(p.numel() for p in adapter.parameters())
     network = teacher.weight_bytes
     checkpoint = size(parameters, spec.objective)
-    asked = "teacher, no gradient"
+    teacher_call = "teacher, no gradient"
     if teacher.guided_calls > 1:
-        asked = f"teacher: {teacher.guided_calls} pictures in one, no gradient"
+        teacher_call = f"teacher: {teacher.guided_calls} pictures in one, no gradient"
     progress = Progress.first(spec)
     if progress.recompute:
         recompute_blocks(teacher.network)
     forget_peak(teacher.device)
     seconds = _seconds_a_step(spec, teacher, adapter, progress, asks_teacher=True)
-    calls = f"3 network calls a step ({asked}; target; student)"
+    calls = f"3 network calls a step ({teacher_call}; target; student)"
     if spec.passes > 1:
         later = _seconds_a_step(spec, teacher, adapter, progress, asks_teacher=False)
         seconds = (seconds + (spec.passes - 1) * later) / spec.passes
         calls = (
-            f"2 network calls a step (target; student), and one more ({asked}) in one of "
+            f"2 network calls a step (target; student), and one more ({teacher_call}) in one of "
             f"{spec.passes} passes over the bank"
         )
     if OBJECTIVES[spec.objective].matches:
@@ -54,7 +54,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     count = progress.micro_batch
     measured = f", {count} pictures at a time" if count < spec.batch else ""
     measured += ", blocks computed again in backward" if progress.recompute else ""
-    # The two moments of AdamW and a second adapter, if there is one, are not made for the plan.
+    # Added, because the plan makes neither AdamW's two moments nor a second adapter.
     most = memory(teacher.device) + checkpoint - 4 * parameters
     lines = [
         f"teacher: {Path(spec.checkpoint).name}, {teacher.architecture}, "
@@ -78,7 +78,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
 def _seconds_a_step(
     spec: Spec, teacher: Teacher, adapter: Adapter, progress: Progress, asks_teacher: bool
 ) -> float:
-    """Measures a step. If memory runs out, progress changes as the job's own would.
+    """Measures a step. If memory runs out, changes `progress` as the job would.
 
     asks_teacher: whether the step calls the teacher, as in the first pass over the bank.
     """
@@ -98,7 +98,7 @@ def _seconds_a_step(
 def _measured(
     spec: Spec, teacher: Teacher, adapter: Adapter, count: int, asks_teacher: bool
 ) -> float:
-    """Seconds for `count` pictures, the second time."""
+    """Seconds of a step with `count` pictures, measured on the second of two."""
     shape = teacher.latent_shape(spec.resolution)
     schedule = teacher.schedule
     starts = len(schedule.starts)

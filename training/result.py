@@ -19,7 +19,7 @@ from .teacher import Teacher
 
 VERSION = "1"
 STYLES = "lcm_lora.style_loras"  # in its metadata: [[name, strength], ...] of the baked-in styles
-MADE = "result.safetensors"  # in the job's folder, until it has been moved into place
+MADE = "result.safetensors"  # in the job's folder, until it is moved into place
 
 
 def metadata(
@@ -66,7 +66,8 @@ def write(
     written = files.read(made)
     if different := written.modules() ^ vector.modules():
         raise ValueError(
-            f"The result's modules are not those of the training: {sorted(different)[:5]}"
+            f"The file {made} does not hold the trained modules, which is a fault of this pack. "
+            f"Different: {', '.join(sorted(different)[:5])}."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with disk.whole_file(output) as new:

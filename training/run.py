@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
 
 
 def train(description: Path, dry_run: bool) -> int:
-    """Runs a job's part in this process. Writes how it ended to the job's status; -> exit status.
+    """Runs this process's part of a job and writes its end to the job's status; -> exit status.
 
-    Raises errors that the user cannot fix, such as a fault of the device. The status then says
+    Raises errors that the user cannot fix, such as a fault of the device. The status then has
     `crash`, and the supervisor starts the job again.
     """
     from lcm_lora.training import disk, spec
@@ -84,7 +84,7 @@ def train(description: Path, dry_run: bool) -> int:
         state, status = "paused", disk.DISK_FULL
         message = (
             f"The disk is full ({error}). Nothing is lost: free some space and start the job "
-            "again. It goes on after its newest checkpoint."
+            "again. It continues from its newest checkpoint."
         )
     finally:
         ranks.leave()

@@ -1,7 +1,7 @@
-"""Settings as dataclasses: each is declared once, and the rest follows from the declaration.
+"""Settings as dataclasses. Each setting is declared once.
 
-Files (`build`), checks (`check`), the HTTP description (`schema`) and the nodes' widgets
-(nodes/distill.py) are made from it.
+The declaration is the source for reading files (`build`), checks (`check`), the HTTP description
+(`schema`) and the nodes' widgets (nodes/distill.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known about a setting besides its name, type and default.
+    """The declaration of a setting, besides its name, type and default.
 
     Attributes:
         help: its meaning, for users: the node's tooltip and the description over HTTP.
-        least, most: inclusive bounds; above: an exclusive lower bound. In a list they hold for
+        least, most: inclusive bounds; above: an exclusive lower bound. For a list they hold for
             each item.
         multiple: the value must be a multiple of this.
         choices: the texts that are allowed. pattern: a regular expression that a text must match.
-        expected: how an error describes allowed values, if the above do not say it.
+        expected: how an error describes the allowed values, if the limits above are not enough.
         is_path: whether it names a file, whose name may contain bytes that are not UTF-8.
         widget: arguments for the node's widget, such as a narrower range.
     """
@@ -96,9 +96,9 @@ def setting(
 
 def same(kind: type, name: str, default: Any = None) -> Any:
     """A field with the declaration of another class's field. `default` may replace its default."""
-    theirs = declared(kind)[name]
-    value = theirs.default if default is None else default
-    return field(default=value, metadata={"setting": theirs.setting})
+    original = declared(kind)[name]
+    value = original.default if default is None else default
+    return field(default=value, metadata={"setting": original.setting})
 
 
 def declared(kind: type) -> dict[str, Declared]:
@@ -116,10 +116,10 @@ def declared(kind: type) -> dict[str, Declared]:
 
 def shared(settings: Any, kind: type) -> dict[str, Any]:
     """The values of the fields that `same` copied from `kind`, by name."""
-    theirs = {name: item.setting for name, item in declared(kind).items()}
-    ours = declared(type(settings))
+    originals = {name: item.setting for name, item in declared(kind).items()}
+    items = declared(type(settings)).items()
     return {
-        name: getattr(settings, name) for name in ours if ours[name].setting is theirs.get(name)
+        name: getattr(settings, name) for name, item in items if item.setting is originals.get(name)
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import disk
 from .schema import build, check, declared, setting
 
-LATER = ("start_from", "text_encoders", "vae")  # settings that spec.json holds only if they are set
+LATER = ("start_from", "text_encoders", "vae")  # newer settings; spec.json has them only if set
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Data:
         "",
         is_path=True,
     )
-    prompts: tuple[str, ...] = setting("Prompts that replace the file.", ())
+    prompts: tuple[str, ...] = setting("Prompts to use instead of the file.", ())
     count: int = setting(
         "Number of pictures that the checkpoint draws. Later jobs with the same checkpoint, data, "
         "guidance, seed, resolution, precision and style LoRA reuse them.",
@@ -72,12 +72,14 @@ class Spec:
     output: str = setting("The LoRA file to write; it ends in .safetensors.", is_path=True)
     banks: str = setting("Folder of the latent banks, which jobs share.", is_path=True)
     host_flags: tuple[str, ...] = setting("ComfyUI's command line flags.", ())
-    loras: tuple[StyleLoRA, ...] = setting("Baked into the teacher first.", ())
+    loras: tuple[StyleLoRA, ...] = setting("Style LoRAs to bake into the teacher first.", ())
     embeddings: tuple[str, ...] = setting(
-        "Folders of embeddings. The first that has one of the name counts.", (), is_path=True
+        "Folders of embeddings. If several have the same name, the first folder counts.",
+        (),
+        is_path=True,
     )
     overwrite: bool = setting("Replace a LoRA file of the same name.", False)
-    data: Data = setting("The data.", factory=Data)
+    data: Data = setting("What the LoRA is distilled from.", factory=Data)
     resolution: int = setting(
         "Size of the pictures, as the side in pixels of a square with the same area: 512 for "
         "SD1.5, 768 for SD2, 1024 for SDXL.",
@@ -156,7 +158,7 @@ class Spec:
         widget={"max": 1_000_000},
     )
     keep: int = setting("Checkpoints that are kept besides the best one.", 2, least=1)
-    log_every: int = setting("Steps between lines of metrics.jsonl.", 10, least=1)
+    log_every: int = setting("Steps between two lines of metrics.jsonl.", 10, least=1)
     sample_every: int = setting(
         "Steps between sample pictures in the tab; 0 draws none.",
         250,
@@ -167,8 +169,8 @@ class Spec:
         "Prompts of the sample pictures; empty for the first four captions of the data.", ()
     )
     patience: int = setting(
-        "Stop after so many samplings in a row in which the pictures did not come nearer to the "
-        "data; 0 never stops early. The result is then the best checkpoint.",
+        "End the job early when the sample pictures have not come nearer to the data for this many "
+        "samplings in a row. The LoRA then comes from the best checkpoint. 0 never ends it early.",
         0,
         least=0,
     )
@@ -188,24 +190,23 @@ class Spec:
     )
     start_from: str = setting(
         "A LoRA to start from instead of from nothing: the official LCM-LoRA of this architecture, "
-        "or one that you distilled. The job fits it to the checkpoint. It is brought to this job's "
-        "rank.",
+        "or one that you distilled. The job fits it to the checkpoint, at the job's own rank.",
         "",
         is_path=True,
         widget={"optional": True},
     )
     text_encoders: tuple[str, ...] = setting(
-        "The files of the text encoders, if `checkpoint` is the file of a diffusion model alone.",
+        "The files of the text encoders, if `checkpoint` holds only a diffusion model.",
         (),
         is_path=True,
     )
-    vae: str = setting("The file of the VAE, together with text_encoders.", "", is_path=True)
+    vae: str = setting("The file of the VAE; needed with text_encoders.", "", is_path=True)
 
     def __post_init__(self) -> None:
         if bool(self.text_encoders) != bool(self.vae):
             raise ValueError(
-                "text_encoders and vae belong together: name both for a diffusion model in a file "
-                "of its own, or none for a checkpoint that contains them."
+                "text_encoders and vae belong together, but only one is set: set both if the "
+                "checkpoint holds only a diffusion model, or none if it contains them."
             )
         for name in ("host", "checkpoint", "output", "banks"):
             if not Path(getattr(self, name)).is_absolute():
@@ -224,8 +225,8 @@ class Spec:
     def to_json(self) -> str:
         """Valid Unicode, from which `read` builds an equal Spec whatever bytes the paths have.
 
-        A job is found again by the hash of this text. So a setting that came later is in it only
-        if it is set: the jobs of earlier versions keep their hashes.
+        The hash of this text identifies a job. Newer settings are left out unless they are set, so
+        that the jobs of earlier versions keep their hashes.
         """
         settings = asdict(self)
         for name in LATER:

@@ -31,17 +31,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Teacher:
-    """A frozen network with its schedule and encoders. Calling it calls the network.
+    """A frozen network with its schedule and encoders. Calling a Teacher calls the network.
 
     Attributes:
         network: ComfyUI's UNet, frozen, on `device` in `dtype`.
         schedule: how it mixes noise; its tables are on `device`.
         architecture: "SD1.5", "SDXL", ...
         channels: of a latent.
-        uncond: the unconditional text embeddings, in the form of `text` but on `device`: those of
-            the empty prompt for SD1 and SD2, zeros for SDXL and its relatives.
+        uncond: the unconditional text embeddings, in the form of `text` but on `device`: the
+            embeddings of the empty prompt for SD1 and SD2, zeros for SDXL and its relatives.
         styles: the parts of the style LoRAs that are baked into the network, with their strengths.
-        before_call: is called before each call of the network, and may raise to end the work.
+        before_call: called before each call of the network; may raise to end the work.
     """
 
     network: nn.Module
@@ -72,7 +72,7 @@ class Teacher:
 
     @property
     def targets(self) -> re.Pattern[str]:
-        """Is found in the names of the layers that a LoRA changes."""
+        """Matches a part of the names of the layers that a LoRA changes."""
         return TARGETS
 
     @property
@@ -91,7 +91,7 @@ class Teacher:
 
     @property
     def latent_dimensions(self) -> int:
-        """2 of pictures, 3 of videos."""
+        """2 for pictures, 3 for videos."""
         return int(self._patcher.model.latent_format.latent_dimensions)
 
     @property
@@ -101,7 +101,7 @@ class Teacher:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the network, as it is stored on the device."""
+        """Bytes of the network's weights on the device."""
         return int(self._patcher.model_size())
 
     @property
@@ -110,7 +110,8 @@ class Teacher:
         return 2
 
     def use_guidance(self, scale: tuple[float, ...]) -> None:  # noqa: B027 (most have no input for it)
-        """The job's guidance scale, one number or a range. Raises ValueError if it does not fit."""
+        """Takes the job's guidance scale, one number or a range. Raises ValueError if the network
+        cannot use it."""
 
     @torch.no_grad()
     def text(self, caption: str) -> Tensors:
@@ -123,8 +124,8 @@ class Teacher:
         windows = max(len(part) for part in tokens.values())
         if windows * 75 > LONGEST:
             raise ValueError(
-                f"A caption of about {windows * 75} tokens is too long, at most {LONGEST} can be "
-                f"used: {caption[:60]!r}..."
+                f"A caption of about {windows * 75} tokens is too long; expected at most {LONGEST}."
+                f" Shorten it: {caption[:60]!r}..."
             )
         context, pooled = self._clip.encode_from_tokens(tokens, return_pooled=True)
         embeddings = {"context": context[0].float().cpu()}
@@ -201,13 +202,13 @@ class Teacher:
 
         coverage = apply(self._patcher, None, vector, 1.0, 0.0)[2]
         if coverage.left_over:
-            raise ValueError(f"start_from: {coverage} Start from a LoRA of the same architecture.")
+            raise ValueError(f"start_from: {coverage} Choose a LoRA for the same architecture.")
         deltas = beside(self._patcher, vector)
         if deltas is None:
             kinds = vector.opaque_kinds or "other changes than low-rank factors"
             raise ValueError(
-                f"start_from: {vector.source} contains {kinds}, which a training cannot go on "
-                "from. Start from a plain LoRA."
+                f"start_from: {vector.source} contains {kinds}, from which a job cannot start. "
+                "Choose a plain LoRA."
             )
         return {name.removeprefix("diffusion_model."): delta for name, delta in deltas.items()}
 

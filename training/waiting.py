@@ -1,4 +1,4 @@
-"""What a job waits for before its training begins, and what it is asked to do meanwhile."""
+"""Waits for memory and disk space before a job trains, and reads requests to pause or finish."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PATIENCE = 60.0  # seconds to wait for memory
 
 
 class Paused(Exception):
-    """The job was asked to end before its training began. The finished files of the bank stay."""
+    """A request ended the job before its training began. The finished files of the bank stay."""
 
 
 class Request:
-    """What the job is asked to do, by its control file or by a signal. A signal means pause.
+    """The current request to a job, from its control file or from a signal, which means pause.
 
-    Calling it gives "" (go on), "pause" (save and end) or "finish" (save, write the LoRA and end).
+    Calling it gives "" (none), "pause" (save and end) or "finish" (save, write the LoRA and end).
     """
 
     def __init__(self, control: Path):
@@ -42,7 +42,7 @@ class Request:
         action = disk.read_object(self.control).get("action")
         if action == "finish":
             return "finish"
-        # A stop is a pause too. If it is not followed, the supervisor ends the process.
+        # For the trainer, stop means pause. If it does not end soon, the supervisor ends it.
         return "pause" if action in ("pause", "stop") else ""
 
     def end_if_asked(self, reached: str = "before the training began") -> None:
@@ -57,9 +57,9 @@ def for_memory(
     journal: Journal | None,
     request: Callable[[], Action],
 ) -> None:
-    """Waits until the device has room for the checkpoint, which the server was asked to make.
+    """Waits until the server has freed enough of the device's memory for the checkpoint.
 
-    Waits for PATIENCE at most, because ComfyUI may get by with less.
+    Waits for at most PATIENCE, because ComfyUI may manage with less memory.
     """
     needed = checkpoint.stat().st_size if checkpoint.is_file() else 0
     deadline = time.monotonic() + PATIENCE

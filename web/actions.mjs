@@ -1,5 +1,5 @@
-// What can be done with a job besides starting and stopping it: a new name, more steps, its settings
-// in the graph, and the LoRA of one of its checkpoints.
+// The actions of an open job: rename it, train it for more steps, put its settings into the graph, and
+// use the LoRA of one of its checkpoints.
 import { called, h } from "./elements.mjs";
 import { number, say } from "./words.mjs";
 

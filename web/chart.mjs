@@ -1,5 +1,5 @@
-// A line chart as SVG: steps to the right, values on a logarithmic scale. The pointer reads the
-// values at a step, and so do the arrow keys: to a screen reader the chart is a slider over steps.
+// A line chart as SVG: steps to the right, values on a logarithmic scale. The pointer and the arrow
+// keys read the values at a step. To a screen reader the chart is a slider over steps.
 import { h } from "./elements.mjs";
 import { linear, logarithmic } from "./ticks.mjs";
 import { number, say } from "./words.mjs";
@@ -29,7 +29,7 @@ const nearest = (points, step) => points.reduce((best, point) =>
 export class Chart {
   constructor(title) {
     this.title = title;
-    this.step = null; // that is read; null if none is
+    this.step = null; // the step that is read; null if none is
     this.keys = h("figcaption");
     this.readout = h("div", { class: "lcm-readout", "aria-hidden": "true" });
     this.svg = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "slider", tabindex: "0", "aria-label": title });
@@ -67,7 +67,7 @@ export class Chart {
     }
     for (const step of linear(left, right, 5, 1)) {
       const x = this.x(step);
-      const anchor = x > WIDTH - 24 ? "end" : "middle"; // that the last one is not cut
+      const anchor = x > WIDTH - 24 ? "end" : "middle"; // so that the last label is not cut
       this.drawn.append(
         s("line", { x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM, class: "lcm-grid" }),
         s("text", { x: anchor === "end" ? WIDTH - 1 : x, y: HEIGHT - 6, "text-anchor": anchor }, number(step)));
@@ -101,7 +101,7 @@ export class Chart {
     this.read(this.steps[Math.min(Math.max(moved, 0), this.steps.length - 1)]);
   }
 
-  /** Marks a step and tells its values; null takes the mark away, and the newest values stand. */
+  /** Marks a step and shows its values; null removes the mark and shows the newest values. */
   read(step) {
     this.step = this.steps.includes(step) ? step : null;
     const shown = this.step ?? this.steps.at(-1);

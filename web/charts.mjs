@@ -1,11 +1,11 @@
-// The charts of a job: its loss and its distance to the teacher, smoothed, beside another job's, and
-// as a file.
+// The charts of a job: loss, distances and recall, smoothed, beside those of another job, and as a
+// CSV file.
 import { Chart } from "./chart.mjs";
 import { called, h } from "./elements.mjs";
 import { number, say } from "./words.mjs";
 
-const LEAST = 0.001; // of a distance that is drawn
-const PART = 5000; // steps a request; the server gives at most so many rows, and a step has one
+const LEAST = 0.001; // the smallest distance that a chart shows
+const PART = 5000; // steps per request: the server sends at most this many rows, one for each step
 // The columns of sample pictures in the file.
 const SAMPLED = ["distance", "distance_to_data", "recall"], STEPS = ["1_step", "2_steps", "4_steps"];
 let smoothing = 0; // from 0 to 0.95; outlives the tab
@@ -42,7 +42,7 @@ export class Charts {
     this.smooth();
   }
 
-  /** Takes over new metrics, and fetches those of the job beside. */
+  /** Shows new metrics, and fetches those of the compared job. */
   async update(job, metrics) {
     this.job = job;
     this.metrics = metrics;
@@ -100,7 +100,7 @@ export class Charts {
       name: name + steps, colour: i + 1, dashed, points: rowsOf(metrics).map((row) => [row[0], row[i + first]]),
     }))));
     draw(this.error, ({ errors }) => errors, 1);
-    // Chance can take it below 0, which a logarithmic scale does not have.
+    // By chance a distance can be below 0, which a logarithmic scale cannot show.
     draw(this.likeness, ({ likeness }) => likeness.map((row) => row.map((value) => Math.max(value, LEAST))), 1);
     draw(this.recall, ({ likeness }) => likeness, 4);
   }

@@ -1,4 +1,4 @@
-// What an open row shows: a job's settings and figures, charts, sample pictures and log.
+// The content of an open row: a job's settings and figures, charts, sample pictures and log.
 import { Actions } from "./actions.mjs";
 import { Charts } from "./charts.mjs";
 import { h } from "./elements.mjs";
@@ -29,7 +29,7 @@ export class Details {
   }
 
   async update(job) {
-    // What changes is told by the job itself; an ended one is read once.
+    // The job's time of change shows whether anything is new, so an ended job is read only once.
     const stamp = `${job.changed} ${job.state}`;
     if (stamp === this.seen || this.busy) return;
     this.seen = stamp;
@@ -39,7 +39,7 @@ export class Details {
         this.server.call(`jobs/${job.id}`), this.server.call(`jobs/${job.id}/metrics?points=300`),
       ]);
       if (this.closed) return;
-      this.tell(details, metrics);
+      this.showFacts(details, metrics);
       this.actions.update(job, details);
       this.samples.update(job, details);
       await this.charts.update(job, metrics);
@@ -54,7 +54,7 @@ export class Details {
   }
 
   /** Settings, times, and the newest speed, memory and gradient norm. */
-  tell({ settings, checkpoint, created, changed }, { columns: names, rows }) {
+  showFacts({ settings, checkpoint, created, changed }, { columns: names, rows }) {
     const last = (name) => rows.at(-1)?.[names.indexOf(name)];
     const short = (value) => number(value, { maximumSignificantDigits: 3 });
     const { rank, batch, lr, guidance, resolution, objective, data, start_from: start, text_encoders: encoders, vae } = settings;

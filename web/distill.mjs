@@ -1,5 +1,5 @@
-// What Distil LCM-LoRA shows below its widgets: what a job with its settings would take, and once
-// that is queued, how far the job is. Distillation Job Status shows the latter too.
+// The text below the widgets of Distil LCM-LoRA: what a job with its settings would take, and once the
+// job is queued, its progress. Distillation Job Status shows the progress too.
 import { api } from "../../scripts/api.js";
 import { allNodes, orderOf } from "./graph.mjs";
 import { doing, facts, gigabytes } from "./progress.mjs";
@@ -9,8 +9,8 @@ import { say } from "./words.mjs";
 const TYPE = "LCMDistill";
 const STATUS = "LCMJobStatus";
 const PAUSE = 400; // milliseconds without a change before the server is asked
-const ORDER = "lcm_lora_order"; // in the node's properties: what its job was ordered with
-const seen = new WeakMap(); // node -> the order that its text is about
+const ORDER = "lcm_lora_order"; // in the node's properties: the order of its job, as JSON
+const seen = new WeakMap(); // node -> the order that its text describes, as JSON
 
 let call = null;
 let refresh = null;
@@ -24,11 +24,11 @@ function duration(seconds) {
   return minutes ? say("{minutes} min", { minutes }) : say("{seconds} s", { seconds: Math.ceil(seconds) });
 }
 
-/** The time as a sentence that says how it is known. */
+/** The time, with where it comes from. */
 function time({ training_seconds: training, drawing_seconds: drawing, time: basis }) {
   if (basis === "unknown") return say("time unknown: no job of this architecture has run on this device yet");
   const words = [basis === "measured"
-    ? say("training {time}, as an earlier job measured", { time: duration(training) })
+    ? say("training {time}, measured by an earlier job", { time: duration(training) })
     : say("training {time}, estimated from an earlier job", { time: duration(training) })];
   if (drawing) words.push(say("drawing {time}, estimated", { time: duration(drawing) }));
   return words.join(" · ");
@@ -43,7 +43,7 @@ function room({ memory_bytes: bytes, memory: basis, disk_bytes: disk }) {
   return words.join(" · ");
 }
 
-/** What happens to an order, where that is not simply a new job. */
+/** What happens to an order that does not simply make a new job. */
 function foreseen(queueing, name) {
   const lines = {
     same: () => [say("This job already exists")],
@@ -59,19 +59,18 @@ function lines(estimate, name) {
   const { steps, batch, resolution: pixels, drawn: count, architecture, own_resolution: own } = estimate;
   const order = count ? say("{steps} steps of {batch} pictures, {pixels} pixels, {count} drawn from prompts", { steps, batch, pixels, count })
     : say("{steps} steps of {batch} pictures, {pixels} pixels, from your pictures", { steps, batch, pixels });
-  const said = [...foreseen(estimate.queueing, name), [order], [time(estimate)], [room(estimate)]];
+  const shown = [...foreseen(estimate.queueing, name), [order], [time(estimate)], [room(estimate)]];
   if (own && own !== pixels) {
-    said.unshift([say("{architecture} is made for {own} pixels: switch auto_resolution on.", { architecture, own }), {}, true]);
+    shown.unshift([say("{architecture} is made for {own} pixels: switch auto_resolution on.", { architecture, own }), {}, true]);
   }
-  return said;
+  return shown;
 }
 
-/** What an order would take, or why it would be refused, as lines. Without an order nothing can be
- * said. */
+/** What an order would take, or why the server would refuse it, as lines. */
 async function forecast(node, order) {
   const files = node.widgets.find(({ name }) => name === "checkpoint").options.values;
   if (Array.isArray(files) && !files.includes(order.checkpoint)) {
-    return [[say("{name} is not here: choose another checkpoint, or download it and press R.", { name: order.checkpoint }), {}, true]];
+    return [[say("{name} is missing: choose another checkpoint, or download it and press R.", { name: order.checkpoint }), {}, true]];
   }
   const estimate = await call("estimate", order).catch(() => null); // the server may be gone
   return !estimate ? [] : estimate.refused ? [[estimate.refused, {}, true]] : lines(estimate, order.name);
@@ -87,17 +86,17 @@ async function look() {
       refresh();
       continue;
     }
-    const said = order ? await forecast(node, order) : [];
-    if (seen.get(node) === key && !jobOf(node)) show(node, said);
+    const forecasted = order ? await forecast(node, order) : [];
+    if (seen.get(node) === key && !jobOf(node)) show(node, forecasted);
   }
 }
 
-/** The id of the job that the node's settings have ordered. Other settings are another job. */
+/** The id of the job that the node's current settings ordered. Other settings are another job. */
 function jobOf(node) {
   return node.properties[ORDER] === seen.get(node) ? node.properties[JOB] : undefined;
 }
 
-/** Makes the forecasts anew: the files on the server have changed. */
+/** Estimates again, because the files on the server have changed. */
 export function lookAgain() {
   for (const node of ofType(TYPE)) seen.delete(node);
   lookSoon();
@@ -108,13 +107,13 @@ function lookSoon() {
   timer = setTimeout(look, PAUSE);
 }
 
-/** What a job does now and how far it is, as lines. */
+/** A job's activity and progress, as lines. */
 function progressOf(job) {
   const isWrong = ["failed", "lost"].includes(job.state);
   return [[doing(job), {}, isWrong], ...(job.step || isWrong ? [[facts(job)]] : [])];
 }
 
-/** Shows how far the jobs are that nodes have ordered, or show. */
+/** Shows the progress of jobs on the nodes that ordered them, and on the nodes for their status. */
 export function showProgress(jobs) {
   for (const node of ofType(STATUS)) {
     const job = jobs.find(({ id }) => id === node.properties[JOB]);
@@ -129,7 +128,8 @@ export function showProgress(jobs) {
   }
 }
 
-/** Lets nodes for a distillation show these. request: calls the pack's API; refresh: fetches the jobs. */
+/** Lets the nodes show estimates and progress. request: calls the pack's API; refreshJobs: fetches the
+ * jobs. */
 export function giveProgress(nodeType, definition, request, refreshJobs) {
   [call, refresh] = [request, refreshJobs];
   if (definition.name === STATUS) giveStatus(nodeType);
@@ -167,7 +167,7 @@ function giveForecast(nodeType) {
   nodeType.prototype.onTextGone = lookSoon; // texts.mjs calls it
 }
 
-/** Follows changes of the graph. */
+/** Estimates again when the graph changes. */
 export function listenToChanges() {
   api.addEventListener("graphChanged", lookSoon);
 }

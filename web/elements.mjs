@@ -1,4 +1,4 @@
-// How the tab makes its elements.
+// Makes the tab's elements.
 
 /** The name of a job for people. */
 export const called = (job) => job.title || job.name;
@@ -15,12 +15,12 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
-const asked = new WeakMap(); // button that shows its question -> what gives it its own words back
+const restorers = new WeakMap(); // button that shows a question -> function that restores its words
 
-/** Whether a button has to ask again: the first press shows `question` on it for some seconds; a
- * second press within them is meant. */
-export function asksAgain(button, question) {
-  const end = asked.get(button);
+/** Whether the user has yet to confirm: the first press shows `question` on the button for some
+ * seconds; a second press during that time confirms. */
+export function needsConfirmation(button, question) {
+  const end = restorers.get(button);
   if (end) {
     end();
     return false;
@@ -30,11 +30,11 @@ export function asksAgain(button, question) {
   if (label) button.setAttribute("aria-label", label.replace(words, question));
   const restore = () => {
     clearTimeout(timer);
-    asked.delete(button);
+    restorers.delete(button);
     button.textContent = words;
     if (label) button.setAttribute("aria-label", label);
   };
   const timer = setTimeout(restore, 4000);
-  asked.set(button, restore);
+  restorers.set(button, restore);
   return true;
 }

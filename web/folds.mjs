@@ -1,4 +1,4 @@
-// What Distil LCM-LoRA folds: `steps` counts only where length is custom, so that is where it is shown.
+// Folds the input `steps` of Distil LCM-LoRA unless length is custom, because only then it counts.
 const TYPE = "LCMDistill";
 
 function fold(node) {
@@ -6,7 +6,7 @@ function fold(node) {
   const steps = named("steps"), isFolded = named("length").value !== "custom";
   if (!steps.options || Boolean(steps.options.advanced) === isFolded) return;
   steps.options.advanced = isFolded;
-  // The new rendering looks at that again only when its list of widgets changes.
+  // Nodes 2.0 reads the option again only when the list of widgets changes.
   const place = node.widgets.indexOf(steps);
   node.widgets.splice(place, 1);
   node.widgets.splice(place, 0, steps);

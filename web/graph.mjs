@@ -1,4 +1,4 @@
-// What the tab does with the graph: sets and places nodes.
+// Sets, places and reads nodes of the graph.
 import { app } from "../../scripts/app.js";
 import { say } from "./words.mjs";
 
@@ -10,13 +10,13 @@ const ofType = (type) => app.canvas.graph.nodes.filter((node) => node.type === t
 const isSelected = (node) => Boolean(app.canvas.selected_nodes?.[node.id]);
 
 function set(node, name, value) {
-  const widget = node.widgets?.find((each) => each.name === name);
+  const widget = node.widgets?.find((candidate) => candidate.name === name);
   if (!widget) return;
   widget.value = value;
   widget.callback?.(value, app.canvas, node);
 }
 
-/** Whether a node may stand there: its box with its title touches no other's. */
+/** Whether a node of this size fits there: its box with its title overlaps no other node. */
 function isFree([x, y], [width, height]) {
   const title = window.LiteGraph.NODE_TITLE_HEIGHT;
   return app.canvas.graph.nodes.every(({ pos, size, flags }) => {
@@ -26,7 +26,7 @@ function isFree([x, y], [width, height]) {
   });
 }
 
-/** Adds a node at `start`, or as far below it as it takes to cover no other. */
+/** Adds a node at `start`, or further down at the first place that is free. */
 function place(type, start) {
   const node = window.LiteGraph.createNode(type);
   const at = [...start];
@@ -47,19 +47,19 @@ function present(nodes) {
   canvas.setDirty(true, true);
 }
 
-/** The middle of what is seen. */
+/** The middle of the visible area. */
 function middle() {
   const [x, y, width, height] = app.canvas.ds.visible_area;
   return [x + width / 2, y + height / 2];
 }
 
-/** Sets the Load LCM-LoRA that is selected, or the only one. Else it places one beside the others,
+/** Sets the selected Load LCM-LoRA, or the only one. Otherwise places a new one beside the others,
  * connected to the checkpoint if there is exactly one. */
 export async function useInGraph(name) {
   await app.refreshComboInNodes?.();
   const loaders = ofType(LOADER), selected = loaders.filter(isSelected);
-  const there = selected.length === 1 ? selected[0] : loaders.length === 1 ? loaders[0] : null;
-  const node = there ?? placed(loaders.at(-1));
+  const existing = selected.length === 1 ? selected[0] : loaders.length === 1 ? loaders[0] : null;
+  const node = existing ?? placed(loaders.at(-1));
   set(node, "lora_name", name);
   present([node]);
 }
@@ -80,7 +80,7 @@ function placed(last) {
 const modelOutput = (node) => node.outputs.findIndex(({ type }) => type === "MODEL");
 const toTheRightOf = (node) => [node.pos[0] + node.size[0] + GAP, node.pos[1]];
 
-/** Adds a Load LCM-LoRA between a checkpoint and all that its MODEL went to. */
+/** Adds a Load LCM-LoRA between a checkpoint and all nodes that used its MODEL. */
 export function addLoader(checkpoint) {
   const node = place(LOADER, toTheRightOf(checkpoint)), from = modelOutput(checkpoint);
   const links = (checkpoint.outputs[from].links ?? []).map((id) => checkpoint.graph.getLink(id));
@@ -123,8 +123,8 @@ function valuesOf(node) {
   return Object.fromEntries((node.widgets ?? []).filter(({ name }) => isOwn(name)).map(({ name, value }) => [name, value]));
 }
 
-/** The order that a node for a distillation and the one for its data make; null if another node gives
- * the data or the teacher. */
+/** The order of a Distil LCM-LoRA node and the nodes connected to it; null if its data or its teacher
+ * comes from a node of another type. */
 export function orderOf(node) {
   const source = node.getInputNode(node.inputs.findIndex(({ name }) => name === "data"));
   if (source?.type !== "LCMDistillData") return null;
@@ -145,12 +145,12 @@ function nextName(name) {
   return `${stem}-${number ? Number(number) + 1 : 2}`;
 }
 
-/** Puts the settings of an order into new nodes for its data and for the distillation. The LoRA gets
- * a name of its own, for that of the order is taken. */
+/** Puts the settings of an order into new nodes. The LoRA gets a new name, because the order's name is
+ * taken. */
 export async function edit({ data, teacher, ...order }) {
   await app.refreshComboInNodes?.();
   const source = place("LCMDistillData", middle());
-  set(source, "source", data.kind); // first, for the other inputs follow from it
+  set(source, "source", data.kind); // first, because it decides which other inputs exist
   const named = { "prompt file": "file", pictures: "folder" }[data.kind];
   for (const [name, value] of Object.entries(data)) set(source, `source.${name}`, value);
   if (named) set(source, `source.${named}`, data.path);

@@ -1,5 +1,5 @@
-// "LoRA info" in the menu of nodes that load LoRA files: a dialog with what a file says about itself.
-// Other people wrote that, so it goes into the page as text only.
+// "LoRA info" in the menu of nodes that load LoRA files: a dialog with the facts about a file. Other
+// people wrote the metadata, so they go into the page as text only.
 import { say } from "./words.mjs";
 
 const FILE = /^(?:lora_name|count\.lora_\d+)$/; // the widgets that name a file
@@ -35,7 +35,7 @@ function folded(title, content) {
   return element("details", "", element("summary", title), content);
 }
 
-/** Shows what is known of a file; a sentence if it cannot be read. */
+/** Shows the facts about a file, or the error if it cannot be read. */
 async function show(call, name) {
   const style = element("style", LOOK), title = element("h2", name), close = element("button", say("Close"));
   const content = element("div", say("Reading the file ..."));
@@ -46,7 +46,7 @@ async function show(call, name) {
   close.addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", ({ target }) => { if (target === dialog) dialog.close(); });
   dialog.addEventListener("close", () => dialog.remove());
-  // The graph's own keys must not act on what lies behind.
+  // Keys pressed in the dialog must not act on the graph behind it.
   dialog.addEventListener("keydown", (event) => event.stopPropagation());
   document.body.append(dialog);
   dialog.showModal();
@@ -60,7 +60,7 @@ async function show(call, name) {
   }
 }
 
-/** The entries that a node's menu has for its LoRA files. call(path): asks the pack's server. */
+/** The menu entries for a node's LoRA files. call(path): calls the pack's API. */
 export function infoItems(node, call) {
   if (!node.constructor?.nodeData?.category?.startsWith("LCM-LoRA")) return [];
   const named = (node.widgets ?? []).filter(({ name, value }) => FILE.test(name) && value && value !== "None");

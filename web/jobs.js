@@ -1,7 +1,7 @@
-// The sidebar tab "LCM-LoRA jobs": registers it, keeps the list of jobs, and says when one ends.
-// Also lets the nodes show what they say (texts.mjs), keeps and moves the rows of nodes that have
-// some (rows.mjs), folds what does not count (folds.mjs), and shows what LoRA files say about
-// themselves (info.mjs). Templates come with notes in the language of the page (notes.mjs).
+// The pack's only extension. It registers the sidebar tab "LCM-LoRA jobs", keeps the list of jobs, and
+// shows a message when one ends. It also shows texts on nodes (texts.mjs), keeps and moves the rows of
+// nodes (rows.mjs), folds an input without effect (folds.mjs), shows the facts about LoRA files
+// (info.mjs), and translates the notes of templates (notes.mjs).
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { giveProgress, listenToChanges, lookAgain, showProgress } from "./distill.mjs";
@@ -19,14 +19,14 @@ import { giveText, listenToNodes } from "./texts.mjs";
 import { say, speak } from "./words.mjs";
 
 const EVENT = "lcm_lora.jobs";
-const POLL = 5000; // milliseconds, should the server's events get lost
+const POLL = 5000; // milliseconds between requests, in case the server's events get lost
 const TAB = "lcm-lora-jobs";
 
 const state = { jobs: [], running: 0, total: 0, error: "" };
 let panel = null;
 let states = null; // id -> state at the last look; null until the first
-let asking = null; // the request that is under way, and the one after it
-let next = null;
+let current = null; // the request under way
+let next = null; // the request after it
 
 async function call(path, body) {
   const options = body === undefined ? {} : {
@@ -42,16 +42,16 @@ function toast(severity, summary, detail) {
   app.extensionManager.toast.add({ severity, summary, detail, life: 8000 });
 }
 
-/** Takes over the language that the front end has now. */
+/** Switches to the front end's current language. */
 function listen() {
   speak(app.extensionManager.setting.get("Comfy.Locale") ?? "en");
 }
 
-/** Fetches the list. Calls that come while one is under way share the next one, for the answer to
- * the first may be older than what they want to see. */
+/** Fetches the list. Calls during a request share the next request, because the answer to the current
+ * one may be too old for them. */
 function refresh() {
-  if (!asking) return (asking = fetchJobs());
-  next ??= asking.then(() => {
+  if (!current) return (current = fetchJobs());
+  next ??= current.then(() => {
     next = null;
     return refresh();
   });
@@ -66,20 +66,20 @@ function fetchJobs() {
     })
     .catch((error) => { state.error = error.message; })
     .finally(() => {
-      asking = null;
+      current = null;
       panel?.update(state);
       showProgress(state.jobs);
       badge();
     });
 }
 
-/** The number on the tab's icon. The front end watches its own record of the tab, so that is set. */
+/** Sets the number on the tab's icon, in the front end's own record of the tab, which it watches. */
 function badge() {
   const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find(({ id }) => id === TAB);
   if (tab) tab.iconBadge = state.running ? String(state.running) : null;
 }
 
-/** A toast for each job that has ended since the last look. */
+/** Shows a toast for each job that has ended since the last look. */
 function announce() {
   const before = states;
   states = new Map(state.jobs.map((job) => [job.id, job.state]));
@@ -97,12 +97,12 @@ function announce() {
   }
 }
 
-/** The browser's own notification, if the user has asked for them. */
+/** Shows a notification of the browser, if the user has switched them on. */
 function notify(job, title, body) {
   if (!isNotified()) return;
   try {
     new Notification(title, { body, tag: `lcm-lora ${job.id}` }); // one for all tabs of the browser
-  } catch {} // browsers of phones have the name, and refuse
+  } catch {} // browsers on phones have the class but refuse to make one
 }
 
 function openDistillation() {

@@ -1,10 +1,10 @@
-// The notes and titles in the pack's templates, in the language of the page. A template is one file for
-// all languages, so they are exchanged when it is opened. notes/LANGUAGE.json has them, by the English.
+// Translates the notes and titles in the pack's templates. A template is one file for all languages, so
+// this happens when it is opened. notes/LANGUAGE.json maps the English texts to the translations.
 import { SPOKEN, language } from "./words.mjs";
 
 const tables = new Map(); // language -> its table
 
-/** Only graphs with one of our notes: the titles are words that others use too. */
+/** Translates only graphs with one of our notes, because other graphs may use the same titles. */
 export async function translateNotes(graph) {
   const notes = graph.nodes?.filter(({ type }) => type === "MarkdownNote") ?? [];
   const locale = language();

@@ -1,5 +1,5 @@
-// What the page offers beside the nodes and the tab: commands and their keys, a setting, a link, and
-// entries in the menus of checkpoint loaders. ComfyUI translates these from ../locales.
+// Commands and their keys, a setting, the link on the About page, and entries in the menus of
+// checkpoint loaders. ComfyUI translates them from ../locales.
 import { app } from "../../scripts/app.js";
 import { CHECKPOINT, addLoader, distilFrom } from "./graph.mjs";
 import { say } from "./words.mjs";
@@ -8,7 +8,7 @@ const NOTIFY = "lcm_lora.notify";
 const VERSION = "0.1.0"; // as in pyproject.toml
 const HOME = "https://github.com/lcm-lora/comfyui-lcm-lora";
 
-/** What registerExtension takes. tab: the id of the sidebar's tab. */
+/** A part of the argument of registerExtension. tab: the id of the sidebar's tab. */
 export const offers = (tab, openDistillation) => ({
   commands: [{
     id: "lcm_lora.jobs", label: "Show the LCM-LoRA jobs", icon: "pi pi-bolt",
@@ -41,7 +41,7 @@ export async function wantNotified(isWanted) {
   if (isWanted && !isAllowed) {
     app.extensionManager.toast.add({
       severity: "warn", life: 8000, summary: say("LCM-LoRA jobs"),
-      detail: say("The browser does not allow notifications of this page: allow them in its settings."),
+      detail: say("The browser does not allow notifications from this page: allow them in its settings."),
     });
   }
   return isAllowed;

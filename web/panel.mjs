@@ -1,6 +1,6 @@
-// The tab's content. Elements are made once for each job and filled again on each update, so that
-// focus, scroll and what is open stay as they are.
-import { asksAgain, h } from "./elements.mjs";
+// The tab's content. Each job's elements are made once and updated later, so that focus, scroll
+// position and open rows stay as they are.
+import { h, needsConfirmation } from "./elements.mjs";
 import { Row } from "./row.mjs";
 import { say } from "./words.mjs";
 
@@ -12,7 +12,7 @@ export class Panel {
     this.rows = new Map();
     this.note = h("p", { class: "lcm-note", role: "status" });
     this.list = h("ul", { class: "lcm-jobs", "aria-label": say("LCM-LoRA jobs") });
-    // A row must not move away under the pointer; on a screen that is touched nothing hovers.
+    // Rows must not move while the mouse is on the list. Touch screens have no hovering.
     this.list.addEventListener("pointerenter", ({ pointerType }) => { this.isPointedAt = pointerType === "mouse"; });
     this.list.addEventListener("pointerleave", () => {
       this.isPointedAt = false;
@@ -28,7 +28,7 @@ export class Panel {
     const notices = h("label", { class: "lcm-tools" }, this.notified, say("notify me when a job ends"));
     notices.hidden = !("Notification" in window); // without https a browser has none
     this.root = h("div", { class: "lcm-panel" }, this.heading, this.tools, notices, this.note, this.template, this.list);
-    // Within the tab, for the page's head belongs to all packs.
+    // In the tab, because the page's head belongs to all packs.
     const style = new URL("./jobs.css", import.meta.url).href;
     element.replaceChildren(h("link", { rel: "stylesheet", href: style }), this.root);
   }
@@ -42,16 +42,16 @@ export class Panel {
     this.notified.checked = await this.server.wantNotified(this.notified.checked);
   }
 
-  /** Deletes the finished jobs that are shown; asks once more in place. */
+  /** Deletes the finished jobs that the list shows. The user has to press the button twice. */
   async clearFinished() {
     const finished = this.state.jobs.filter((job) => job.state === "done" && this.isShown(job)).map(({ id }) => id);
-    if (asksAgain(this.clear, say("really delete the finished jobs ({count})? Their LoRAs stay.", { count: finished.length }))) {
+    if (needsConfirmation(this.clear, say("really delete the finished jobs ({count})? Their LoRAs stay.", { count: finished.length }))) {
       this.counted = finished;
       return;
     }
     this.heading.focus();
     try {
-      // Only those that were counted: another may have finished since.
+      // Only those in the question: another job may have finished since.
       for (const id of finished.filter((id) => this.counted.includes(id))) await this.server.call(`jobs/${id}/delete`, {});
     } finally {
       await this.server.refresh();
@@ -76,7 +76,7 @@ export class Panel {
     const place = [...this.list.children].indexOf(row);
     this.fill(state);
     if (!focused || this.list.contains(document.activeElement)) return;
-    // A row that moved has lost the focus. Of one that is gone, the next one takes it.
+    // A moved row has lost the focus and gets it back. If the row is gone, the next row gets it.
     const heir = row.isConnected ? row : this.list.children[Math.min(place, this.list.children.length - 1)];
     const same = focused.isConnected ? focused : heir?.querySelector(`[data-action="${focused.dataset.action}"]`);
     const target = (row.isConnected && same) || heir?.querySelector(".lcm-head") || this.heading;
@@ -101,17 +101,17 @@ export class Panel {
     jobs.forEach((job, place) => {
       let row = this.rows.get(job.id);
       if (!row) {
-        row = new Row(this.server, () => this.toggle(job.id), () => { this.isAsked = true; });
+        row = new Row(this.server, () => this.toggle(job.id), () => { this.mayMove = true; });
         this.rows.set(job.id, row);
       }
       row.update(job, waiting, open === job.id);
-      const stays = this.isPointedAt && !this.isAsked;
+      const stays = this.isPointedAt && !this.mayMove;
       if (stays && !row.element.isConnected) this.list.append(row.element);
       else if (!stays && this.list.children[place] !== row.element) {
         this.list.insertBefore(row.element, this.list.children[place] ?? null);
       }
     });
-    this.isAsked = false;
+    this.mayMove = false;
   }
 
   toggle(id) {

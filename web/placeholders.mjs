@@ -1,4 +1,4 @@
-// What stands in empty text fields of nodes: what to write there. The front end would show their ids.
+// Placeholders for empty text fields of nodes: what to write there. Otherwise the front end shows ids.
 import { say } from "./words.mjs";
 
 const prompts = () => say("One prompt in each line.");

@@ -1,4 +1,4 @@
-// How far a job is, in words.
+// The progress of a job, in words.
 import { number, say } from "./words.mjs";
 
 const LOSS = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
@@ -6,7 +6,7 @@ const LOSS = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
 /** Megabytes as gigabytes, with one decimal. */
 export const gigabytes = (megabytes) => number(megabytes / 1000, { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
-/** What a job is doing, in more words than its state where they are known. */
+/** What a job is doing: its activity if it is known, otherwise its state. */
 export function doing(job) {
   const { activity, activity_done: done, activity_total: total } = job;
   if (!activity) return say(job.state);

@@ -1,11 +1,11 @@
-// One job in the tab: what it is doing, what can be done with it, and its details.
+// One job in the tab: its activity, its buttons, and its details.
 import { Details } from "./details.mjs";
-import { asksAgain, called, h } from "./elements.mjs";
+import { called, h, needsConfirmation } from "./elements.mjs";
 import { doing, facts } from "./progress.mjs";
 import { date, say } from "./words.mjs";
 
 const BANK = ["encoding captions", "making latents"];
-// What their names do not say.
+// Tooltips of buttons whose names do not say enough.
 const EFFECTS = {
   pause: () => say("saves and waits; the next job starts"),
   stop: () => say("like pause, but ends the process if it does not answer within a minute"),
@@ -13,7 +13,7 @@ const EFFECTS = {
 };
 const ACTIVE = ["preparing", "running", "stopping"];
 
-/** [how much, of how much, in words] for the bar: of the bank until training begins, then of the steps. */
+/** [done, total, text] for the bar: the bank's progress until training begins, then the steps. */
 function progress(job) {
   const { activity, activity_done: done, activity_total: total, step, steps } = job;
   if (!step && BANK.includes(activity) && total) return [done, total, doing(job)];
@@ -21,7 +21,7 @@ function progress(job) {
 }
 
 export class Row {
-  /** toggle(): shows or hides the details. moves(): its place may change although the pointer is there. */
+  /** toggle(): shows or hides the details. moves(): lets the rows move although the mouse is there. */
   constructor(server, toggle, moves) {
     this.server = server;
     this.moves = moves;
@@ -53,7 +53,7 @@ export class Row {
     this.details?.update(job);
   }
 
-  /** The buttons that make sense now; made again only when they change, which keeps the focus. */
+  /** Shows the buttons for the job's state. Makes them again only when they change, to keep the focus. */
   offer(job, waiting) {
     const place = waiting.findIndex(({ id }) => id === job.id);
     const offers = [];
@@ -62,7 +62,7 @@ export class Row {
     if (place >= 0 && place < waiting.length - 1) {
       offers.push(["down", () => this.ask("move", { before: waiting[place + 2]?.id ?? null })]);
     }
-    // One that has stepped aside comes back by itself, unless it is paused for good.
+    // A job that paused for prompts resumes by itself, unless the user pauses it.
     const pausable = job.aside || ["queued", "preparing", "running"].includes(job.state);
     if (pausable) offers.push(["pause", () => this.ask("pause")]);
     if (job.state === "running") offers.push(["finish now", () => this.ask("finish")]);
@@ -102,7 +102,7 @@ export class Row {
   }
 
   async remove() {
-    if (asksAgain(this.buttons.querySelector('[data-action="delete"]'), say("really delete?"))) return;
+    if (needsConfirmation(this.buttons.querySelector('[data-action="delete"]'), say("really delete?"))) return;
     await this.ask("delete");
   }
 

@@ -1,5 +1,6 @@
-// The rows of Few-step LoRA Stack, Combine LoRA Vectors, Compare Settings and Find LoRA Weights. The front end makes all rows anew when
-// their number changes, so their values are kept here; and the menu of a stack moves its rows.
+// Keeps the values in the rows of Few-step LoRA Stack, Combine LoRA Vectors, Compare Settings and Find
+// LoRA Weights, because the front end makes all rows again when their number changes. Also moves the
+// rows of a stack from its menu.
 import { say } from "./words.mjs";
 
 const STACK = "LCMLoRAStack";
@@ -52,7 +53,7 @@ export function keepRows(node) {
   watch();
 }
 
-/** What is connected to an input, as a function that connects it to another; null if nothing is. */
+/** A function that connects an input's source to another slot; null if nothing is connected. */
 function sourceOf(node, name) {
   const { graph } = node, number = node.inputs.find((input) => input.name === name)?.link;
   const link = number == null ? null : graph.getLink?.(number) ?? graph.links[number];
@@ -90,7 +91,7 @@ function remove(node, row) {
   else set(fieldOf(node, "lora", 1), "None");
 }
 
-/** The entries that a stack's menu has for its rows. */
+/** The menu entries for the rows of a stack. */
 export function rowItems(node) {
   if (node.comfyClass !== STACK) return [];
   const last = numberOf(node);

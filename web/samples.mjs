@@ -1,4 +1,4 @@
-// The sample pictures of a job, by the step after which they were drawn.
+// The sample pictures of a job, with a slider over the steps at which they were drawn.
 import { columns } from "./charts.mjs";
 import { called, h } from "./elements.mjs";
 import { Viewer } from "./viewer.mjs";

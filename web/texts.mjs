@@ -1,6 +1,6 @@
-// The texts on nodes: what a node did in its last run, below its widgets. The front end removes
-// progress texts when a run ends. These stay, and are saved with the workflow: as a property of the
-// node, because the values of widgets go by their position.
+// Shows below a node's widgets what it did in its last run. The front end removes progress texts when a
+// run ends; these texts stay and are saved with the workflow. They are a property of the node, because
+// the saved values of widgets have no names, only positions.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { say } from "./words.mjs";
@@ -9,7 +9,7 @@ export const KEY = "lcm_lora_text"; // in a node's output, as nodes/texts.py wri
 export const JOB = "lcm_lora_job"; // likewise: the job that it shows; see distill.mjs
 const EVENT = "lcm_lora.text"; // nodes/host.py sends it while a node runs
 const MARGIN = 6; // around the text, in pixels of the graph
-// On the element itself, for a style sheet in the page's head would be there for all packs.
+// Styles the element itself, because a style sheet in the page's head would affect all packs.
 const LOOK = "box-sizing: border-box; padding: 4px 8px; border-radius: 4px; overflow: hidden; "
   + "background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); "
   + "font: 12px/16px system-ui, sans-serif; overflow-wrap: anywhere; user-select: text; cursor: text;";
@@ -38,8 +38,8 @@ function heightIn(element, width) {
 }
 
 function widgetOf(node, make) {
-  const there = node.widgets?.find((widget) => widget.name === KEY);
-  if (there || !make) return there;
+  const existing = node.widgets?.find((widget) => widget.name === KEY);
+  if (existing || !make) return existing;
   const element = box();
   element.className = "lcm-said";
   element.setAttribute("role", "status");
@@ -51,9 +51,9 @@ function widgetOf(node, make) {
   return widget;
 }
 
-/** Puts the lines, [text, values, warning] each, in the place of the node's old text, and keeps them
- * with the workflow. */
-function tell(node, lines) {
+/** Replaces the node's text with lines, [text, values, warning] each, and saves them with the workflow.
+ */
+function setText(node, lines) {
   if (lines.length) node.properties[KEY] = lines;
   else delete node.properties[KEY];
   delete node.properties[JOB];
@@ -64,12 +64,12 @@ function tell(node, lines) {
 /** Whether the node shows no text. */
 export const isSilent = (node) => !widgetOf(node, false)?.element.childNodes.length;
 
-/** Shows lines until the node says something else; they are not kept. */
+/** Shows lines until the node's text changes; does not save them. */
 export function show(node, lines) {
   const isFirst = !widgetOf(node, false);
   const widget = widgetOf(node, lines.length > 0);
   const shown = JSON.stringify(lines.map((line) => [spoken(line), line[2]]));
-  if (!widget || widget.shown === shown) return; // what a user has selected stays so
+  if (!widget || widget.shown === shown) return; // keeps the user's text selection
   widget.shown = shown;
   widget.element.replaceChildren(...lines.map((line) => {
     const row = document.createElement("div");
@@ -82,8 +82,8 @@ export function show(node, lines) {
   node.setDirtyCanvas?.(true, true);
 }
 
-/** Makes room for the text. The new rendering does so itself; and when it loads a node, it makes it as
- * high as all widgets would need, also those that it folds, so that takes room away. */
+/** Makes room for the text. Nodes 2.0 does so itself. But when it loads a node, it adds room for folded
+ * widgets too, and this removes that room. */
 function fit(node, isFirst) {
   const height = node.computeSize()[1];
   const isFolded = window.LiteGraph.vueNodesMode && !node.showAdvanced && node.widgets.some(({ options }) => options?.advanced);
@@ -91,7 +91,7 @@ function fit(node, isFirst) {
   if (isFolded && isFirst && node.size[1] <= height) node.setSize([node.size[0], 0]);
 }
 
-/** The node with an id of the server's: "3", or "7:3" for node 3 inside the subgraph of node 7. */
+/** The node with this id of the server: "3", or "7:3" for node 3 inside the subgraph of node 7. */
 export function nodeAt(id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
@@ -102,8 +102,8 @@ export function nodeAt(id) {
   return node;
 }
 
-/** Takes the old text away when the server refuses the node's inputs; one that is not of a run stays.
- * Not all front ends have an event for that, but all set this property. */
+/** Removes the text of the last run when the server refuses the node's inputs. Not all front ends have
+ * an event for that, but all set this property. */
 function clearOnRefusal(node) {
   let value = node.has_errors;
   Object.defineProperty(node, "has_errors", {
@@ -111,18 +111,18 @@ function clearOnRefusal(node) {
     get: () => value,
     set(now) {
       value = now;
-      if (now && node.properties[KEY]) tell(node, []);
+      if (now && node.properties[KEY]) setText(node, []);
     },
   });
 }
 
-/** Before a node runs, its old text goes: it does not stay under an error. */
+/** Removes a node's old text. Called before it runs, so that no old text stays under an error. */
 function clear(id) {
   const node = id === null || id === undefined ? null : nodeAt(id);
-  if (node?.properties?.[KEY]) tell(node, []);
+  if (node?.properties?.[KEY]) setText(node, []);
 }
 
-/** Lets the nodes of this pack show what they say, also while they run. */
+/** Shows the texts of this pack's nodes, also while they run. */
 export function listenToNodes() {
   api.addEventListener("executing", ({ detail }) => clear(detail?.node ?? detail));
   for (const end of ["execution_error", "execution_interrupted"]) {
@@ -130,17 +130,17 @@ export function listenToNodes() {
   }
   api.addEventListener(EVENT, ({ detail: { node: id, lines } }) => {
     const node = nodeAt(id);
-    if (node) tell(node, lines);
+    if (node) setText(node, lines);
   });
 }
 
-/** Gives a kind of node its text, from a run and from a saved workflow. */
+/** Lets a type of node show its text, from a run and from a saved workflow. */
 export function giveText(nodeType, definition) {
   if (!definition.category?.startsWith("LCM-LoRA")) return;
   const { onExecuted, onConfigure } = nodeType.prototype;
   nodeType.prototype.onExecuted = function (output, ...rest) {
     onExecuted?.call(this, output, ...rest);
-    if (output?.[KEY]) tell(this, output[KEY]);
+    if (output?.[KEY]) setText(this, output[KEY]);
   };
   nodeType.prototype.onConfigure = function (...all) {
     onConfigure?.apply(this, all);

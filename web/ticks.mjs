@@ -6,7 +6,7 @@ const exact = (value) => Number(value.toPrecision(12)); // 0.3, not 0.3000000000
 export function linear(low, high, count, least = 0) {
   const rough = Math.max((high - low) / count, least, Number.MIN_VALUE);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const apart = [1, 2, 5, 10].map((digit) => exact(digit * power)).find((each) => each >= rough);
+  const apart = [1, 2, 5, 10].map((digit) => exact(digit * power)).find((size) => size >= rough);
   const ticks = [];
   for (let i = Math.ceil(low / apart); i * apart <= high; i++) ticks.push(exact(i * apart));
   return ticks;
@@ -21,7 +21,7 @@ export function logarithmic(low, high, count) {
       if (power % every === 0) ticks.push(...digits.map((digit) => exact(digit * 10 ** power)));
     }
     const shown = ticks.filter((tick) => tick >= low && tick <= high);
-    // Within less than a decade there may be one or none of these.
+    // Less than a decade may contain only one of these, or none.
     if (shown.length < 2) return linear(low, high, count);
     if (shown.length <= count) return shown;
   }

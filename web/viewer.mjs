@@ -1,5 +1,5 @@
-// Sample pictures, large, in a dialog: the teacher beside 1, 2 and 4 steps, and before beside after.
-// A sheet has a row for each prompt and these four columns of square pictures.
+// Shows sample pictures large, in a dialog: the teacher beside 1, 2 and 4 steps, and the first sampling
+// beside the chosen one. A sheet has a row for each prompt and these four columns of square pictures.
 import { columns } from "./charts.mjs";
 import { h } from "./elements.mjs";
 import { say } from "./words.mjs";
@@ -20,7 +20,7 @@ function cut(sheet, row, column, label) {
 }
 
 export class Viewer {
-  /** address(file): where a sheet is. */
+  /** address(file): the URL of a sheet. */
   constructor(address) {
     this.address = address;
     this.slider = h("input", { type: "range", min: "0", "aria-label": say("sample pictures over time"), oninput: () => this.show() });
@@ -33,7 +33,7 @@ export class Viewer {
     this.element = h("dialog", { class: "lcm-viewer", "aria-label": say("sample pictures") },
       h("header", {}, this.title, h("button", { type: "button", onclick: () => this.element.close() }, say("close"))),
       h("div", { class: "lcm-tools" }, this.slider, this.caption, this.first), this.wrong, this.rows);
-    this.element.addEventListener("keydown", (event) => event.stopPropagation()); // they are not for the graph
+    this.element.addEventListener("keydown", (event) => event.stopPropagation()); // these keys are not for the graph
     this.element.addEventListener("click", ({ target }) => { if (target === this.element) this.element.close(); });
   }
 
@@ -45,7 +45,7 @@ export class Viewer {
     this.slider.max = String(files.length - 1);
     this.slider.value = String(at);
     this.first.hidden = this.slider.hidden = files.length < 2;
-    this.first.replaceChildren(this.both, say("with those after step {step} beside", files[0]));
+    this.first.replaceChildren(this.both, say("beside those after step {step}", files[0]));
     this.element.showModal();
     this.show();
   }
@@ -57,7 +57,7 @@ export class Viewer {
     const shown = this.both.checked && file !== first ? [first, file] : [file];
     this.wanted = shown;
     try {
-      const sheets = await Promise.all(shown.map((each) => loaded(this.address(each))));
+      const sheets = await Promise.all(shown.map((shownFile) => loaded(this.address(shownFile))));
       if (this.wanted !== shown) return; // another step was chosen meanwhile
       const { naturalWidth, naturalHeight } = sheets[0];
       this.wrong.textContent = "";

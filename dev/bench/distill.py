@@ -1,6 +1,6 @@
 """What a training step costs: this pack compared with the released recipe, step by step in turn.
 
-Each runs in a process of its own, so that its memory is its own, and waits while the other takes a
+Each runs in its own process, so that the memory can be measured, and waits while the other takes a
 step. Each runs as its own program does: ours keeps the memory that it frees (training/memory.py).
 """
 
@@ -78,7 +78,7 @@ def compare(case: Case, steps: int, threads: int) -> tuple[Turns, dict[str, int]
 
 
 def report(turns: Turns, start: dict[str, int], case: str) -> Report:
-    """Rows and bars. The losses of the steps that warm up count too."""
+    """Rows and bars. The losses of warm-up steps count too."""
     made = Report("distill")
     outside = []
     for name in (OURS, REFERENCE):

@@ -1,6 +1,6 @@
 """Distils the demo model with the real program, and judges what each objective makes of it.
 
-An LCM-LoRA is distilled from prompts alone. Then each of ARMS goes on from it for the same time:
+It distils an LCM-LoRA from prompts alone. Then each of ARMS trains on from it for the same time:
 the same objective once more, and distribution matching. The teacher has the guidance that is
 distilled, where its distance to real pictures is smallest (docs/measured.md). An interrupted run
 continues with the first LoRA that was not finished.
@@ -34,7 +34,7 @@ LATENTS = 600
 STEPS, MINUTES, PASSES = 600, 45, 8
 GUIDED = 2  # calls of the teacher for a guided prediction, of SD
 FIRST = "lcm"
-# What goes on from the first LoRA -> the objective.
+# Name of a training that starts from the first LoRA -> its objective.
 ARMS = {"lcm, then lcm": "lcm", "lcm, then dmd": "dmd"}
 # Number of steps -> distance to real pictures, as a multiple of the teacher's.
 WORST = {4: 1.3, 2: 1.6, 1: 2.2}

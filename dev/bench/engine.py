@@ -27,8 +27,8 @@ def prepare(
 ) -> Callable[[], Step]:
     """The function that takes a step, in a process that keeps its memory as training/run.py does.
 
-    Weights and bank are read from the case's files if these exist, and else drawn. change: what is
-    done to the network at the end.
+    Reads weights and bank from the case's files if they exist, otherwise draws them. change: a last
+    change of the network.
     """
     keep_freed()
     enter(case.host)
@@ -117,7 +117,7 @@ def _encoder(tensors: dict[str, torch.Tensor]) -> Callable[[str], dict[str, torc
 
 
 class _Sizes:
-    """What Teacher asks of ComfyUI's model for SDXL's size conditioning."""
+    """The part of ComfyUI's model that Teacher uses for SDXL's size conditioning."""
 
     def __init__(self) -> None:
         from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep

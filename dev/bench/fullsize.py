@@ -1,7 +1,7 @@
 """One training step on a network of full size with random weights: does it fit here?
 
-The network has the shape of the real architecture, the latents those of its own resolution. Only
-the values are random, so the seconds and the memory are real.
+The network has the shapes of the real architecture, and the latents have its resolution. Only the
+values are random, so the seconds and the memory are real.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare Settings against its bare pictures, and against a prompt of the server for each cell.
 
-The bare pictures are LCM KSampler and VAE Decode, once for each cell, on one MODEL that has its
-weights already: nothing is loaded or merged between them.
+For the bare pictures, LCM KSampler and VAE Decode run once for each cell, on one MODEL that already
+has its weights: nothing is loaded or merged in between.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What background jobs cost the graph: the routes, the node that orders a job, prompts during one.
 
-All through a real server with a thousand jobs, which are paused copies of one. The server and the
-trainer have one thread each, so that on two cores neither waits for the other.
+Measured on a real server with a thousand jobs, which are paused copies of one. The server and the
+trainer have one thread each, so that neither waits for the other on two cores.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def drawing(subject: Subject, seed: int) -> dict:
 
 
 def paused_copy(store: Store, job: str) -> None:
-    """Adds a paused job. Of finished ones, the store would delete all but a few hundred."""
+    """Adds a paused job. The store would delete all but a few hundred finished ones."""
     path = store.folder / str(uuid.uuid4())
     shutil.copytree(store.path(job), path)
     changes = {"control.json": {"action": "pause"}, "status.json": {"state": "paused"}}

@@ -83,7 +83,7 @@ def draw(client: Client, prompt: dict, folder: Path, stroke: int) -> None:
 def bare(checkpoint: Path):
     """-> what encodes a picture, calls the network STEPS times, and decodes."""
     toy = subjects.Toy.load(checkpoint)
-    # As the server has it; the benchmarks of quality decode in half the time.
+    # As in the server; the quality benchmarks use a format that decodes in half the time.
     toy.vae.first_stage_model.to(memory_format=torch.contiguous_format)
     comfy.model_management.load_models_gpu([toy.base])
     network = toy.base.model.diffusion_model

@@ -96,8 +96,8 @@ def digest(settings: str, sources: Iterable[Path]) -> str:
 class Kept:
     """The figures of a run so far, so that hours of drawing can be interrupted and continued.
 
-    settings, sources: what the figures depend on, beside the model's weights and the samplers'
-    source. When one of these changes, the run starts again.
+    settings, sources: what the figures depend on, besides the model's weights and the samplers'
+    source code. When any of these changes, the run starts again.
     """
 
     def __init__(self, folder: Path, settings: str, sources: Iterable[Path] = ()) -> None:
@@ -118,7 +118,7 @@ class Kept:
 
 
 def scenes(seed: int, count: int, collection: str = "3d") -> list[world.Spec]:
-    """What the pictures of a seed show; the captions are of the kind that the model knows."""
+    """The scenes of a seed's pictures, with captions that the model knows."""
     names = tuple(world.kinds_of(collection).values())
     return world.specs(count, torch.Generator().manual_seed(1000 + seed), names=names)
 

@@ -117,7 +117,7 @@ def accelerated(toy: Toy, vector: Vector) -> Sample:
 
 
 def teacher(toy: Toy, guidance: float = GUIDANCE) -> Sample:
-    """The base in 50 steps of its solver, for any number of steps that is asked for."""
+    """The base in 50 steps of its solver, whatever number of steps the caller passes."""
     sampler, scheduler = toy.solver
     solved = of_host(toy, sampler, guidance, scheduler)
     return lambda steps, *rest: solved(TEACHER_STEPS, *rest)

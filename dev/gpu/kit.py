@@ -1,4 +1,4 @@
-"""What every part shares: its clock, its report, and the device's time and memory."""
+"""Shared by all parts: the clock, the report, and the device's time and memory."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Kit:
 
     @contextlib.contextmanager
     def case(self, title: str, needs: float = 0.0) -> Iterator[bool]:
-        """A case whose failure does not end the others. False inside if too few of the seconds
-        that it needs are left."""
+        """A case whose failure does not end the others. False inside if not enough seconds are
+        left for it."""
         if self.left() < needs:
             self.note(f"{title}: left out, {self.left():.0f} s are left and it wants {needs:.0f}")
             yield False
@@ -127,14 +127,14 @@ class Kit:
         return wall, first.elapsed_time(last) / 1000 if self.cuda else wall
 
     def seconds(self, call: Callable[[], object], runs: int, warm: int = 1) -> list[float]:
-        """Of each counted run."""
+        """The values of each counted run."""
         for _ in range(warm):
             call()
         return [self.timed(call)[0] for _ in range(1 if self.tiny else runs)]
 
     def turns(self, subjects: dict[str, Callable[[], object]], runs: int, seconds: float) -> Turns:
-        """Two warm-up rounds and `runs` counted ones, of which the first three run also when the
-        seconds are over. A subject that fails is noted and left out."""
+        """Two warm-up rounds and `runs` counted ones. Three counted rounds run even if the time is
+        over. A subject that fails is noted and left out."""
         turns, alive = Turns(), dict(subjects)
         until = time.monotonic() + min(seconds, self.left())
         for number in range(-1 if self.tiny else -2, runs):
@@ -154,7 +154,7 @@ class Kit:
 
 
 class Turns:
-    """Of each subject that did not fail, a value a round."""
+    """One value per round for each subject that did not fail."""
 
     def __init__(self) -> None:
         self.wall: dict[str, list[float]] = {}

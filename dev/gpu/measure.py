@@ -75,7 +75,7 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
     with open(chosen.out / "log.txt", "ab") as output:
         for at, name in enumerate(names):
             left = chosen.budget - (time.monotonic() - begun)
-            # The time that the parts before have saved goes to those that come.
+            # Time that earlier parts did not use goes to the later ones.
             seconds = left * shares[name] / sum(shares[each] for each in names[at:])
             if seconds < LEAST:
                 summary["parts"][name] = {"state": f"left out, {left:.0f} s are left"}
@@ -93,7 +93,7 @@ def follow(
     chosen: argparse.Namespace, name: str, seconds: float, output: BinaryIO, summary: dict,
     results: Path,
 ) -> None:  # fmt: skip
-    """Runs a part, and takes over what it has written every second."""
+    """Runs a part, and copies its report every second."""
     file = chosen.work / f"{name}.json"
     file.unlink(missing_ok=True)
     command = [
@@ -128,7 +128,7 @@ def follow(
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a part's process and those that it has started."""
+    """Ends a part's process and its child processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

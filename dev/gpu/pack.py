@@ -1,4 +1,4 @@
-"""Fills .device/ with what a GPU machine without network needs beside a checkout.
+"""Fills .device/ with the files that a GPU machine without network needs besides a checkout.
 
 That is ComfyUI's source and the wheels that wheels.txt names. `python3 dev/gpu/pack.py` needs the
 network and the standard library only.

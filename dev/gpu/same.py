@@ -17,7 +17,7 @@ from .sampling import Case
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
+    """The largest difference, relative to the largest number."""
     return float((one - other).abs().max() / one.abs().max())
 
 

@@ -186,8 +186,8 @@ def compare(kit: Kit, case: Case, name: str, steps: int, batch: int, seconds: fl
 
 
 def waits(kit: Kit, case: Case, name: str) -> None:
-    """How often a run of 4 steps waits for the device, and where, by PyTorch's own warning; and
-    what the CUDA runtime was asked, by the profiler."""
+    """How often a run of 4 steps waits for the device, and where, by PyTorch's own warning; and the
+    calls of the CUDA runtime, by the profiler."""
     subjects = case.subjects(4, 1)
     for each in (OURS, HOST, DIFFUSERS, BARE):
         subjects[each]()

@@ -93,8 +93,8 @@ class Job:
 
 
 def killed(kit: Kit, settings: dict) -> None:
-    """Is the file of a job that was killed and resumed that of an unbroken one, byte for byte? And
-    that of a job that simply ran twice?"""
+    """Does a killed and resumed job write the same file as an uninterrupted one, byte for byte? And
+    does a job that simply runs twice?"""
     steps = 4 if kit.tiny else 40
     settings = settings | {"steps": steps, "checkpoint_every": max(1, steps // 3), "seed": 3}
     whole = Job(kit, "whole", settings)

@@ -80,7 +80,7 @@ def public(vector: Vector, name: str) -> dict[str, Any]:
 
 
 def _made_of(recipe: Any, method: Any) -> list[str]:
-    """A recipe in lines. If a source has a recipe itself, that is indented below it."""
+    """A recipe in lines. If a source has a recipe of its own, its lines are indented below it."""
     if not isinstance(recipe, list) or not all(isinstance(term, dict) for term in recipe):
         raise ValueError("another program wrote this recipe")
     lines = [f"made of ({method}):" if method else "made of:"]

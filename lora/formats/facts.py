@@ -46,7 +46,7 @@ LABELS = (
 
 
 def facts(vector: Vector, name: str) -> dict[str, str]:
-    """What is known of a file, by the names in LABELS. What is unknown is not in it.
+    """The known facts about a file, by the names in LABELS.
 
     name: the file's name, with its folders as the user sees them.
     """
@@ -67,7 +67,7 @@ def facts(vector: Vector, name: str) -> dict[str, str]:
 
 
 def of_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The facts that metadata alone tells."""
+    """The facts that the metadata alone give."""
     of_file: dict[str, str] = {}
     for name, keys in _KEYS.items():
         show = _most_frequent if name == "frequent tags" else plain
@@ -86,7 +86,7 @@ def lines(facts: Mapping[str, str]) -> list[str]:
 def plain(text: str, longest: int = LONGEST) -> str:
     """One line of text of limited length, without characters that show nothing or change the
     direction of what follows."""
-    text = text[: 10 * longest]  # so that a long value costs nothing
+    text = text[: 10 * longest]  # so that a very long value takes no time
     kept = "".join(
         " " if character.isspace() else character
         for character in text

@@ -35,7 +35,7 @@ NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # 
 
 _DOWNLOAD = "The download went wrong: download the file again."
 _BYTE_ORDER_MARK = rb"(?:\xef\xbb\xbf)?"
-# What files of other formats begin with. The first match counts.
+# The first bytes of files in other formats. The first match counts.
 _OTHER_FORMATS = tuple(
     (re.compile(beginning), kind)
     for beginning, kind in (
@@ -66,8 +66,8 @@ _PROJECTION = re.compile(r"lora_unet_.*_attentions_\d+_proj_(in|out)")
 def read(path: Path, mapped: bool = False) -> Vector:
     """A safetensors LoRA in any known key dialect.
 
-    mapped: numbers stay in the file until they are used. For a short look at a large file: it must
-    not be overwritten meanwhile.
+    mapped: leaves the numbers in the file until they are used. For a short look at a large file,
+    which must not be overwritten meanwhile.
 
     Raises:
         ValueError: the file is empty, incomplete, of another format, or holds no LoRA.
@@ -109,8 +109,9 @@ def _beside(path: Path) -> dict[str, str]:
 def read_named(path: Path, name: str) -> Vector:
     """Reads a file that will be combined with others. Raises as `read`.
 
-    Adds its hash, and what it was made for according to its metadata or to `name`, the user's name
-    of the file: the result has another name.
+    Adds the file's hash and what the LoRA was made for, because the sum has another name.
+
+    name: the file's name, with its folders as the user sees them.
     """
     vector = replace(read(path), sha256=sha256(path))
     made = made_for(vector.metadata, name)
@@ -154,7 +155,7 @@ class _Tensor:
 
 def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
     """The tensors of a vector, with kohya names. Every delta becomes a plain pair of factors and an
-    alpha, which every program can read. It is formed when it is written."""
+    alpha, which every program can read. The factors are computed only when they are written."""
     vector = one_change(for_host(vector))
     width = cross_attention_width(vector.shapes)
 
@@ -188,8 +189,8 @@ def _tensors(vector: Vector, kind: torch.dtype) -> dict[str, _Tensor]:
 def balanced(delta: Delta) -> Delta:
     """The same delta with the row and the column of each rank about equally large.
 
-    fp16 then keeps the most bits. With an alpha of 1 at rank 128, for example, the numbers in the
-    up factor would be too small for it. Multiplying by powers of two keeps the product exactly the
+    fp16 then keeps the most bits; otherwise the up factor of a LoRA with alpha 1 at rank 128, for
+    example, would be too small for fp16. Multiplying by powers of two keeps the product exactly the
     same. Factors in fp16 stay as they are.
     """
     if delta.up.dtype == delta.down.dtype == torch.float16:
@@ -205,8 +206,8 @@ def balanced(delta: Delta) -> Delta:
 def _header(entries: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file: the length of a JSON text, and the text.
 
-    The library writes the metadata in random order, and needs a copy of all tensors. This way the
-    same vector always gives the same file.
+    The safetensors library writes the metadata in random order and needs a copy of all tensors.
+    With this header, the same vector always gives the same file.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     begin = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# The part of its module that a tensor is, by the end of its key.
+# Which part of its module a tensor is, by the end of its key.
 _PARTS: tuple[tuple[re.Pattern[str], dict[str, str] | str | None], ...] = (
     (re.compile(r"\.lora_(up|down|mid)\.weight$"), {"up": "up", "down": "down", "mid": "mid"}),
     # PEFT, with or without an adapter's name.
@@ -58,7 +58,7 @@ _UNKNOWN_ADAPTERS = tuple(
         (r"\.reshape_weight$", "reshape_weight"),
     )
 )
-# One search settles nearly every key.
+# For nearly every key, one search with this pattern is enough.
 _ANY_UNKNOWN = re.compile("|".join(pattern.pattern for pattern, _ in _UNKNOWN_ADAPTERS))
 
 # What torch.compile, FSDP, activation checkpointing, Fabric and DDP add to a module's path.

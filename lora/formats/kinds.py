@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-# Files with the factors of a LoRA that need more than a model.
+# Files with the factors of a LoRA that need more inputs than a model.
 _ADAPTERS = (
     (r"lora_controlnet$", "a Control-LoRA; load it with a Load ControlNet Model node"),
     (r"lllite_", "a ControlNet-LLLite; it needs a node pack for those"),
@@ -75,8 +75,8 @@ _EMBEDDING = re.compile(r"bundle_emb\.|emb_params$|string_to_param|clip_[lgh]$|t
 
 
 def not_a_plain_lora(keys: Iterable[str]) -> str | None:
-    """What a file is, and where to load it, if it has the factors of a LoRA but needs more than a
-    model. None for other files."""
+    """What a file is, and where to load it, if it has the factors of a LoRA but is no LoRA for a
+    model alone. None for other files."""
     return _first((*_ADAPTERS, *_FLUX), keys)
 
 
@@ -107,8 +107,8 @@ def left_out_because(key: str) -> str:
 
 def _first(kinds: Iterable[tuple[str, str]], keys: Iterable[str]) -> str | None:
     kinds = list(kinds)
-    some = re.compile("|".join(f"(?:{pattern})" for pattern, _ in kinds))
-    names = list(filter(some.match, keys))  # empty for a plain LoRA
+    any_kind = re.compile("|".join(f"(?:{pattern})" for pattern, _ in kinds))
+    names = list(filter(any_kind.match, keys))  # empty for a plain LoRA
     for pattern, kind in kinds:
         if any(re.match(pattern, name) for name in names):
             return kind

@@ -55,8 +55,8 @@ class Product(Delta):
         return list(self.parts.values())
 
     def matrix(self) -> Tensor:
-        one, two = (_matrix(self.parts, i) for i in (1, 2))
-        change = one * two if _is_loha(self.parts) else torch.kron(one, two)
+        w1, w2 = (_matrix(self.parts, i) for i in (1, 2))
+        change = w1 * w2 if _is_loha(self.parts) else torch.kron(w1, w2)
         return (change * self.scale).reshape(self.shape)
 
     def wire(self) -> dict[str, Tensor]:
@@ -98,17 +98,17 @@ def product(parts: Parts, alpha: float | None, name: str = "") -> Product:
         ValueError: a factor is missing, shapes do not multiply, or the product is larger than any
             layer.
     """
-    one, two = (_side(parts, i) for i in (1, 2))
+    w1, w2 = (_side(parts, i) for i in (1, 2))
     if _is_loha(parts):
-        if (one.rows, one.columns) != (two.rows, two.columns):
+        if (w1.rows, w1.columns) != (w2.rows, w2.columns):
             raise ValueError(
-                f"its Hadamard factors are of [{one.rows}, {one.columns}] and "
-                f"[{two.rows}, {two.columns}]; expected the same shape"
+                f"its Hadamard factors are [{w1.rows}, {w1.columns}] and "
+                f"[{w2.rows}, {w2.columns}]; expected the same shape"
             )
-        rows, columns = one.rows, one.columns
+        rows, columns = w1.rows, w1.columns
     else:
-        rows, columns = one.rows * two.rows, one.columns * two.columns
-    kernel = two.kernel or one.kernel
+        rows, columns = w1.rows * w2.rows, w1.columns * w2.columns
+    kernel = w2.kernel or w1.kernel
     if not kernel:
         kernel = next((kernel for pattern, kernel in _KERNELS if pattern.fullmatch(name)), ())
         kernel = kernel if columns % math.prod(kernel) == 0 else ()
@@ -117,7 +117,7 @@ def product(parts: Parts, alpha: float | None, name: str = "") -> Product:
             f"its product is [{rows}, {columns}]; no layer of these models has more than {LARGEST} "
             "numbers"
         )
-    rank, divisor = min(one.rank * two.rank, rows, columns), rank_of(parts)
+    rank, divisor = min(w1.rank * w2.rank, rows, columns), rank_of(parts)
     scale = alpha / divisor if divisor is not None and alpha is not None else 1.0
     shapes = (rows, rank, *[1] * len(kernel)), (rank, columns // math.prod(kernel), *kernel)
     up, down = (torch.empty(shape, device="meta") for shape in shapes)

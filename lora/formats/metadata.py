@@ -75,17 +75,17 @@ def standard(vector: Vector) -> dict[str, str]:
 
 
 def of_transformer(architecture: Architecture, own: str = "") -> dict[str, str]:
-    """What names the architecture of a transformer's LoRA; nothing for a UNet.
+    """The key that names the architecture of a transformer's LoRA; nothing for a UNet.
 
-    own: the file's own name. It stays if it is a variant of the same, such as `flux-1-dev/lora`. A
-    model that ModelSpec has no name for has ours.
+    own: the file's own architecture name. It stays if it is a variant of the same model, such as
+    `flux-1-dev/lora`. If ModelSpec has no name for the model, this pack's name is used.
     """
     if architecture.is_unet:
         return {}
     name = _TRANSFORMERS.get(architecture.name, architecture.name.lower())
-    one, other = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, own))
-    one = one[:-1] if "." in name else one  # Wan2.2 is a variant of Wan2.1
-    is_variant = other.startswith(one) and other.endswith("lora")
+    bare_name, bare_own = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, own))
+    stem = bare_name[:-1] if "." in name else bare_name  # Wan2.2 is a variant of Wan2.1
+    is_variant = bare_own.startswith(stem) and bare_own.endswith("lora")
     return {KIND: own if is_variant else f"{name}/lora"}
 
 
@@ -98,8 +98,8 @@ def agreed(vectors: Sequence[Vector]) -> dict[str, str]:
 
 
 def recipe(terms: Sequence[tuple[Vector, float]], method: str) -> dict[str, str]:
-    """How a vector was made from others: their names, hashes and weights, and the method. If one of
-    them has a recipe itself, that is in it too."""
+    """How a vector was made from others: their names, hashes and weights, the method, and the
+    recipes of the others, if they have some."""
     sources = []
     for vector, weight in terms:
         source: dict[str, Any] = {"source": vector.source, "weight": weight}

@@ -1,5 +1,5 @@
-"""The names of modules in every dialect, translated to those of the official LCM-LoRA files: kohya
-prefixes with diffusers block names, `lora_unet_down_blocks_0_attentions_0_..._attn1_to_q`.
+"""Translates the names of modules in every dialect to the names in the official LCM-LoRA files:
+kohya prefixes with diffusers block names, `lora_unet_down_blocks_0_attentions_0_..._attn1_to_q`.
 
 Names outside the UNets and text encoders of the Stable Diffusion types stay as they are, because
 ComfyUI may know them.

@@ -1,4 +1,4 @@
-"""Tensors in any dialect of keys become a Vector."""
+"""Turns tensors in any dialect of keys into a Vector."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
             ignored.append(f"{module}.alpha")
             continue
         if name in deltas or name in others or {f"{name}.diff", f"{name}.diff_b"} & diffs.keys():
-            raise ValueError(f"{source} holds two LoRAs for the module {name}; expected one.")
+            raise ValueError(
+                f"{source} holds two LoRAs for the module {name}; expected one. Get the original "
+                "files and combine them with Combine LoRA Vectors."
+            )
         try:
             for part in ("diff", "diff_b"):
                 if part in parts:

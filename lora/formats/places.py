@@ -23,11 +23,11 @@ Target = TypeVar("Target")
 
 
 def host_name(module: str, width: int) -> str:
-    """A canonical name as ComfyUI's own loader knows it. ComfyUI has no kohya-like names for the
-    norms, the embeddings and the only projection of a CLIP, but names of its own.
+    """A canonical name as ComfyUI's own loader knows it. For the norms, the embeddings and the only
+    projection of a CLIP, ComfyUI knows only names of its own.
 
-    width: the width of the text features, which is the last side of the module's weight. It shows
-    which CLIP the module belongs to.
+    width: of the text features, which is the last side of the module's weight. It shows which CLIP
+    the module belongs to.
     """
     match = _CLIP_WITHOUT_KOHYA.fullmatch(module)
     if not match:
@@ -41,11 +41,11 @@ def host_name(module: str, width: int) -> str:
 
 
 def places(host_names: Mapping[str, Target]) -> dict[str, Target]:
-    """ComfyUI's map from module names to what they patch, with all other names that a module of a
-    vector may have.
+    """ComfyUI's map from module names to what they patch, extended by all other names that a vector
+    may use for a module.
 
-    ComfyUI's own entries never change. It lists most weights of text encoders under one name only,
-    `text_encoders.ENCODER.transformer.PATH`.
+    ComfyUI's own entries stay as they are. It lists most weights of text encoders under only one
+    name, `text_encoders.ENCODER.transformer.PATH`.
     """
     by_name = dict(host_names)
     for name, target in host_names.items():

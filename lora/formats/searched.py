@@ -16,36 +16,36 @@ _LINE = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?) x (.+?)\s*", re
 
 
 def written(names: Sequence[str], weights: Sequence[float]) -> str:
-    """Weights, one a line: "0.82 x sticker.safetensors"."""
+    """Weights as text, one per line: "0.82 x sticker.safetensors"."""
     return "\n".join(f"{weight:g} x {name}" for weight, name in zip(weights, names, strict=True))
 
 
 def read_weights(text: str, names: Sequence[str]) -> list[float]:
-    """The weights of the vectors with these names, from the lines of `written` in a longer text.
+    """The weights of the vectors with these names, from lines of `written` in a longer text.
 
-    If no name is that of a vector, or names are equal, the weights are taken in their order.
+    If no name in the text matches a vector, or names are equal, the order of the lines counts.
 
     Raises:
         ValueError: the text does not hold one weight for each vector.
     """
-    found = [(match[2], float(match[1])) for line in text.splitlines()
-             if (match := _LINE.fullmatch(line))]  # fmt: skip
-    by_name = dict(found)
+    entries = [(match[2], float(match[1])) for line in text.splitlines()
+               if (match := _LINE.fullmatch(line))]  # fmt: skip
+    by_name = dict(entries)
     if len(set(names)) == len(names) and all(name in by_name for name in names):
         return [by_name[name] for name in names]
-    in_order = by_name.keys().isdisjoint(names) or [name for name, _ in found] == list(names)
-    if len(found) == len(names) and in_order:
-        return [weight for _, weight in found]
+    in_order = by_name.keys().isdisjoint(names) or [name for name, _ in entries] == list(names)
+    if len(entries) == len(names) and in_order:
+        return [weight for _, weight in entries]
     raise ValueError(
-        f"weights has {len(found)} lines such as '0.8 x name' ({', '.join(by_name) or 'none'}), "
+        f"weights has {len(entries)} lines such as '0.8 x name' ({', '.join(by_name) or 'none'}), "
         f"but the vectors are {', '.join(names)}. Connect the weights that Find LoRA Weights gave "
         "for these vectors, or leave the input empty."
     )
 
 
 def distilled_at(metadata: Mapping[str, str]) -> float:
-    """The guidance of an acceleration's distillation: the middle, if it is a range; 0 if its
-    metadata do not name it."""
+    """The guidance that an acceleration was distilled with; the middle of a range; 0 if the
+    metadata do not give it."""
     numbers = [
         float(n) for n in re.findall(r"\d+(?:\.\d+)?", metadata.get("lcm_lora.guidance", ""))
     ]
@@ -53,7 +53,7 @@ def distilled_at(metadata: Mapping[str, str]) -> float:
 
 
 def lines(metadata: Mapping[str, str]) -> list[str]:
-    """What a search found, for users; empty if the metadata hold none that this pack wrote."""
+    """What a search found, for users; empty if the metadata hold no search of this pack."""
     try:
         values = json.loads(metadata.get(SEARCH, ""))
         return _lines(values)

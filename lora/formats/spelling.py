@@ -1,4 +1,4 @@
-"""Vectors with other names for their modules: ComfyUI's, or the same names in several vectors."""
+"""Renames the modules of vectors: to ComfyUI's names, or to the same names in several vectors."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
     def spelled(name: str) -> str:
         return text_encoder_prefix(numbered(name, possible), two_encoders)
 
-    alike = [_renamed(vector, spelled) for vector in vectors]
+    renamed = [_renamed(vector, spelled) for vector in vectors]
     unclear = [
         (vector.source, name)
-        for vector in alike
+        for vector in renamed
         for name in sorted(filter(in_doubt, vector.modules()))
     ]
     others = [
         vector.source
-        for vector in alike
+        for vector in renamed
         if any("_down_blocks_" in name or "_up_blocks_" in name for name in vector.modules())
     ]
     if unclear and others:
@@ -61,7 +61,7 @@ def in_one_spelling(vectors: Sequence[Vector]) -> list[Vector]:
             "level of the model has. Apply them one after the other with Apply LoRA Vector, which "
             "looks at the model."
         )
-    return settled(alike)
+    return settled(renamed)
 
 
 def renamed(vector: Vector, names: Mapping[str, str]) -> Vector:
@@ -75,7 +75,10 @@ def _renamed(vector: Vector, spell: Callable[[str], str]) -> Vector:
     names = {name: spell(name) for name in vector.modules()}
     name, uses = Counter(names.values()).most_common(1)[0] if names else ("", 0)
     if uses > 1:
-        raise ValueError(f"{vector.source} holds two LoRAs for the module {name}; expected one.")
+        raise ValueError(
+            f"{vector.source} holds two LoRAs for the module {name}; expected one. Get the "
+            "original files and combine them with Combine LoRA Vectors."
+        )
 
     def with_names(values: Mapping[str, Value]) -> dict[str, Value]:
         return {names[name]: value for name, value in values.items()}

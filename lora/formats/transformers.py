@@ -1,9 +1,9 @@
 """The transformers that ComfyUI knows, and the two names that their layers have.
 
-ComfyUI uses the names of a model's authors, diffusers has its own, and splits layers that the
-authors keep as one: the rows of `double_blocks.0.img_attn.qkv` are `attn.to_q`, `attn.to_k` and
-`attn.to_v` of `transformer_blocks.0`. A table lists both for each kind of transformer. A path
-here is flat: its levels are joined by `_` instead of dots, as in kohya's names.
+ComfyUI uses the names of a model's authors. diffusers has other names, and splits layers that the
+authors keep whole: the rows of `double_blocks.0.img_attn.qkv` are `attn.to_q`, `attn.to_k` and
+`attn.to_v` of `transformer_blocks.0`. A table for each kind of transformer lists both names. Paths
+here are flat: `_` joins their levels instead of dots, as in kohya's names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .module_names import NO_LAYER
 
 Shapes = Mapping[str, Sequence[int]]
 Table = Mapping[str, tuple[str, Mapping[str, str]]]
-"""By a block of diffusers: the authors' block, and the authors' layers by diffusers' layers.
-`#` is the number of the block. Layers that the authors keep as one are listed together, in the
-order of their rows; `*4` means four times as many rows, `-` that they have no name. `~` means that
-the halves are swapped."""
+"""diffusers' block -> (the authors' block, {diffusers' layer: the authors' layer}). `#` is the
+number of the block. A key with several names lists the parts of one layer of the authors, in the
+order of their rows; `*4` means four times as many rows, and `-` a part without a name. `~` means
+that the halves are swapped."""
 
 # The dialects' prefixes: kohya, OneTrainer, SimpleTuner, diffusers, ComfyUI, PEFT,
 # DiffSynth-Studio, HunyuanVideo-I2V, or none.
@@ -276,9 +276,9 @@ class Place:
 
     Attributes:
         path: the authors' flat path of the layer.
-        rows: (first, count, all) if it is a part: its rows, and how many the whole layer has.
-        swapped: whether its halves are swapped against those of the layer.
-        name: of a part or a swapped layer, as ComfyUI's loader knows it.
+        rows: for a part, (its first row, its number of rows, the rows of the whole layer).
+        swapped: whether its halves are in the other order than in the layer.
+        name: the name of a part or a swapped layer that ComfyUI's loader knows.
     """
 
     path: str
@@ -307,12 +307,12 @@ class Transformer:
 
     Attributes:
         name: for people, such as "Flux".
-        own: what the authors' flat paths of its layers look like.
-        inputs: the layers whose number of inputs is the width of the model.
+        own: matches the authors' flat paths of its layers.
+        inputs: matches the layers whose number of inputs is the width of the model.
         table: diffusers' names.
-        widths: of the published models; empty if any is possible.
+        widths: of the published models; empty if any width is possible.
         blocks: how many blocks of each name the published models have.
-        rows: how many times as many outputs as inputs layers have, by the ends of their paths.
+        rows: the ratio of outputs to inputs of some layers, by the ends of their paths.
         has_parts: whether ComfyUI knows the parts of its layers by diffusers' names.
     """
 
@@ -335,7 +335,7 @@ class Transformer:
             if layer is None:
                 continue
             own, dotted = (text.replace("#", number) for text in (layer.path, layer.dotted))
-            # diffusers swaps the halves of SD3's last norm1_context, which has 2 parts and not 6.
+            # diffusers swaps the halves of SD3's last norm1_context, which has 2 parts, not 6.
             is_last = own.endswith("context_block_adaLN_modulation_1") and len(shape) > 1
             swapped = layer.swapped or (is_last and shape[0] == 2 * shape[1])
             if not layer.size and not swapped:
@@ -543,7 +543,7 @@ TRANSFORMERS = (
         _pattern(r"blocks_#_attn1_\w+"), {}, frozenset({1408}),
     ),
 )  # fmt: skip
-"""The kinds that files are recognised as. ComfyUI runs more, which only the model itself shows."""
+"""The kinds that this pack recognises from a file. ComfyUI runs more kinds."""
 _BLOCK_NUMBER = re.compile(r"((?:(?:single_)?transformer|double|single)_blocks)_(\d+)_")
 
 
@@ -554,8 +554,8 @@ def flat(module: str) -> str:
 
 
 def recognised(shapes: Shapes) -> tuple[tuple[Transformer, ...], int | None]:
-    """(the kinds that all these modules fit, the width of their model). More than one if the
-    modules do not show which; none if they fit none, or if no layers of blocks are there.
+    """(the kinds that all these modules fit, the width of their model). Several kinds if the
+    modules fit several; none if they fit none, or if there are no layers of blocks.
 
     shapes: of the modules of the model, without text encoders, by names of any dialect.
     """
@@ -564,14 +564,14 @@ def recognised(shapes: Shapes) -> tuple[tuple[Transformer, ...], int | None]:
         for name, shape in shapes.items()
         if len(shape) > 1 and not NO_LAYER.fullmatch(path := flat(name))
     }
-    # Models of other kinds have embeddings of the same names.
+    # Without layers of blocks, the kind is unknown: different models name their embeddings alike.
     has_blocks = any(map(_NUMBERED.fullmatch, paths))
     numbers = _last_blocks(paths)
     kinds = [kind for kind in TRANSFORMERS if has_blocks and _fits(kind, paths, numbers)]
     width = next((w for kind in kinds if (w := _width(kind, paths))), None)
     sized = [kind for kind in kinds if width in kind.widths]
     kinds = sized or kinds
-    # The full depth of a published model is no accident.
+    # If the modules have exactly the depth of a published model, they are for that model.
     whole = [
         kind
         for kind in kinds
@@ -597,7 +597,7 @@ def width_of(name: str, shapes: Shapes) -> int | None:
 
 
 def _fits(kind: Transformer, paths: Shapes, numbers: Mapping[str, int]) -> bool:
-    """Whether a kind of model has all these layers. numbers: their last blocks."""
+    """Whether a kind of model has all these layers. numbers: the last block of each name."""
     if any(last >= kind.blocks.get(block, last + 1) for block, last in numbers.items()):
         return False
     rows: dict[str, int] = {}
@@ -647,11 +647,11 @@ def _layers(kind: Transformer) -> dict[tuple[str, str], _Layer]:
     for block, (own, names) in kind.table.items():
         root = flat(block).removesuffix("_#")
         prefix = "" if block.startswith("diffusion_model.") else "transformer."
-        for theirs, ours in names.items():
-            parts = [part.partition("*") for part in theirs.split()]
+        for diffusers_layers, authors_layer in names.items():
+            parts = [part.partition("*") for part in diffusers_layers.split()]
             sizes = [int(times or 1) for _, _, times in parts]
-            swapped, ours = ours.startswith("~"), ours.removeprefix("~")
-            path = ".".join(filter(None, (own, ours))).replace(".", "_")
+            swapped = authors_layer.startswith("~")
+            path = ".".join(filter(None, (own, authors_layer.removeprefix("~")))).replace(".", "_")
             for at, (name, _, _) in enumerate(parts):
                 dotted = prefix + ".".join(filter(None, (block, name)))
                 size = (sum(sizes[:at]), sizes[at], sum(sizes)) if len(parts) > 1 else (0, 0, 0)

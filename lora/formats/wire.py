@@ -1,4 +1,4 @@
-"""A Vector as a LORA_MODEL, which carries it from node to node, and back."""
+"""Converts a Vector to a LORA_MODEL, the type that goes from node to node, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class LoraModel(dict[str, Tensor]):
-    """ComfyUI's LORA_MODEL, a dict of tensors with kohya names, with what else a Vector holds."""
+    """ComfyUI's LORA_MODEL, a dict of tensors with kohya names, and a Vector's other attributes."""
 
     def __init__(self, tensors: Tensors, vector: Vector):
         super().__init__(tensors)

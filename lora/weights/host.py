@@ -21,7 +21,7 @@ from ..formats.module_names import UNET, canonical_names
 from ..formats.transformers import width_of
 from ..opaque import merged
 
-# The architectures of ComfyUI's classes, where their names differ. Others are called as the class.
+# The architecture of a ComfyUI class whose name differs. Others have the name of their class.
 _NAMES = {
     "FluxInpaint": "Flux",
     "FluxSchnell": "Flux",
@@ -44,7 +44,7 @@ _NAMES = {
 def detect(model: ModelPatcher, layers: Layers | None = None) -> Architecture | None:
     """The architecture of a model. None if it is a UNet of an unknown type.
 
-    layers: of the model, if there are some already.
+    layers: the model's, if the caller has them already.
     """
     about = model.model.model_config
     config: dict[str, Any] = about.unet_config
@@ -73,7 +73,7 @@ class Layers:
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
-        """The state dict. Made when it is needed, because a large model takes long for it."""
+        """The state dict. Made on first use, because that takes long for a large model."""
         return self.patcher.model.state_dict()
 
     def __contains__(self, key: str) -> bool:
@@ -177,8 +177,8 @@ def stored(model: ModelPatcher, key: str) -> Tensor:
 def with_patches(model: ModelPatcher, key: str, called: str) -> Tensor:
     """An unpacked weight with its patches, in float32 on the CPU.
 
-    called: what errors call the model. ModelPatcher.get_key_patches returns the same, but raises an
-    AttributeError for packed models in ComfyUI 0.30.
+    called: the model's name in error messages. ModelPatcher.get_key_patches returns the same, but
+    raises an AttributeError for packed models in ComfyUI 0.30.
 
     Raises:
         ValueError: the weight is packed in a way that ComfyUI itself does not use.
@@ -262,10 +262,11 @@ def _difference(distilled: ModelPatcher, base: ModelPatcher, key: str) -> Tensor
     is_patched = key in distilled.patches or key in base.patches
     if stored(distilled, key) is stored(base, key) and not is_patched:
         return None
-    one, other = with_patches(distilled, key, "distilled"), with_patches(base, key, "base")
-    if one.shape != other.shape:
+    minuend, subtrahend = with_patches(distilled, key, "distilled"), with_patches(base, key, "base")
+    if minuend.shape != subtrahend.shape:
         raise ValueError(
-            f"{key} is {list(one.shape)} in the distilled model and {list(other.shape)} in the "
-            "base model; expected two models of the same layout."
+            f"{key} is {list(minuend.shape)} in the distilled model and {list(subtrahend.shape)} "
+            "in the base model; expected two models of the same layout. Choose the base model that "
+            "the distilled one was made from."
         )
-    return one - other
+    return minuend - subtrahend

@@ -28,43 +28,46 @@ class Axis:
     points: Sequence[Point]
 
 
-ALONE = Axis("", (Point("", {}),))  # instead of a second axis
+ALONE = Axis("", (Point("", {}),))  # the second axis of a sheet that has only one
 
 
 def of_numbers(name: str, text: str, vector: int | None = None) -> Axis:
-    """Values of a numeric setting. vector: whose, if the setting is that of a vector."""
+    """Values of a numeric setting. vector: its number, if the setting belongs to a vector."""
     setting, kind = (name, NUMBERS[name]) if vector is None else (f"{name}_{vector}", NUMBERS[name])
     points = [Point(plain(value), {setting: value}) for value in numbers(setting, text, kind)]
     return _checked(setting, points, kind.example)
 
 
 def of_prompts(text: str) -> Axis:
-    """A prompt in each line."""
+    """One prompt per line."""
     lines = _lines(text)
-    return _checked("prompt", [Point(line, {"prompt": line}) for line in lines], "one a line")
+    return _checked("prompt", [Point(line, {"prompt": line}) for line in lines], "one per line")
 
 
 def of_files(text: str, available: Sequence[str], vector: int) -> Axis:
-    """A LoRA in each line: its name as in ComfyUI's lists, with or without ending, or a pattern
-    with * and ?, which stands for all names that fit."""
+    """One LoRA per line: its name in ComfyUI's lists, with or without `.safetensors`, or a pattern
+    with * and ?, which stands for all matching names."""
     names: list[str] = []
     for line in _lines(text):
-        found = [name for name in available if line in (name, name.removesuffix(".safetensors"))]
-        if not found and set(line) & set("*?"):
-            fitting = (line, f"{line}.safetensors")
-            found = [name for name in available if any(fnmatchcase(name, f) for f in fitting)]
-            found.sort(key=_natural)
-        if not found:
+        matches = [name for name in available if line in (name, name.removesuffix(".safetensors"))]
+        if not matches and set(line) & set("*?"):
+            patterns = (line, f"{line}.safetensors")
+            matches = [name for name in available if any(fnmatchcase(name, p) for p in patterns)]
+            matches.sort(key=_natural)
+        if not matches:
             near = get_close_matches(line, available, 3, 0.3)
             hint = f" Similar names: {', '.join(near)}." if near else ""
             raise ValueError(f"There is no LoRA file {line!r} in ComfyUI's loras folder.{hint}")
-        names += [name for name in found if name not in names]
+        names += [name for name in matches if name not in names]
     points = [Point(_stem(name), {f"lora_{vector}": name}) for name in names]
-    return _checked(f"lora_{vector}", points, "one a line, or a pattern such as my-style-*")
+    return _checked(f"lora_{vector}", points, "one per line, or a pattern such as my-style-*")
 
 
 def of_checkpoints(job: str, text: str, kept: Sequence[int], vector: int) -> Axis:
-    """The LoRA of a distillation job after so many steps each. text: "all", or steps."""
+    """The LoRA of a distillation job at several checkpoints. text: "all", or a list of steps.
+
+    kept: the steps of the job's checkpoints.
+    """
     if text.strip().lower() in ("", "all"):
         steps: Sequence[int] = kept
     else:
@@ -77,22 +80,22 @@ def of_checkpoints(job: str, text: str, kept: Sequence[int], vector: int) -> Axi
 
 
 def of_settings(text: str) -> Axis:
-    """Settings in each line, as the node's output has them."""
-    given = [read(line) for line in _lines(text)]
-    # What is the same in all lines is not worth a place in each label.
+    """The settings of one cell per line, as the node's output `settings` has them."""
+    cells = [read(line) for line in _lines(text)]
+    # Labels leave out what is the same in all lines.
     common = {
-        name for name in (given[0] if given else {})
-        if all(name in changes and changes[name] == given[0][name] for changes in given)
+        name for name in (cells[0] if cells else {})
+        if all(name in changes and changes[name] == cells[0][name] for changes in cells)
     }  # fmt: skip
     points = []
-    for changes in given:
+    for changes in cells:
         label = ", ".join(
             value if name == "prompt" else f"{name} {_shown(name, value)}"
             for name, value in changes.items()
-            if name not in common or len(given) == 1
+            if name not in common or len(cells) == 1
         )
         points.append(Point(label, changes))
-    return _checked("settings", points, "one cell a line", "")
+    return _checked("settings", points, "one cell per line", "")
 
 
 def numbers(name: str, text: str, kind: Number) -> list[float | int]:
@@ -131,7 +134,7 @@ def _range(name: str, word: str, start: Decimal, rest: Sequence[Decimal]) -> Ite
             f"{end}:{start}:{step}."
         )
     count = int((end - start) / step) + 1
-    _limit(f"{name}: the range {word}", count)
+    _limit(f"{name}: the range {word}", count, "values")
     return (start + number * step for number in range(count))
 
 
@@ -159,12 +162,12 @@ def require_crossed(columns: Axis, rows: Axis) -> None:
             "setting in one of them."
         )
     count = len(columns.points) * len(rows.points)
-    _limit(f"A sheet of {len(columns.points)} x {len(rows.points)}", count)
+    _limit(f"A sheet of {len(columns.points)} x {len(rows.points)}", count, "cells")
 
 
-def _limit(what: str, count: int) -> None:
+def _limit(what: str, count: int, unit: str) -> None:
     if count > MOST_CELLS:
-        raise ValueError(f"{what} has {count} cells; expected at most {MOST_CELLS}. Use fewer.")
+        raise ValueError(f"{what} has {count} {unit}; expected at most {MOST_CELLS}. Use fewer.")
 
 
 def _lines(text: str) -> list[str]:

@@ -25,7 +25,13 @@ Mix = tuple[tuple[Source, float], ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """text: its settings, as `settings.read` reads them. prompt: None for the node's positive."""
+    """One cell of a sheet.
+
+    Attributes:
+        mix: its vectors and their weights.
+        prompt: None to use the node's positive.
+        text: its settings, in the form that `settings.read` reads.
+    """
 
     run: Run
     mix: Mix
@@ -43,7 +49,10 @@ class Cell:
 
 
 class Together(NamedTuple):
-    """Cells that are one batch, by their numbers. live: their vectors stay beside the layers."""
+    """Cells that are drawn as one batch, by their numbers.
+
+    live: whether their vectors stay beside the layers instead of being merged into the weights.
+    """
 
     cells: tuple[int, ...]
     live: bool
@@ -69,19 +78,20 @@ def _cell(settings: dict[str, Any], wired: Sequence[bool]) -> Cell:
         kind, _, vector = name.partition("_")
         if kind in OF_VECTOR and not 1 <= int(vector) <= len(wired):
             raise ValueError(
-                f"{name} is of vector {vector}, but the node has {len(wired)} vectors; set count "
-                f"to at least {vector}."
+                f"{name} belongs to vector {vector}, but the node has {len(wired)} vectors; set "
+                f"count to at least {vector}."
             )
     mix = []
     for number, connected in enumerate(wired, 1):
         weight, source = settings[f"weight_{number}"], Source("vector", str(number))
-        instead = [kind for kind in ("lora", "checkpoint") if f"{kind}_{number}" in settings]
-        if len(instead) == 2:
+        replaced_by = [kind for kind in ("lora", "checkpoint") if f"{kind}_{number}" in settings]
+        if len(replaced_by) == 2:
             raise ValueError(
-                f"A cell has both lora_{number} and checkpoint_{number}; expected one."
+                f"A cell has both lora_{number} and checkpoint_{number}; expected only one of "
+                "them. Remove the other from the line."
             )
-        if instead:
-            source = Source(instead[0], settings[f"{instead[0]}_{number}"])
+        if replaced_by:
+            source = Source(replaced_by[0], settings[f"{replaced_by[0]}_{number}"])
         elif not connected:
             if weight == 0:
                 continue
@@ -105,44 +115,45 @@ def together(
     text: Callable[[Cell], Hashable],
     may_live: Callable[[tuple[Source, ...]], bool],
 ) -> list[Together]:
-    """Which cells are one batch. Batches with the same weights follow each other, so that each sum
-    is put into the model once.
+    """Groups cells into batches. Batches with the same weights follow each other, so that the model
+    gets each sum once.
 
-    Cells of different weights are one batch with their vectors beside the layers. That is quicker
-    than to put one sum after the other into the model, unless many cells share a sum.
+    Cells with different weights can share a batch if their vectors stay beside the layers. That is
+    quicker than merging one sum after the other into the model, unless many cells share a sum.
 
     Args:
-        most: cells of a batch.
-        family, text: what cells of a batch must have in common beside the run's settings: the
+        most: the most cells in a batch.
+        family, text: what cells of a batch must have in common besides the run's settings: the
             family that they are sampled as, and the form of their text.
         may_live: whether vectors can stay beside the layers.
     """
-    alike: dict[Hashable, list[int]] = {}
+    compatible: dict[Hashable, list[int]] = {}
     for number, cell in enumerate(cells):
         run = replace(cell.run, seed=0)
-        alike.setdefault((run, cell.sources, family(cell), text(cell)), []).append(number)
+        compatible.setdefault((run, cell.sources, family(cell), text(cell)), []).append(number)
     live: list[Together] = []
-    summed: dict[Mix, list[Together]] = {}
-    for numbers in alike.values():
-        of_mix: dict[Mix, list[int]] = {}
+    merged: dict[Mix, list[Together]] = {}
+    for numbers in compatible.values():
+        by_mix: dict[Mix, list[int]] = {}
         for number in numbers:
-            of_mix.setdefault(cells[number].added, []).append(number)
+            by_mix.setdefault(cells[number].added, []).append(number)
         pool = []
-        for mix, own in of_mix.items():
-            crowded = 2 * len(own) > most or len(of_mix) == 1
-            if most > 1 and not crowded and may_live(cells[own[0]].sources):
-                pool += own
+        for mix, same_mix in by_mix.items():
+            fills_a_batch = 2 * len(same_mix) > most or len(by_mix) == 1
+            if most > 1 and not fills_a_batch and may_live(cells[same_mix[0]].sources):
+                pool += same_mix
             else:
-                summed.setdefault(mix, []).extend(Together(c, False) for c in _split(own, most))
+                batches = [Together(batch, False) for batch in _split(same_mix, most)]
+                merged.setdefault(mix, []).extend(batches)
         if pool:
-            live += [Together(part, True) for part in _split(sorted(pool), most)]
-    # The vectors of live batches are prepared once for those that follow each other.
+            live += [Together(batch, True) for batch in _split(sorted(pool), most)]
+    # Consecutive live batches with the same vectors prepare these vectors only once.
     live.sort(key=lambda batch: cells[batch.cells[0]].sources)
-    return live + [batch for batches in summed.values() for batch in batches]
+    return live + [batch for batches in merged.values() for batch in batches]
 
 
 def _split(numbers: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
-    """Parts of nearly one size."""
+    """The numbers in parts of nearly equal size, each at most `most` long."""
     count = -(-len(numbers) // most)
     ends = [round(i * len(numbers) / count) for i in range(count + 1)]
     return (tuple(numbers[a:b]) for a, b in zip(ends, ends[1:], strict=False))

@@ -1,4 +1,4 @@
-"""Draws the cells of a sheet: each text encoded once, each vector read once, in few batches."""
+"""Draws the cells of a sheet in few batches. Encodes each text and reads each vector only once."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from ..host import lora_path
 from ..texts import acceleration, of_coverage, of_run
 from .cells import Cell, Mix, Source, Together, sources_of, together
 
-MOST_TOGETHER = 8  # pictures of a batch; more hardly gain time, and take memory
+MOST_TOGETHER = 8  # pictures in a batch; more save hardly any time and take more memory
 Watch = Callable[[int], None]
-"""Is called with the steps that are done, of all pictures together."""
+"""Called with the number of finished steps, added up over all pictures."""
 
 
 class Drawing:
-    """A MODEL with the vectors, texts and latent of all cells.
+    """Everything that the cells of a sheet are drawn with: MODEL, vectors, texts and latent.
 
     Raises:
         ValueError: a vector or a prompt cannot be used, or steps and denoise do not fit together.
@@ -55,7 +55,9 @@ class Drawing:
         self.positive, negative = texts
         self.wired = wired
         if any(cell.prompt is not None for cell in cells) and clip is None:
-            raise ValueError("Prompts are compared, but no CLIP is connected; connect one.")
+            raise ValueError(
+                "The sheet compares prompts, but no CLIP is connected; connect the checkpoint's."
+            )
         if self.positive is None and any(cell.prompt is None for cell in cells):
             raise ValueError("positive is not connected; connect a prompt, or compare prompts.")
         if negative is None and any(cell.run.cfg != 1 for cell in cells):
@@ -87,14 +89,14 @@ class Drawing:
         return together(self.cells, most, self._family, self._form, self._may_live)
 
     def lines(self) -> list[Line]:
-        """What is wrong with all cells, for the user."""
-        runs = [self._described(self.cells[batch.cells[0]].added) for batch in self.batches]
-        of_each = [
+        """Warnings that hold for all cells, for the user."""
+        models = [self._described(self.cells[batch.cells[0]].added) for batch in self.batches]
+        by_batch = [
             [line for line in of_run(model, self.cells[batch.cells[0]].run) if line.warning]
-            for model, batch in zip(runs, self.batches, strict=True)
+            for model, batch in zip(models, self.batches, strict=True)
         ]
-        found = [line for line in of_each[0] if all(line in others for others in of_each)]
-        return found + [line for coverage in self.coverages for line in _problems(coverage)]
+        common = [line for line in by_batch[0] if all(line in others for others in by_batch)]
+        return common + [line for coverage in self.coverages for line in _problems(coverage)]
 
     def pictures(self, watch: Watch) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of a cell, its pictures [B, H, W, 3] in 0..1), as they are drawn. Raises what
@@ -120,7 +122,7 @@ class Drawing:
         return vector
 
     def _described(self, mix: Mix) -> ModelPatcher:
-        """The MODEL, which knows the accelerations of a mix but has none of its changes."""
+        """A MODEL with a record of the mix's accelerations, but without their changes."""
         if mix not in self._models:
             model = self.model
             for source, weight in mix:
@@ -129,8 +131,8 @@ class Drawing:
         return self._models[mix]
 
     def _summed(self, mix: Mix) -> ModelPatcher:
-        """The MODEL with a mix, as Apply LoRA Vector adds one vector after the other. It is kept
-        for the next batch, because ComfyUI would merge another one anew."""
+        """The MODEL with a mix, added as Apply LoRA Vector adds one vector after the other. Kept
+        for the next batch, because ComfyUI would merge a new MODEL again."""
         if self._sum is None or self._sum[0] != mix:
             model = self.model
             for source, weight in mix:
@@ -148,9 +150,9 @@ class Drawing:
 
     def _sampled(self, batch: Together, watch: Watch, done: int) -> torch.Tensor:
         cells = [self.cells[number] for number in batch.cells]
-        run, each = cells[0].run, len(self.latent["samples"])
+        run, pictures = cells[0].run, len(self.latent["samples"])  # pictures: of one cell
         model = self._described(cells[0].added) if batch.live else self._summed(cells[0].added)
-        weights = [[weight for _, weight in cell.mix] for cell in cells for _ in range(each)]
+        weights = [[weight for _, weight in cell.mix] for cell in cells for _ in range(pictures)]
         beside_layers = self._kept(cells[0].sources).weighted(weights) if batch.live else None
 
         def tick(step: int, _x0: Any, _x: Any, _steps: int) -> None:
@@ -160,7 +162,7 @@ class Drawing:
             return sample(
                 model, run, self._positives(cells), self._negative or self._positive(cells[0]),
                 _repeated(self.latent, len(cells)),
-                seeds=[cell.run.seed for cell in cells for _ in range(each)], callback=tick,
+                seeds=[cell.run.seed for cell in cells for _ in range(pictures)], callback=tick,
             )["samples"]  # fmt: skip
 
     def _decoded(self, samples: torch.Tensor) -> torch.Tensor:
@@ -168,13 +170,13 @@ class Drawing:
         return images.reshape(-1, *images.shape[-3:]).cpu().float().clamp(0, 1)
 
     def _at_once(self) -> int:
-        """The pictures for which memory is free; half of it stays free for the rest."""
+        """How many pictures fit into half of the free memory."""
         model, samples = self.model, self.latent["samples"]
-        # Twice, for guidance.
-        each = model.memory_required([2, *samples.shape[1:]])
+        # Two, because guidance calls the network twice.
+        per_picture = model.memory_required([2, *samples.shape[1:]])
         missing = model.model_size() - model.loaded_size()
         free = comfy.model_management.get_free_memory(model.load_device) - missing
-        return max(1, min(MOST_TOGETHER, int(free / 2 / each)))
+        return max(1, min(MOST_TOGETHER, int(free / 2 / per_picture)))
 
     def _family(self, cell: Cell) -> str:
         return family_for(self._described(cell.added)).name
@@ -219,7 +221,7 @@ class Drawing:
         return self._encoder[1]
 
     def _form(self, cell: Cell) -> Hashable:
-        """Is equal for cells whose texts can be one batch."""
+        """A key that is equal for cells whose texts can share a batch."""
         text = self._positive(cell)
         return id(text) if cell.prompt is None else form(text)
 
@@ -227,12 +229,12 @@ class Drawing:
         texts = [self._positive(cell) for cell in cells]
         if all(text is texts[0] for text in texts):
             return texts[0]
-        each = len(self.latent["samples"])
-        return joined([text for text in texts for _ in range(each)])
+        pictures = len(self.latent["samples"])
+        return joined([text for text in texts for _ in range(pictures)])
 
 
 def _problems(coverage: Coverage) -> list[Line]:
-    """Each with the name of the vector."""
+    """What is wrong with a vector, each line with the vector's name."""
     values = {"source": coverage.source.removesuffix(".safetensors")}
     return [
         Line("In {source}: {problem}", values | {"problem": line}, line.warning)
@@ -241,7 +243,7 @@ def _problems(coverage: Coverage) -> list[Line]:
 
 
 def _repeated(latent: dict[str, Any], count: int) -> dict[str, Any]:
-    """A LATENT with all its pictures so many times over."""
+    """A LATENT that repeats all its pictures `count` times."""
     if count == 1:
         return latent
     samples = latent["samples"]

@@ -67,8 +67,8 @@ class LCMCompare(io.ComfyNode):
                 ),
                 io.Clip.Input(
                     "clip", optional=True,
-                    tooltip="Only needed to compare prompts. Text encoder parts of vectors then "
-                    "count too.",
+                    tooltip="Only needed to compare prompts. The text encoder parts of the vectors "
+                    "are then applied too.",
                 ),
                 io.Vae.Input("vae", tooltip="Decodes the pictures."),
                 io.Conditioning.Input(
@@ -77,7 +77,7 @@ class LCMCompare(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True,
-                    tooltip="What they should not show. Only used where cfg is not 1.",
+                    tooltip="What the pictures should not show. Only used where cfg is not 1.",
                 ),
                 io.Latent.Input(
                     "latent", tooltip="An empty latent, or a picture's latent for image to image."
@@ -128,8 +128,8 @@ class LCMCompare(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="settings",
-                    tooltip="A line with the settings of each cell, row by row. Paste the lines of "
-                    "the best cells into columns (settings) to compare only those.",
+                    tooltip="One line with the settings of each picture, row by row. Paste the "
+                    "lines of the best ones into columns (settings) to compare only those.",
                 ),
             ],
         )  # fmt: skip
@@ -186,7 +186,7 @@ class LCMCompare(io.ComfyNode):
 
 
 class Result(NamedTuple):
-    """sheet: [1, H, W, 3]. pictures: [N, H, W, 3]. settings: a line for each cell that is drawn."""
+    """sheet: [1, H, W, 3]. pictures: [N, H, W, 3]. settings: one line for each drawn cell."""
 
     sheet: torch.Tensor
     pictures: torch.Tensor
@@ -195,8 +195,8 @@ class Result(NamedTuple):
 
 
 def drawn(drawing: Drawing, columns: Axis, rows: Axis, note: str) -> Result:
-    """Draws all cells, and shows the sheet so far on the node. After an interruption, the result
-    has the cells that are drawn; without any, the interruption goes on."""
+    """Draws all cells, and shows the growing sheet on the node. After an interruption, the result
+    has the cells drawn so far; if there are none, raises the interruption again."""
     cells = drawing.cells
     bar = comfy.utils.ProgressBar(sum(cell.run.steps for cell in cells))
     pictures: dict[int, torch.Tensor] = {}
@@ -246,10 +246,11 @@ def _row(number: int) -> list[io.Input]:
 
 
 def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Input:
-    """What changes along an axis. Its inputs are named with it, for apps show them without it."""
+    """The input for an axis. The names of its inner inputs contain the axis, because apps show them
+    alone."""
 
     def values(default: str) -> io.Input:
-        # One text for all kinds, because translations know only the input's name.
+        # One tooltip for all kinds, because translations are found by the input's name alone.
         return io.String.Input(
             "values", display_name=f"values ({name})", default=default,
             tooltip="A list such as 1, 2, 4, 8, a range from:to:step such as 0.4:1.2:0.2, or both. "
@@ -258,22 +259,22 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
 
     vector = io.Int.Input(
         "vector", display_name=f"vector ({name})", default=2, min=1, max=MOST_VECTORS,
-        tooltip="The number of the vector: the 2 of vector_2. LoRA files and checkpoints take its "
-        "place, with weight_2.",
+        tooltip="The number of the vector, such as 2 for vector_2. LoRA files and checkpoints take "
+        "its place, and get its weight.",
     )  # fmt: skip
     own = {
         "weight": [vector, values(NUMBERS["weight"].example)],
         "prompt": [
             io.String.Input(
                 "prompts", display_name=f"prompts ({name})", default="", multiline=True,
-                tooltip="A prompt in each line. They are used instead of positive.",
+                tooltip="One prompt per line. These prompts replace positive.",
             )
         ],
         "LoRA file": [
             vector,
             io.String.Input(
                 "files", display_name=f"files ({name})", default="", multiline=True,
-                tooltip="A LoRA in each line, by its name in the loras folder. my-style-* stands "
+                tooltip="One LoRA per line, by its name in the loras folder. my-style-* stands "
                 "for all files whose name begins with my-style-.",
             ),
         ],
@@ -285,8 +286,8 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
         "settings": [
             io.String.Input(
                 "lines", display_name=f"lines ({name})", default="", multiline=True,
-                tooltip="The settings of a cell in each line, as the settings output has them, "
-                "such as steps=4, weight_2=0.8.",
+                tooltip="The settings of one picture per line, such as steps=4, weight_2=0.8. The "
+                "output settings has such lines.",
             )
         ],
     }  # fmt: skip
@@ -301,7 +302,7 @@ def _axis(name: str, first: Sequence[str], tooltip: str) -> io.DynamicCombo.Inpu
 
 
 def _axis_of(given: dict[str, Any], name: str) -> Axis:
-    """The axis that a user has set. Raises ValueError for values that cannot be used."""
+    """The user's axis. Raises ValueError for values that cannot be used."""
     kind = given[name]
     if kind == NONE:
         return ALONE
@@ -318,7 +319,7 @@ def _axis_of(given: dict[str, Any], name: str) -> Axis:
 
 
 def _named(axis: Axis, wired: Sequence[Vector | None]) -> Axis:
-    """The axis with a title for people."""
+    """The axis with a readable title."""
     kind, _, number = axis.title.partition("_")
     vector = wired[int(number) - 1] if number else None
     if kind == "weight":

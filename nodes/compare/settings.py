@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 Changes = Mapping[str, Any]
-"""Settings by their names; those of a vector end with its number: weight_2, lora_2."""
+"""Settings by name; settings of a vector end with its number: weight_2, lora_2."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """What a setting may be, as in LCM KSampler.
+    """The allowed values of a setting, as in LCM KSampler.
 
     Attributes:
         example: values that are worth comparing.
@@ -61,7 +61,7 @@ def written(settings: Changes) -> str:
 
 
 def plain(value: float | int) -> str:
-    """A number as short as it can be without another value."""
+    """A number as the shortest text that reads back as the same value."""
     return repr(value).removesuffix(".0")
 
 

@@ -15,14 +15,14 @@ LABEL_LINES = 3
 
 
 class Sheet:
-    """Grows picture by picture.
+    """A sheet that grows picture by picture.
 
     Attributes:
         image: the sheet so far. A cell without a picture is grey.
     """
 
     def __init__(self, columns: Axis, rows: Axis, note: str, size: tuple[int, int]):
-        """note: what stands below the pictures. size: of a cell's picture."""
+        """note: the text below the pictures. size: of a cell's picture."""
         counts = len(columns.points), len(rows.points)
         scale = min(1.0, *(MOST_PIXELS / (n * side) for n, side in zip(counts, size, strict=True)))
         width, height = (max(1, round(scale * side)) for side in size)
@@ -51,7 +51,7 @@ class Sheet:
         pen.multiline_text((pad, bottom + text), notes, NOTE, self.font, spacing=line - text)
 
     def put(self, cell: int, picture: Image.Image) -> None:
-        """Puts a picture in a cell; they are counted row by row."""
+        """Puts a picture into a cell. Cells are counted row by row."""
         if picture.size != self.tile:
             picture = picture.resize(self.tile, Image.Resampling.LANCZOS)
         self.image.paste(picture, self._place(cell))
@@ -104,7 +104,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _drawable(text: str, font: ImageFont.FreeTypeFont) -> bool:
-    """Whether Pillow's own font has all characters: it knows Latin letters only."""
+    """Whether the font has all characters. Pillow's own font has Latin letters only."""
     missing = bytes(font.getmask("\uffff"))
     return all(c.isspace() or bytes(font.getmask(c)) != missing for c in set(text))
 
@@ -116,8 +116,8 @@ def _wrapped(
     width: float,
     most: int = LABEL_LINES,
 ) -> str:
-    """The text in at most so many lines of this width. number: of the label, which stands for a
-    text that cannot be drawn."""
+    """The text in at most `most` lines of this width. number: of the label; it replaces a text that
+    the font cannot draw."""
     if not _drawable(text, font):
         text = f"#{number + 1}" if number is not None else _latin(text, font)
     lines: list[str] = []
@@ -137,7 +137,7 @@ def _latin(text: str, font: ImageFont.FreeTypeFont) -> str:
 
 
 def _cut(line: str, font: ImageFont.FreeTypeFont, width: float, more: bool) -> str:
-    """The line, shortened to the width; more: whether text that is left out follows."""
+    """The line, shortened to the width. more: whether text after it is left out."""
     if not more and font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}…") > width:
@@ -146,7 +146,7 @@ def _cut(line: str, font: ImageFont.FreeTypeFont, width: float, more: bool) -> s
 
 
 def joined(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures of one cell as one, in a square if they are many."""
+    """The pictures of one cell as one picture; several are arranged in a square."""
     if len(pictures) == 1:
         return pictures[0]
     across = round(len(pictures) ** 0.5 + 0.4999)

@@ -13,7 +13,7 @@ from ..consistency import consistency
 from ..families import DEFAULT, DEFAULT_FLOW, FAMILIES, Family
 from ..lcm import Shares
 
-UNDER = "lcm_lora_under"  # where a flow model's sampling object keeps the one that it replaces
+UNDER = "lcm_lora_under"  # a flow model's sampling object keeps the replaced one under this name
 
 
 class LCMSampling(ms.ModelSamplingDiscrete):
@@ -28,7 +28,7 @@ class LCMSampling(ms.ModelSamplingDiscrete):
     table: torch.Tensor
 
     def __init__(self, model_config: Any, own: ms.ModelSamplingDiscrete, family: Family):
-        """own: the model's sampling object so far, whose schedule this one takes over."""
+        """own: the model's sampling object until now; this one takes over its schedule."""
         super().__init__(model_config, zsnr=own.zsnr)
         table = full_table(own).float()
         self.family = family
@@ -39,7 +39,7 @@ class LCMSampling(ms.ModelSamplingDiscrete):
         self._tables = {table.device: table}
 
     def _table_on(self, device: torch.device) -> torch.Tensor:
-        """The table on `device`. It is kept, because a copy at each step would stall the device."""
+        """The table on `device`. Kept there, because a copy at each step would stall the device."""
         if device not in self._tables:
             self._tables[device] = self.table.to(device)
         return self._tables[device]
@@ -109,16 +109,16 @@ def sampling_class(own: torch.nn.Module, model_name: str) -> type[LCMSampling]:
 
 
 def is_flow(sampling: Any) -> bool:
-    """Whether a sampling object is of a flow model: noise and picture are mixed along a line.
+    """Whether a sampling object belongs to a flow model, which mixes noise and picture on a line.
 
-    Cosmos is one in another scale: x divided by 1 - sigma, and a sigma of t / (1 - t).
+    Cosmos is a flow model in another scale: x divided by 1 - sigma, and a sigma of t / (1 - t).
     """
     kinds = (ms.CONST, ms.COSMOS_RFLOW)
     return isinstance(sampling, kinds) and not isinstance(sampling, ms.IMG_TO_IMG_FLOW)
 
 
 def shares(sampling: Any, sigmas: torch.Tensor) -> Shares:
-    """alpha and beta at each of `sigmas` [N], read off how the host itself mixes the two."""
+    """alpha and beta at each of `sigmas` [N], found by letting ComfyUI mix picture and noise."""
     none, all_ = torch.zeros_like(sigmas), torch.ones_like(sigmas)
     alphas = sampling.noise_scaling(sigmas, none, all_)
     return alphas.tolist(), sampling.noise_scaling(sigmas, all_, none).tolist()
@@ -127,22 +127,22 @@ def shares(sampling: Any, sigmas: torch.Tensor) -> Shares:
 def shifted(sampling: Any, time: float) -> float:
     """The sigma of a time in (0, 1] of a flow model, with the model's own shift.
 
-    The host calls this map sigma(), and its map from a sigma to the network's input timestep(). In
-    its flow classes these two are not inverse, so that neither is ever used for the other.
+    ComfyUI calls this map sigma(), and its map from a sigma to the network's input timestep(). In
+    its flow classes these two are not inverse, so do not use one to undo the other.
     """
     return float(sampling.sigma(time * getattr(sampling, "multiplier", 1)))
 
 
 def native(sampling: Any, sigma: float) -> float:
-    """A sigma of the line from 0 to 1 in the scale of the flow model."""
+    """A sigma between 0 and 1, converted to the flow model's own scale."""
     return sigma if isinstance(sampling, ms.CONST) else shifted(sampling, sigma)
 
 
 def earlier(sampling: Any, sigmas: torch.Tensor, eta: float) -> torch.Tensor:
-    """The sigmas at (1 - eta) of the network's time; a time that is a timestep is rounded down.
+    """The sigmas at (1 - eta) of the network's time; times that are timesteps are rounded down.
 
-    The time of a flow model is its sigma on the line from 0 to 1. Where TCD is extended to flow
-    models, this is our choice: no author has one.
+    The time of a flow model is its sigma between 0 and 1. This extension of TCD to flow models is
+    our own choice: no author gives one.
     """
     if isinstance(sampling, ms.CONST):
         return sigmas * (1 - eta)
@@ -182,7 +182,7 @@ def flow_sampling(own: Any, family: Family) -> Any:
 def families_of(sampling: Any) -> list[str]:
     """The families that a model with this sampling object can be sampled as."""
     flow = is_flow(sampling)
-    return [name for name, each in FAMILIES.items() if (each.flow if flow else each.tables)]
+    return [name for name, family in FAMILIES.items() if (family.flow if flow else family.tables)]
 
 
 def set_family(sampling: Any) -> Family | None:

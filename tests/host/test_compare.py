@@ -383,7 +383,7 @@ def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
         (axis("weight", vector=2, values="1:0:0.1"), {}, "starts above its end. Write 0:1:0.1"),
         (axis("weight", vector=2, values="0:1:0"), {}, "step of the range .* is 0"),
         (axis("weight", vector=3, values="0, 1"), {}, "vector 3, but the node has 2.*count"),
-        (axis("weight", vector=2, values="0:1:0.0001"), {}, "10001 cells; expected at most 256"),
+        (axis("weight", vector=2, values="0:1:0.0001"), {}, "10001 values; expected at most 256"),
         (axis("seed", values="1:200"), {"rows": axis("cfg", "rows", values="1, 2")}, "400 cells"),
         (axis("prompt", prompts=" \n"), {}, "nothing to compare for prompt"),
         (axis("prompt", prompts="a\nb"), {"clip": None}, "no CLIP is connected"),

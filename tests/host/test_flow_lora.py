@@ -378,7 +378,7 @@ def test_blocks_of_a_transformer_have_their_own_names(comfy):
             else:
                 factor = (0.5 if "_blocks_1_" in flat else 1) * (2 if "attn" in flat else 1)
                 assert torch.allclose(kept.matrix(), factor * delta.matrix(), rtol=1e-5), name
-    with pytest.raises(ValueError, match="the nearest that it has are double_blocks_"):
+    with pytest.raises(ValueError, match="its nearest blocks are double_blocks_"):
         parse_weights("double_blocks_7=1").require_blocks(lora)
 
 

@@ -71,12 +71,9 @@ def test_a_merged_file_carries_recipe_family_and_sampling(flux, comfy, method):
     _, lines = loaded(flux, name, 1.0)
     assert lines[1:] == [
         "from the file's metadata, lcm_lora.family",
-        "the model's own shift: hyper-flux has no other",
+        "the model's own shift: hyper-flux sets none",
     ]
-    assert (
-        loaded(flux, name, 0.125)[1][-1]
-        == "hyper-flux is made for strength 1: set strength to that."
-    )
+    assert loaded(flux, name, 0.125)[1][-1] == "hyper-flux is made for strength 1: change strength."
 
 
 def test_the_sum_of_a_stack_is_loaded_as_the_stack_is(flux):

@@ -197,7 +197,7 @@ def test_what_a_checkpoint_lacks_for_a_lora_is_said(comfy, store, job, tmp_path,
     assert host.export(styled, 2) == "a-step-2.safetensors"
     (tmp_path / "a-step-2.safetensors").unlink()
     style.unlink()
-    with pytest.raises(ValueError, match=r"style LoRA style.safetensors of this job is gone"):
+    with pytest.raises(ValueError, match=r"style LoRA style.safetensors is gone"):
         host.export(styled, 2)
     assert not list(tmp_path.glob("*step*"))
 

@@ -131,7 +131,7 @@ def test_apply_hands_the_family_to_auto_and_to_the_samplers(model, path):
     assert doubt == "Hyper-SD15-8steps-CFG-lora is hyper-sd, not lcm: choose auto."
     output = LCMModelSampling.execute(model, "auto")
     assert family_of(output.result[0]) == "lcm"
-    assert said(output) == ["lcm: no LoRA on the MODEL says otherwise"]
+    assert said(output) == ["lcm: no LoRA on the MODEL sets a family"]
     chosen = LCMModelSampling.execute(model, "tcd").result[0]  # a full model
     assert auto_family(chosen) == "tcd"
     assert auto_family(applied(model, path, "tcd.safetensors", strength=0.0)) == "lcm"
@@ -155,7 +155,7 @@ def test_the_sampler_knows_what_is_on_its_model(model, path):
     save_file(dialects(model)["kohya"], path.with_name("Hyper-SD15-8steps-CFG-lora.safetensors"))
     loaded = LCMLoRALoader.execute(model, "Hyper-SD15-8steps-CFG-lora.safetensors", 1.0, "auto")
     assert told(loaded.result[0], 8, 7.0) == []
-    assert told(loaded.result[0], 4) == ["Hyper-SD15-8steps-CFG-lora is made for steps 8"]
+    assert told(loaded.result[0], 4) == ["Hyper-SD15-8steps-CFG-lora is made for 8 steps"]
     foreign = model.clone()  # another pack's loader, whose LoRA may be an LCM-LoRA
     key = next(iter(loaded.result[0].patches))
     foreign.add_patches({key: ("diff", (torch.zeros(1),))})

@@ -50,9 +50,13 @@ def load(model, name, strength=1.0, family="auto"):
 @pytest.mark.parametrize(
     ("name", "family", "sigmas"),
     [
-        ("Qwen-Image-Lightning-4steps-V1.0", "qwen-lightning", "shift 3, as its authors sample"),
-        ("Flux_2-Turbo-LoRA", "flux2-turbo", "at steps 8, the sigmas that its authors list"),
-        ("my flux lcm", "lcm", "the model's own shift: lcm has no other"),
+        (
+            "Qwen-Image-Lightning-4steps-V1.0",
+            "qwen-lightning",
+            "shift 3, as the LoRA's authors use it",
+        ),
+        ("Flux_2-Turbo-LoRA", "flux2-turbo", "at 8 steps, the sigmas that the LoRA's authors give"),
+        ("my flux lcm", "lcm", "the model's own shift: lcm sets none"),
     ],
 )
 def test_the_name_decides(saved, name, family, sigmas):
@@ -69,8 +73,8 @@ def test_a_name_that_says_nothing_is_sampled_as_the_model_is(saved):
     loaded, lines = load(build("Flux"), saved("fast.safetensors"))
     assert lines == [
         "flow: 1 of 1 modules applied",
-        "the default: neither the file's metadata nor its name says otherwise",
-        "the model's own shift: flow has no other",
+        "the default: neither the file's metadata nor its name gives a family",
+        "the model's own shift: flow sets none",
     ]
     by_hand, _ = load(build("Flux"), "fast.safetensors", family="lcm")
     assert_same(
@@ -90,11 +94,9 @@ def test_another_strength_than_it_is_made_for_is_named(saved):
     from lcm_lora.nodes.rows import LCMLoRAStack
 
     name = saved("Hyper-FLUX.1-dev-8steps-lora.safetensors")
-    warning = "hyper-flux is made for strength 0.125: set strength to that."
+    warning = "hyper-flux is made for strength 0.125: change strength."
     assert load(build("Flux"), name)[1][-1] == warning
-    assert (
-        load(build("Flux"), name, 0.125)[1][-1] == "the model's own shift: hyper-flux has no other"
-    )
+    assert load(build("Flux"), name, 0.125)[1][-1] == "the model's own shift: hyper-flux sets none"
     stack = LCMLoRAStack.execute(build("Flux"), name, 1.0, "auto", {"count": "0"})
     assert stack.ui["lcm_lora_text"][-1][0].format(family="hyper-flux", weight="0.125") == warning
 
@@ -110,7 +112,7 @@ def test_the_run_warns_of_steps_that_it_is_not_made_for(saved):
         return [text.format(**values) for text, values, _ in output.ui["lcm_lora_text"]]
 
     assert told("FLUX.1-Turbo-Alpha.safetensors", 4)[0] == (
-        "FLUX.1-Turbo-Alpha is made for steps 8: set steps to that."
+        "FLUX.1-Turbo-Alpha is made for 8 steps: change steps."
     )
     assert told("Flux_2-Turbo-LoRA.safetensors", 8) == [
         "flux2-turbo, 8 steps: 1 0.651 0.437 0.293 0.189 0.111 0.0495 0.00031; cfg 1, negative "

@@ -433,12 +433,14 @@ def test_the_nodes_say_where_the_sigmas_come_from():
 
     flux = build("Flux")
     assert told(LCMModelSampling.execute(flux, "rcm")) == [
-        "at steps 1, 2, 3, 4, the sigmas that its authors list"
+        "at 1, 2, 3, 4 steps, the sigmas that the LoRA's authors give"
     ]
-    assert told(LCMModelSampling.execute(flux, "scfm")) == ["shift 3.25, as its authors sample"]
+    assert told(LCMModelSampling.execute(flux, "scfm")) == [
+        "shift 3.25, as the LoRA's authors use it"
+    ]
     assert told(LCMModelSampling.execute(flux, "auto")) == [
-        "flow: no LoRA on the MODEL says otherwise",
-        "the model's own shift: flow has no other",
+        "flow: no LoRA on the MODEL sets a family",
+        "the model's own shift: flow sets none",
     ]
     hyper = patched(accelerated(flux, "hyper-flux"), "hyper-flux")
     output = LCMKSampler.execute(

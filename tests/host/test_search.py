@@ -206,7 +206,9 @@ def test_as_much_of_the_style_shows_as_is_wanted(model, vectors, monkeypatch):
     assert figures["style_at_least"] == 1.4
     weights = [weight for _, weight in figures["weights"]]
     assert weights == pytest.approx(point.weights, abs=0.006)
-    assert ("You asked for 140 %" in output.result[2]) == (figures["style_shown"] < 1.35)
+    assert ("You set style_at_least to 140 %" in output.result[2]) == (
+        figures["style_shown"] < 1.35
+    )
 
 
 def test_a_share_of_a_style_without_effect_is_refused_before_the_search(
@@ -270,7 +272,7 @@ def test_an_interruption_returns_what_is_found(model, vectors, monkeypatch):
         ({"budget": 2}, "between 6 and 200"),
         ({"lowest": 1.0, "highest": 1.0}, "expected a lower number first"),
         ({"lowest": 1.0, "highest": 0.5}, "expected a lower number first"),
-        ({"highest": 0.9}, "outside of its range"),
+        ({"highest": 0.9}, "outside the range"),
         ({"prompts": "# nothing\n# else"}, "no prompt in it"),
         ({"prompts": "a cat"}, "only one prompt"),
         ({"pictures": 0}, "expected 1 or more"),

@@ -426,7 +426,7 @@ def test_the_nodes_for_parts_and_rules(model):
     by_error, report, _ = LCMLoRACombine.execute(count, "svd", 0, 1.0, 0.3).args
     assert 0.25 < float(report.split("relative error ")[1].split(".\n")[0]) <= 0.3
     assert "Cosine of 1 and 2" in report
-    with pytest.raises(ValueError, match="The method ties only reduces to a rank"):
+    with pytest.raises(ValueError, match="The method ties reduces only to a rank"):
         LCMLoRACombine.execute(count, "ties", 6, 0.9)
 
 

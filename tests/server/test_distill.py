@@ -95,7 +95,7 @@ def test_it_says_what_it_takes_and_then_how_far_it_is(page, client, subject, hos
 
     # Other settings are another job, and the finished one has measured the speed.
     page.evaluate(FITTED, [subject.checkpoint, f"distill/{vue}", 300])
-    assert "as an earlier job measured" in text_of(page, "\n300 steps")
+    assert "measured by an earlier job" in text_of(page, "\n300 steps")
 
     # The tab opens the graph that ordered the job, with its settings of then.
     show_tab(page)
@@ -112,7 +112,7 @@ def test_it_warns_before_the_queue_refuses(page, subject, vue):
     page.on("response", lambda answer: answer.status == 400 and refused.append(answer.url))
     page.evaluate(OPEN, [json.loads(TEMPLATE.read_text(encoding="utf-8")), vue])
     page.evaluate(HELPERS)
-    assert text_of(page, "is not here").startswith("⚠ v1-5-pruned-emaonly-fp16.safetensors is not")
+    assert text_of(page, "is missing").startswith("⚠ v1-5-pruned-emaonly-fp16.safetensors is")
     lora = subject.lcm_lora.removesuffix(".safetensors")
     page.evaluate(FITTED, [subject.checkpoint, lora, 30])
     taken = text_of(page, "30 steps")

@@ -94,8 +94,8 @@ def test_the_nodes_say_how_a_flow_model_is_sampled(files, browser, client, vue):
     assert texts["LCMLoRALoader"].split("\n") == [
         "hyper-sd3: 1 of 1 modules applied",
         f"from the name {LORA}",
-        "the model's own shift: hyper-sd3 has no other",
-        "⚠ hyper-sd3 is made for strength 0.125: set strength to that.",
+        "the model's own shift: hyper-sd3 sets none",
+        "⚠ hyper-sd3 is made for strength 0.125: change strength.",
     ]
     page.evaluate(CHOOSE, ["LCMLoRALoader", "family", "tcd"])
     said = page.evaluate(RUN)

@@ -28,7 +28,7 @@ EXPECTED = {
                 "1 x Qwen-Image-Lightning-4steps-V1.0: 34 of 34 modules",
                 "1 x gummycandy_qwen: 34 of 34 modules",
                 "from the name Qwen-Image-Lightning-4steps-V1.0.safetensors",
-                "shift 3, as its authors sample",
+                "shift 3, as the LoRA's authors use it",
             ],
             "LCMKSampler": [
                 "qwen-lightning, 4 steps: 1 0.9 0.75 0.5; cfg 1, negative prompt unused"
@@ -41,8 +41,8 @@ EXPECTED = {
         {
             "LCMLoRAApply": ["40 of 40 modules applied"],
             "LCMModelSampling": [
-                "flow: no LoRA on the MODEL says otherwise",
-                "the model's own shift: flow has no other",
+                "flow: no LoRA on the MODEL sets a family",
+                "the model's own shift: flow sets none",
             ],
             "LCMKSampler": [
                 "flow, 8 steps: 1 0.955 0.9 0.833 0.75 0.643 0.5 0.3; cfg 1, negative prompt unused"
@@ -61,7 +61,7 @@ EXPECTED = {
                 "0.125 x Hyper-FLUX.1-dev-8steps-lora: 44 of 44 modules",
                 "1 x flux_dev_frostinglane_araminta_k: 36 of 36 modules",
                 "from the name Hyper-FLUX.1-dev-8steps-lora.safetensors",
-                "the model's own shift: hyper-flux has no other",
+                "the model's own shift: hyper-flux sets none",
             ],
             "LCMKSampler": [
                 "hyper-flux, 8 steps: 1 0.957 0.905 0.84 0.76 0.655 0.513 0.311; cfg 1, negative "

@@ -268,7 +268,7 @@ REFUSED = (
     ("rename", {"title": "half \ud800"}, "title must be"),
     ("extend", {"steps": 0}, "steps must be from 1"),
     ("extend", {"steps": True}, "steps must be from 1"),
-    ("extend", {"steps": 5}, "only finished jobs"),
+    ("extend", {"steps": 5}, "only a finished job"),
     ("export", {"step": "1"}, "step must be from 1"),
     ("export", {"step": 5}, "no checkpoint of step 5. It has: none"),
 )

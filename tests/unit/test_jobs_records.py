@@ -15,7 +15,7 @@ from lcm_lora.training.jobs.records import (
     Status,
 )
 from lcm_lora.training.jobs.restart import CRASHES, PAUSES, restart_or_end
-from lcm_lora.training.jobs.states import ASKED, activity_of, state_of
+from lcm_lora.training.jobs.states import REQUESTED, activity_of, state_of
 
 ME, ROOT = Process.this(), Path(__file__).resolve().parents[2]
 
@@ -114,7 +114,7 @@ def test_the_table_of_activities(control, attempt, status, activity):
 def test_every_activity_is_documented():
     document = json.loads((ROOT / "training/jobs/openapi.json").read_text(encoding="utf-8"))
     documented = document["components"]["schemas"]["Job"]["properties"]["activity"]["enum"]
-    asked = [activity for pair in ASKED.values() for activity in pair]
+    asked = [activity for pair in REQUESTED.values() for activity in pair]
     assert sorted(documented) == sorted(["", "starting", "ending", *ACTIVITIES, *asked])
 
 

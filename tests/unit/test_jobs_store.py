@@ -283,7 +283,7 @@ def test_a_finished_job_is_taken_again_while_its_lora_is_there(store, tmp_path):
 
 def test_a_finished_job_trains_on_from_its_last_checkpoint(store, tmp_path):
     job, _ = store.create(spec(tmp_path, steps=900), "a")
-    with pytest.raises(ValueError, match="queued: only finished jobs"):
+    with pytest.raises(ValueError, match="queued: only a finished job"):
         store.extend(job, 10)
     # It ended early: its LoRA is that of step 100, though it trained 300.
     tell(store, job, "status", state="done", step=100, steps=900)
@@ -300,7 +300,7 @@ def test_a_finished_job_trains_on_from_its_last_checkpoint(store, tmp_path):
     assert state(store, job) == "done" and output.read_bytes() == b"another LoRA"
     output.write_bytes(b"made by it")
     rival, _ = store.create(spec(tmp_path, steps=5, overwrite=True), "a")
-    with pytest.raises(ValueError, match="Another job that makes a is queued: delete it"):
+    with pytest.raises(ValueError, match="makes a is queued: delete that job first"):
         store.extend(job, 10)
     store.delete(rival)
     store.extend(job, 10)

@@ -84,10 +84,10 @@ def test_a_wrong_text_is_explained(text, words):
 @pytest.mark.parametrize("name", ["up_blocks_0_attention_1", "down_blocks_9", "down_blocks_x"])
 def test_a_block_that_the_vector_does_not_have_is_named(name):
     vector = Vector({DOWN: delta(0), UP: delta(1)}, source="style")
-    words = f"{name} fits no module of style; the nearest .* are .*up_blocks_0_attentions_1"
+    words = f"{name} fits no module of style; its nearest blocks are .*up_blocks_0_attentions_1"
     with pytest.raises(ValueError, match=words):
         parse_weights(f"input=0, {name}=0").require_blocks(vector)
-    words = f"{name} fits no module of text; it has no such"
+    words = f"{name} fits no module of text; it has no blocks"
     with pytest.raises(ValueError, match=words):
         parse_weights(f"{name}=0").require_blocks(Vector({TEXT: delta(0)}, source="text"))
 

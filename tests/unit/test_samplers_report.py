@@ -38,7 +38,7 @@ def test_what_a_run_did(steps, cfg, text):
             False,
             4,
             5.0,
-            ["Hyper-SD15-8steps-CFG is made for steps 8: set steps to that."],
+            ["Hyper-SD15-8steps-CFG is made for 8 steps: change steps."],
         ),
         ((), False, 4, 1.0, [NO_LORA]),
         ((), False, 20, 1.0, [NO_LORA]),

@@ -140,7 +140,10 @@ class Follower:
         if not path:
             return ""
         if not source.exists():
-            raise ValueError(f"There is no {source}.")
+            raise ValueError(
+                f"There is no file or folder {source}, which the job needs. Put it back, or start "
+                "a new job without it."
+            )
         if source.resolve().is_relative_to(storage.resolve()):
             return self.cluster.there(storage / source.resolve().relative_to(storage.resolve()))
         # Links are followed, as the trainer follows them.
@@ -159,7 +162,7 @@ class Follower:
         return self.cluster.there(folder / source.name)
 
     def mirror_control(self) -> None:
-        """Passes on to the trainer what is asked of the job."""
+        """Passes the user's request on to the trainer."""
         control = Control(action=self._action())
         if self.remote.is_dir() and Control.read(self.remote) != control:
             control.write(self.remote)
@@ -226,15 +229,16 @@ class Follower:
         if output.exists() and not self.spec.overwrite:
             if disk.sha256(output) != result.sha256:
                 raise ValueError(
-                    f"{output.name} exists already: choose another name, or allow overwrite. The "
-                    f"cluster's result is {made}."
+                    f"{output.name} exists already: choose another name, or switch overwrite on. "
+                    f"The cluster's result is {made}."
                 )
         output.parent.mkdir(parents=True, exist_ok=True)
         with disk.whole_file(output) as new:
             shutil.copyfile(made, new)
             if (sha256 := disk.sha256(new)) != result.sha256:
                 raise ValueError(
-                    f"{made} is damaged: its sha256 is {sha256}, but {result.sha256} was written."
+                    f"{made} is damaged: its sha256 is {sha256}, expected {result.sha256}. Resume "
+                    "the job to fetch it again."
                 )
         replace(result, file=str(output)).write(self.job)
         self.journal.repeat(status)

@@ -28,7 +28,7 @@ class Cluster:
     )
     storage_there: str = setting("The shared folder's path on the cluster, if it differs.", "")
     token: str = setting("For a cluster that requires one.", "")
-    gpus: float = setting("GPUs of each worker; with 0 it trains on the CPU.", 1.0)
+    gpus: float = setting("GPUs of each worker; with 0 the workers train on the CPU.", 1.0)
     cpus: float = setting("CPUs of each worker.", 1.0)
 
     @classmethod
@@ -39,7 +39,9 @@ class Cluster:
             raise ValueError(f"The cluster's settings {file} are missing or not JSON. {HELP}")
         cluster = build(cls, content, file.name)
         if not cluster.address.startswith(("http://", "https://")):
-            raise ValueError(f"address must begin with http:// or https://. {HELP}")
+            raise ValueError(
+                f"address must begin with http:// or https://, found {cluster.address!r}. {HELP}"
+            )
         if not Path(cluster.storage).is_dir():
             raise ValueError(f"storage must be an existing folder, found {cluster.storage!r}.")
         return cluster

@@ -22,7 +22,7 @@ FOLDER = "answers"  # in the job's folder
 
 def folder(job: Path, spec: Spec, bank: str, world: int) -> Path:
     """Where a job keeps its answers: a folder for each combination of settings, bank and number of
-    processes, because with another number the same step has other pictures."""
+    processes. With another number of processes, the same step has other pictures."""
     return job / FOLDER / name_of(f"{bank}\n{world}\n{spec.to_json()}")
 
 

@@ -17,7 +17,7 @@ from . import captions
 
 USUAL = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ZIPPED = (".tar.gz", ".tgz")
-NAMED = 3  # how many faulty files a message names
+NAMED = 3  # the most faulty files that a message names
 LONGEST = 50  # characters of an example in a message
 
 UNKNOWN = "neither a picture that Pillow reads nor a caption nor a tar"
@@ -31,7 +31,7 @@ class Captioned:
     """A picture that is not opened yet.
 
     Attributes:
-        name: for messages, relative to what the user named; valid Unicode.
+        name: for messages, relative to the user's folder or tar; valid Unicode.
         caption: not empty, valid Unicode.
         stamp: the file's size and modification time in ns.
         file, offset, size: the file and the bytes in it; size None means to the end of the file.
@@ -65,8 +65,8 @@ class DataSet(list[Captioned]):
 def picture_suffixes() -> tuple[str, ...]:
     """The file name suffixes of the formats that Pillow reads, the usual ones first.
 
-    Formats that Pillow only recognises are left out: a "stub" needs another program, and of a film
-    Pillow reads only the size.
+    Leaves out formats that Pillow only recognises: a "stub" needs another program, and Pillow reads
+    only the size of a film.
     """
     Image.init()
     readers = {kind: reader for kind, (reader, _) in Image.OPEN.items() if kind != "MPEG"}
@@ -91,7 +91,10 @@ def find(path: Path) -> DataSet:
     """
     is_tar = path.is_file() and path.name.lower().endswith((".tar", *ZIPPED))
     if not is_tar and not path.is_dir():
-        raise ValueError(f"There is no folder and no tar file {shown(path)}.")
+        raise ValueError(
+            f"There is no folder and no tar file {shown(path)}: expected a folder of pictures with "
+            "captions, or a WebDataset tar."
+        )
     files, skipped = ([path], []) if is_tar else disk.files_under(path)
     if zipped := [file.name for file in files if file.name.lower().endswith(ZIPPED)]:
         raise ValueError(
@@ -128,7 +131,7 @@ def summary(unused: list[tuple[str, str]]) -> str:
 def _folder(
     root: Path, files: list[Path], skipped: list[tuple[Path, str]], unused: list[tuple[str, str]]
 ) -> list[Captioned]:
-    """The captioned pictures of a folder. skipped: (file, reason) of what is not in `files`."""
+    """The captioned pictures of a folder. skipped: (file, reason) of each entry not in `files`."""
 
     def name(file: Path) -> str:
         return shown(file.relative_to(root).as_posix())
@@ -199,7 +202,9 @@ def _tar(path: Path, unused: list[tuple[str, str]]) -> Iterator[Captioned]:
                         unused.append((name(parts[suffix]), TWICE))
                     parts[suffix] = member
     except tarfile.TarError as error:
-        raise ValueError(f"{shown(path.name)} is not a complete tar file: {error}.") from None
+        raise ValueError(
+            f"{shown(path.name)} is not a complete tar file: {error}. Copy or download it again."
+        ) from None
     missing, pictures = [], 0
     with open(path, "rb") as file:
         for parts in samples.values():

@@ -38,10 +38,12 @@ def caption(data: bytes, suffix: str, name: str) -> str:
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
-        raise ValueError(f"{name} is not a JSON object.")
+        raise ValueError(
+            f'{name} is not a JSON object; expected one such as {{"text": "a caption"}}.'
+        )
     for column in COLUMNS:
         if not isinstance(entry.get(column), str | None):
-            raise ValueError(f'{name}: its "{column}" is not text: {entry[column]!r:.80}')
+            raise ValueError(f'{name}: its "{column}" must be text, found {entry[column]!r:.80}')
     return _valid(next(filter(str.strip, _texts(entry)), ""), name)
 
 
@@ -66,10 +68,14 @@ def table(file: Path, name: str, unused: list[tuple[str, str]]) -> dict[Path, st
         picture = file.parent / picture_name
         # Only the name is checked, because in a Hugging Face download the pictures are links.
         if Path(picture_name).is_absolute() or ".." in Path(picture_name).parts:
-            raise ValueError(f"Line {number} of {name} leaves its folder: {picture_name!r}.")
+            raise ValueError(
+                f"Line {number} of {name} names {picture_name!r}, which leaves its folder; "
+                "expected a file in the same folder or below."
+            )
         if not picture.is_file():
             raise ValueError(
-                f"Line {number} of {name} names {picture_name!r}, which does not exist."
+                f"Line {number} of {name} names {picture_name!r}, which does not exist. Add the "
+                "file, or remove the line."
             )
         if picture in captions:
             unused.append((f"line {lines[picture]} of {name}", REPEATED))

@@ -1,7 +1,7 @@
 """The random choices of a training step, as functions of (seed, step, place in the batch).
 
-No generator's state outlives a step. So a resumed run draws the same numbers as an unbroken one,
-two processes draw together what one would draw alone, and the micro-batch changes nothing.
+No random state outlives a step. So a resumed run draws the same numbers as an uninterrupted one,
+two processes draw together what one would draw alone, and the micro-batch has no influence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ...samplers.noise import picture_seed
 class Shuffle:
     """Which rows of the bank form which batch: every row once per epoch, in a new order each time.
 
-    shapes: of the rows' latents; a batch has one shape. batch: pictures a step, of all processes
-    together. If a shape's rows do not fill their last batch, the first of them come twice in that
-    epoch.
+    shapes: of the rows' latents; a batch has one shape. batch: pictures per step, of all processes
+    together. If the rows of a shape do not fill their last batch, the first of them appear twice in
+    that epoch.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], batch: int, seed: int):
@@ -40,8 +40,8 @@ class Shuffle:
         return self._batches[at]
 
     def original(self, step: int, passes: int) -> int:
-        """The step whose batch and draws this step repeats, if each is used in `passes` consecutive
-        passes over the bank. For 1 pass it is the step itself."""
+        """The step whose batch and draws this step repeats, if `passes` consecutive passes over the
+        bank use the same ones. With 1 pass it is the step itself."""
         epoch, at = divmod(step, self.per_epoch)
         return epoch // passes * passes * self.per_epoch + at
 
@@ -68,8 +68,8 @@ LOWEST, HIGHEST = 20, 979
 
 
 def run(seed: int, step: int, timesteps: Callable[[int], list[int]]) -> list[int]:
-    """The timesteps of a run of the sampler up to the call that a step of distribution matching
-    trains; the same for all pictures. timesteps(n): those of a run of n steps."""
+    """The timesteps of a sampling run up to the call that a step of distribution matching trains.
+    They are the same for all pictures. timesteps(n): the timesteps of a run of n steps."""
     generator = torch.Generator().manual_seed(picture_seed(seed, step, 1 << 41))
     steps = RUNS[int(torch.randint(len(RUNS), (), generator=generator))]
     call = int(torch.randint(steps, (), generator=generator))
@@ -83,8 +83,8 @@ def matching(
     shape: Sequence[int],
     T: int = 1000,  # noqa: N803
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fields of objectives.dmd.Draws for the pictures at these places, on the CPU. T: how many
-    timesteps there are."""
+    """The fields of objectives.dmd.Draws for the pictures at these places, on the CPU. T: the
+    number of timesteps."""
     noise = torch.empty(len(places), max(RUNS) + 2, *shape)
     tau = torch.empty(len(places), 2, dtype=torch.int64)
     generator = torch.Generator()
@@ -102,8 +102,8 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(eps, index, cfg) for the pictures at these places of a step's batch, on the CPU.
 
-    eps: noise [B, *shape] float32; index: int64 [B], one of so many `starts` of the solver's steps;
-    cfg: float32 [B, 1, 1, 1], within the range of guidance.
+    eps: noise [B, *shape] float32; index: int64 [B], below `starts`, the number of places where a
+    solver step can start; cfg: float32 [B, 1, 1, 1], within the range of guidance.
     """
     eps = torch.empty(len(places), *shape)
     index = torch.empty(len(places), dtype=torch.int64)

@@ -85,7 +85,7 @@ class Pictures:
         return [self.data[number // self.crops].caption for number in range(len(self))]
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the examples, for the bank's key."""
+        """Everything that the examples depend on, for the bank's key."""
         files = json.dumps([[file.name, file.caption, file.stamp] for file in self.data])
         return {"pictures": hashlib.sha256(files.encode()).hexdigest(), **self.choices}
 

@@ -1,6 +1,6 @@
-"""What ComfyUI's transformers need around them before gradients can flow through them.
+"""Prepares ComfyUI's transformers so that gradients can flow through them.
 
-Their code and weights stay as they are. gradient_check.py measures whether this was enough.
+Their code and weights stay as they are. gradient_check.py measures whether this is enough.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter import BLOCK
 
-# Rotary positions after a norm, in one kernel without a backward; Anima calls it also in training.
+# Applies a norm and rotary positions in one kernel without a backward. Anima calls it in training.
 _KERNEL = "rms_rope_split_half"
 _EXACT = "float8_e4m3fn", "float8_e5m2"  # ComfyUI's formats of scaled fp8
 
@@ -21,10 +21,10 @@ _EXACT = "float8_e4m3fn", "float8_e5m2"  # ComfyUI's formats of scaled fp8
 def make_differentiable(network: nn.Module) -> None:
     """Prepares a network, and this process, in which ComfyUI then computes as in its own training.
 
-    - ComfyUI's flag for training keeps most transformers from kernels that have no backward.
+    - With ComfyUI's flag for training, most transformers avoid kernels that have no backward.
     - The remaining kernel gets a backward.
-    - Blocks of Flux's kind add to their inputs in place, which a norm still needs for its backward.
-      So each norm gets a copy.
+    - Blocks of Flux's kind change their inputs in place, but a norm needs its input for its
+      backward. So each norm gets a copy.
     """
     import comfy.model_management
 
@@ -38,8 +38,8 @@ def make_differentiable(network: nn.Module) -> None:
 
 
 def require_exact_weights(name: str, patcher: Any) -> None:
-    """Lets ComfyUI multiply with the unpacked weights of scaled fp8, not with its inputs rounded to
-    fp8 too. Call it before the network is loaded onto the device.
+    """Makes ComfyUI multiply with the unpacked weights of scaled fp8, instead of rounding the
+    inputs to fp8 too. Call it before the network is loaded onto the device.
 
     Raises ValueError if weights are packed in another format, whose products round the inputs.
     """
@@ -47,8 +47,8 @@ def require_exact_weights(name: str, patcher: Any) -> None:
     formats = {str(kind) for layer in layers if (kind := getattr(layer, "quant_format", None))}
     if others := sorted(formats - set(_EXACT)):
         raise ValueError(
-            f"{name} has weights packed as {' and '.join(others)}, through which there are no "
-            "right gradients. Choose the bf16 or the fp8 file of the model."
+            f"{name} has weights packed as {' and '.join(others)}, which give no right gradients. "
+            "Choose the bf16 or the fp8 file of the model."
         )
     if formats:
         patcher.force_cast_weights = True
@@ -61,9 +61,9 @@ def _copy(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
 
 
 def _add_backward() -> None:
-    """Lets autograd differentiate the kernel by way of the same function in plain PyTorch.
+    """Gives the kernel a backward, computed with the same function in plain PyTorch.
 
-    Does nothing where there is no such kernel; if it was needed, the check will see.
+    Does nothing if there is no such kernel. If it was needed, gradient_check.py will notice.
     """
     import comfy.quant_ops
 
@@ -87,7 +87,7 @@ def _backward_of(plain: Any) -> Any:
         with torch.enable_grad():
             q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
             outputs = plain(q, k, *rest, *ctx.numbers)
-            found = torch.autograd.grad(outputs, (q, k), gradients)
-        return *found, *[None] * (len(rest) + len(ctx.numbers))
+            of_q, of_k = torch.autograd.grad(outputs, (q, k), gradients)
+        return of_q, of_k, *[None] * (len(rest) + len(ctx.numbers))
 
     return backward

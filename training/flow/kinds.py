@@ -1,6 +1,6 @@
-"""The flow models that can be distilled: ComfyUI's classes, and what the file of a network tells.
+"""The flow models that can be distilled: ComfyUI's classes, and how to recognise their files.
 
-A file is recognised by weights that no other kind has, so that nothing needs to be loaded.
+A file is recognised by the names of weights that no other kind has, without loading it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ class Kind:
     """A kind of flow model, as the file of its network shows it.
 
     Attributes:
-        name: of the architecture. marks: weights that it has, and no later kind in KINDS.
-        text: the weight whose inputs are the text's features; "" for `width` of them.
-        tokens: of a short caption; what ComfyUI fills up to, where it does. pooled: features of the
-            whole caption.
-        resolution: the side in pixels that it is made for. channels: of the latents, whose cells
-            are `shrink` pixels a side.
+        name: of the architecture.
+        marks: names of weights that it has, but no later kind in KINDS.
+        text: the weight whose inputs are the text's features; if "", `width` is their number.
+        tokens: of a short caption; if ComfyUI pads captions, the padded length.
+        pooled: the number of features of the whole caption.
+        resolution: the side in pixels of the pictures that it is made for.
+        channels, shrink: of the latents; a latent cell is `shrink` pixels wide and high.
     """
 
     name: str

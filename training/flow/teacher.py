@@ -1,7 +1,7 @@
 """A flow model as teacher: a transformer that ComfyUI samples as rectified flow.
 
-The network is called through ComfyUI's apply_model with the conditions that ComfyUI makes for each
-class, so that what is trained is what is sampled. kinds.py lists the classes that were tested.
+Calls go through ComfyUI's apply_model, with the conditions that ComfyUI makes for each class. So
+training calls the network exactly as sampling does. kinds.py lists the tested classes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ VIDEO = 3  # dimensions of its latents: frames, height, width
 
 
 class FlowTeacher(Teacher):
-    """Its schedule is a Line. Texts have the names of ComfyUI's conditions: "cross_attn" [1, L, D],
-    and what else the text encoder gives: "pooled_output" [1, P], "attention_mask" [1, L], ...
+    """A Teacher whose schedule is a Line. Texts have the names of ComfyUI's conditions:
+    "cross_attn" [1, L, D], and whatever else the text encoder gives: "pooled_output" [1, P],
+    "attention_mask" [1, L], ...
 
-    guidance: what a network with a guidance embedding (Flux-dev, Flux2-dev) is given instead of a
-    second call for the empty prompt; as teacher, as target and as student.
+    guidance: the input of a network with a guidance embedding (Flux-dev, Flux2-dev), for teacher,
+    target and student. It replaces a second call for the empty prompt.
     """
 
     schedule: Line
@@ -88,9 +89,9 @@ class FlowTeacher(Teacher):
     def use_guidance(self, scale: tuple[float, ...]) -> None:
         if self.has_guidance and len(set(scale)) > 1:
             raise ValueError(
-                f"guidance: found a range, {scale[0]:g} to {scale[-1]:g}. {self.architecture} has "
-                "its guidance as an input of the network (FluxGuidance): give the one number that "
-                "you use."
+                f"guidance is a range, {scale[0]:g} to {scale[-1]:g}; expected one number, because "
+                f"{self.architecture} has its guidance as an input of the network. Use the number "
+                "that you give FluxGuidance."
             )
         self.guidance = scale[0]
 
@@ -129,7 +130,7 @@ class FlowTeacher(Teacher):
         return cond, empty
 
     def _sent(self, texts: Tensors) -> Tensors:
-        """Texts on the device, but their shapes where they are: they are read for every call."""
+        """Texts on the device. Their shapes stay on the CPU, because every call reads them."""
         shapes = {shape_of(name) for name in texts}
         return {
             name: tensor if name in shapes else sent(tensor, self.device)

@@ -1,6 +1,6 @@
-"""What the server does for its jobs: pauses them while prompts run, and notifies pages of changes.
+"""The server's part in its jobs: pauses them while prompts run, and notifies pages of changes.
 
-It is given functions, so that it depends neither on ComfyUI nor on HTTP.
+The caller passes functions in, so this file depends neither on ComfyUI nor on HTTP.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ class Beside:
     """Watches the jobs for one ComfyUI server.
 
     Attributes:
-        prompts: how many prompts run or wait. free: asks the server to unload its models.
-        work: makes sure that a supervisor runs. notify: tells the pages that a job changed.
-        waiting: ids of jobs that a running prompt waits for; while there is one, no job pauses.
+        prompts: gives the number of prompts that run or wait.
+        free: makes the server unload its models.
+        work: makes sure that a supervisor runs.
+        notify: tells the pages that a job changed.
+        waiting: ids of jobs that a running prompt waits for; while there are any, no job pauses.
     """
 
     store: Store
@@ -61,16 +63,16 @@ class Beside:
         if busy:
             self._busy_at = now
         rested = now - self._busy_at >= IDLE or bool(self.waiting)
-        asked = False
+        changed = False
         for job in jobs:
             if job.on_cluster:
-                continue  # it uses nothing of this machine
+                continue  # it does not use this machine
             with self.store.unless_deleted(job.id):
                 if job.policy == "yield" and busy and _can_pause(job):
-                    asked |= self.store.ask(job.id, "pause", Process.this(), only=_can_pause)
+                    changed |= self.store.ask(job.id, "pause", Process.this(), only=_can_pause)
                 elif rested and _can_resume(job):
-                    asked |= self.store.ask(job.id, "", only=_can_resume)
-        if asked:
+                    changed |= self.store.ask(job.id, "", only=_can_resume)
+        if changed:
             jobs = self.store.jobs()
         if any(job.waits for job in jobs):
             self.work()
@@ -81,7 +83,8 @@ class Beside:
             self.notify()
 
     def _free_memory(self, jobs: list[Job], busy: bool) -> None:
-        """Unloads the server's models when a job starts, and when prompts during one are done."""
+        """Unloads the server's models when a job starts, and when the queue of prompts becomes
+        empty while a job is active."""
         active = {job.id for job in jobs if job.state in ACTIVE and job.policy != "share"}
         if active - self._active or (active and self._was_busy and not busy):
             self.free()
@@ -93,7 +96,7 @@ def _can_pause(job: Job) -> bool:
 
 
 def _can_resume(job: Job) -> bool:
-    """Whether it is paused for this server, or for one that no longer runs."""
+    """Whether the job paused for this server's prompts, or for a server that no longer runs."""
     if job.state != "paused" or job.aside is None:
         return False
     return job.is_forsaken or job.aside == Process.this()

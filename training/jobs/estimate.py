@@ -1,4 +1,4 @@
-"""What a job will take, before it is queued: by earlier jobs, never by a guess about a device."""
+"""Estimates what a job will take, from earlier jobs on the device, never from guesses about it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ from .store import Store
 MEASURED, ESTIMATED, UNKNOWN = "measured", "estimated", "unknown"
 # Bytes of one step with one picture at full size and rank 64: python3 dev bench fullsize.
 PEAKS = {"SD1.5": 4.7e9, "SDXL": 9.2e9}
-EARLIER = 20  # the newest jobs are enough
+EARLIER = 20  # how many of the newest jobs to read
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will take; None for what nothing is known about.
+    """What a job will take; unknown figures are None.
 
     Attributes:
-        steps, batch, resolution, drawn: what the order sets. drawn: pictures; 0 for own pictures.
-        architecture: of the checkpoint; "" if its file does not tell. own_resolution: that it is
-            made for, or 0.
-        training_seconds: without sample pictures and checkpoints. time: how it is known: "measured"
-            by a job with the same settings, "estimated" from one with others, "unknown".
-        drawing_seconds: an estimate, from the speed of training; 0 if an earlier job drew the same.
-        memory_bytes: of the device. memory: "measured" by a job with the same settings,
-            "estimated" for one picture at a time (the least that is needed), "unknown".
-        disk_bytes: the job's checkpoints, the LoRA and what is drawn. None if unknown.
+        steps, batch, resolution: the order's settings.
+        drawn: how many pictures the job draws; 0 if it uses the user's pictures.
+        architecture: of the checkpoint; "" if its file does not show it.
+        own_resolution: the resolution that the checkpoint is made for, or 0.
+        training_seconds: without sample pictures and checkpoints.
+        time: where training_seconds comes from: "measured" by a job with the same settings,
+            "estimated" from a job with other settings, or "unknown".
+        drawing_seconds: estimated from the speed of training; 0 if an earlier job drew the same.
+        memory_bytes: of the device.
+        memory: where memory_bytes comes from: "measured" by a job with the same settings,
+            "estimated" for one picture at a time (the least that a job needs), or "unknown".
+        disk_bytes: the job's checkpoints, the LoRA and the drawn pictures. None if unknown.
         queueing: what happens to the order: one of store.FORESEEN.
     """
 
@@ -59,7 +62,7 @@ class Estimate:
 
 
 class Earlier(NamedTuple):
-    """A job that has trained such a network on the same device."""
+    """A job that trained such a network on the same device."""
 
     spec: Spec
     samples_per_second: float
@@ -93,21 +96,21 @@ def estimate(spec: Spec, name: str, device: str, processes: int, store: Store) -
 
 
 def _earlier(spec: Spec, file: CheckpointFile, device: str, store: Store) -> Iterator[Earlier]:
-    """The newest jobs that may be compared with this one."""
+    """The newest jobs that can be compared with this one."""
     trained = [job for job in store.jobs() if job.step and job.device == device]
     for job in trained[:EARLIER]:
         with store.unless_deleted(job.id):
-            if found := _measured(job, store.path(job.id), spec, file):
-                yield found
+            if earlier := _measured(job, store.path(job.id), spec, file):
+                yield earlier
 
 
 def _measured(job: Job, path: Path, spec: Spec, file: CheckpointFile) -> Earlier | None:
     try:
-        theirs = read(path / "spec.json")
+        job_spec = read(path / "spec.json")
     except ValueError:  # damaged
         return None
-    other = _checkpoint(theirs.checkpoint)
-    if other is None or other.network != file.network or _how(theirs) != _how(spec):
+    job_file = _checkpoint(job_spec.checkpoint)
+    if job_file is None or job_file.network != file.network or _how(job_spec) != _how(spec):
         return None
     speed, memory = (metrics.COLUMNS.index(name) for name in ("samples_per_second", "memory"))
     rows = metrics.read(path)["rows"]
@@ -115,21 +118,21 @@ def _measured(job: Job, path: Path, spec: Spec, file: CheckpointFile) -> Earlier
     speeds = [row[speed] for row in rows[1:] or rows if row[speed]]
     if not speeds:
         return None
-    return Earlier(theirs, median(speeds), max(row[memory] or 0 for row in rows))
+    return Earlier(job_spec, median(speeds), max(row[memory] or 0 for row in rows))
 
 
 def _how(spec: Spec) -> tuple[Any, ...]:
-    """What changes the speed in a way that cannot be calculated."""
+    """The settings that change the speed in a way that cannot be calculated."""
     return spec.host_flags, spec.precision, spec.checkpointing, spec.compile, spec.objective
 
 
 def _work(spec: Spec) -> tuple[Any, ...]:
-    """What the speed and the memory of a step depend on besides."""
+    """The other settings that the speed and the memory of a step depend on."""
     return spec.resolution, spec.batch, spec.micro_batch, spec.rank, spec.passes
 
 
 def _bank(spec: Spec) -> tuple[Any, ...]:
-    """What decides whether a job uses the pictures that another one drew."""
+    """The settings that must be equal for a job to reuse another job's pictures."""
     return spec.checkpoint, spec.data, spec.resolution, spec.guidance, spec.seed, spec.loras
 
 
@@ -164,7 +167,7 @@ def _prompts(path: str) -> list[str]:
 
 
 def _checkpoint(path: str) -> CheckpointFile | None:
-    """None if the file is gone or does not tell its architecture."""
+    """None if the file is gone or does not show its architecture."""
     try:
         return CheckpointFile.read(Path(path))
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
-"""Jobs in ComfyUI's server: where they are, how an order becomes one, and what it made.
+"""Jobs in ComfyUI's server: finds them, turns orders into jobs, and reads their LoRAs.
 
-Users name files as ComfyUI lists them, in nodes and over HTTP; every path is made here.
+Users name files as ComfyUI lists them, in nodes and over HTTP. Only this file turns names into
+paths.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MOST_SAMPLES = 8  # sample pictures of a step, each drawn at 1, 2 and 4 steps
 LOOK = 0.5  # seconds between looks at a job that a prompt waits for
 _stores: dict[Path, Store] = {}
 waiting: list[str] = []
-"""Ids of the jobs that a running prompt waits for, so they must not pause for it."""
+"""Ids of the jobs that a running prompt waits for. They must not pause for that prompt."""
 
 
 def store() -> Store:
@@ -154,7 +155,7 @@ def result(identifier: str, wait: bool, show: Callable[[Job], None]) -> tuple[Ve
     waited for fails or is paused.
 
     Args:
-        wait: first wait until the job is done. show: is called with the job while it goes on.
+        wait: whether to wait first until the job is done. show: called with the job meanwhile.
     """
     job = store().job(identifier)
     if wait and job.state != "done":
@@ -183,7 +184,7 @@ def export(identifier: str, step: int) -> str:
     if file.exists():
         if mark.items() <= read(file, mapped=True).metadata.items():
             return f"{name}.safetensors"
-        raise ValueError(f"{file.name} exists already and is not of this job: rename that file.")
+        raise ValueError(f"{file.name} exists already, but not from this job: rename that file.")
     write(file, of_checkpoint(identifier, step, mark), "fp16", overwrite=False)
     return f"{name}.safetensors"
 
@@ -243,10 +244,12 @@ def _done(job: Job, show: Callable[[Job], None]) -> Job:
 
 
 def _style(lora: StyleLoRA) -> tuple[Vector, float]:
-    """The part of a style LoRA that the teacher took over (the model's), and its strength."""
+    """The model part of a style LoRA, which the teacher contains, and its strength."""
     path = Path(lora.path)
     if not path.is_file():
-        raise ValueError(f"The style LoRA {path.name} of this job is gone: put it back.")
+        raise ValueError(
+            f"The job's style LoRA {path.name} is gone: put it back into the loras folder."
+        )
     style = read(path)
     return style.only({m for m in style.modules() if place_of(m) != "text"}), lora.strength
 
@@ -313,8 +316,8 @@ def _prompts(text: str, what: str, most: int, remedy: str = "") -> tuple[str, ..
 
 
 def lora(name: str) -> dict[str, Any]:
-    """What a LoRA file holds, for the page. Raises ValueError if ComfyUI does not list it, or if it
-    is none."""
+    """What a LoRA file holds, for the page. Raises ValueError if ComfyUI does not list the file, or
+    if it holds no LoRA."""
     if name not in offered(folder_paths.get_filename_list("loras")):
         raise ValueError(
             f"ComfyUI lists no LoRA {plain(name, 200)!r}. Expected a .safetensors file by the name "
@@ -343,7 +346,7 @@ def _listed(kind: str, name: str) -> str:
         )
     path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise ValueError(f"The file of {name!r} is gone, though ComfyUI lists it.")
+        raise ValueError(f"ComfyUI lists {name!r}, but its file is gone: put it back, or press R.")
     # Links stay, because the target's name may lack the suffix that says how to read it.
     return os.path.abspath(path)
 

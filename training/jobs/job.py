@@ -31,11 +31,11 @@ class Job:
         state: queued, preparing, running, stopping, paused, done, failed, or lost: its process
             died and the supervisor has not restarted it yet.
         loss: None before the first report. seconds_left: None unless it is running.
-        activity: what an active job does at the moment: see states.activity_of. activity_done,
-            activity_total: how far that is: see records.ACTIVITIES.
+        activity: what an active job does at the moment; see states.activity_of.
+        activity_done, activity_total: the progress of the activity; see records.ACTIVITIES.
         created, changed: seconds since 1970.
         device, policy, aside, order, key, title: see records.Control.
-        visible: the devices it trains on in the driver's names, "" if there is no choice.
+        visible: the names that the driver has for the job's devices, "" if there is no choice.
     """
 
     id: str
@@ -64,21 +64,21 @@ class Job:
 
     @property
     def on_cluster(self) -> bool:
-        """Whether it trains on a cluster and uses nothing of this machine."""
+        """Whether it trains on a cluster and does not use this machine."""
         return on_cluster(self.device)
 
     @property
     def waits(self) -> bool:
-        """Whether it will go on without a user, so that a supervisor must run."""
+        """Whether it will continue by itself, so that a supervisor must run."""
         return self.state in WAITING or (self.state == "paused" and self.aside is not None)
 
     @property
     def is_forsaken(self) -> bool:
-        """Whether it is paused for a server that no longer runs."""
+        """Whether it paused for a server that no longer runs."""
         return self.state == "paused" and self.aside is not None and not self.aside.alive
 
     def public(self) -> dict[str, Any]:
-        """What a page shows; `aside` is whether it will go on without a user."""
+        """The job as pages show it. `aside`: whether the job will continue by itself."""
         internal = ("order", "key", "visible")
         shown = {name: value for name, value in vars(self).items() if name not in internal}
         return shown | {"aside": bool(self.aside) and self.state in ("paused", "stopping")}
@@ -105,13 +105,14 @@ class Job:
 
 
 def read(path: Path) -> Job:
-    """The job in a folder. Files that are torn or missing are a state, not an exception.
+    """The job in a folder. Torn or missing files lead to a state, not to an exception.
 
     Raises NoJob if the folder is gone.
     """
     outline = Outline.read(path)
     control = Control.read(path) or Control()
-    # Read before the status: first a trainer reports that it is done, then its supervisor its end.
+    # Read before the status, because a trainer reports that it is done before its supervisor
+    # records that it ended.
     attempt = Attempt.read(path) or Attempt()
     status = Status.read(path) or Status()
     state, message = "failed", "The job's description spec.json is damaged or gone."

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a job, read back for a chart."""
+"""Reads a job's metrics.jsonl for charts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def read(job: Path, first: int = 0, last: int = 1 << 40, points: int = 300) -> d
     """Steps `first` to `last`: {"columns", "rows", "errors", "likeness"}, the last three with at
     most `points` rows.
 
-    rows: figures by columns, None for one that is not finite. errors: step, and the distance of the
-    sample pictures at 1, 2 and 4 steps to the teacher's. likeness: step, their distance to the
-    data, and their recall.
+    rows: the figures of COLUMNS, None if not finite. errors: step, and the distance of the sample
+    pictures to the teacher's at 1, 2 and 4 steps. likeness: step, their distance to the data at 1,
+    2 and 4 steps, and their recall at 1, 2 and 4 steps.
     """
     rows: list[Row] = []
     errors: list[Row] = []

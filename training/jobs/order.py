@@ -18,7 +18,8 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True)
 class Length:
-    """What a choice of `length` sets: the steps, and how many pictures are drawn at most."""
+    """The settings that a choice of `length` stands for: the steps, and a limit for the number of
+    pictures that the job draws."""
 
     steps: int
     drawn: int | None = None
@@ -28,8 +29,8 @@ class Length:
         return min(count, self.drawn or count)
 
 
-# good is what the demo model was measured with (docs/measured.md), best what the paper took. From
-# prompts, with the calls of docs/distillation.md, try takes 0.22 times as long as good, best 2.7.
+# good is the length of the measurements in docs/measured.md, best that of the paper's LoRAs. With
+# prompts, counted in network calls, try takes 0.22 times as long as good, and best 2.7 times.
 LENGTHS = {"try": Length(200, 250), "good": Length(1000), "best": Length(4000)}
 
 
@@ -81,7 +82,7 @@ class TeacherOrder:
         is_path=True,
     )
     text_encoder: str = setting(
-        "The model's text encoder. ComfyUI knows its kind from the file and the model.",
+        "The model's text encoder. ComfyUI recognises its kind from the file and the model.",
         "",
         is_path=True,
     )
@@ -109,12 +110,12 @@ class TeacherOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A distillation. The order of the fields is that of the node's inputs: append new ones."""
+    """A distillation. The node's inputs have the order of the fields, so append new fields."""
 
     checkpoint: str = setting(
         "The model to accelerate: SD1.5, SD2, SDXL, SSD-1B, Vega, KOALA, or a flow model (SD3, "
-        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE. none: the "
-        "model comes from Distillation Teacher.",
+        "Flux, Qwen-Image, Z-Image and others) in one file with text encoders and VAE. Choose none "
+        "if the model comes from Distillation Teacher.",
         is_path=True,
     )
     data: DataOrder = setting("The data from Distillation Data.", factory=DataOrder)
@@ -132,8 +133,8 @@ class Order:
     policy: str = setting(
         "What happens while you generate. yield: the job saves and ends, and resumes when the "
         "queue is empty; ComfyUI unloads its models each time the job starts. exclusive: the job "
-        "goes on; ComfyUI unloads its models when the job starts and each time the queue becomes "
-        "empty. share: the job goes on, and ComfyUI does not unload its models.",
+        "keeps training; ComfyUI unloads its models when the job starts and each time the queue "
+        "becomes empty. share: the job keeps training, and ComfyUI does not unload its models.",
         "yield",
         choices=POLICIES,
     )
@@ -149,7 +150,7 @@ class Order:
     checkpoint_every: int = same(Spec, "checkpoint_every")
     device: str = setting(
         'GPU numbers, such as "1" or "0,1"; leave it empty for the first GPU. "ray" uses one '
-        'worker of your Ray cluster, "ray:4" four.',
+        'worker of your Ray cluster, and "ray:4" uses four.',
         "",
         pattern="([0-9]{1,3}(,[0-9]{1,3})*)?|ray(:[1-9][0-9]{0,2})?",
         expected='empty, numbers of devices such as "0" or "0,1", or "ray" or "ray:4" for so many '
@@ -162,7 +163,7 @@ class Order:
         "How long to train. try: 200 steps and at most 250 drawn pictures, to see that it works; "
         "about a quarter of the time of good. good: 1000 steps, with which the demo model was "
         "measured. best: 4000 steps, like the paper's LoRAs; about three times the time of good. "
-        "custom: the value of steps counts.",
+        "custom: as many steps as the input steps says.",
         CUSTOM,
         choices=(CUSTOM, *LENGTHS),
         widget={"optional": True},
@@ -176,8 +177,8 @@ class Order:
     )
     start_from: str = same(Spec, "start_from")
     teacher: TeacherOrder = setting(
-        "A flow model by the files of its parts, from Distillation Teacher. It replaces the "
-        "checkpoint, which is then not read.",
+        "The files of a flow model, from Distillation Teacher. They replace the checkpoint, which "
+        "is then not read.",
         factory=TeacherOrder,
         widget={"optional": True},
     )
@@ -195,8 +196,8 @@ class Order:
 
 
 def again(order: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The order, as a job's folder keeps it, for a job of so many steps: a job that was trained on
-    has more than its length says."""
+    """The order of a job's folder, changed so that it gives a job of `steps` steps. A job that was
+    trained for more steps has more than its length says."""
     chosen = LENGTHS.get(order.get("length", CUSTOM))
     if chosen is None:
         return order | {"steps": steps}

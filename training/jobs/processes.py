@@ -32,7 +32,7 @@ class Process:
 
 
 def identity(pid: int) -> str | None:
-    """A text that no other process of this number has; None if the process has ended.
+    """A text that is unique to this process, unlike its number; None if the process has ended.
 
     On Linux, the boot id and the clock ticks since boot: psutil's creation time changes when the
     clock is set.

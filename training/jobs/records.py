@@ -1,21 +1,21 @@
 """The files of a job's folder as typed records, and who writes them:
 
     spec.json        Spec in training/spec.py; Outline is the part that the queue reads   server
-    control.json     Control: what is asked of the job, and its place in the queue        see below
+    control.json     Control: the user's request, and the job's place in the queue        see below
     supervisor.json  Attempt: the newest process, and how it ended                        supervisor
     status.json      Status: what that process reports                                    trainer
     result.json      Result: the finished LoRA                                            trainer
     ray.json         Handover: the submission to a cluster                                follower
 
-The server and the supervisor change control.json under the store's lock. What an older version of
-this pack rewrites loses the fields that it does not know.
+The server and the supervisor change control.json under the store's lock. If an older version of
+this pack rewrites a record, fields that it does not know are lost.
 
-The server also writes order.json, the order as the user gave it, which is only shown again.
-The trainer also writes metrics.jsonl, log.txt, samples/ and checkpoints/; see training/state/.
+The server also writes order.json, the order as the user gave it, only to show it again. The trainer
+also writes metrics.jsonl, log.txt, samples/ and checkpoints/; see training/state/.
 
-A record is replaced at once, so no lock is needed to read it. A file that is missing, torn or not
-a JSON object reads as None. A field that is missing or of another type reads as its default, as it
-does in files of older versions.
+A write replaces the whole file in one step, so reading needs no lock. A file that is missing, torn
+or not a JSON object reads as None. A field that is missing or of another type reads as its default,
+as in files of older versions.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from .processes import Process
 R = TypeVar("R", bound="Record")
 ACTIVITIES = {
     "waiting for the device": "",
-    "waiting for memory": "MB that are free, and MB that are needed",
+    "waiting for memory": "free MB, and needed MB",
     "loading the checkpoint": "",
     "encoding captions": "captions",
     "making latents": "latents of the bank",
     "training": "",
-    "drawing samples": "pictures; those that are drawn together advance together",
+    "drawing samples": "pictures; pictures that are drawn together count together",
     "saving": "",
     "writing the LoRA": "",
 }
-"""What a trainer may be doing, and what its count means."""
+"""What a trainer may be doing, and the meaning of activity_done and activity_total."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Record:
 
     @classmethod
     def read_surely(cls: type[R], job: Path) -> R | None:
-        """As `read`, but raises OSError if the disk fails. For a record that is then rewritten."""
+        """As `read`, but raises OSError if the disk fails. For callers that rewrite the record."""
         return cls._built(disk.read_surely(job / cls.FILE))
 
     def write(self, job: Path) -> None:
@@ -80,7 +80,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Outline(Record):
-    """The part of a job's settings that the queue needs; the trainer checks all of them."""
+    """The settings of a job that the queue needs. The trainer checks all settings."""
 
     FILE = "spec.json"
     checkpoint: str = ""
@@ -91,13 +91,13 @@ class Outline(Record):
 
 @dataclass(frozen=True)
 class Control(Record):
-    """What is asked of a job.
+    """The current request to a job, and its place in the queue.
 
     Attributes:
         action: "pause" (save and end), "stop" (the same, enforced after a while), "finish" (write
-            the LoRA as it is and end), or "" to go on.
-        aside: the server for which the job pauses while prompts run; None if a user paused it.
-        turn: how many times the job was resumed. An attempt belongs to one turn.
+            the LoRA as it is and end), or "" to continue.
+        aside: the server for whose prompts the job pauses; None if a user paused it.
+        turn: how often the job was resumed. An attempt belongs to one turn.
         order: the place in the queue; the lowest runs first.
         name: the file name of the LoRA, without its suffix. key: the hash of the settings.
         device: as the user named it: "" for the first, "0,1", or "ray:4" for a cluster.
@@ -129,11 +129,11 @@ class Attempt(Record):
 
     Attributes:
         pid, identity: see Process.
-        turn: Control.turn when it started. How it ended counts in that turn only.
+        turn: Control.turn when it started. `ended` counts only in that turn.
         earlier: Status.started of the process before it. A status with this value is not the
             newest process's.
-        ended: "done", "failed", "paused" or "crashed"; None while the supervisor has not seen it
-            end. message: why it failed or paused.
+        ended: "done", "failed", "paused" or "crashed"; None until the supervisor has seen its end.
+        message: why it failed or paused.
         crashes: processes in a row that crashed without a new step.
         step: the furthest step at which one of them crashed.
         not_before: when it may be started again, in seconds since 1970.
@@ -170,8 +170,8 @@ class Status(Record):
         message: a sentence for the user.
         step, steps: the steps done, and their total. loss: the mean since the last report.
         seconds_left: an estimate.
-        activity: what it does at the moment, one of ACTIVITIES; "" if nothing is known.
-        activity_done, activity_total: how far that is, as ACTIVITIES says; 0 and 0 if unknown.
+        activity: what it does at the moment, one of ACTIVITIES; "" if unknown.
+        activity_done, activity_total: the progress of the activity; 0 and 0 if unknown.
         crash: "failed", but another attempt may succeed, as after a lost device.
         disk_full: "paused" because the disk is full.
         The rest is the newest line of metrics.jsonl.

@@ -1,4 +1,4 @@
-"""What follows when the process of a job has ended: the rule that restarts crashed jobs."""
+"""The rule that restarts crashed jobs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import replace
 from .. import disk
 from .records import Attempt, Control, Status
 
-CRASHES = 3  # in a row without a new step; one more and the job has failed
+CRASHES = 3  # crashes in a row without a new step that are allowed; one more and the job fails
 PAUSES = (1.0, 10.0, 60.0)  # seconds before a restart, by the number of crashes
 
 
 def restart_or_end(control: Control, attempt: Attempt, status: Status, code: int | None) -> Attempt:
-    """The attempt with how it ended. No other code decides whether a job is started again:
+    """The attempt with `ended` set. Only this function decides whether a job starts again:
 
     done       the trainer reported it
-    failed     the trainer reported a fault that would return, as in the settings (no `crash`)
-    paused     it was asked to end, or the disk is full; it waits for "resume"
+    failed     the trainer reported a fault that would return, such as a wrong setting (no `crash`)
+    paused     a request ended it, or the disk is full; it waits for "resume"
     crashed    anything else: it is queued again, and starts after a pause
     failed     more than CRASHES crashes in a row without a new step
 

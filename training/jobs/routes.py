@@ -92,8 +92,8 @@ async def _change(handler: ChangeHandler, request: web.Request) -> web.Response:
 
 
 def _response(request: web.Request, handler: Callable[[], Any]) -> web.Response:
-    """The handler's answer. An error that it raises becomes a status and a sentence here; what is
-    wrong with the request itself is answered in `_change`."""
+    """The handler's answer. Turns its errors into a status and a sentence; `_change` answers errors
+    of the request itself."""
     try:
         with host.store().existing(request.match_info.get("id", "")):
             content = handler()
@@ -204,7 +204,7 @@ def workflow(request: web.Request) -> web.Response:
     """The graph that ordered the job."""
     file = _path(request) / WORKFLOW
     if not file.is_file():
-        return _error(404, "The job keeps no workflow: it was not ordered by a graph.")
+        return _error(404, "The job has no workflow: it was started over HTTP, not from a graph.")
     return web.Response(body=file.read_bytes(), content_type="application/json")
 
 
@@ -226,8 +226,7 @@ def job_log(request: web.Request) -> dict[str, Any]:
 
 
 def metrics(request: web.Request) -> dict[str, Any]:
-    """The metrics as rows; for each sampling, its step and the distances to the teacher's pictures
-    at 1, 2 and 4 steps."""
+    """The metrics as rows, and the figures of each sampling; see metrics.read."""
     first = _number(request, "from", 0, 0, 1 << 40)
     last = _number(request, "to", 1 << 40, 0, 1 << 40)
     return read(_path(request), first, last, _number(request, "points", 300, 2, 5000))
@@ -248,8 +247,8 @@ def create(request: web.Request, body: dict[str, Any]) -> web.Response:
 
 
 def estimate(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
-    """What a job would take, or why it would be refused. Users see that while they still choose, so
-    it is no error."""
+    """What a job would take, or why it would be refused. A refusal is no HTTP error here, because
+    the user is still choosing settings."""
     order = build(Order, body, "the request")
     try:
         return host.estimate(order).public()
@@ -273,7 +272,7 @@ def _allowed(action: str, job: Job) -> bool:
     if action == "finish" and state != "running":
         raise ValueError(f"The job is {state}: only running jobs can be finished early.")
     if action != "resume" and state in ("done", "failed"):
-        raise ValueError(f"The job is {state} already.")
+        raise ValueError(f"The job is {state} already, so it cannot {action}.")
     return True
 
 
@@ -299,8 +298,8 @@ def rename(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
     title = body.get("title")
     if not isinstance(title, str) or len(title) > LONGEST_TITLE or not title.isprintable():
         raise ValueError(
-            f"title must be one line of at most {LONGEST_TITLE} characters, or empty for the name "
-            f"of the LoRA, found {str(title)[:40]!r}."
+            f"title must be one line of at most {LONGEST_TITLE} characters (empty: the LoRA's name "
+            f"is shown), found {str(title)[:40]!r}."
         )
     host.store().rename(request.match_info["id"], title.strip())
     return {"id": request.match_info["id"]}

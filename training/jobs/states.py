@@ -5,19 +5,18 @@ from __future__ import annotations
 from .records import Attempt, Control, Status
 
 ACTIVE = ("preparing", "running", "stopping")
-ASKED = {
+REQUESTED = {
     "pause": ("pausing", "pausing after this step"),
     "stop": ("stopping", "stopping after this step"),
     "finish": ("finishing", "finishing after this step"),
 }
-"""What a job does that follows a request: at once, or as several processes in the middle of a step.
-"""
+"""The activity of a job that follows a request: alone, and as several processes within a step."""
 
 
 def state_of(control: Control, attempt: Attempt, status: Status) -> tuple[str, str]:
     """(state, message). The first row that fits counts:
 
-    process   asked to end   reported             ended in this turn   state
+    process   end requested  reported             ended in this turn   state
     alive     yes                                                      stopping
     alive                    nothing yet                               preparing
     alive                    preparing, running                        as reported
@@ -39,7 +38,7 @@ def state_of(control: Control, attempt: Attempt, status: Status) -> tuple[str, s
         return reported.state if is_at_work else "stopping", reported.message
     if status.state == "done":
         return "done", status.message
-    # "Resume" begins a turn in which nothing has ended yet.
+    # "Resume" begins a new turn, in which no attempt has ended yet.
     ended = attempt.ended if attempt.turn == control.turn else None
     reason = attempt.message or status.message
     if ended == "failed":
@@ -58,9 +57,9 @@ def activity_of(control: Control, attempt: Attempt, status: Status) -> str:
     if not attempt.alive:
         return ""
     reported = attempt.own(status)
-    if control.action in ASKED:
-        together = control.processes > 1 and reported.activity == "training"
-        return ASKED[control.action][together]
+    if control.action in REQUESTED:
+        within_a_step = control.processes > 1 and reported.activity == "training"
+        return REQUESTED[control.action][within_a_step]
     if not reported.state:
         return "starting"
     return reported.activity if reported.state in ("preparing", "running") else "ending"

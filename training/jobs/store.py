@@ -1,4 +1,4 @@
-"""The folder of all jobs: created, listed, ordered, asked and deleted by any process."""
+"""The folder of all jobs. Any process can create, list, order and delete jobs here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ORDER = "order.json"
 WORKFLOW = "workflow.json"
 SETTLED = 5.0  # seconds without a change; some file systems keep times in whole seconds
 LONGEST = 20.0  # seconds to wait for another process's change
-# What an order does: makes a job; finds the one with its settings; replaces a LoRA; is refused for
-# one that is there, or that another job will make.
+# What happens to an order: it makes a new job; finds the job with the same settings; replaces a
+# LoRA; is refused because the LoRA exists, or because another job will make it.
 FORESEEN = ("new", "same", "replaces", "taken", "promised")
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -81,14 +81,14 @@ class Store:
     ) -> tuple[str, bool]:
         """Queues a job; -> (its id, whether it is new).
 
-        If a job with the same settings exists, its id is returned instead, and it is tried again if
-        it had failed. A finished job whose LoRA is gone does not count. Raises ValueError if the
-        LoRA exists, or another job will make it, and the spec does not allow overwriting.
+        If a job with the same settings exists, returns its id instead, and queues it again if it
+        had failed. A finished job whose LoRA is gone does not count. Raises ValueError if the LoRA
+        exists, or another job will make it, and the spec does not allow overwriting.
 
         Args:
-            name: the LoRA's name, as loaders show it without its suffix. order, workflow: what the
-                user ordered, and the graph that it came from, as JSON to be shown again. The rest:
-                see Control.
+            name: the LoRA's name, as loaders show it without its suffix.
+            order, workflow: the user's order and its graph, as JSON, only to show them again.
+            device, processes, policy, visible: see Control.
         """
         text = spec.to_json()
         key = _key(device, processes, text)
@@ -131,11 +131,11 @@ class Store:
 
     def _require_free(self, spec: Spec, name: str, jobs: list[Job]) -> None:
         if Path(spec.output).exists():
-            raise ValueError(f"{name} exists already: choose another name, or allow overwrite.")
+            raise ValueError(f"{name} exists already: choose another name, or switch overwrite on.")
         if job := self._unfinished(name, jobs):
             raise ValueError(
-                f"A job that makes {name} with other settings is {job.state}: delete it, "
-                "choose another name, or allow overwrite."
+                f"A job that makes {name} with other settings is {job.state}: delete that job, "
+                "choose another name, or switch overwrite on."
             )
 
     def _unfinished(self, name: str, jobs: list[Job]) -> Job | None:
@@ -146,10 +146,10 @@ class Store:
     def jobs(self) -> list[Job]:
         """Every job: active ones, then the queue in its order, then the others, newest first.
 
-        If all have ended or are paused by a user, and none has changed for a while, this takes two
-        calls of the file system, however many jobs there are.
+        If all jobs have ended or are paused by a user, and none has changed for a while, this takes
+        only two calls of the file system.
         """
-        # These stamps change when a job is created, deleted or asked something, and when a
+        # These stamps change when a job is created, deleted or gets a request, and when a
         # supervisor starts or ends.
         stamps = stamps_of(self.folder, (".", CHANGED))
         if stamps != self._stamps:
@@ -184,12 +184,11 @@ class Store:
         aside: Process | None = None,
         only: Callable[[Job], bool] = lambda _: True,
     ) -> bool:
-        """Writes what is asked of a job; -> whether it was written. Raises as `path` does.
+        """Writes a request to a job; -> whether it was written. Raises as `path` does.
 
         Args:
             action, aside: see Control.
-            only: decides with the job's state at that moment, while nobody else can ask. It may
-                also raise.
+            only: decides by the job's state, under the lock. May also raise.
         """
         path = self.path(identifier)
         with self._changing():
@@ -223,27 +222,31 @@ class Store:
             self._place(identifier, order)
 
     def rename(self, identifier: str, title: str) -> None:
-        """Gives a job a name for people; "" takes it away. Raises as `path` does."""
+        """Gives a job a title; "" removes it. Raises as `path` does."""
         path = self.path(identifier)
         with self._changing():
             replace(self._control(path), title=title).write(path)
 
     def extend(self, identifier: str, steps: int) -> None:
-        """Queues a finished job again: it trains so many steps more from its last checkpoint, then
-        replaces its LoRA. Raises as `path` does, and ValueError if that is not possible, or if the
-        file of its LoRA is another one by now."""
+        """Queues a finished job again: it trains for `steps` more steps from its last checkpoint,
+        then replaces its LoRA. Raises as `path` does, and ValueError if that is not possible, or if
+        its LoRA's file was replaced."""
         path = self.path(identifier)
         with self._changing():
             job = self.job(identifier)
             if job.state != "done":
-                raise ValueError(f"The job is {job.state}: only finished jobs take more steps.")
+                raise ValueError(f"The job is {job.state}: only a finished job can train on.")
             if job.on_cluster:
-                raise ValueError("A job of a Ray cluster takes no more steps: order a new one.")
+                raise ValueError(
+                    "A job on a Ray cluster cannot train on: start a new job with more steps."
+                )
             if rival := self._unfinished(job.name, self.jobs()):
-                raise ValueError(f"Another job that makes {job.name} is {rival.state}: delete it.")
+                raise ValueError(
+                    f"Another job that makes {job.name} is {rival.state}: delete that job first."
+                )
             saved = disk.numbered(path / "checkpoints", "step-")
             if not saved:
-                raise ValueError("The job's checkpoints are gone: order a new one with more steps.")
+                raise ValueError("The job's checkpoints are gone: start a new job with more steps.")
             spec, result = read_spec(path / Outline.FILE), Result.read_surely(path) or Result()
             output = Path(spec.output)
             if output.exists() and disk.sha256(output) != result.sha256:
@@ -255,7 +258,8 @@ class Store:
             spec = replace(spec, steps=saved[-1] + steps, overwrite=True)
             control, status = self._control(path), Status.read_surely(path) or Status()
             key = _key(control.device, control.processes, spec.to_json())
-            # The status is last: until then the job is done, and this can be asked again.
+            # The status is written last: until then the job counts as done, and `extend` can run
+            # again after a crash.
             (path / Result.FILE).unlink(missing_ok=True)
             disk.replace(path / Outline.FILE, spec.to_json())
             replace(control, turn=control.turn + 1, action="", aside=None, key=key).write(path)
@@ -277,7 +281,7 @@ class Store:
         shutil.rmtree(removed, ignore_errors=True)
 
     def clean(self, keep: int, room: float) -> None:
-        """Removes what a crash left partly deleted, repairs torn control files, and deletes the
+        """Removes jobs that a crash left half deleted, repairs torn control files, and deletes the
         oldest ended jobs beyond `keep` jobs or `room` bytes in all. Their LoRAs stay."""
         with self._changing():  # so that no other process is writing these files
             disk.clear_torn(self.folder)
@@ -303,7 +307,7 @@ class Store:
 
     @contextmanager
     def existing(self, identifier: str) -> Iterator[None]:
-        """Inside, a file that is missing because the job was deleted raises NoJob."""
+        """Inside, FileNotFoundError becomes NoJob if the job was deleted."""
         try:
             yield
         except FileNotFoundError:
@@ -344,8 +348,8 @@ class Store:
         replace(self._control(path), order=order).write(path)
 
     def _control(self, path: Path) -> Control:
-        """control.json to be changed: if the disk cannot read it, that is an OSError and not an
-        empty record, which would then be written."""
+        """control.json, to be changed. Raises OSError if the disk cannot read it, because an empty
+        record would be written back."""
         return Control.read_surely(path) or Control()
 
     def _read(self, path: Path) -> tuple[Stamps, Job]:

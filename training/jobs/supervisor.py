@@ -1,9 +1,9 @@
-"""Runs the queue: one process for a store of jobs, which ends when there is nothing left to do.
+"""Runs the queue: one process for each store of jobs, which ends when there is nothing left to do.
 
-`ensure` starts it; a second one ends immediately, because the first holds the lock. It starts each
-device's jobs in order, starts a trainer that crashed again from its newest checkpoint, and enforces
-a stop. It also stays for jobs that are paused for a server, which go on when that server is gone.
-If it is killed, the next one finds the trainers by supervisor.json.
+`ensure` starts the supervisor. A second supervisor ends immediately, because the first holds the
+lock. It starts each device's jobs in order, restarts crashed trainers from their newest checkpoint,
+and enforces a stop. It stays while jobs are paused for a server, to continue them when that server
+is gone. If the supervisor is killed, the next one finds the trainers by supervisor.json.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def ensure(folder: Path) -> None:
         command = [sys.executable, str(RUN), "--supervise", str(folder)]
         _started[folder] = processes.start(command, folder / "supervisor.log", "supervisor")
         return
-    log.warning("The jobs' supervisor neither runs nor ends; see %s.", folder / "supervisor.log")
+    log.warning("The jobs' supervisor does not start; see %s.", folder / "supervisor.log")
 
 
 def main(folder: Path) -> int:
@@ -92,11 +92,11 @@ def _name(folder: Path, process: Process) -> None:
 
 @dataclass
 class Supervisor:
-    """The loop and its memory; everything that matters after a crash is in supervisor.json."""
+    """The loop and its state; supervisor.json has everything that matters after a crash."""
 
     store: Store
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    asked_since: dict[str, float] = field(default_factory=dict)
+    stopping_since: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
         is_clean = False
@@ -175,12 +175,12 @@ class Supervisor:
         log.info("%s started as process %d", job.name, process.pid)
 
     def _ended(self, job: Job, attempt: Attempt) -> None:
-        """Records how the process of a job ended, which decides what follows."""
+        """Records how a job's process ended, which decides whether the job restarts."""
         child = self.children.pop(job.id, None)
         code = child.wait() if child else None
         processes.end(job.id, kill=True)  # workers that torchrun may have left
         self._sweep(job)
-        self.asked_since.pop(job.id, None)
+        self.stopping_since.pop(job.id, None)
         path = self.store.path(job.id)
         status = Status.read(path) or Status()
         outcome = restart.restart_or_end(self._control(job), attempt, status, code)
@@ -199,9 +199,9 @@ class Supervisor:
     def _enforce(self, job: Job) -> None:
         """Terminates, and then kills, the processes of a job that does not follow a "stop"."""
         if self._control(job).action != "stop":
-            self.asked_since.pop(job.id, None)
+            self.stopping_since.pop(job.id, None)
             return
-        waited = time.monotonic() - self.asked_since.setdefault(job.id, time.monotonic())
+        waited = time.monotonic() - self.stopping_since.setdefault(job.id, time.monotonic())
         if waited > KILL:
             processes.end(job.id, kill=True)
         elif waited > TERMINATE:

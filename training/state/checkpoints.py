@@ -1,4 +1,4 @@
-"""A job's checkpoints: written completely, verified when read, and skipped if damaged."""
+"""A job's checkpoints: written completely or not at all, verified when read, skipped if damaged."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..objectives.table import OBJECTIVES
 log = logging.getLogger("lcm_lora")
 MANIFEST = "manifest.json"
 MORE = "objective.safetensors"  # only if the objective has more tensors
-BYTES_A_PARAMETER = 12  # of a checkpoint: the weight and AdamW's two moments in float32
-MATCHING_BYTES = 2 * BYTES_A_PARAMETER + 4  # the same of the fake score, and the average
+BYTES_A_PARAMETER = 12  # in a checkpoint: the weight and AdamW's two moments in float32
+MATCHING_BYTES = 2 * BYTES_A_PARAMETER + 4  # with the fake score and the student's average
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def room(parameters: int, keep: int, objective: str) -> int:
 
 
 def size(parameters: int, objective: str) -> int:
-    """Bytes of a checkpoint of an adapter with so many parameters."""
+    """Bytes of a checkpoint of an adapter with this many parameters."""
     return parameters * (MATCHING_BYTES if OBJECTIVES[objective].matches else BYTES_A_PARAMETER)
 
 
@@ -57,7 +57,7 @@ def flat(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def restore(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Gives an optimiser the tensors that `flat` took from it."""
+    """Gives an optimiser the tensors that `flat` returned."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
@@ -67,8 +67,8 @@ def restore(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) 
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `folder`/step-N, unless it is there and complete. Raises OSError if the disk is full,
-    and then leaves nothing behind."""
+    """Writes `folder`/step-N, unless a complete one exists. If the disk is full, raises OSError and
+    leaves no files behind."""
     path = folder / f"step-{checkpoint.step:08d}"
     if path.exists():
         if not _torn(path):
@@ -101,7 +101,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints that are there, in order."""
+    """The steps of the existing checkpoints, in order."""
     return disk.numbered(folder, "step-")
 
 

@@ -1,4 +1,4 @@
-"""A few-step run of the network that is trained, as the finished file will be sampled."""
+"""A few-step run of the trained network, sampled as the finished file will be."""
 
 from __future__ import annotations
 

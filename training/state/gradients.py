@@ -29,7 +29,7 @@ State = dict[str, torch.Tensor]
 class Part:
     """Some pictures of a step's batch on the CPU, as the bank and data/draws.py give them.
 
-    places: which of this process's part of the batch they are. numbers: the same in the batch of
+    places: their places in this process's share of the batch. numbers: their places in the batch of
     all processes.
     """
 
@@ -66,8 +66,8 @@ class Consistency:
             self.answers = Answers(kept, ranks.rank)
 
     def add(self, step: int, at_a_time: int, scale: float) -> torch.Tensor:
-        """Adds up `scale` times the gradients of this process's part of the batch of step `step`
-        (0, 1, ...), `at_a_time` pictures together; -> its mean loss, float32."""
+        """Adds `scale` times the gradients of this process's share of step `step` (0, 1, ...),
+        `at_a_time` pictures together; -> the mean loss, float32."""
         spec, teacher = self.spec, self.teacher
         original = self.shuffle.original(step, spec.passes)
         answers = self.answers.read(original) if self.answers else None
@@ -99,15 +99,15 @@ class Consistency:
         return nn.utils.clip_grad_norm_(self.groups[0], self.spec.clip)
 
     def may_collapse(self, step: int) -> bool:
-        """Whether after `step` steps the pictures may become alike, which no loss tells."""
+        """Whether the pictures may become alike after `step` steps. The loss does not show it."""
         return False
 
     def after(self, step: int) -> None:  # noqa: B027 (most have nothing to do)
-        """Is called when the optimiser has taken step `step`."""
+        """Called after the optimiser has taken step `step`."""
 
     def parts(self, step: int, at_a_time: int) -> list[Part]:
-        """This process's pictures of step `step`, `at_a_time` each. The last ones are kept, so that
-        they can be read before their step begins."""
+        """This process's pictures of step `step`, in parts of `at_a_time`. Keeps the last result,
+        so that the caller can read the next step's pictures early."""
         if self._read is None or self._read[0] != (step, at_a_time):
             count = self.spec.batch
             places = [slice(at, min(at + at_a_time, count)) for at in range(0, count, at_a_time)]
@@ -137,7 +137,7 @@ class Consistency:
         return Batch(z0, eps, index, cond, uncond, cfg, *solver_of(self.spec, schedule))
 
     def result(self) -> State:
-        """The factors that the LoRA file gets, as Adapter.state gives them."""
+        """The factors for the LoRA file, in the form of Adapter.state."""
         return self.adapter.state()
 
     @contextmanager
@@ -150,8 +150,8 @@ class Consistency:
         return {}
 
     def close(self) -> None:
-        """Leaves nothing but the adapter on the network."""
+        """Removes everything but the adapter from the network."""
 
     def restore(self, result: State, more: State) -> None:
-        """Takes over what `result` and `more` gave."""
+        """Sets the state that `result` and `more` returned."""
         self.adapter.restore(result)

@@ -24,7 +24,7 @@ class Journal:
 
     def __init__(self, job: Path):
         self.job, self.metrics_file = job, job / "metrics.jsonl"
-        # Step and loss of the process before stay until this one has figures of its own.
+        # Keeps the earlier process's step and loss until this process has figures of its own.
         before = Status.read(job) or Status()
         self.status = Status(os.getpid(), time.time(), step=before.step, loss=before.loss)
         self._lock = threading.Lock()
@@ -32,13 +32,13 @@ class Journal:
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Inside, a thread writes the status every second, whatever this one is doing. A reader
-        then sees that the process lives, and how the time left goes down."""
+        """Inside, a thread writes the status every second, whatever the main thread does. So
+        readers see that the process lives, and the time left counts down."""
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(BEAT):
-                with suppress(OSError):  # a full disk, which the job will meet itself
+                with suppress(OSError):  # on a full disk, the main thread will fail too
                     self._beat()
 
         thread = threading.Thread(target=beat, name="lcm_lora journal", daemon=True)
@@ -58,7 +58,7 @@ class Journal:
             self.status.write(self.job)
 
     def note(self, activity: str, **changes: Any) -> None:
-        """As `state`, but it is the next beat that writes, so this waits for no disk."""
+        """As `state`, but the next beat writes, so this does not wait for the disk."""
         self._change(activity=activity, **changes)
 
     def _change(self, **changes: Any) -> None:
@@ -79,8 +79,8 @@ class Journal:
             replace(status, updated=time.time()).write(self.job)
 
     def repeat(self, status: Status) -> None:
-        """Writes another process's report, such as the one of a job on a cluster, as its own. The
-        own figures stay if the other process has none yet."""
+        """Writes another process's report, such as that of a job on a cluster, as this process's
+        own. This process's figures stay if the other process has none yet."""
         own = self.status
         self.status = replace(
             status,
@@ -105,9 +105,10 @@ class Journal:
             file.write(line + "\n")
 
     def forget_after(self, step: int, unsampled: bool = False) -> None:
-        """Drops the metrics of steps that a crash has undone, and a line that it has torn.
+        """Drops the metrics of steps that a crash has undone, and lines that it has torn.
 
-        unsampled: also what this step's sample pictures measured, because they are drawn again.
+        unsampled: also drops the figures of this step's sample pictures, because the job draws them
+        again.
         """
         if not self.metrics_file.exists():
             return

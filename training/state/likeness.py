@@ -1,10 +1,10 @@
-"""How like the data's pictures the student's few-step pictures are, as the frozen network sees it.
+"""Measures how near the student's few-step pictures are to the data, with the frozen network.
 
-Both are noised a little and shown to the network without the adapter. What its deepest block
-answers, as mean and deviation of each channel, are the features of a picture. Two sets of pictures
-are compared by the energy distance of their features (Szekely and Rizzo 2013, equation 5) and by
-recall (arXiv 1904.06991, equation 1). Unlike the distance to the teacher's own pictures, neither
-rewards blur, and fresh noise costs nothing.
+The network without the adapter sees each picture with a little noise. The mean and deviation of
+each channel of its deepest block are the features of the picture. Two sets of pictures are compared
+by the energy distance of their features (Szekely and Rizzo 2013, equation 5) and by recall (arXiv
+1904.06991, equation 1). Unlike the distance to the teacher's pictures, neither rewards blur, and
+fresh noise does no harm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..teacher import Teacher
 from .few_steps import few_steps
 
 STEPS = (1, 2, 4)
-PICTURES, LEAST = 64, 16  # with fewer, chance says more than the student
+PICTURES, LEAST = 64, 16  # the most, and the fewest: with fewer, chance decides the figures
 TIMESTEP = 49  # of 1000: little noise, so that sharpness counts
 NEIGHBOURS = 3
 AT_ONCE = 8  # pictures in a call
@@ -35,7 +35,7 @@ Figures = dict[str, dict[str, float]]
 class Likeness:
     """Compares the student's pictures of the bank's captions with the bank's latents.
 
-    Always the same captions and noise, so that two measurements differ by the student alone.
+    Captions and noise stay the same, so that only the student makes two measurements differ.
     """
 
     def __init__(self, teacher: Teacher, bank: Bank, family: str, seed: int) -> None:
@@ -44,7 +44,7 @@ class Likeness:
         self.family, self.seed = FAMILIES[family], seed
         shape, count = Counter(bank.shapes).most_common(1)[0]
         if count < LEAST:
-            raise ValueError(f"{count} latents of one shape in the bank, at least {LEAST} needed")
+            raise ValueError(f"the bank has {count} latents of one shape, expected {LEAST} or more")
         rows = [row for row, other in enumerate(bank.shapes) if other == shape]
         number = min(PICTURES, count)
         self.rows = [rows[i * count // number] for i in range(number)]
@@ -61,8 +61,8 @@ class Likeness:
     def measure(
         self, adapter: Adapter, called: Callable[[int], None] = lambda calls: None
     ) -> Figures:
-        """{"distance": {"1": ..., "2": ..., "4": ...}, "recall": the same}, by the number of steps.
-        called(n) is called after n network calls for one picture."""
+        """{"distance": {"1": ..., "2": ..., "4": ...}, "recall": {...}}, by the number of steps.
+        called(n): called after n network calls for one picture."""
         self._called = called
         if self._real is None:
             self._real = torch.stack(in_parts(self.rows, AT_ONCE, self._of_bank(adapter)))
@@ -98,7 +98,7 @@ class Likeness:
         return make
 
     def _features(self, adapter: Adapter, latents: Tensor, rows: Sequence[int]) -> Tensor:
-        """Of latents [B, C, h, w]: [B, features], float32 on the CPU."""
+        """The features of latents [B, C, h, w]: [B, features], float32 on the CPU."""
         teacher = self.teacher
         eps = picture_noise(latents.cpu(), self.seed + 1, rows)(0).to(teacher.device)
         t = torch.full((len(rows),), TIMESTEP * teacher.schedule.T // 1000, device=teacher.device)
@@ -126,7 +126,7 @@ def _deepest(network: nn.Module) -> nn.Module:
     """The middle of a UNet, or the block in the middle of a transformer."""
     unet: Any = network
     if hasattr(network, "input_blocks"):
-        # Of its last layer, because ComfyUI calls the layers of a block one by one.
+        # The block's last layer, because ComfyUI calls the layers of a block one by one.
         middle: nn.Module = (getattr(unet, "middle_block", None) or unet.input_blocks[-1])[-1]
         return middle
     blocks = blocks_of(network)
@@ -149,15 +149,15 @@ def summary(output: Any) -> Tensor:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Of two samples [N, D] and [M, D], without bias, divided by the root of D. It is 0 on average
-    if both are of one distribution, so it can be a little below."""
+    """The unbiased energy distance of two samples [N, D] and [M, D], divided by the root of D. It
+    is 0 on average for samples of one distribution, so single values can be below 0."""
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
     return float(2 * torch.cdist(a, b).mean() - within[0] - within[1]) / a.shape[1] ** 0.5
 
 
 def share_inside(points: Tensor, others: Tensor) -> float:
     """The share of points [N, D] within the manifold of others [M, D] (arXiv 1904.06991, equation
-    1): as near to one of them as that one's own third neighbour. Precision is the share of drawn
-    pictures inside the real ones, recall the reverse."""
+    1). A point is inside if it is as near to one of the others as that one's own third neighbour.
+    Recall is the share of real pictures inside the drawn ones."""
     radius = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values  # first: itself
     return float((torch.cdist(points, others) <= radius).any(1).float().mean())

@@ -40,7 +40,7 @@ from .samples import Samples
 
 log = logging.getLogger("lcm_lora")
 INTERRUPTED = -1e9  # in place of a distance
-COLLAPSED = 0.5  # of the best recall so far: chance does not halve it
+COLLAPSED = 0.5  # share of the best recall so far; chance does not halve the recall
 
 
 class Diverged(ValueError):
@@ -48,15 +48,15 @@ class Diverged(ValueError):
 
 
 class Interrupted(Exception):
-    """An action was asked for between two calls of the network. What was begun is not counted."""
+    """A request came between two calls of the network. Drops the step or sampling under way."""
 
 
 @dataclass
 class Run:
-    """One process's part of a training.
+    """One process's share of a training.
 
     journal, samples: set in the first process, None in the others. request() returns the requested
-    action. step: how many steps are done.
+    action. step: the number of finished steps.
     """
 
     spec: Spec
@@ -84,10 +84,10 @@ class Run:
         self.progress = Progress.first(spec, self.half)
         self.means, self.pace = Means(), Pace()
         self._interrupted: Action = ""
-        self._draws: float | None = None  # calls that are left of the sampling under way
+        self._draws: float | None = None  # remaining calls of the current sampling
 
     def train(self) -> str:
-        """Trains to the last step, or until something is asked; -> "done", "pause" or "finish".
+        """Trains to the last step, or until a request; -> "done", "pause" or "finish".
 
         Raises Diverged (the last good checkpoint stays), and OSError if the disk is full.
         """
@@ -112,14 +112,14 @@ class Run:
     def _train(self) -> str:
         begun, before = time.monotonic(), self.progress.seconds
         while self.step < self.spec.steps or self.progress.unsampled:
-            if action := self._agreed(self._asked()):
+            if action := self._agreed(self._requested()):
                 self.save()
                 return action
             if self.progress.unsampled:
                 is_enough = self.draw_samples()
                 if self.progress.unsampled:
-                    continue  # something is asked
-                # Saved after sampling, because the best adapter so far may be needed again.
+                    continue  # a request interrupted the sampling
+                # Saved after sampling, because this adapter may be the best so far.
                 self.save()
                 if is_enough:
                     self.take_back_best()
@@ -144,17 +144,17 @@ class Run:
                 self.save()
         return "done"
 
-    def _asked(self) -> Action:
-        """What is asked of this process. A "finish" waits for step 1: before it, the LoRA does
-        nothing. Once something was interrupted, the answer stays the same."""
+    def _requested(self) -> Action:
+        """The request to this process. A "finish" waits for step 1, because before it the LoRA has
+        no effect. After an interruption, the answer stays the same."""
         action = self._interrupted or self.request()
         return "" if action == "finish" and not self.step else action
 
     def _before_call(self) -> None:
-        """Raises Interrupted if something is asked. Several processes must all take a step, so
-        there an action waits for the step's end."""
+        """Raises Interrupted if there is a request. Several processes must take each step together,
+        so there a request waits for the end of the step."""
         if self._draws is not None or self.ranks.world == 1:
-            self._interrupted = self._asked()
+            self._interrupted = self._requested()
             if self._interrupted:
                 raise Interrupted
 
@@ -205,7 +205,7 @@ class Run:
             return False
         raise Diverged(
             f"The loss became {loss} and the gradient's norm {norm} in step {self.step + 1}. The "
-            "newest checkpoint is good; continue from it with a lower lr"
+            "newest checkpoint is still good. Start a new job with a lower lr"
             + (" or with precision bf16." if self.half else ".")
         )
 
@@ -223,7 +223,7 @@ class Run:
         self.means = Means()
 
     def note(self, activity: str, done: int = 0, total: int = 0) -> None:
-        """Says what is being done, and how far it is, in the journal's next beat."""
+        """Reports the current activity and its progress in the journal's next beat."""
         if self.journal is not None:
             self.journal.note(activity, activity_done=done, activity_total=total, **self._figures())
 
@@ -244,7 +244,7 @@ class Run:
         }  # fmt: skip
 
     def _calls_left(self) -> float:
-        """Calls for sample pictures, in the rest of the present sampling and in later ones."""
+        """Remaining calls for sample pictures, in the current sampling and in later ones."""
         if self.samples is None:
             return 0
         later = times(self.spec.sample_every, self.step, self.spec.steps)
@@ -253,11 +253,11 @@ class Run:
         return self.samples.calls(later + self.progress.unsampled)
 
     def draw_samples(self) -> bool:
-        """Draws sample pictures; -> whether they have not become better for `patience` times.
+        """Draws sample pictures; -> whether the last `patience` samplings were no better.
 
-        Better is a smaller distance to the bank's pictures, at 1, 2 and 4 steps together; with too
-        few pictures for that, to the teacher's at 1 step. If something is asked meanwhile,
-        progress.unsampled stays true. Raises Diverged if the pictures have collapsed.
+        Better means a smaller distance to the bank's pictures, added up over 1, 2 and 4 steps; or,
+        if the bank has too few pictures for that, to the teacher's at 1 step. If a request comes
+        meanwhile, progress.unsampled stays true. Raises Diverged if the pictures have collapsed.
         """
         progress, score, recall = self.progress, math.nan, math.nan
         if self.samples is not None:
@@ -299,17 +299,17 @@ class Run:
         """Raises Diverged if distribution matching has made all pictures alike."""
         progress = self.progress
         if progress.best_recall is None:
-            progress.best = None  # of an earlier version, by another measure
+            progress.best = None  # an earlier version measured it in another way
         best = progress.best_recall = max(progress.best_recall or 0.0, recall)
         if self.gradients.may_collapse(self.step) and recall < COLLAPSED * best:
             raise Diverged(
                 f"The pictures became alike: at step {self.step} their recall is {recall:.2f}, and "
-                f"it was {best:.2f} before. The checkpoint of step {progress.best_step} is the "
-                "best and is kept: use it in the graph, or start again from it with a lower lr."
+                f"it was {best:.2f} before. The best checkpoint, of step {progress.best_step}, is "
+                "kept: use it in the graph, or start a new job from it with a lower lr."
             )
 
     def _counter(self) -> Callable[[float], None]:
-        """Counts the calls of the sampling that begins, and says how many pictures they are."""
+        """Begins a sampling; -> the function that counts its calls and reports its pictures."""
         assert self.samples is not None
         total, pictures, begun = self.samples.calls(1), self.samples.pictures, time.monotonic()
         self._draws = left = float(total)
@@ -341,7 +341,7 @@ class Run:
         self.note("training")
 
     def resume(self) -> None:
-        """Goes on from the newest complete checkpoint, or starts at step 0."""
+        """Continues from the newest complete checkpoint, or starts at step 0."""
         if self.ranks.first:
             disk.clear_torn(self.folder)
         checkpoint = checkpoints.newest(self.folder)
@@ -350,12 +350,12 @@ class Run:
             checkpoints.restore(self.optimiser, checkpoint.optimiser)
             self.progress = Progress(**checkpoint.state)
             self.step = checkpoint.step
-            log.info("going on after step %d", self.step)
+            log.info("continuing after step %d", self.step)
         if self.journal is not None:
             self.journal.forget_after(self.step, self.progress.unsampled)
 
     def take_back_best(self) -> None:
-        """Returns to the adapter with the smallest error, whose step the result then names."""
+        """Returns to the checkpoint with the smallest distance. The result names its step."""
         best = checkpoints.read(self.folder, self.progress.best_step or 0)
         self.gradients.restore(best.adapter, best.more)
         self.step = best.step
@@ -365,5 +365,5 @@ class Run:
         return is_due(every, self.step, self.spec.steps)
 
     def _agreed(self, action: Action) -> Action:
-        """What any process was asked to do, because all must do the same."""
+        """The request that any of the processes got, because all must follow it together."""
         return ACTIONS[int(self.ranks.highest(ACTIONS.index(action), self.teacher.device))]

@@ -30,9 +30,9 @@ AVERAGE = 0.98  # of the student's moving average, which is what the LoRA file g
 class Matching(Consistency):
     """First the consistency loss, then distribution matching with the consistency loss as anchor.
 
-    A job that starts from a LoRA skips the first part, which else takes half of its steps. In the
-    second, the fake score learns alone for a few steps; then matching and anchor take turns, each
-    with a gradient of the same norm. So neither outweighs the other, and a step keeps one gradient.
+    A job that starts from a LoRA skips the first part; in any other job it takes half of the steps.
+    In the second part, the fake score learns alone for a few steps. Then matching and anchor take
+    turns, each with a gradient of the same norm, so that neither outweighs the other.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Matching(Consistency):
         return total
 
     def is_matching(self, step: int) -> bool:
-        """Whether the step is not one of the consistency loss."""
+        """Whether the step trains distribution matching, and not the consistency loss."""
         is_anchor = step > self.judges_from and (step - self.judges_from) % 2 == 1
         return step >= self.begins and not is_anchor
 
@@ -132,7 +132,7 @@ class Matching(Consistency):
         if not more:
             super().restore(result, more)
             return
-        # Kept, because a job that is trained on has more steps, and would begin later by them.
+        # From the checkpoint, because a job that trains for more steps would compute later stages.
         self.begins, self.judges_from = more[STAGES].tolist()
         self.average = {name: x.to(self.teacher.device) for name, x in result.items()}
         for prefix, adapter in ((STUDENT, self.adapter), (FAKE, self.fake)):
@@ -145,6 +145,6 @@ class Matching(Consistency):
 def gradients_of(
     spec: Spec, job: Path, teacher: Teacher, adapter: Adapter, bank: Bank, ranks: Ranks
 ) -> Consistency:
-    """What the job's objective trains with."""
+    """The gradients that the job's objective needs."""
     kind = Matching if OBJECTIVES[spec.objective].matches else Consistency
     return kind(spec, job, teacher, adapter, bank, ranks)

@@ -1,4 +1,4 @@
-"""What changes as a run goes on: micro-batch, loss scale, learning rate, and means to report."""
+"""What changes during a run: micro-batch, loss scale, learning rate, and means to report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Progress:
     best, best_step: the smallest distance of the sample pictures. waited: samplings since then.
     best_recall: the largest recall of the sample pictures; None if it was never measured.
     seconds: time spent in the loop.
-    unsampled: whether the sample pictures of this step are still to be drawn.
+    unsampled: whether the job has yet to draw this step's sample pictures.
     scale: factor of the loss in float16. It doubles after GROWTH good steps and is halved when a
         gradient overflows (arXiv 1710.03740, section 3.2). good: good steps since then.
     """
@@ -88,7 +88,7 @@ CALLS_A_STEP = 6  # of one picture: teacher (2), target, student, and about two 
 
 @dataclass
 class Pace:
-    """What the last steps took, a call for sample pictures, and a checkpoint, in seconds."""
+    """The seconds of the last steps, of a call for sample pictures, and of a checkpoint."""
 
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     a_call: float | None = None
@@ -96,7 +96,7 @@ class Pace:
     _warm: bool = False
 
     def add_step(self, seconds: float) -> None:
-        """The first step of a process prepares more, so it counts only until there is another."""
+        """Adds a step. A process's first step prepares more, so it counts only until the second."""
         if len(self.steps) == 1 and not self._warm:
             self.steps.clear()
             self._warm = True
@@ -105,14 +105,14 @@ class Pace:
     def seconds_left(
         self, spec: Spec, step: int, prompts: int = 0, calls: float = 0
     ) -> float | None:
-        """An estimate of what is left after `step` steps; None before the first.
+        """An estimate of the seconds left after `step` steps; None before the first step.
 
-        prompts, calls: of the sample pictures that are left; see Samples.calls.
+        prompts, calls: of the remaining sample pictures; see Samples.calls.
         """
         if not self.steps:
             return None
         a_step = fmean(self.steps)
-        # Until one was measured, from the calls of a step.
+        # Until a call was measured, estimated from a step and its number of calls.
         a_call = a_step * prompts / (spec.batch * CALLS_A_STEP)
         a_call = a_call if self.a_call is None else self.a_call
         both = math.lcm(spec.sample_every, spec.checkpoint_every)
@@ -123,21 +123,21 @@ class Pace:
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether what happens every so many steps, and after the last one, follows this step."""
+    """Whether something that happens every `every` steps, and after the last, follows `step`."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
 def times(every: int, step: int, steps: int) -> int:
-    """How often that happens after `step`."""
+    """How often something that happens every `every` steps, and after the last, follows `step`."""
     if every <= 0 or step >= steps:
         return 0
     return steps // every - step // every + (steps % every > 0)
 
 
 def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
-    """Halves the number of pictures at a time; at 1, has blocks computed again in backward.
+    """Halves the number of pictures at a time; at 1, recomputes blocks in backward.
 
-    Raises TooLittleMemory if neither is possible any more.
+    Raises TooLittleMemory if both are done already.
     """
     if progress.micro_batch > 1:
         progress.micro_batch = math.ceil(progress.micro_batch / 2)

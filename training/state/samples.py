@@ -27,16 +27,15 @@ T = TypeVar("T")
 Drawn = Callable[[float], None]
 TEACHER = "teacher.safetensors"
 TEACHER_STEPS = 50
-# In calls of the network:
-DECODED = 3  # about as long as decoding takes
-CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # `draw`, if there are the teacher's latents
+DECODED = 3  # decoding takes about as long as this many calls of the network
+CALLS = sum(STEPS) + DECODED * (1 + len(STEPS))  # of `draw`, once the teacher's latents exist
 
 
 class Samples:
     """Pictures at 1, 2 and 4 steps from fixed noise, and their distance to the teacher's pictures.
 
-    They are sampled as the finished file will be, as its family requires. The teacher's 50-step
-    latents are drawn once and kept in the job's folder. side: of the pictures, in pixels.
+    They are sampled as the finished file will be, as its family requires. The job draws the
+    teacher's 50-step latents once and keeps them in its folder. side: of the pictures, in pixels.
     """
 
     def __init__(
@@ -51,18 +50,18 @@ class Samples:
 
     @property
     def pictures(self) -> int:
-        """How many pictures the next sampling draws, those of the likeness too."""
+        """How many pictures the next sampling draws, including those of the likeness."""
         compared = len(self.likeness.rows) * len(STEPS) if self.likeness else 0
         return len(self.texts) * (len(STEPS) + self._lacks_teacher) + compared
 
     def calls(self, samplings: int) -> float:
-        """How many calls of the network the next samplings take, each for all prompts."""
+        """How many calls of the network the next samplings take, where a call has all prompts."""
         teacher = samplings and self.teacher.guided_calls * TEACHER_STEPS * self._lacks_teacher
         compared = self.likeness.calls / len(self.texts) if self.likeness else 0
         return teacher + samplings * (CALLS + compared)
 
     def compare(self, adapter: Adapter, drawn: Drawn = lambda calls: None) -> Figures:
-        """What `likeness` measures; nothing if there is none. drawn: as of `draw`."""
+        """The figures of `likeness`; empty if there is none. drawn: as in `draw`."""
         if self.likeness is None:
             return {}
         return self.likeness.measure(adapter, lambda calls: drawn(calls / len(self.texts)))
@@ -76,8 +75,8 @@ class Samples:
     ) -> dict[str, float]:
         """Writes samples/step-N.png; -> mean squared error to the teacher's latents, by steps.
 
-        drawn(calls) says what was done since the last time, as `calls` counts it: 0.5 for a call
-        with half of the prompts.
+        drawn(calls): called with the calls since the last time, counted as in `calls`: 0.5 for a
+        call with half of the prompts.
         """
         self.folder.mkdir(exist_ok=True)
         self._drawn = drawn
@@ -110,7 +109,7 @@ class Samples:
         return errors
 
     def _counted(self, numbers: Sequence[int], calls: int) -> Network:
-        """The network, which says after each time that it was called for these prompts."""
+        """The network, with its calls for these prompts reported to `drawn`."""
 
         def network(*arguments: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
             output = self.teacher(*arguments, **conditions)

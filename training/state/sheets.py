@@ -23,7 +23,7 @@ def write(path: Path, sheet: Image.Image, prompts: Sequence[str]) -> None:
 
 
 def prompts(path: Path) -> list[str]:
-    """The prompts of a sheet's rows; none of one by an older version, or of a damaged file."""
+    """The prompts of a sheet's rows; empty for a sheet of an older version, or a damaged file."""
     try:
         with Image.open(path) as sheet:
             named = json.loads(sheet.info.get(PROMPTS, "[]"))

@@ -35,9 +35,9 @@ def load_parts(
     kind = type(patcher.model).__name__
     if kind not in FLOW_MODELS:
         raise ValueError(
-            f"{network.name} is a {type(patcher.model.model_config).__name__} model, which is not "
-            "distilled from parts. Choose a diffusion model of SD3, Lumina2, Z-Image, Qwen-Image, "
-            "Flux, Chroma, Flux2, Anima or Wan, or use a checkpoint."
+            f"{network.name} is a {type(patcher.model.model_config).__name__} model, which cannot "
+            "be distilled from several files. Choose a diffusion model of SD3, Lumina2, Z-Image, "
+            "Qwen-Image, Flux, Chroma, Flux2, Anima or Wan, or use a checkpoint."
         )
     clip = _part(
         text_encoders, f"a text encoder for {kind}",
@@ -70,12 +70,13 @@ def _part(files: Sequence[Path], what: str, load: Callable[[], Any]) -> Any:
 
 def require_fitting_parts(teacher: Teacher, text_encoders: Sequence[Path], vae: Path) -> None:
     """Raises ValueError if the text encoders or the VAE are those of another model."""
-    ours = teacher.latent_dimensions, teacher.channels
-    its = teacher.of_vae
-    if its != ours:
+    of_model = teacher.latent_dimensions, teacher.channels
+    of_vae = teacher.of_vae
+    if of_vae != of_model:
         raise ValueError(
-            f"{vae.name} is the VAE of another model: its latents have {its[0]} dimensions and "
-            f"{its[1]} channels, and those of {teacher.architecture} have {ours[0]} and {ours[1]}."
+            f"{vae.name} is the VAE of another model: its latents have {of_vae[0]} dimensions and "
+            f"{of_vae[1]} channels, and those of {teacher.architecture} have {of_model[0]} and "
+            f"{of_model[1]}. Choose the VAE of this model."
         )
     z = torch.zeros(1, *teacher.latent_shape(128), device=teacher.device)
     t = torch.tensor([teacher.schedule.T - 1], device=teacher.device)
@@ -88,7 +89,7 @@ def require_fitting_parts(teacher: Teacher, text_encoders: Sequence[Path], vae: 
             raise
         raise ValueError(
             f"{_names(text_encoders)}: not the text encoders of {teacher.architecture}, or one is "
-            f"missing: {error}"
+            f"missing. Choose all text encoders of this model. ComfyUI says: {error}"
         ) from error
 
 
