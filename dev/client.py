@@ -54,9 +54,13 @@ class Client:
         return asyncio.run(self._run(prompt, on_progress))
 
     def pictures(self, shown: dict) -> dict[str, list[Path]]:
-        """Node id -> the picture files it saved, of what `run` gave."""
+        """Node id -> the picture files it saved or previewed, of what `run` gave."""
+        folders = {"output": self.output, "temp": self.output.with_name("temp")}
         return {
-            node: [self.output / image["subfolder"] / image["filename"] for image in ui["images"]]
+            node: [
+                folders[image["type"]] / image["subfolder"] / image["filename"]
+                for image in ui["images"]
+            ]
             for node, ui in shown.items()
             if "images" in ui
         }
