@@ -127,7 +127,7 @@ def test_other_packed_weights_are_refused(halves):
     if not others:
         pytest.skip("this ComfyUI has no other format that a small network fits")
     for kind in others:
-        with pytest.raises(ValueError, match=f"packed as {kind}, through .* or the fp8 file"):
+        with pytest.raises(ValueError, match=f"packed as {kind}, which .* or the fp8 file"):
             load_teacher(packed(halves, kind)[0])
 
 
