@@ -53,13 +53,13 @@ def require_finite(name: str, vectors: Sequence[Vector]) -> None:
 def require_numbers(vector: Vector) -> None:
     """Raises ValueError if a tensor of the vector contains NaN or infinity. A model with it draws
     black pictures (bmaltais/kohya_ss #1986)."""
-    found = sorted(
+    damaged = sorted(
         name for name, tensors in _tensors(vector).items() if not all(map(_finite, tensors))
     )
-    if found:
+    if damaged:
         raise ValueError(
-            f"{vector.source} contains NaN or infinity in {len(found)} of its "
-            f"{len(vector.modules())} modules, such as {found[0]}: the file is damaged, or its "
+            f"{vector.source} contains NaN or infinity in {len(damaged)} of its "
+            f"{len(vector.modules())} modules, such as {damaged[0]}: the file is damaged, or its "
             "training diverged. Use another file, or an earlier one of the same training."
         )
 
