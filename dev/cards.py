@@ -87,7 +87,7 @@ CARDS = {
     WITH_STYLE: Card(STYLED, without_styles),
     **{name: Card(captions, without_styles) for name, captions in zip(FLOW, OF_FLOW, strict=True)},
     "Merge three LoRAs into one (SDXL)": Card(STYLED[::-1], without_styles),
-    # The network never saw pictures of 192 pixels, so it repeats parts; these two look good so.
+    # The network never saw pictures of 192 pixels, so it repeats parts, as these two may.
     "Hires fix": Card(
         ("a photo of a castle on a pink background", "a photo of a sunflower on a blue background"),
         first_pass,

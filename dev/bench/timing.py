@@ -38,8 +38,8 @@ Subject = Callable[[], Taken]
 
 
 def timed(run: Callable[[], Any], processor_only: bool = False) -> Taken:
-    """Runs and measures a function, and waits for the GPU if there is one. processor_only: the
-    peak is that of the process all the same."""
+    """Runs and measures a function, and waits for the GPU if there is one. processor_only: it uses
+    no GPU, so its peak is the process's even where there is one."""
     cuda = torch.cuda if torch.cuda.is_available() and not processor_only else None
     if cuda:
         cuda.reset_peak_memory_stats()
