@@ -26,12 +26,19 @@ Settings = TypeVar("Settings")
 
 @dataclass
 class Taken:
-    """What one run took: seconds, seconds of all cores, and the peak memory in bytes."""
+    """What one run took.
+
+    seconds: until the GPU was done, if there is one. cpu_seconds: of all cores. device_seconds:
+    between events on the GPU before and after the run; without a GPU, seconds. peak: bytes of the
+    GPU's tensors, or of the process. result: what the subject returned; of a process, a Step or
+    nothing.
+    """
 
     seconds: float
     cpu_seconds: float
-    peak: int  # of the tensors on the device, if there is a GPU
-    result: Any  # what the subject returned: of a process, a Step or nothing
+    device_seconds: float
+    peak: int
+    result: Any
 
 
 Subject = Callable[[], Taken]
@@ -42,17 +49,21 @@ def timed(run: Callable[[], Any], processor_only: bool = False) -> Taken:
     no GPU, so its peak is the process's even where there is one."""
     cuda = torch.cuda if torch.cuda.is_available() and not processor_only else None
     if cuda:
+        first, last = (cuda.Event(enable_timing=True) for _ in range(2))
         cuda.reset_peak_memory_stats()
         cuda.synchronize()
+        first.record()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is used now
     begun, used = time.perf_counter(), time.process_time()
     result = run()
     if cuda:
+        last.record()
         cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - used
+    device_seconds = first.elapsed_time(last) / 1000 if cuda else seconds
     peak = cuda.max_memory_allocated() if cuda else memory("VmHWM")
-    return Taken(seconds, cpu_seconds, peak, result)
+    return Taken(seconds, cpu_seconds, device_seconds, peak, result)
 
 
 def in_use(processor_only: bool) -> int:

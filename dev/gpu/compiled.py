@@ -12,6 +12,7 @@ import torch
 
 from ...training.memory import compile_blocks
 from ..bench import engine
+from ..bench.timing import timed
 from .distill import case_of, title_of
 from .kit import Kit
 
@@ -54,7 +55,7 @@ def run(kit: Kit) -> None:
     first: list[float] = []
     step = engine.prepare(case, change)
     while len(first) < (3 if kit.tiny else 12) and kit.left() > 5:
-        first.append(kit.timed(step)[0])
+        first.append(timed(step).seconds)
         kit.add(title, "engine, compiled", f"step {len(first)}", "s", first[-1])
     if len(first) < 3:
         return

@@ -22,6 +22,7 @@ import torch
 from ...training.data import draws
 from ..bench import engine, networks, reference
 from ..bench.step import CFG, PICTURES, SEED, Case, Clock, Step
+from ..bench.timing import Taken, timed
 from .kit import Kit, configs, side
 
 log = logging.getLogger("lcm_lora")
@@ -93,20 +94,17 @@ def steps(
     """Rows of a subject's steps; -> (the median seconds of a step, peak of its memory in bytes)."""
     until = time.monotonic() + seconds
     kit.forget()
-    kit.forget_peak()
     before = torch.cuda.memory_allocated() if kit.cuda else 0
     step = prepare()
-    walls: list[float] = []
-    measured: list[Step] = []
+    runs: list[Taken] = []
     for number in range(0 if kit.tiny else -1, 1 if kit.tiny else 12):
         if number >= 3 and time.monotonic() > until:
             break
-        made: list[Step] = []
-        wall, _ = kit.timed(lambda made=made: made.append(step()))
+        taken = timed(step)
         if number >= 0:
-            walls.append(wall)
-            measured += made
-    peak, middle = kit.peak() - before, statistics.median(walls)
+            runs.append(taken)
+    walls, measured = [run.seconds for run in runs], [run.result for run in runs]
+    peak, middle = max(run.peak for run in runs) - before, statistics.median(walls)
     share = [one.seconds / wall for one, wall in zip(measured, walls, strict=True)]
     kit.add(case, name, "step", "ms", [1000 * wall for wall in walls])
     kit.add(case, name, "rate", "samples/s", [batch / wall for wall in walls])

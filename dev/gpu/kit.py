@@ -18,7 +18,7 @@ import torch
 from ...training.disk import replace
 from ..bench import networks
 from ..bench.report import Report
-from ..bench.timing import memory
+from ..bench.timing import Taken, timed
 
 log = logging.getLogger("lcm_lora")
 SIDES = {"SD1.5": 64, "SDXL": 128}  # of the latents
@@ -102,35 +102,11 @@ class Kit:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def forget_peak(self) -> None:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """Bytes: of the device's tensors on CUDA, of the process elsewhere."""
-        return torch.cuda.max_memory_allocated() if self.cuda else memory("VmHWM")
-
-    def timed(self, call: Callable[[], object]) -> tuple[float, float]:
-        """(seconds until the device is done, seconds by the device's own events)."""
-        self.sync()
-        if self.cuda:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-        begun = time.perf_counter()
-        call()
-        if self.cuda:
-            last.record()
-        self.sync()
-        wall = time.perf_counter() - begun
-        return wall, first.elapsed_time(last) / 1000 if self.cuda else wall
-
     def seconds(self, call: Callable[[], object], runs: int, warm: int = 1) -> list[float]:
         """The values of each counted run."""
         for _ in range(warm):
             call()
-        return [self.timed(call)[0] for _ in range(1 if self.tiny else runs)]
+        return [timed(call).seconds for _ in range(1 if self.tiny else runs)]
 
     def turns(self, subjects: dict[str, Callable[[], object]], runs: int, seconds: float) -> Turns:
         """Two warm-up rounds and `runs` counted ones. Three counted rounds run even if the time is
@@ -141,42 +117,39 @@ class Kit:
             if number >= 3 and time.monotonic() > until:
                 break
             for name in list(alive)[:: 1 if number % 2 else -1]:
-                self.forget_peak()
                 try:
-                    wall, device = self.timed(alive[name])
+                    taken = timed(alive[name])
                 except Exception as error:
                     self.failed(name, error)
                     del alive[name]
                     continue
                 if number >= 0:
-                    turns.add(name, wall, device, self.peak())
+                    turns.runs.setdefault(name, []).append(taken)
         return turns
 
 
 class Turns:
-    """One value per round for each subject that did not fail."""
+    """One run per round of each subject that did not fail."""
 
     def __init__(self) -> None:
-        self.wall: dict[str, list[float]] = {}
-        self.device: dict[str, list[float]] = {}
-        self.peaks: dict[str, list[int]] = {}
+        self.runs: dict[str, list[Taken]] = {}
 
-    def add(self, name: str, wall: float, device: float, peak: int) -> None:
-        for kept, value in ((self.wall, wall), (self.device, device), (self.peaks, peak)):
-            kept.setdefault(name, []).append(value)
+    def peak(self, name: str) -> int:
+        """Bytes."""
+        return max(run.peak for run in self.runs[name])
 
     def ratio(self, above: str, below: str) -> float | None:
         """The median ratio of the times."""
-        a, b = self.wall.get(above), self.wall.get(below)
+        a, b = self.runs.get(above), self.runs.get(below)
         if not a or not b:
             return None
-        return statistics.median(x / y for x, y in zip(a, b, strict=False))
+        return statistics.median(x.seconds / y.seconds for x, y in zip(a, b, strict=False))
 
     def rows(self, kit: Kit, case: str) -> None:
-        for name, values in self.wall.items():
-            kit.add(case, name, "wall", "ms", [1000 * v for v in values])
-            kit.add(case, name, "device span", "ms", [1000 * v for v in self.device[name]])
-            kit.add(case, name, "peak memory", "GB", max(self.peaks[name]) / 1e9)
+        for name, runs in self.runs.items():
+            kit.add(case, name, "wall", "ms", [1000 * run.seconds for run in runs])
+            kit.add(case, name, "device span", "ms", [1000 * run.device_seconds for run in runs])
+            kit.add(case, name, "peak memory", "GB", self.peak(name) / 1e9)
 
 
 def case_name(kit: Kit, architecture: str, dtype: torch.dtype) -> str:

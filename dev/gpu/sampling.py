@@ -180,8 +180,8 @@ def compare(kit: Kit, case: Case, name: str, steps: int, batch: int, seconds: fl
     ):  # fmt: skip
         if (ratio := turns.ratio(one, other)) is not None:
             kit.bar(f"{title}: time, {one} / {other}", ratio, limit)
-    if OURS in turns.peaks and HOST in turns.peaks:
-        peaks = [max(turns.peaks[each]) for each in (OURS, HOST)]
+    if OURS in turns.runs and HOST in turns.runs:
+        peaks = [turns.peak(name) for name in (OURS, HOST)]
         kit.bar(f"{title}: peak memory, ours / host", peaks[0] / peaks[1], 1.005)
 
 
