@@ -13,7 +13,7 @@ from ..lora.methods import METHODS, Settings, combine
 from ..samplers.report import Line
 from .host import device, watched, weight_input
 from .overlap import overlap
-from .texts import said
+from .texts import as_ui
 
 MAX_VECTORS = 8
 
@@ -168,7 +168,7 @@ class LCMLoRACombine(io.ComfyNode):
         made = {"method": method, "count": len(combined.modules()), "rank": ranks}
         line = Line("{method}: {count} modules, rank {rank}", made)
         names = [v.source for v, factor in zip(vectors, factors, strict=True) if factor != 0]
-        return io.NodeOutput(to_wire(combined), report, overlap(grams, names), ui=said(line))
+        return io.NodeOutput(to_wire(combined), report, overlap(grams, names), ui=as_ui(line))
 
 
 def _row(number: int) -> list[io.Input]:

@@ -15,7 +15,7 @@ from ..training.jobs import host
 from ..training.jobs.order import SOURCES, DataOrder, Order, TeacherOrder
 from ..training.schema import build, declared
 from .host import checkpoint_names, lora_names, part_names
-from .texts import of_order, said
+from .texts import as_ui, of_order
 
 CATEGORY = "LCM-LoRA/distil"
 LCMData = io.Custom("LCM_DATA")
@@ -168,7 +168,7 @@ class LCMDistill(io.ComfyNode):
         workflow = extra.get("workflow") if isinstance(extra, dict) else None
         job, new, spec = host.start(build(Order, order, "the order"), workflow)
         line = Line("Queued") if new else Line("This job already exists")
-        shown = said(line, of_order(spec)) | {JOB: [job]}
+        shown = as_ui(line, of_order(spec)) | {JOB: [job]}
         return io.NodeOutput(job, ui=shown)
 
 

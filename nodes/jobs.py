@@ -15,7 +15,7 @@ from ..training.jobs import host, metrics
 from .chart import chart
 from .distill import CATEGORY, JOB, LCMJob
 from .host import show
-from .texts import of_job, said
+from .texts import as_ui, of_job
 
 
 def _job_input() -> io.Input:
@@ -58,7 +58,7 @@ class LCMJobStatus(io.ComfyNode):
         pictures = sorted((path / "samples").glob("step-*.png"))
         sheet = Image.open(pictures[-1]) if pictures else chart([], "no sample pictures yet")
         text = described.progress()
-        shown = ui.PreviewText(text).as_dict() | said(*of_job(described)) | {JOB: [job]}
+        shown = ui.PreviewText(text).as_dict() | as_ui(*of_job(described)) | {JOB: [job]}
         return io.NodeOutput(text, _image(plot), _image(sheet), ui=shown)
 
 
@@ -107,7 +107,7 @@ class LCMJobResult(io.ComfyNode):
             line = Line("Finished: {name}", {"name": name})
         else:
             line = Line("The LoRA after step {step}", {"step": step})
-        return io.NodeOutput(to_wire(vector), name, ui=said(line))
+        return io.NodeOutput(to_wire(vector), name, ui=as_ui(line))
 
 
 def _image(picture: Image.Image) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ..lora.host import apply
 from ..samplers.families import FAMILIES
 from ..samplers.host import offered, patch_sampling, record
 from .host import lora_names, lora_path, weight_input
-from .texts import acceleration, of_load, of_sampling, said
+from .texts import acceleration, as_ui, of_load, of_sampling
 
 
 class LCMLoRALoader(io.ComfyNode):
@@ -98,4 +98,4 @@ class LCMLoRALoader(io.ComfyNode):
         record(model, loaded, acceleration(vector.source, made, strength))
         sampled = patch_sampling(loaded, family)
         lines = [*of_load(coverage, family, why), *of_sampling(sampled, strength, made)]
-        return io.NodeOutput(sampled, ui=said(*lines))
+        return io.NodeOutput(sampled, ui=as_ui(*lines))

@@ -22,7 +22,7 @@ from ..lora.stack import added
 from ..samplers.families import FAMILIES
 from ..samplers.host import offered, patch_sampling, record
 from .host import lora_names, lora_path, weight_input
-from .texts import acceleration, of_rows, of_sampling, said
+from .texts import acceleration, as_ui, of_rows, of_sampling
 
 MOST_ROWS = 8
 NONE = "None"
@@ -178,7 +178,7 @@ class LCMLoRAStack(io.ComfyNode):
             clip,
             total,
             "\n\n".join([*info, report]),
-            ui=said(*texts),
+            ui=as_ui(*texts),
         )
 
 

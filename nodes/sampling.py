@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..samplers import host
 from ..samplers.families import DEFAULT, FAMILIES
-from .texts import of_family, of_run, of_sampling, said
+from .texts import as_ui, of_family, of_run, of_sampling
 
 CATEGORY = "LCM-LoRA"
 # Saved workflows fix this order: families of flow models came after auto.
@@ -66,7 +66,7 @@ class LCMModelSampling(io.ComfyNode):
         chosen = host.auto_family(model) if family == "auto" else family
         patched = host.patch_sampling(model, chosen)
         lines = [*of_family(model, family, chosen), *of_sampling(patched)]
-        return io.NodeOutput(patched, ui=said(*lines))
+        return io.NodeOutput(patched, ui=as_ui(*lines))
 
 
 class LCMSchedule(io.ComfyNode):
@@ -255,4 +255,4 @@ class LCMKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         run = host.Run(seed, steps, cfg, denoise, None if eta < 0 else eta, noise_device)
         made = host.sample(model, run, positive, negative, latent)
-        return io.NodeOutput(made, ui=said(*of_run(model, run, positive)))
+        return io.NodeOutput(made, ui=as_ui(*of_run(model, run, positive)))

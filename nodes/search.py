@@ -28,7 +28,7 @@ from ..search.session import PICTURES, Order, Outcome, calls, figures, search, s
 from ..training.data.sources import PROMPTS, read_prompts
 from .host import interruptions, show, weight_input
 from .overlap import overlap
-from .texts import said
+from .texts import as_ui
 
 MOST_STYLES = 5
 USUAL_GUIDANCE = 7.5
@@ -210,7 +210,7 @@ class LCMWeightSearch(io.ComfyNode):
             text,
             _sheet(outcome, names, vae),
             overlaps,
-            ui=said(*_lines(outcome)),
+            ui=as_ui(*_lines(outcome)),
         )
 
 

@@ -20,7 +20,7 @@ from ..training.spec import Spec
 TEXT = "lcm_lora_text"  # the key in a node's output; web/texts.mjs reads it
 
 
-def said(*lines: Line) -> dict[str, Any]:
+def as_ui(*lines: Line) -> dict[str, Any]:
     """The `ui` of a node's output, which shows these lines on the node. Without lines, the node's
     old text disappears."""
     return {TEXT: [list(line) for line in lines]}

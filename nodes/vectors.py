@@ -15,7 +15,7 @@ from ..lora.host import apply
 from ..samplers.host import record
 from ..samplers.report import Line
 from .host import lora_names, lora_path, new_lora_path, weight_input
-from .texts import acceleration, of_coverage, said
+from .texts import acceleration, as_ui, of_coverage
 
 CATEGORY = "LCM-LoRA"
 
@@ -108,7 +108,7 @@ class LCMLoRAApply(io.ComfyNode):
         fast = acceleration(lora.source, recorded(lora.metadata), strength_model)
         record(model, applied, fast)
         families = lora.metadata.get(FAMILY, "") if fast else ""
-        return io.NodeOutput(applied, clip, ui=said(*of_coverage(coverage, families)))
+        return io.NodeOutput(applied, clip, ui=as_ui(*of_coverage(coverage, families)))
 
 
 class LCMLoRASave(io.ComfyNode):
@@ -157,4 +157,4 @@ class LCMLoRASave(io.ComfyNode):
         path = new_lora_path(filename)
         write(path, from_wire(vector), dtype, overwrite)
         name = str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))
-        return io.NodeOutput(name, ui=said(Line("Saved {name}", {"name": name})))
+        return io.NodeOutput(name, ui=as_ui(Line("Saved {name}", {"name": name})))

@@ -11,7 +11,7 @@ from ..lora.formats.wire import Tensors, from_wire, to_wire
 from ..lora.protect import protected
 from ..samplers.report import Line
 from .host import weight_input
-from .texts import said
+from .texts import as_ui
 
 
 class LCMLoRABlocks(io.ComfyNode):
@@ -77,7 +77,7 @@ class LCMLoRABlocks(io.ComfyNode):
         idle = [name for factor in factors for name in factor.idle(lora)]
         values = {"source": lora.source, "names": ", ".join(idle)}
         lines = [Line("{source} has no modules for {names}.", values)] if idle else []
-        return io.NodeOutput(to_wire(result), ui=said(*lines))
+        return io.NodeOutput(to_wire(result), ui=as_ui(*lines))
 
 
 class LCMLoRAProtect(io.ComfyNode):

@@ -21,7 +21,7 @@ from ...samplers.report import Line
 from ...training.jobs import host as jobs
 from ..distill import LCMJob
 from ..host import interruptions, lora_names, lora_path, weight_input
-from ..texts import said
+from ..texts import as_ui
 from . import axes
 from .axes import ALONE, Axis
 from .cells import cells_of
@@ -181,7 +181,7 @@ class LCMCompare(io.ComfyNode):
         across, down = (_named(axis, wired) for axis in (across, down))
         result = drawn(drawing, across, down, _note(defaults, across, down, wired))
         lines = [*result.lines, *drawing.lines()]
-        shown = ui.PreviewImage(result.sheet, cls=cls).as_dict() | said(*lines)
+        shown = ui.PreviewImage(result.sheet, cls=cls).as_dict() | as_ui(*lines)
         return io.NodeOutput(result.sheet, result.pictures, result.settings, ui=shown)
 
 

@@ -26,7 +26,7 @@ def path(comfy) -> Path:
     return folder / NAME
 
 
-def said(output) -> list[str]:
+def shown_lines(output) -> list[str]:
     """The lines that a node's output has for the page."""
     return [text.format(**values) for text, values, _ in output.ui["lcm_lora_text"]]
 
@@ -65,7 +65,7 @@ def test_it_finds_the_family_and_says_why(model, path, name, metadata, chosen, f
     output = LCMLoRALoader.execute(model, name, 1.0, chosen)
     (loaded,) = output.result
     assert family_of(loaded) == family
-    verdict, reason = said(output)
+    verdict, reason = shown_lines(output)
     count = len(modules(model))
     assert verdict == f"{family}: {count} of {count} modules applied" and why in reason
 
@@ -84,8 +84,8 @@ def test_a_combined_file_is_sampled_as_its_acceleration_or_asks(model, path):
     for seed, name in enumerate(names):
         save_file(dialects(model, seed=seed)["kohya"], path.with_name(name))
         vectors.append(LCMLoRAVectorLoader.execute(name).result[0])
-    (style,) = said(LCMLoRAApply.execute(model, vectors[1], 1.0, 1.0))
-    (fast,) = said(LCMLoRAApply.execute(model, vectors[0], 1.0, 1.0))
+    (style,) = shown_lines(LCMLoRAApply.execute(model, vectors[1], 1.0, 1.0))
+    (fast,) = shown_lines(LCMLoRAApply.execute(model, vectors[0], 1.0, 1.0))
     assert fast == f"tcd: {style}"
 
     def saved(style_or_other) -> str:
@@ -120,18 +120,18 @@ def test_apply_hands_the_family_to_auto_and_to_the_samplers(model, path):
     assert family_for(hyper).name == "hyper-sd" and family_for(model).name == "lcm"
     output = LCMModelSampling.execute(hyper, "auto")
     assert family_of(output.result[0]) == "hyper-sd"
-    assert said(output) == ["hyper-sd, from Hyper-SD15-8steps-CFG-lora"]
+    assert shown_lines(output) == ["hyper-sd, from Hyper-SD15-8steps-CFG-lora"]
     # A style after it, and a clone by any other node, leave it as it is.
     styled = applied(hyper, path, "style.safetensors", seed=1).clone()
     assert auto_family(styled) == "hyper-sd"
     # What the user chose stays, with a word about it.
     output = LCMModelSampling.execute(hyper, "lcm")
     assert family_of(output.result[0]) == "lcm"
-    (doubt,) = said(output)
+    (doubt,) = shown_lines(output)
     assert doubt == "Hyper-SD15-8steps-CFG-lora is hyper-sd, not lcm: choose auto."
     output = LCMModelSampling.execute(model, "auto")
     assert family_of(output.result[0]) == "lcm"
-    assert said(output) == ["lcm: no LoRA on the MODEL sets a family"]
+    assert shown_lines(output) == ["lcm: no LoRA on the MODEL sets a family"]
     chosen = LCMModelSampling.execute(model, "tcd").result[0]  # a full model
     assert auto_family(chosen) == "tcd"
     assert auto_family(applied(model, path, "tcd.safetensors", strength=0.0)) == "lcm"

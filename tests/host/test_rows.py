@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm_lora.tests.host.test_loader import family_of, said
+from lcm_lora.tests.host.test_loader import family_of, shown_lines
 from lcm_lora.tests.host.test_vectors import text_clip, text_lora
 from lcm_lora.tests.host.tiny_lora import dialects, modules, patched_weights, tiny_model
 from safetensors.torch import load_file, save_file
@@ -85,7 +85,7 @@ def test_it_does_what_the_hosts_loader_does_one_after_the_other(model, loras):
         for pair in zip(ours, theirs, strict=True):
             assert_alike(*map(weights_of, pair))
     count = len(modules(model))
-    assert said(output) == [
+    assert shown_lines(output) == [
         "lcm; LoRAs applied: 3",
         f"0.9 x rows-lcm-lora: {count} of {count} modules",
         f"0.7 / 0.4 x one: {count + 1} of {count + 1} modules",
@@ -122,9 +122,8 @@ def test_it_is_the_sum_of_products_in_float64(model, loras):
 )
 def test_what_is_off_or_empty_is_left_out(model, loras, changes, applied):
     output = run(model, BOTH | changes)
-    assert [line.split(" x ")[1].split(":")[0] for line in said(output) if " x " in line] == [
-        "rows-lcm-lora", *applied
-    ]  # fmt: skip
+    named = [line.split(" x ")[1].split(":")[0] for line in shown_lines(output) if " x " in line]
+    assert named == ["rows-lcm-lora", *applied]
     assert output.result[1] is None
     assert all(("rows/" + name in output.result[3]) == (name in applied) for name in ("one", "two"))
 
@@ -161,7 +160,7 @@ def test_the_sum_is_sampled_as_its_acceleration(model, loras):
     (loras / FAST).with_name("plain.safetensors").write_bytes((loras / FAST).read_bytes())
     output = run(model, count_of(("None", 1, 1)), name="plain.safetensors")
     assert family_of(output.result[0]) == "lcm" and output.result[2].metadata[FAMILY] == "lcm"
-    assert said(output)[-1].startswith("the default")
+    assert shown_lines(output)[-1].startswith("the default")
     # At 0 it is left out of the weights, and of the sum.
     patched, _, vector, _ = run(model, BOTH, strength=0.0).result
     assert not applied_to(patched).accelerations and FAMILY not in vector.metadata
