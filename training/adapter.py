@@ -29,7 +29,7 @@ BLOCK = r"^(joint_blocks|double_blocks|single_blocks|transformer_blocks|blocks|l
 OF_BLOCKS = re.compile(BLOCK + r"\.(?!.*(modulation|_mod\.))")
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """Whether it is a linear layer or a convolution. ComfyUI's linear layer of packed weights is no
     nn.Linear."""
     return isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Linear"
@@ -47,8 +47,9 @@ class LowRank(nn.Module):
     cast: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
-        self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, generator: torch.Generator
-    ):
+        self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, generator: torch.Generator,
+        device: torch.device,
+    ):  # fmt: skip
         super().__init__()
         shape = tuple(layer.weight.shape)
         self.scale = alpha / rank
@@ -57,7 +58,6 @@ class LowRank(nn.Module):
         ones = (1,) * (len(shape) - 2)
         down = torch.empty(rank, *shape[1:])
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        device = layer.weight.device
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(shape[0], rank, *ones, device=device))
 
@@ -92,13 +92,15 @@ class Adapter(nn.Module):
     """LoRA layers beside every target layer of `network`, which it freezes. Starts switched on.
 
     rank, alpha: of every layer; the delta is up @ down * alpha / rank. targets: matches a part of
-    the names of the layers to train. Raises ValueError if the network has no target layer, or if
-    the rank is below 1 or above the full rank of a layer.
+    the names of the layers to train. device: of the factors; None for that of each layer's weights.
+
+    Raises ValueError if the network has no target layer, or if the rank is below 1 or above the
+    full rank of a layer.
     """
 
     def __init__(
         self, network: nn.Module, rank: int = 64, alpha: float = 64.0, seed: int = 0,
-        targets: re.Pattern[str] = TARGETS,
+        targets: re.Pattern[str] = TARGETS, device: torch.device | None = None,
     ):  # fmt: skip
         super().__init__()
         if rank < 1:
@@ -112,7 +114,7 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleList()
         self._hooks = []
         for name, layer in network.named_modules():
-            if not (_is_layer(layer) and targets.search(name)):
+            if not (is_layer(layer) and targets.search(name)):
                 continue
             out, *inputs = layer.weight.shape
             full = min(out, math.prod(inputs))
@@ -121,7 +123,7 @@ class Adapter(nn.Module):
                     f"Rank {rank} is too high for the layer {name}, whose full rank is {full}: "
                     f"choose a rank of at most {full}."
                 )
-            low = LowRank(layer, rank, self.alpha, generator)
+            low = LowRank(layer, rank, self.alpha, generator, device or layer.weight.device)
             self.names.append(name)
             self.layers.append(low)
             self._hooks.append(layer.register_forward_hook(self._hook(low)))

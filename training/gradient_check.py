@@ -42,8 +42,12 @@ LIMITS = {
 
 def require_right_gradients(teacher: Teacher, adapter: Adapter) -> None:
     """Raises ValueError if the network has no gradients, or wrong ones: as it is, or with blocks
-    recomputed in backward. Changes neither the network nor the adapter."""
-    for how in ("", " with blocks recomputed in backward"):
+    recomputed in backward. Changes neither the network nor the adapter.
+
+    If it is offloaded, only with blocks recomputed: otherwise all weights would be on the device.
+    """
+    ways = "", " with blocks recomputed in backward"
+    for how in ways[1:] if teacher.offloaded else ways:
         undo = recompute_blocks(teacher.network) if how else lambda: None
         try:
             error = gradient_error(teacher, adapter)

@@ -24,12 +24,14 @@ from .flow.host import make_differentiable, require_exact_weights
 from .flow.kinds import FLOW_MODELS
 from .flow.parts.host import load_parts, require_fitting_parts
 from .flow.teacher import FlowTeacher
-from .memory import is_out_of_memory
+from .memory import has_own_memory, is_out_of_memory
 from .objectives.solver import TIMES, Line, Process, Schedule
 from .spec import StyleLoRA
 from .teacher import DTYPES, FLOW, Teacher
 
 log = logging.getLogger("lcm_lora")
+
+ROOM = 1 << 29  # bytes that a step needs at least, besides the weights
 
 _NO_DEVICE = {"--novram"}  # keeps the weights off the device, where no step could use them
 _NO_BACKWARD = {"--use-sage-attention", "--use-flash-attention"}  # kernels without a backward
@@ -95,10 +97,10 @@ def free_memory() -> int:
 def load_teacher(
     checkpoint: Path, precision: str = "auto", loras: tuple[StyleLoRA, ...] = (),
     embeddings: tuple[str, ...] = (), text_encoders: tuple[Path, ...] = (),
-    vae_file: Path | None = None,
+    vae_file: Path | None = None, offload: str = "off",
 ) -> Teacher:  # fmt: skip
     """Loads a checkpoint, or a flow model from the files of its parts, and bakes the style LoRAs
-    into it.
+    into it. offload: as in Spec.
 
     Raises ValueError if the file is not a checkpoint of an architecture that can be distilled, or
     if the parts do not belong together.
@@ -130,6 +132,9 @@ def load_teacher(
             patcher.model.manual_cast_dtype = dtype
         dtype = patcher.model.get_dtype_inference()
         require_exact_weights(checkpoint.name, patcher)
+    is_offloaded = _must_offload(offload, patcher, device)
+    if is_offloaded:
+        patcher.load_device = torch.device("cpu")
     management.load_models_gpu([patcher], force_full_load=True)
     network = patcher.model.diffusion_model.requires_grad_(False).eval()
     if prediction == FLOW:
@@ -140,15 +145,24 @@ def load_teacher(
         patcher.model.latent_format.latent_channels, device, dtype, {},
         tuple(styles), patcher, clip, vae,
     )  # fmt: skip
+    if is_offloaded:
+        patcher.model.device = device  # where its inputs are
+        teacher.offload()
     empty = teacher.text("")
     if teacher.has_sizes:
         empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
     teacher.uncond = {name: tensor.to(device) for name, tensor in empty.items()}
-    # A text encoder may have displaced it.
-    management.load_models_gpu([patcher], force_full_load=True)
+    if not is_offloaded:  # a text encoder may have displaced it
+        management.load_models_gpu([patcher], force_full_load=True)
     if vae_file is not None:
         require_fitting_parts(teacher, text_encoders, vae_file)
     return teacher
+
+
+def _must_offload(offload: str, patcher: Any, device: torch.device) -> bool:
+    if offload != "auto":
+        return offload == "on"
+    return has_own_memory(device) and patcher.model_size() + ROOM > free_memory()
 
 
 def _loaded(checkpoint: Path, dtype: torch.dtype, embeddings: tuple[str, ...]) -> Any:

@@ -89,6 +89,11 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether the device's memory is another than the computer's."""
+    return device.type not in ("cpu", "mps")
+
+
 def forget_peak(device: torch.device) -> None:
     """Resets the peak that `memory` reports on CUDA."""
     if device.type == "cuda":

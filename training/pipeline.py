@@ -66,7 +66,7 @@ class Pipeline:
             source = self.read_data(teacher)
             adapter = Adapter(
                 teacher.network, self.spec.rank, self.spec.lora_alpha, self.spec.seed,
-                teacher.targets,
+                teacher.targets, teacher.device,
             )  # fmt: skip
             if self.spec.start_from:
                 start_from(adapter, teacher, Path(self.spec.start_from))
@@ -127,6 +127,7 @@ class Pipeline:
         teacher = load_teacher(
             checkpoint, spec.precision, spec.loras, spec.embeddings,
             tuple(map(Path, spec.text_encoders)), Path(spec.vae) if spec.vae else None,
+            spec.offloads,
         )  # fmt: skip
         teacher.use_guidance(spec.guidance)
         if from_queue and teacher.device.type == "cpu" and hasattr(os, "nice"):

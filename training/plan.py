@@ -35,6 +35,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     if teacher.guided_calls > 1:
         teacher_call = f"teacher: {teacher.guided_calls} pictures in one, no gradient"
     progress = Progress.first(spec)
+    progress.recompute |= teacher.offloaded
     if progress.recompute:
         recompute_blocks(teacher.network)
     forget_peak(teacher.device)
@@ -54,6 +55,7 @@ def plan(spec: Spec, teacher: Teacher, adapter: Adapter, examples: int) -> str:
     count = progress.micro_batch
     measured = f", {count} pictures at a time" if count < spec.batch else ""
     measured += ", blocks computed again in backward" if progress.recompute else ""
+    measured += ", their weights in the computer's memory" if teacher.offloaded else ""
     # Added, because the plan makes neither AdamW's two moments nor a second adapter.
     most = memory(teacher.device) + checkpoint - 4 * parameters
     lines = [
@@ -92,7 +94,7 @@ def _seconds_a_step(
         # Outside the handler, because its traceback would keep the tensors that did not fit.
         adapter.zero_grad()
         give_back()
-        use_less_memory(progress, spec, teacher.network)
+        use_less_memory(progress, spec, teacher)
 
 
 def _measured(

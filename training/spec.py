@@ -13,7 +13,8 @@ from pathlib import Path
 from . import disk
 from .schema import build, check, declared, setting
 
-LATER = ("start_from", "text_encoders", "vae")  # newer settings; spec.json has them only if set
+# Newer settings. spec.json has them only if they are set.
+LATER = ("start_from", "text_encoders", "vae", "offload")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,11 @@ class Spec:
     )
     warmup: int = setting("Steps in which the learning rate rises.", 0, least=0)
     decay: str = setting(
-        "How the learning rate falls.", "constant", choices=("constant", "cosine", "linear")
+        "How the learning rate falls: not at all, or to 0 at the end along half a cosine or a "
+        "line. The length fit always takes cosine.",
+        "constant",
+        choices=("constant", "cosine", "linear"),
+        widget={"optional": True},
     )
     clip: float = setting("Largest norm of the gradient.", 1.0, above=0)
     precision: str = setting(
@@ -201,12 +206,23 @@ class Spec:
         is_path=True,
     )
     vae: str = setting("The file of the VAE; needed with text_encoders.", "", is_path=True)
+    offload: str = setting(
+        "Keep the weights of the network's blocks in the computer's memory, and copy them to the "
+        'device whenever a layer is called; "auto" when the device has no room for them.',
+        "auto",
+        choices=("auto", "on", "off"),
+    )
 
     def __post_init__(self) -> None:
         if bool(self.text_encoders) != bool(self.vae):
             raise ValueError(
                 "text_encoders and vae belong together, but only one is set: set both if the "
                 "checkpoint holds only a diffusion model, or none if it contains them."
+            )
+        if self.offload == "on" and (self.checkpointing == "off" or self.compile):
+            raise ValueError(
+                "offload on recomputes blocks in backward and cannot be compiled: set "
+                "checkpointing to auto and compile to false, or offload to auto."
             )
         for name in ("host", "checkpoint", "output", "banks"):
             if not Path(getattr(self, name)).is_absolute():
@@ -217,6 +233,11 @@ class Spec:
         w = self.guidance
         is_range = len(w) in (1, 2) and w[0] <= w[-1]
         declared(Spec)["guidance"].setting.require(is_range, "guidance", w)
+
+    @property
+    def offloads(self) -> str:
+        """`offload`, but "off" for a job that cannot do it."""
+        return "off" if self.compile or self.checkpointing == "off" else self.offload
 
     @property
     def lora_alpha(self) -> float:

@@ -19,6 +19,7 @@ from ..lora.formats import files
 from ..samplers.transfer import sent
 from .adapter import TARGETS
 from .objectives.solver import Line, Process
+from .offload import keep_weights_off
 
 log = logging.getLogger("lcm_lora")
 
@@ -42,6 +43,7 @@ class Teacher:
             embeddings of the empty prompt for SD1 and SD2, zeros for SDXL and its relatives.
         styles: the parts of the style LoRAs that are baked into the network, with their strengths.
         before_call: called before each call of the network; may raise to end the work.
+        offloaded: whether the weights of its blocks are off the device; see `offload`.
     """
 
     network: nn.Module
@@ -56,6 +58,7 @@ class Teacher:
     _clip: Any
     _vae: Any
     before_call: Callable[[], None] = lambda: None
+    offloaded: bool = False
 
     def __call__(
         self, z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor
@@ -191,7 +194,15 @@ class Teacher:
         ]
         management.free_memory(1e30, patcher.load_device, others)
         management.soft_empty_cache()
-        management.load_models_gpu([self._patcher], force_full_load=True)
+        if not self.offloaded:
+            management.load_models_gpu([self._patcher], force_full_load=True)
+
+    def offload(self) -> None:
+        """Keeps the weights of the network's blocks in the computer's memory. Blocks must then be
+        recomputed in backward."""
+        kept = keep_weights_off(self.network, self.device)
+        self.offloaded = True
+        log.info("%.1f GB of weights stay in the computer's memory", kept / 1e9)
 
     def layers(self, vector: Vector) -> dict[str, Delta]:
         """A LoRA's deltas by the names of the network's layers. A text encoder part is left out.

@@ -1,5 +1,7 @@
 """Each class of flow model that can be distilled, on small random networks of ComfyUI's classes."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,61 @@ def test_the_gradients_are_right(teacher, adapter, caplog):
     require_right_gradients(teacher, adapter)
     errors = [float(line.rpartition(" ")[2]) for line in caplog.messages if "gradients" in line]
     assert len(errors) == 2 and max(errors) < 1e-3
+
+
+def gradients(teacher):
+    """Of the loss of one batch, with blocks recomputed in backward."""
+    from lcm_lora.training.memory import recompute_blocks
+
+    made = Adapter(teacher.network, 2, 2.0, 0, teacher.targets, teacher.device)
+    for number, low in enumerate(made.layers):
+        torch.nn.init.normal_(low.up, std=0.1, generator=torch.Generator().manual_seed(number))
+    z, t = random(3, *teacher.latent_shape(8 * teacher.shrink)), torch.tensor([839, 385, 587])
+    texts = together([texts_of(teacher.kind, prompt) for prompt in PROMPTS])
+    cond, _ = teacher.conditions(texts, NO_SIZES)
+    undo = recompute_blocks(teacher.network)
+    try:
+        with torch.no_grad():
+            output = teacher(z, t, **cond)
+        teacher(z, t, **cond).square().mean().backward()
+    finally:
+        undo()
+        made.detach()
+    return output, [p.grad for p in made.parameters() if p.grad is not None]
+
+
+def test_weights_that_are_off_the_device_give_the_same_numbers(teacher):
+    """A copy of a layer's weights lives as long as they are needed; see training/offload.py."""
+    from lcm_lora.training import offload
+
+    expected = gradients(teacher)
+    other = teacher_of(teacher.kind)
+    other.kind = teacher.kind
+    blocks = offload.blocks_of(other.network)
+    size = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    copies, most = [], 0
+
+    def copy(layer):
+        """Called before a layer's own forward, when its weights are copied."""
+        nonlocal most
+        copies.append(weakref.ref(layer.weight))
+        alive = {id(w): w for ref in copies if (w := ref()) is not None}
+        most = max(most, sum(weight.nbytes for weight in alive.values()))
+
+    layers = [layer for block in blocks for layer in block.modules() if offload.is_layer(layer)]
+    for layer in layers:
+        forward = layer.forward
+        layer.forward = lambda *args, _of=(layer, forward): copy(_of[0]) or _of[1](*args)
+    homes = [layer.weight.data_ptr() for layer in layers]
+    other.offload()
+    output, found = gradients(other)
+    assert torch.equal(output, expected[0])
+    assert len(found) == len(expected[1]) > 0
+    assert all(map(torch.equal, found, expected[1]))
+    assert [layer.weight.data_ptr() for layer in layers] == homes
+    assert len(copies) >= 3 * len(layers) and 0 < most <= size
+    gc.collect()
+    assert not {ref() for ref in copies} - {None}
 
 
 def test_it_is_called_as_the_host_samples(teacher, comfy, monkeypatch):

@@ -97,6 +97,7 @@ def test_plain_fp8_stays_fp8_and_has_the_same_numbers(halves):
     assert small.weight_bytes < 0.3 * wide.weight_bytes
     assert (small.dtype, wide.dtype) == (torch.float32, torch.float32)
     assert torch.equal(answer(small), answer(wide))
+    assert torch.equal(answer(load_teacher(file, offload="on")), answer(wide))
     checked(small)
 
 
@@ -107,6 +108,9 @@ def test_scaled_fp8_is_trained_on_as_the_numbers_that_it_stands_for(halves):
     small, wide = load_teacher(file), load_teacher(same, "fp32")
     assert small.weight_bytes < wide.weight_bytes
     torch.testing.assert_close(answer(small), answer(wide), rtol=1e-4, atol=1e-4)
+    lent = load_teacher(file, offload="on")
+    assert torch.equal(answer(lent), answer(small))
+    checked(lent)
     checked(small)
     # ComfyUI's own way, where it multiplies in fp8, would round what the layers are given.
     layers = [m for m in small.network.modules() if getattr(m, "quant_format", None)]

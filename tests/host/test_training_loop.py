@@ -144,6 +144,40 @@ def test_a_plan_says_what_the_job_does_when_memory_runs_out(teacher, toy_checkpo
     assert "measured here, 1 pictures at a time, blocks computed again in backward" in report
 
 
+def test_weights_leave_the_device_when_nothing_else_helps(toy_checkpoint, monkeypatch):
+    from lcm_lora.training.host import load_teacher
+    from lcm_lora.training.plan import plan
+    from lcm_lora.training.state import progress
+
+    monkeypatch.setattr(progress, "has_own_memory", lambda _: True)  # not so on a CPU
+    own = load_teacher(Path(toy_checkpoint))
+
+    def only_without_weights(_module, _inputs):
+        if torch.is_grad_enabled() and not own.offloaded:
+            raise torch.OutOfMemoryError("too large for a gradient")
+
+    own.network.register_forward_pre_hook(only_without_weights)
+    adapter = Adapter(own.network, 4, 4.0)
+    with pytest.raises(MemoryError, match="too small for a training step with one picture"):
+        plan(spec_of("/b", toy_checkpoint, offload="off"), own, adapter, 8)
+    report = plan(spec_of("/b", toy_checkpoint, checkpointing="on"), own, adapter, 8)
+    assert "blocks computed again in backward, their weights in the computer's memory" in report
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "off"),
+    [("cuda", 0, True), ("cuda", 1 << 40, False), ("cpu", 0, False), ("mps", 0, False)],
+)
+def test_weights_stay_off_a_device_that_has_no_room(teacher, monkeypatch, device, free, off):
+    from lcm_lora.training import host
+
+    monkeypatch.setattr(host, "free_memory", lambda: free)
+    patcher = teacher._patcher
+    assert host._must_offload("auto", patcher, torch.device(device)) == off
+    assert host._must_offload("on", patcher, torch.device(device))
+    assert not host._must_offload("off", patcher, torch.device(device))
+
+
 def test_recomputing_blocks_changes_nothing_but_memory(trained, teacher):
     _, plain = trained()
     forwards = {m: m.__dict__.get("forward") for m in teacher.network.modules()}
@@ -486,6 +520,21 @@ def half_teacher(comfy, toy_checkpoint, request):
     from lcm_lora.training.host import load_teacher
 
     return load_teacher(Path(toy_checkpoint), request.param)
+
+
+@pytest.mark.gpu
+def test_weights_off_the_gpu_take_no_room_there(toy_checkpoint, teacher):
+    from lcm_lora.training.host import load_teacher
+
+    before = torch.cuda.memory_allocated()
+    lent = load_teacher(Path(toy_checkpoint), offload="on")
+    lent.free_text_encoders()
+    lent.free_vae()
+    assert torch.cuda.memory_allocated() - before < 0.2 * teacher.weight_bytes
+    z, t = torch.randn(2, 4, 8, 8, device=lent.device), torch.tensor([999, 19], device=lent.device)
+    context = torch.cat([lent.uncond["context"][None]] * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(lent(z, t, context=context), teacher(z, t, context=context))
 
 
 @pytest.mark.gpu

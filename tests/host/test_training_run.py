@@ -213,6 +213,16 @@ def test_a_job_goes_on_from_a_lora(job, made):
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-2, atol=1e-3)
 
 
+def test_a_job_keeps_the_weights_off_the_device(job, made):
+    """That changes no number. On a CPU they are copied all the same."""
+    outputs = [
+        made(job(name, steps=2, **settings))
+        for name, settings in (("lent", {"offload": "on"}), ("own", {"checkpointing": "on"}))
+    ]
+    lent, own = map(load_file, outputs)
+    assert lent.keys() == own.keys() and all(torch.equal(lent[name], own[name]) for name in own)
+
+
 def test_a_job_matches_distributions(job, made):
     from lcm_lora.dev.toy import assemble
 

@@ -92,6 +92,7 @@ class Run:
         Raises Diverged (the last good checkpoint stays), and OSError if the disk is full.
         """
         self.resume()
+        self.progress.recompute |= self.teacher.offloaded
         if self.progress.recompute:
             recompute_blocks(self.teacher.network)
         if self.spec.compile:
@@ -177,7 +178,7 @@ class Run:
             # Outside the handler, because its traceback would keep the tensors that did not fit.
             self.optimiser.zero_grad()
             give_back()
-            use_less_memory(self.progress, self.spec, self.teacher.network)
+            use_less_memory(self.progress, self.spec, self.teacher)
         if self.progress.scale != 1:
             torch._foreach_div_(gradients, self.progress.scale)
         before = self.gradients.limit(self.step).to(total.device)

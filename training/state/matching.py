@@ -40,8 +40,9 @@ class Matching(Consistency):
     ):
         super().__init__(spec, job, teacher, adapter, bank, ranks)
         self.fake = Adapter(
-            teacher.network, spec.rank, spec.lora_alpha, spec.seed + 1, teacher.targets
-        )
+            teacher.network, spec.rank, spec.lora_alpha, spec.seed + 1, teacher.targets,
+            teacher.device,
+        )  # fmt: skip
         self.fake.on = False
         self.pair = Pair(teacher, teacher.schedule, adapter, self.fake, self.dtype)
         self.groups.append(list(self.fake.parameters()))

@@ -8,10 +8,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from torch import nn
-
-from ..memory import TooLittleMemory, recompute_blocks
+from ..memory import TooLittleMemory, has_own_memory, recompute_blocks
 from ..spec import Spec
+from ..teacher import Teacher
 
 log = logging.getLogger("lcm_lora")
 FIRST_SCALE, GROWTH = 2.0**16, 1000
@@ -134,10 +133,11 @@ def times(every: int, step: int, steps: int) -> int:
     return steps // every - step // every + (steps % every > 0)
 
 
-def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
-    """Halves the number of pictures at a time; at 1, recomputes blocks in backward.
+def use_less_memory(progress: Progress, spec: Spec, teacher: Teacher) -> None:
+    """Halves the number of pictures at a time; at 1, recomputes blocks in backward; then keeps
+    their weights off the device.
 
-    Raises TooLittleMemory if both are done already.
+    Raises TooLittleMemory if nothing is left to do.
     """
     if progress.micro_batch > 1:
         progress.micro_batch = math.ceil(progress.micro_batch / 2)
@@ -146,14 +146,21 @@ def use_less_memory(progress: Progress, spec: Spec, network: nn.Module) -> None:
             progress.micro_batch, math.ceil(spec.batch / progress.micro_batch),
         )  # fmt: skip
     elif not progress.recompute and spec.checkpointing == "auto":
-        recompute_blocks(network)
+        recompute_blocks(teacher.network)
         progress.recompute = True
         log.warning("out of memory: going on with blocks computed again in backward")
+    elif progress.recompute and _may_offload(spec, teacher):
+        log.warning("out of memory: going on with the blocks' weights off the device")
+        teacher.offload()
     else:
         raise TooLittleMemory(
             "The device's memory is too small for a training step with one picture. Choose a "
             "smaller resolution or rank, or close other programs that use the device."
         )
+
+
+def _may_offload(spec: Spec, teacher: Teacher) -> bool:
+    return spec.offloads == "auto" and not teacher.offloaded and has_own_memory(teacher.device)
 
 
 def learning_rate(spec: Spec, step: int) -> float:
