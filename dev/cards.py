@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .demo import (
     COMPARE,
     DISTIL,
+    FIT,
     FLOW,
     LIVE,
     TEXT_TO_IMAGE,
@@ -25,7 +27,7 @@ from .demo import (
     reseed,
 )
 from .sheet import Graph, Subject
-from .toy import stand_ins
+from .toy import assemble, stand_ins, world
 
 Prompt = dict[str, dict]
 Draw = Callable[[str, Prompt], list[Path]]
@@ -77,6 +79,8 @@ def first_pass(prompt: Prompt) -> Prompt:
     return prompt
 
 
+FINE_TUNED = "faces"
+FACES = "a photo of a cool face on orange stripes", "a photo of an angel face on purple rays"
 STYLED = "a photo of a tiger on an orange background", "a photo of a strawberry on white polka dots"
 OF_FLOW = (
     ("a photo of a fox on pink polka dots", "a photo of a crown on a teal background"),
@@ -110,7 +114,8 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
     """The card of a template.
 
     workflow: that of `drawn_by`. Text to image shows nine results. Distil shows four steps without
-    and with an LCM-LoRA.
+    and with an LCM-LoRA. Fit does so on a fine-tuned checkpoint, after its own job of a quarter of
+    an hour on two cores.
     ControlNet shows one result: the demo model's ControlNet has random weights, so there is nothing
     to compare. Which weight, how many steps? shows its sheet.
     """
@@ -131,6 +136,11 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
     if name == DISTIL:
         plain = draw(f"{name} before", base(subject, GALLERY[7:9], 4))
         drawn = draw(name, many(subject, GALLERY[7:9], 4))
+        return grid([plain[0], drawn[0], plain[1], drawn[1]], 2, TILE, GAP)
+    if name == FIT:
+        tuned = replace(subject, checkpoint=assemble.checkpoint(fine_tuned=FINE_TUNED).name)
+        plain = draw(f"{name} before", base(tuned, FACES, 4))
+        drawn = draw(name, fit(workflow, tuned))
         return grid([plain[0], drawn[0], plain[1], drawn[1]], 2, TILE, GAP)
     if name == COMPARE:  # the last picture is the saved sheet; the node shows it too
         (*_, path) = draw(name, fitted(workflow, replace(subject, captions=STYLED[:1])))
@@ -169,6 +179,40 @@ def grid(paths: list[Path], across: int, tile: int, gap: int = 0) -> Image.Image
             small = picture.convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS)
         image.paste(small, ((tile + gap) * (number % across), (tile + gap) * (number // across)))
     return image
+
+
+def fit(workflow: dict, subject: Subject) -> Prompt:
+    """The template's job on the fine-tuned checkpoint, and what the LoRA then draws."""
+    names = tuple(world.kinds_of(FINE_TUNED).values())
+    specs = world.specs(250, torch.Generator().manual_seed(72), names=names)
+    job = fitted(workflow, subject)
+    data, order, status = (
+        next(key for key, node in job.items() if node["class_type"] == kind)
+        for kind in ("LCMDistillData", "LCMDistill", "LCMJobStatus")
+    )
+    job = {key: job[key] for key in (data, order, status)}
+    job[data]["inputs"] |= {
+        "source.prompts": "\n".join(spec.caption for spec in specs), "resolution": world.SIZE,
+        "auto_resolution": False,
+    }  # fmt: skip
+    job[order]["inputs"] |= {
+        "guidance": 3.0, "name": "demo-fitted", "overwrite": True, "policy": "share",
+    }  # fmt: skip
+    prompt = many(subject, FACES, 4)
+    loader = next(key for key, node in prompt.items() if node["class_type"] == "LCMLoRALoader")
+    base = prompt[loader]["inputs"]["model"]
+    own = {key: f"job {key}" for key in job}
+    result = {"job": [own[order], 0], "wait": True}
+    strengths = {"strength_model": 1.0, "strength_clip": 1.0}
+    job[order]["inputs"]["data"] = [own[data], 0]
+    job[status]["inputs"]["job"] = [own[order], 0]
+    return prompt | {own[key]: node for key, node in job.items()} | {
+        "result": {"class_type": "LCMJobResult", "inputs": result},
+        loader: {
+            "class_type": "LCMLoRAApply",
+            "inputs": {"model": base, "vector": ["result", 0]} | strengths,
+        },
+    }  # fmt: skip
 
 
 def many(subject: Subject, captions: tuple[str, ...], steps: int) -> Prompt:

@@ -29,6 +29,7 @@ FLOW = (
     "6 Text to image with a style (Flux)",
 )  # fmt: skip
 DISTIL = "Distil an LCM-LoRA"
+FIT = "Fit an LCM-LoRA to a checkpoint"
 LIVE = "Live painting"
 COMPARE = "Which weight, how many steps"
 
@@ -62,6 +63,10 @@ def fitted(workflow: dict, subject: sheet.Subject) -> dict:
         inputs = node["inputs"]
         if node["class_type"] == "CheckpointLoaderSimple":
             inputs["ckpt_name"] = subject.checkpoint
+        elif node["class_type"] == "LCMDistill":
+            inputs["checkpoint"] = subject.checkpoint
+            if inputs.get("start_from", "none") != "none":
+                inputs["start_from"] = subject.lcm_lora
         elif "lora_name" in inputs:
             # All workflows name the official LCM-LoRA like this; any other LoRA is a style, except
             # that of a stack, whose styles are in its rows.

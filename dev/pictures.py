@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 from . import cards, sheet, strips
-from .demo import COMPARE, LIVE, WORKFLOWS, draw, toy_subject
+from .demo import COMPARE, FIT, LIVE, WORKFLOWS, draw, toy_subject
 from .environment import ROOT
-from .server import Server
+from .server import Server, install
 from .toy import assemble, stand_ins
 from .toy.stand_ins import STROKES
 
@@ -33,6 +33,9 @@ def main(arguments: list[str], host: Path, local: Path) -> int:
         parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(available)}")
     server = Server(host, local)
     assemble.install(server.base)
+    if FIT in names:
+        fine_tuned = assemble.checkpoint(fine_tuned=cards.FINE_TUNED)
+        install(fine_tuned, server.base / "models" / "checkpoints")
     stand_ins.lay_out(server.base)
     with server:
         client, subject = server.client(), toy_subject()

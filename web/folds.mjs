@@ -1,18 +1,21 @@
-// Folds the input `steps` of Distil LCM-LoRA unless length is custom, because only then it counts.
+// Shows inputs of Distil LCM-LoRA for the lengths that need them, and folds them otherwise.
 const TYPE = "LCMDistill";
+const SHOWN_FOR = { steps: "custom", start_from: "fit" }; // input -> length
 
 function fold(node) {
   const named = (name) => node.widgets.find((widget) => widget.name === name);
-  const steps = named("steps"), isFolded = named("length").value !== "custom";
-  if (!steps.options || Boolean(steps.options.advanced) === isFolded) return;
-  steps.options.advanced = isFolded;
-  // Nodes 2.0 reads the option again only when the list of widgets changes.
-  const place = node.widgets.indexOf(steps);
-  node.widgets.splice(place, 1);
-  node.widgets.splice(place, 0, steps);
+  for (const [name, length] of Object.entries(SHOWN_FOR)) {
+    const widget = named(name), isFolded = named("length").value !== length;
+    if (!widget.options || Boolean(widget.options.advanced) === isFolded) continue;
+    widget.options.advanced = isFolded;
+    // Nodes 2.0 reads the option again only when the list of widgets changes.
+    const place = node.widgets.indexOf(widget);
+    node.widgets.splice(place, 1);
+    node.widgets.splice(place, 0, widget);
+  }
 }
 
-export function foldSteps(node) {
+export function foldByLength(node) {
   const length = node.comfyClass === TYPE && node.widgets.find(({ name }) => name === "length");
   if (!length) return;
   const { callback } = length, { onConfigure } = node;

@@ -6,7 +6,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { giveProgress, listenToChanges, lookAgain, showProgress } from "./distill.mjs";
 import { called } from "./elements.mjs";
-import { foldSteps } from "./folds.mjs";
+import { foldByLength } from "./folds.mjs";
 import { edit, openTemplate, openWorkflow, useInGraph } from "./graph.mjs";
 import { infoItems } from "./info.mjs";
 import { translateNotes } from "./notes.mjs";
@@ -126,7 +126,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     keepRows(node);
-    foldSteps(node);
+    foldByLength(node);
   },
   refreshComboInNodes: lookAgain,
   getNodeMenuItems(node) {

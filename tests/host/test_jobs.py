@@ -275,6 +275,11 @@ def test_the_nodes_order_what_the_page_orders_and_refuse_what_it_refuses(
     assert spec["start_from"] == str(toy_checkpoint)
     with pytest.raises(ValueError, match="lists no 'gone' among its loras"):
         ordered("a bag", "lost", start_from="gone")
+    with pytest.raises(ValueError, match="length fit .* but start_from names none"):
+        ordered("a bag", "fitted", length="fit", start_from="none")
+    fitted = ordered("a bag", "fitted", length="fit", start_from="toy.safetensors")
+    spec = json.loads((store.path(fitted) / "spec.json").read_text())
+    assert (spec["steps"], spec["decay"], spec["data"]["count"]) == (150, "cosine", 4)
     with pytest.raises(ValueError, match="prompts contains half of a character .* in line 2"):
         ordered("a bag\na \ud83d")
 

@@ -138,6 +138,11 @@ def test_an_order_comes_back_with_the_steps_that_its_job_has_now():
     assert (longer["length"], longer["steps"], longer["data"]["count"]) == ("custom", 300, 250)
     old = {name: value for name, value in order.items() if name != "length"}
     assert again(old, 9) == old | {"steps": 9}
+    # Of a version without decay, which a length may set.
+    old = {name: value for name, value in order.items() if name != "decay"}
+    assert again(old, 300) == longer
+    fitted = order | {"length": "fit", "start_from": "lcm.safetensors"}
+    assert again(fitted, 300)["decay"] == "cosine"
 
 
 def test_the_help_of_length_tells_what_each_sets():
@@ -150,7 +155,10 @@ def test_the_help_of_length_tells_what_each_sets():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": "forever"}, "length must be one of custom, try, good, best, found 'forever'"),
+        (
+            {"length": "forever"},
+            "length must be one of custom, try, good, best, fit, found 'forever'",
+        ),
         ({"policy": "rude"}, "policy must be one of yield, exclusive, share, found 'rude'"),
         ({"device": "0; rm"}, 'device must be empty, numbers of devices such as "0"'),
         ({"device": "0\n"}, "device must be"),
