@@ -50,7 +50,9 @@ def prepare(
         host=str(case.host), checkpoint=str(case.folder), banks=str(case.folder),
         output=str(case.folder / "x.safetensors"), resolution=8 * side, batch=case.batch,
         rank=case.rank, guidance=(CFG,), seed=SEED,
-        checkpointing="on" if case.recompute else "off",
+        checkpointing="on" if case.recompute else "off", objective=case.objective,
+        # Not read here: it says only that dmd needs no steps of lcm first.
+        start_from="/x.safetensors" if case.objective == "dmd" else "", steps=9,
     )  # fmt: skip
     adapter = Adapter(network, spec.rank, spec.lora_alpha)
     for name, layer in zip(adapter.names, adapter.layers, strict=True):

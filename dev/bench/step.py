@@ -22,7 +22,8 @@ class Case:
 
     host: the folder of ComfyUI. folder: for the subjects' files. config, diffusers: the network as
     ComfyUI and diffusers describe it. names: diffusers' names of its weights -> ComfyUI's.
-    side: of the latents. recompute: blocks run again in backward, to save memory.
+    side: of the latents. recompute: blocks run again in backward, to save memory. objective: as in
+    Spec; of dmd, from the first step on.
     """
 
     host: Path
@@ -37,6 +38,7 @@ class Case:
     names: dict[str, str] | None = None
     batch: int = 1
     device: str = "cpu"
+    objective: str = "lcm"
 
     @property
     def weights(self) -> Path:
