@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from .sheet import Sheet, joined
 MOST_VECTORS = 8
 NONE = "none"
 PREVIEW = 768  # pixels of the longer side
+PAUSE = 0.4  # seconds between two previews: each is a JPEG of the whole sheet
 NUMERIC = ("steps", "cfg", "weight", "denoise", "eta", "seed")
 
 
@@ -201,15 +204,16 @@ def drawn(drawing: Drawing, columns: Axis, rows: Axis, note: str) -> Result:
     bar = comfy.utils.ProgressBar(sum(cell.run.steps for cell in cells))
     pictures: dict[int, torch.Tensor] = {}
     sheet: Sheet | None = None
-    lines = []
+    lines, shown_at = [], -math.inf
     try:
         for number, images in drawing.pictures(bar.update_absolute):
             tile = joined([_picture(image) for image in images])
             sheet = sheet or Sheet(columns, rows, note, tile.size)
             sheet.put(number, tile)
             pictures[number] = images
-            if bar.hook is not None:
+            if bar.hook is not None and time.monotonic() - shown_at >= PAUSE:
                 bar.update_absolute(bar.current, preview=("JPEG", sheet.image, PREVIEW))
+                shown_at = time.monotonic()
     except InterruptProcessingException:
         if sheet is None:
             raise

@@ -355,9 +355,12 @@ def test_an_interruption_leaves_nothing_beside_the_layers(toy):
     assert torch.equal(one_by_one(toy), expected)
 
 
-def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
+@pytest.mark.parametrize(("pause", "shown"), [(0.0, 3), (60.0, 1)])
+def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy, monkeypatch, pause, shown):
     import comfy.utils
+    from lcm_lora.nodes.compare import node
 
+    monkeypatch.setattr(node, "PAUSE", pause)
     seen, before = [], comfy.utils.PROGRESS_BAR_HOOK
     comfy.utils.set_progress_bar_global_hook(lambda *all, **_: seen.append(all))
     try:
@@ -368,7 +371,7 @@ def test_progress_is_that_of_all_cells_and_shows_the_sheet(toy):
     assert values == sorted(values) and values[-1] == 7
     assert {total for _, total, _ in seen} == {7}
     previews = [preview for *_, preview in seen if preview]
-    assert len(previews) == 3 and previews[0][1].size[0] > 3 * 64
+    assert len(previews) == shown and previews[0][1].size[0] > 3 * 64
 
 
 @pytest.mark.parametrize(
