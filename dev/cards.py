@@ -183,8 +183,7 @@ def grid(paths: list[Path], across: int, tile: int, gap: int = 0) -> Image.Image
 
 def fit(workflow: dict, subject: Subject) -> Prompt:
     """The template's job on the fine-tuned checkpoint, and what the LoRA then draws."""
-    names = tuple(world.kinds_of(FINE_TUNED).values())
-    specs = world.specs(250, torch.Generator().manual_seed(72), names=names)
+    specs = world.specs_of(FINE_TUNED, 250, torch.Generator().manual_seed(72))
     job = fitted(workflow, subject)
     data, order, status = (
         next(key for key, node in job.items() if node["class_type"] == kind)

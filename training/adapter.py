@@ -25,8 +25,9 @@ TARGETS = re.compile(
 )
 # The blocks of ComfyUI's transformers, but not those of a text adapter inside them.
 BLOCK = r"^(joint_blocks|double_blocks|single_blocks|transformer_blocks|blocks|layers)\.\d+"
-# Every linear layer of these blocks but the modulation, which sees no picture.
-OF_BLOCKS = re.compile(BLOCK + r"\.(?!.*(modulation|_mod\.))")
+# Every linear layer of these blocks. With the modulation, a LoRA can change the network differently
+# at each timestep, as it can with the UNet's emb_layers.
+OF_BLOCKS = re.compile(BLOCK + r"\.")
 
 
 def is_layer(module: nn.Module) -> bool:

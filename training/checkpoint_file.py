@@ -133,11 +133,11 @@ class CheckpointFile:
     def _layers(self) -> dict[str, tuple[int, ...]]:
         """The shapes of its target layers, by their names."""
         targets = OF_BLOCKS if self.flow else TARGETS
-        layers = {name.removesuffix(".weight"): shape for name, shape in self.shapes.items()}
-        return {
-            name: shape for name, shape in layers.items()
-            if len(shape) > 1 and targets.search(name)
+        layers = {
+            name.removesuffix(".weight"): shape for name, shape in self.shapes.items()
+            if name.endswith(".weight") and len(shape) > 1
         }  # fmt: skip
+        return {name: shape for name, shape in layers.items() if targets.search(name)}
 
     def step_bytes(self, rank: int, side: int, precision: str) -> float | None:
         """Calculates the bytes of a step with one picture and with blocks recomputed; None if only

@@ -37,7 +37,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
     work = commands.LOCAL / "flow"
     checkpoint = flow.checkpoint(commands.LOCAL / flow.FOLDER)
-    captions = [spec.caption for spec in world.specs(LATENTS, torch.Generator().manual_seed(71))]
+    specs = world.specs_of(flow.WORLD, LATENTS, torch.Generator().manual_seed(71))
+    captions = [spec.caption for spec in specs]
     source = {"prompts": captions, "count": LATENTS, "draw_steps": 20}
     spec = distill_quality.settings(work / "job", checkpoint, source)
     spec |= {"steps": STEPS, "guidance": flow.GUIDANCE, "banks": str(work / "banks")} | SETTINGS
@@ -56,7 +57,7 @@ def run(chosen: argparse.Namespace, _checkpoint: Path) -> Report:
         SIMPLE: subjects.of_host(toy, "lcm", 1.0, "simple", patched),
     }
     figures = quality.measure(
-        toy, columns, (1, 2, 4), chosen.pictures, chosen.seeds, kept, guidance=flow.GUIDANCE
+        toy, columns, (1, 2, 4), chosen.pictures, chosen.seeds, kept, flow.WORLD, flow.GUIDANCE
     )
     quality.rows(report, figures)
     quality.lcm_bars(report, figures, WORST, OURS)

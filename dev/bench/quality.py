@@ -119,8 +119,7 @@ class Kept:
 
 def scenes(seed: int, count: int, collection: str = "3d") -> list[world.Spec]:
     """The scenes of a seed's pictures, with captions that the model knows."""
-    names = tuple(world.kinds_of(collection).values())
-    return world.specs(count, torch.Generator().manual_seed(1000 + seed), names=names)
+    return world.specs_of(collection, count, torch.Generator().manual_seed(1000 + seed))
 
 
 @cache

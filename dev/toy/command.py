@@ -42,7 +42,7 @@ STYLES = {"blueprint": assemble.BLUEPRINT_LORA, "sticker": assemble.STICKER_LORA
 STYLE_RANK, FINE_TUNED_RANK, LCM_RANK = 16, 16, 24
 STYLE_BITS, FINE_TUNED_BITS, LCM_BITS = 5, 4, 6
 # Pictures that the classifier sees, in thousands.
-SEEN = {"3d": 16, "noto": 5, "sticker": 5, "blueprint": 5, "faces": 5}
+SEEN = {"3d": 16, "noto": 5, "sticker": 5, "blueprint": 5, "faces": 5, "few": 5}
 LCM_STEPS, LCM_PICTURES = 1_000, 1_600
 # Of the second job, which goes on from the first one's LoRA.
 PROMPT_STEPS, PROMPTS = 2_000, 600
@@ -67,6 +67,7 @@ def make(work: Path, cache: Path, minutes: float) -> None:
         return learn.Clock(name, 60 * minutes * SHARES[name])
 
     drawings = {name: sprites.load(name, cache).to(device) for name in sprites.PACKAGES}
+    drawings["few"] = drawings["3d"]
     painter = learn.Painter(drawings, 60)
     vae = networks.vae()
     for name, fit in (
@@ -207,8 +208,7 @@ def write_pictures(
     """Random scenes as PNG files with captions beside them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    names = tuple(world.kinds_of(collection).values())
-    specs = world.specs(count, torch.Generator().manual_seed(70), names=names)
+    specs = world.specs_of(collection, count, torch.Generator().manual_seed(70))
     for begun in range(0, count, 16):
         part = specs[begun : begun + 16]
         for i, (spec, scene) in enumerate(zip(part, painter.scenes(collection, part), strict=True)):

@@ -1,4 +1,4 @@
-"""A small flow model of the demo's world: ComfyUI's SD3 class, three blocks deep (4.9 M).
+"""A small flow model of a part of the demo's world: ComfyUI's SD3 class, three blocks (4.9 M).
 
 Its VAE is the demo model's with each of the four channels four times, as SD3's latents have
 sixteen. Its text encoder is the same random CLIP-L, alone, so the other features of its text are
@@ -30,6 +30,7 @@ SHORT, SHORT_SHARE = 24, 0.75
 SHARE = 0.75  # of the time that goes into training; drawing and encoding take about the rest
 BATCH, RATE = 32, 1e-3
 GUIDANCE = 3.0
+WORLD = "few"
 CAPTIONS, DRAWINGS = 1_000, 4
 FOLDER, NAME = "toy-flow", "demo-flow.safetensors"
 
@@ -112,13 +113,13 @@ def make(work: Path, cache: Path, minutes: float) -> None:
     device = comfy.model_management.get_torch_device()
 
     def drawn() -> dict[str, torch.Tensor]:
-        painter = learn.Painter({"3d": sprites.load("3d", cache).to(device)}, 61)
-        specs = painter.specs("3d", CAPTIONS)
+        painter = learn.Painter({WORLD: sprites.load("3d", cache).to(device)}, 61)
+        specs = painter.specs(WORLD, CAPTIONS)
         repeated = [spec for spec in specs for _ in range(DRAWINGS)]
         vae = networks.vae().to(device, memory_format=torch.channels_last)
         vae.load_state_dict(_demo_vae())
         return {
-            "latents": learn.latents(vae, painter, "3d", repeated, batch=32),
+            "latents": learn.latents(vae, painter, WORLD, repeated, batch=32),
             "caption": torch.arange(len(specs)).repeat_interleave(DRAWINGS),
             "contexts": learn.contexts(
                 encoder(), [*(spec.caption for spec in specs), ""], device, 32, with_pooled=True

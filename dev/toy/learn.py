@@ -116,8 +116,7 @@ class Painter:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def specs(self, collection: str, count: int) -> list[world.Spec]:
-        names = tuple(world.kinds_of(collection).values())
-        return world.specs(count, self.words, names=names)
+        return world.specs_of(collection, count, self.words)
 
     def scenes(self, collection: str, specs: list[world.Spec]) -> torch.Tensor:
         return self.labelled(collection, specs)[0]

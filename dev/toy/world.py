@@ -8,6 +8,7 @@ generator given.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,14 @@ KINDS = {
     "1f52d": "a telescope", "1f9f2": "a magnet",
 }  # fmt: skip
 NAMES = tuple(KINDS.values())
+# The small flow model learns only these, one in a picture: it sees too few pictures for all.
+FEW = tuple(
+    NAMES.index(name)
+    for name in (
+        "a banana", "a strawberry", "a hamburger", "a fox", "a panda", "a frog", "a cactus",
+        "a car", "a rocket", "a balloon", "a robot", "a pumpkin",
+    )
+)  # fmt: skip
 # Things of another kind, which the demo model never saw. A fine-tuned model draws them.
 FACES = {
     "1f600": "a grinning face", "1f602": "a face with tears of joy", "1f607": "an angel face",
@@ -110,9 +119,12 @@ def spec(
 
 
 def specs(
-    count: int, generator: torch.Generator, pairs: float = 0.2, names: tuple[str, ...] = NAMES
-) -> list[Spec]:
-    """Random scenes; `pairs` of them show two objects, and half name their backdrop."""
+    count: int, generator: torch.Generator, pairs: float = 0.2, names: tuple[str, ...] = NAMES,
+    among: Sequence[int] = (),
+) -> list[Spec]:  # fmt: skip
+    """Random scenes; `pairs` of them show two objects, and half name their backdrop. among: the
+    kinds to show, as indices of names; by default all."""
+    among = among or range(len(names))
 
     def integer(limit: int) -> int:
         return int(torch.randint(limit, (), generator=generator))
@@ -122,9 +134,9 @@ def specs(
 
     made = []
     for _ in range(count):
-        kinds = (integer(len(names)),)
+        kinds = (among[integer(len(among))],)
         if chance(pairs):
-            kinds += (integer(len(names)),)
+            kinds += (among[integer(len(among))],)
         colour = integer(len(COLOURS)) if chance(0.5) else None
         pattern = 0 if chance(0.5) else 1 + integer(len(PATTERNS) - 1)
         made.append(spec(kinds, colour, pattern, integer(len(TEMPLATES)), names))
@@ -190,9 +202,16 @@ def kinds_of(collection: str) -> dict[str, str]:
     return FACES if collection == "faces" else KINDS
 
 
+def specs_of(collection: str, count: int, generator: torch.Generator) -> list[Spec]:
+    """Random scenes of a collection."""
+    if collection == "few":
+        return specs(count, generator, pairs=0.0, among=FEW)
+    return specs(count, generator, names=tuple(kinds_of(collection).values()))
+
+
 def hand_of(collection: str) -> str:
     """Whose hand drew a collection of sprites; a key of HANDS."""
-    return "3d" if collection == "faces" else collection
+    return "3d" if collection in ("faces", "few") else collection
 
 
 @dataclass

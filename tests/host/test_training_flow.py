@@ -88,9 +88,11 @@ def test_it_is_called_as_the_host_samples(teacher, comfy):
         torch.testing.assert_close(ours[i : i + 1], answers[0], rtol=1e-4, atol=1e-4)
 
 
-def test_its_layers_are_all_of_the_blocks_but_the_modulation(adapter):
-    assert len(adapter.names) == 13  # the last block has no more of the text than its qkv
-    assert all("joint_blocks" in name and "adaLN" not in name for name in adapter.names)
+def test_its_layers_are_all_of_the_blocks(adapter):
+    # The last block has no more of the text than its qkv and its modulation.
+    assert len(adapter.names) == 13 + 4
+    assert all("joint_blocks" in name for name in adapter.names)
+    assert sum("adaLN_modulation" in name for name in adapter.names) == 4
 
 
 def test_its_file_tells_what_an_estimate_needs(checkpoint, adapter):
@@ -238,7 +240,7 @@ def test_a_job_makes_a_lora_that_the_host_takes_and_samples(job, checkpoint, tmp
     assert metadata["lcm_lora.base_family"] == "SD3"
     patcher, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
     model, _, coverage = apply(patcher, None, made, 1.0, 0.0)
-    assert coverage.taken == coverage.total == 13 and not coverage.left_over
+    assert coverage.taken == coverage.total == 17 and not coverage.left_over
     texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPTS[0], "")]
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
     output = LCMKSampler.execute(patch_sampling(model, "lcm"), 1, 4, 1.0, *texts, latent, 1.0)

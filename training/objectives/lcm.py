@@ -11,10 +11,10 @@ from .solver import Network, Process
 def loss(network: Network, schedule: Process, batch: Batch, z_s: torch.Tensor) -> torch.Tensor:
     """The consistency loss (equation 9), a scalar: f(z_t, t) should equal f(z_s, s).
 
-    f leaps from any timestep to the clean latent. z_s: where the teacher's solver step leads from
-    z_t, see solver.teacher_step. The target comes from the student itself: a LoRA needs no moving
-    average (2311.05556). Call it and its backward with the adapter on, because checkpointing runs
-    the forward pass again in backward.
+    Process.comparable says in which unit. f leaps from any timestep to the clean latent. z_s: where
+    the teacher's solver step leads from z_t, see solver.teacher_step. The target comes from the
+    student itself: a LoRA needs no moving average (2311.05556). Call it and its backward with the
+    adapter on, because checkpointing runs the forward pass again in backward.
     """
     t, s = batch.t, batch.s
     z_t = schedule.noised(batch.z0, batch.eps, t)
@@ -22,7 +22,8 @@ def loss(network: Network, schedule: Process, batch: Batch, z_s: torch.Tensor) -
         x0, _ = schedule.predict(network, z_s, s, batch.cond)
         target = schedule.consistency(z_s, x0, s)
     x0, _ = schedule.predict(network, z_t, t, batch.cond)
-    return pseudo_huber(schedule.consistency(z_t, x0, t), target)
+    student = schedule.consistency(z_t, x0, t)
+    return pseudo_huber(schedule.comparable(student, t), schedule.comparable(target, t))
 
 
 def pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, c: float = 0.001) -> torch.Tensor:

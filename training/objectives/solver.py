@@ -71,6 +71,10 @@ class Process:
         """f(z, t), the student's clean latent, where the network predicts x0: [B, C, H, W]."""
         raise NotImplementedError
 
+    def comparable(self, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """A clean latent at timestep t in the unit in which the consistency loss compares."""
+        return x0
+
 
 @dataclass(frozen=True)
 class Schedule(Process):
@@ -145,6 +149,12 @@ class Line(Process):
     def consistency(self, z: torch.Tensor, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x0 itself, as flow models are sampled. At t = 0 a little noise is left for it to take."""
         return x0
+
+    def comparable(self, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Divided by sigma. As z = x0 + sigma v, two clean latents then differ as the velocities
+        do, the outputs of the network. Compared as they are, those at little noise would hardly
+        count, and would drift away from the teacher (docs/distillation.md)."""
+        return x0 / self.sigma(t)
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float | torch.Tensor) -> torch.Tensor:
