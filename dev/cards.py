@@ -114,8 +114,8 @@ def card(name: str, workflow: dict, subject: Subject, draw: Draw) -> Image.Image
     """The card of a template.
 
     workflow: that of `drawn_by`. Text to image shows nine results. Distil shows four steps without
-    and with an LCM-LoRA. Fit does so on a fine-tuned checkpoint, after its own job of a quarter of
-    an hour on two cores.
+    and with an LCM-LoRA. Fit does so on a fine-tuned checkpoint, after its own job of 8 to 20
+    minutes on two cores.
     ControlNet shows one result: the demo model's ControlNet has random weights, so there is nothing
     to compare. Which weight, how many steps? shows its sheet.
     """
@@ -195,7 +195,8 @@ def fit(workflow: dict, subject: Subject) -> Prompt:
         "auto_resolution": False,
     }  # fmt: skip
     job[order]["inputs"] |= {
-        "guidance": 3.0, "name": "demo-fitted", "overwrite": True, "policy": "share",
+        "guidance": 3.0, "name": "demo-fitted", "overwrite": True, "policy": "share", "rank": 24,
+        "sample_every": 0,
     }  # fmt: skip
     prompt = many(subject, FACES, 4)
     loader = next(key for key, node in prompt.items() if node["class_type"] == "LCMLoRALoader")
