@@ -185,11 +185,11 @@ def fit(workflow: dict, subject: Subject) -> Prompt:
     """The template's job on the fine-tuned checkpoint, and what the LoRA then draws."""
     specs = world.specs_of(FINE_TUNED, 250, torch.Generator().manual_seed(72))
     job = fitted(workflow, subject)
-    data, order, status = (
+    data, order = (
         next(key for key, node in job.items() if node["class_type"] == kind)
-        for kind in ("LCMDistillData", "LCMDistill", "LCMJobStatus")
+        for kind in ("LCMDistillData", "LCMDistill")
     )
-    job = {key: job[key] for key in (data, order, status)}
+    job = {key: job[key] for key in (data, order)}
     job[data]["inputs"] |= {
         "source.prompts": "\n".join(spec.caption for spec in specs), "resolution": world.SIZE,
         "auto_resolution": False,
@@ -205,7 +205,6 @@ def fit(workflow: dict, subject: Subject) -> Prompt:
     result = {"job": [own[order], 0], "wait": True}
     strengths = {"strength_model": 1.0, "strength_clip": 1.0}
     job[order]["inputs"]["data"] = [own[data], 0]
-    job[status]["inputs"]["job"] = [own[order], 0]
     return prompt | {own[key]: node for key, node in job.items()} | {
         "result": {"class_type": "LCMJobResult", "inputs": result},
         loader: {

@@ -138,10 +138,10 @@ def test_weights_that_are_off_the_device_give_the_same_numbers(teacher):
         layer.forward = lambda *args, _of=(layer, forward): copy(_of[0]) or _of[1](*args)
     homes = [layer.weight.data_ptr() for layer in layers]
     other.offload()
-    output, found = gradients(other)
+    output, of_copies = gradients(other)
     assert torch.equal(output, expected[0])
-    assert len(found) == len(expected[1]) > 0
-    assert all(map(torch.equal, found, expected[1]))
+    assert len(of_copies) == len(expected[1]) > 0
+    assert all(map(torch.equal, of_copies, expected[1]))
     assert [layer.weight.data_ptr() for layer in layers] == homes
     assert len(copies) >= 3 * len(layers) and 0 < most <= size
     gc.collect()

@@ -229,5 +229,5 @@ def again(order: dict[str, Any], steps: int) -> dict[str, Any]:
         return order | {"steps": steps}
     if chosen.steps == steps:
         return order
-    known = {"decay": declared(Order)["decay"].default} | order
-    return known | chosen.sets(known) | {"steps": steps}
+    complete = {"decay": declared(Order)["decay"].default} | order
+    return complete | chosen.sets(complete) | {"steps": steps}
